@@ -1,0 +1,679 @@
+"""Room 5: every recorded answer of Dify, requests for each mode, errors, reasoning."""
+
+from __future__ import annotations
+
+import html
+import json
+from typing import Any
+
+import pytest
+import replay
+from expected_answers import EXPECTED, Expected, Long
+from hypothesis import given
+from hypothesis import strategies as st
+
+import opendify
+from opendify import (
+    AnswerReader,
+    AppForm,
+    AppInput,
+    Attachment,
+    Citations,
+    DifyRequest,
+    Failure,
+    Finish,
+    Media,
+    Part,
+    ProxyError,
+    Reasoning,
+    ReasoningSplitter,
+    Recast,
+    Replace,
+    ServerSentEvent,
+    SSEDecoder,
+    Text,
+    Usage,
+)
+
+BASE = "http://dify.example/v1"
+
+
+def row_id(row: Expected) -> str:
+    return f"{row.file}-{row.exchange}"
+
+
+def parts_of(row: Expected) -> tuple[list[Part], AnswerReader]:
+    """The parts of a recorded answer; a refusal is a failure alone."""
+    status, fields = replay.status_and_headers(row.file, row.exchange)
+    headers = {name.lower(): value for name, value in fields}
+    body = replay.stream_bytes(row.file, row.exchange)
+    reader = AnswerReader(row.mode, BASE)
+    if status != 200 or not headers["content-type"].startswith("text/event-stream"):
+        return [Failure(opendify.error_from_body(status, body))], reader
+    parts = [part for event in SSEDecoder().feed(body) for part in reader.read(event)]
+    return parts + reader.end(), reader
+
+
+def joined(parts: list[Part], kind: type[Text] | type[Reasoning]) -> str:
+    """All text of one kind, as a whole answer has it."""
+    text = ""
+    for part in parts:
+        if isinstance(part, Recast):
+            text = ""
+        elif isinstance(part, Replace) and kind is Text:
+            text = part.text
+        elif isinstance(part, kind):
+            text += part.text
+    return text
+
+
+def only(parts: list[Part], kind: Any) -> Any:
+    """The one part of a kind, None if there is none."""
+    found = [part for part in parts if isinstance(part, kind)]
+    assert len(found) < 2
+    return found[0] if found else None
+
+
+# ------------------------------------------------------------------------------
+# Recorded answers
+# ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", EXPECTED, ids=row_id)
+def test_recorded_answer_has_the_text_that_was_written_down(row: Expected) -> None:
+    parts, _ = parts_of(row)
+    text = joined(parts, Text)
+    if isinstance(row.text, Long):
+        assert row.text.matches(text)
+    elif row.file == "streams/workflow-outputs-only.sse":
+        assert json.loads(text) == json.loads(row.text)
+    elif row.then:
+        assert text.startswith(row.text)
+        places = [text.index(fragment) for fragment in row.then]
+        assert places == sorted(places)
+    else:
+        assert text == row.text
+
+
+@pytest.mark.parametrize("row", EXPECTED, ids=row_id)
+def test_recorded_answer_has_what_goes_with_the_text(row: Expected) -> None:
+    parts, reader = parts_of(row)
+    files = [part for part in parts if isinstance(part, Media)]
+    citations = only(parts, Citations)
+    assert joined(parts, Reasoning) == "\n\n".join(row.reasoning)
+    assert [(file.kind, file.url) for file in files] == [row[:2] for row in row.files]
+    sources = citations.resources if citations else ()
+    cited = [(source["position"], source["document_name"]) for source in sources]
+    assert cited == row.citations
+    ids = (reader.conversation_id, reader.message_id, reader.task_id)
+    if not row.error:
+        wanted = (row.conversation_id, row.message_id, row.task_id)
+        assert ids == tuple(id_ or "" for id_ in wanted)
+
+
+@pytest.mark.parametrize("row", EXPECTED, ids=row_id)
+def test_recorded_answer_ends_as_it_was_written_down(row: Expected) -> None:
+    parts, _ = parts_of(row)
+    failure, usage, finish = (only(parts, kind) for kind in (Failure, Usage, Finish))
+    if row.error:
+        error: ProxyError = failure.error
+        assert parts[-1] is failure
+        assert (error.status, error.code) == (row.error["status"], row.error["code"])
+        assert row.error["contains"] in error.message
+        assert finish is None
+        return
+    assert failure is None
+    assert finish == parts[-1] == Finish(row.finish or "")
+    counts = (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)
+    assert counts == row.usage
+
+
+CUT_ROWS = [
+    row
+    for row in EXPECTED
+    if "chat-streaming" in row.file
+    or row.file.endswith(("/workflow-streaming.json", "/agent-streaming-tool.json"))
+    or row.file in ("streams/chat-think.sse", "streams/chat-crlf-intermediary.sse")
+    or row.file == "streams/chat-unicode-line-separators.sse"
+]
+
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"], ids=["lf", "crlf"])
+@pytest.mark.parametrize("row", CUT_ROWS, ids=row_id)
+def test_answer_is_the_same_when_cut_at_every_byte(
+    row: Expected, line_end: bytes
+) -> None:
+    body = replay.stream_bytes(row.file, row.exchange).replace(b"\r\n", b"\n")
+    body = body.replace(b"\n", line_end)
+    whole = SSEDecoder().feed(body)
+    for cut in range(len(body) + 1):
+        decoder = SSEDecoder()
+        assert decoder.feed(body[:cut]) + decoder.feed(body[cut:]) == whole
+    decoder = SSEDecoder()
+    singly = [
+        event for at in range(len(body)) for event in decoder.feed(body[at : at + 1])
+    ]
+    assert singly == whole
+    reader = AnswerReader(row.mode, BASE)
+    assert [part for event in whole for part in reader.read(event)] == parts_of(row)[0]
+
+
+# ------------------------------------------------------------------------------
+# Reasoning
+# ------------------------------------------------------------------------------
+
+DETAILS = (
+    '<details style="color:gray;background-color: #f8f8f8;padding: 8px;'
+    'border-radius: 4px;" open> <summary> Thinking... </summary>'
+)
+MARKER = "<!--dify-deepseek-reasoning-->"
+
+
+def split(*pieces: str) -> tuple[str, str]:
+    """(reasoning, text) of an answer that comes in pieces."""
+    splitter = ReasoningSplitter()
+    parts = [part for piece in pieces for part in splitter.feed(piece)]
+    parts += splitter.close()
+    return joined(parts, Reasoning), joined(parts, Text)
+
+
+REASONED = [
+    pytest.param("<think>\nyes\n</think>\n\nOK", "yes", "OK", id="plugins"),
+    pytest.param("<think>\n\nyes\n\n</think>OK", "yes", "OK", id="gemini"),
+    pytest.param("<think>yes</think>OK", "yes", "OK", id="no-newlines"),
+    pytest.param("<THINK>yes</Think>OK", "yes", "OK", id="upper-case"),
+    pytest.param('<think a="1">yes</think>OK', "yes", "OK", id="attributes"),
+    pytest.param("Hm. <think>a</think>OK", "a", "Hm. OK", id="text-before"),
+    pytest.param("<think>never closed", "never closed", "", id="never-closed"),
+    pytest.param("<think></think>OK", "", "OK", id="empty"),
+    pytest.param(f"{DETAILS}yes</details>OK", "yes", "OK", id="details"),
+    pytest.param(
+        f"<think>\n{MARKER}a &lt; b &amp;&amp; c\n</think>a < b",
+        "a < b && c",
+        "a < b",
+        id="deepseek",
+    ),
+    pytest.param(
+        "a < b <b>x</b> <thin> </p", "", "a < b <b>x</b> <thin> </p", id="html"
+    ),
+    pytest.param("<details><summary>x", "", "<details><summary>x", id="other-details"),
+    pytest.param("<thinking>a</thinking>", "", "<thinking>a</thinking>", id="thinking"),
+    pytest.param("a&amp;b <think>&lt;</think>", "&lt;", "a&amp;b ", id="not-escaped"),
+]
+
+
+@pytest.mark.parametrize(("answer", "reasoning", "text"), REASONED)
+def test_reasoning_is_told_from_text_however_it_is_cut(
+    answer: str, reasoning: str, text: str
+) -> None:
+    assert split(answer) == (reasoning, text)
+    assert split(*answer) == (reasoning, text)
+    for cut in range(len(answer)):
+        assert split(answer[:cut], answer[cut:]) == (reasoning, text)
+
+
+def test_text_before_a_closing_tag_alone_was_reasoning() -> None:
+    splitter = ReasoningSplitter()
+    assert splitter.feed("I think so.</thi") == [Text("I think so.")]
+    assert splitter.feed("nk>\n\nYes") == [Recast(), Text("Yes")]
+
+
+def test_nothing_longer_than_the_longest_tag_is_held_back() -> None:
+    splitter = ReasoningSplitter()
+    given_, out = "", ""
+    for piece in [
+        "<",
+        "/",
+        "t",
+        "h",
+        "<p>",
+        "a < b",
+        "<<<",
+        "</",
+        "```<",
+        DETAILS[:-1],
+    ]:
+        given_ += piece
+        parts = splitter.feed(piece)
+        out += "".join(part.text for part in parts if isinstance(part, Text))
+        assert len(given_) - len(out) < len(DETAILS)
+        held = given_[len(out) :]
+        assert not held or held.startswith("<")
+
+
+SCRAPS = st.sampled_from(
+    ["<think>", "</think>", "<", ">", "/", "think", "\n", "a", "é", "&lt;", "&", "<p>"]
+    + [MARKER, DETAILS, "</details>", "```", "< think >", "<thin", "</thi"]
+)
+
+
+@given(st.lists(SCRAPS, max_size=12).map("".join), st.data())
+def test_any_cut_gives_the_same_parts(answer: str, data: Any) -> None:
+    cuts = data.draw(st.lists(st.integers(0, len(answer)), max_size=6).map(sorted))
+    ends = [0, *cuts, len(answer)]
+    pieces = [answer[start:end] for start, end in zip(ends, ends[1:])]
+    assert split(*pieces) == split(answer)
+
+
+@given(st.lists(SCRAPS, max_size=12).map("".join))
+def test_no_character_is_lost_but_tags_and_their_newlines(answer: str) -> None:
+    splitter = ReasoningSplitter()
+    parts = splitter.feed(answer) + splitter.close()
+    kept = "".join(part.text for part in parts if isinstance(part, (Text, Reasoning)))
+
+    def plain(text: str) -> str:
+        for tag in (DETAILS, MARKER, "</details>", "<think>", "</think>", "\n"):
+            text = text.replace(tag, "")
+        return html.unescape(html.unescape(text))
+
+    assert plain(kept) == plain(answer)
+
+
+# ------------------------------------------------------------------------------
+# Events that the recordings lack
+# ------------------------------------------------------------------------------
+
+
+def event(**fields: Any) -> ServerSentEvent:
+    return ServerSentEvent(json.dumps(fields))
+
+
+def read(mode: str, *events: ServerSentEvent, **options: Any) -> list[Part]:
+    reader = AnswerReader(mode, BASE, **options)
+    return [part for one in events for part in reader.read(one)]
+
+
+def test_surrogate_halves_are_joined_over_events() -> None:
+    halves = [event(event="message", answer=half) for half in ("a\ud83d", "\ude00b")]
+    assert read("chat", *halves) == [Text("a"), Text("\U0001f600b")]
+
+
+def test_a_half_that_stays_alone_becomes_a_replacement_character() -> None:
+    parts = read(
+        "chat", event(event="message", answer="a\ud83d"), event(event="message_end")
+    )
+    assert joined(parts, Text) == "a\ufffd"
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["", "ping", "null", "[]", "7", '{"event":null}', '{"event":"unknown_event"}'],
+)
+def test_events_that_say_nothing_add_nothing(data: str) -> None:
+    assert AnswerReader("chat", BASE).read(ServerSentEvent(data)) == []
+
+
+def test_an_event_that_is_not_json_is_a_failure() -> None:
+    (failure,) = AnswerReader("chat", BASE).read(ServerSentEvent('{"event":"mess'))
+    assert isinstance(failure, Failure)
+    assert failure.error.code == "upstream_error"
+
+
+def test_megabytes_that_nobody_reads_are_not_parsed() -> None:
+    data = '{"event":"node_retry","data":' + "x" * 5000  # would fail if it were parsed
+    assert AnswerReader("workflow", BASE).read(ServerSentEvent(data)) == []
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=2)
+            | st.dictionaries(
+                st.sampled_from(
+                    [
+                        "data",
+                        "answer",
+                        "metadata",
+                        "usage",
+                        "outputs",
+                        "files",
+                        "status",
+                    ]
+                    + [
+                        "retriever_resources",
+                        "text",
+                        "error",
+                        "message",
+                        "actions",
+                        "id",
+                    ]
+                ),
+                inner,
+                max_size=4,
+            )
+        ),
+        max_leaves=8,
+    ),
+    st.sampled_from(sorted(opendify._TRANSLATORS)),
+    st.sampled_from(opendify.APP_MODES),
+)
+def test_no_event_of_wrong_types_raises(fields: Any, name: str, mode: str) -> None:
+    value = {
+        **(fields if isinstance(fields, dict) else {"data": fields}),
+        "event": name,
+    }
+    reader = AnswerReader(mode, BASE, show_process=True)
+    parts = reader.read(ServerSentEvent(json.dumps(value)))
+    assert all(isinstance(part, opendify.Part.__args__) for part in parts)  # type: ignore[attr-defined]
+
+
+def test_process_lines_are_reasoning_when_wanted() -> None:
+    started = event(event="node_started", data={"id": "1", "title": "LLM"})
+    thought = {"event": "agent_thought", "id": "t", "tool": "clock"}
+    events = [
+        started,
+        started,
+        event(**thought, tool_input='{"zone": 1}'),
+        event(**thought, tool_input='{"zone": 1}', observation="12:00"),
+    ]
+    assert read("advanced-chat", *events, show_process=True) == [
+        Reasoning("Step: LLM"),
+        Reasoning('\n\nTool: clock {"zone": 1}'),
+    ]
+    assert read("advanced-chat", *events) == []
+
+
+def test_recovery_adds_the_rest_only_to_what_was_sent() -> None:
+    reader = AnswerReader("chat", BASE)
+    reader.read(
+        event(event="message", answer="Hel", conversation_id="c", message_id="m")
+    )
+    assert reader.can_recover
+    assert reader.recover("Other") == []
+    assert reader.recover("Hello") == [Text("lo"), Usage(), Finish("stop")]
+
+
+# ------------------------------------------------------------------------------
+# Requests
+# ------------------------------------------------------------------------------
+
+COMMON = {"inputs": {"lang": "de"}, "user": "ada"}
+
+
+@pytest.mark.parametrize("mode", opendify.CHAT_MODES)
+def test_chat_request_streams_and_names_no_title(mode: str) -> None:
+    request = opendify.dify_request(mode, "Hi", COMMON, conversation_id="c-1")
+    body = {
+        "inputs": {"lang": "de"},
+        "user": "ada",
+        "response_mode": "streaming",
+        "query": "Hi",
+        "auto_generate_name": False,
+        "conversation_id": "c-1",
+    }
+    assert request == DifyRequest("/chat-messages", body)
+
+
+def test_workflow_request_puts_the_text_into_its_variable() -> None:
+    request = opendify.dify_request("workflow", "Hi", COMMON, variable="text")
+    inputs = {"lang": "de", "text": "Hi"}
+    body = {"inputs": inputs, "user": "ada", "response_mode": "streaming"}
+    assert request == DifyRequest("/workflows/run", body)
+
+
+def test_completion_request_gives_the_query_twice_for_old_apps() -> None:
+    request = opendify.dify_request("completion", "Hi", COMMON, variable="query")
+    assert request.path == "/completion-messages"
+    assert request.body["query"] == request.body["inputs"]["query"] == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("mode", "path"),
+    [
+        ("chat", "/chat-messages/t%2F1/stop"),
+        ("completion", "/completion-messages/t%2F1/stop"),
+        ("workflow", "/workflows/tasks/t%2F1/stop"),
+    ],
+)
+def test_stop_path(mode: str, path: str) -> None:
+    assert opendify.stop_path(mode, "t/1") == path
+
+
+def form(*inputs: AppInput) -> AppForm:
+    return AppForm(inputs)
+
+
+TEXT, REQUIRED = "text-input", True
+
+
+@pytest.mark.parametrize(
+    ("inputs", "variable"),
+    [
+        pytest.param(
+            [AppInput("a", TEXT, REQUIRED), AppInput("prompt", TEXT)],
+            "prompt",
+            id="name",
+        ),
+        pytest.param(
+            [AppInput("a", TEXT), AppInput("b", TEXT, REQUIRED)], "b", id="only"
+        ),
+        pytest.param(
+            [AppInput("a", "paragraph", REQUIRED), AppInput("b", TEXT, REQUIRED)],
+            "a",
+            id="first",
+        ),
+        pytest.param(
+            [AppInput("n", "number"), AppInput("z", TEXT)], "z", id="no-number"
+        ),
+    ],
+)
+def test_query_variable(inputs: list[AppInput], variable: str) -> None:
+    assert opendify.query_variable("workflow", form(*inputs)) == variable
+
+
+def test_workflow_without_text_input_is_refused_with_its_inputs() -> None:
+    size = AppInput("size", "select", REQUIRED, ("S", "L"))
+    with pytest.raises(
+        opendify.BadRequest, match=r"size \(select, required, one of S, L"
+    ):
+        opendify.query_variable("workflow", form(size))
+    assert opendify.query_variable("completion", form()) == "query"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "variable", "text"),
+    [
+        ({"text": "a", "x": 1}, "", "a"),
+        ({"x": 1, "result": "r"}, "", "r"),
+        ({"x": "only"}, "", "only"),
+        ({"x": [1, "é"]}, "", '[1, "é"]'),
+        ({"x": 1, "y": None}, "", '{"x": 1, "y": null}'),
+        ({"text": "a", "x": 1}, "x", "1"),
+        ({"f": {"dify_model_identity": "__dify__file__", "url": "/f"}}, "", ""),
+        ({}, "", ""),
+    ],
+)
+def test_output_that_is_the_answer(
+    outputs: dict[str, Any], variable: str, text: str
+) -> None:
+    assert opendify.answer_from_outputs(outputs, variable, "workflow") == text
+
+
+@pytest.mark.parametrize(
+    ("conversations", "stop", "mode"),
+    [
+        ("", "", "chat"),
+        ("not_chat_app", "", "completion"),
+        ("not_chat_app", "app_unavailable", "workflow"),
+    ],
+)
+def test_mode_from_probe(conversations: str, stop: str, mode: str) -> None:
+    assert opendify.mode_from_probe(conversations, stop) == mode
+
+
+# ------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------
+
+PNG = Attachment("cat.png", "image/png", b"\x89PNG")
+PDF = Attachment("a.pdf", "application/pdf", b"%PDF")
+LINK = Attachment("cat.png", "image/*", url="https://host/cat.png")
+UPLOADS = {
+    "enabled": True,
+    "allowed_file_types": ["image"],
+    "allowed_file_upload_methods": ["local_file"],
+    "number_limits": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("uploads", "files", "reason"),
+    [
+        pytest.param({}, [PNG], "takes no files", id="off"),
+        pytest.param(
+            {"image": {"enabled": False}}, [PNG], "takes no files", id="old-off"
+        ),
+        pytest.param(UPLOADS, [PNG, PNG, PNG], "takes 2 files", id="count"),
+        pytest.param(UPLOADS, [PDF], "type image, not document", id="kind"),
+        pytest.param(UPLOADS, [LINK], "takes no URLs", id="method"),
+        pytest.param(
+            UPLOADS,
+            [Attachment("big.png", "image/png", b"x" * 1048577)],
+            "1 MB",
+            id="size",
+        ),
+    ],
+)
+def test_files_that_the_app_would_refuse_are_refused_by_name(
+    uploads: dict[str, Any], files: list[Attachment], reason: str
+) -> None:
+    limits = {"image_file_size_limit": "1"}
+    with pytest.raises(opendify.BadRequest, match=reason) as error:
+        opendify.check_files(AppForm((), uploads, limits), files)
+    assert repr(files[-1].name) in error.value.message
+
+
+@pytest.mark.parametrize(
+    "uploads",
+    [UPLOADS, {"image": {"enabled": True, "number_limits": 3}}],
+    ids=["new", "before-0.10"],
+)
+def test_files_that_the_app_takes_pass(uploads: dict[str, Any]) -> None:
+    opendify.check_files(AppForm((), uploads, {}), [PNG, PNG])
+
+
+def test_files_go_to_file_inputs_first() -> None:
+    image, document = (
+        opendify.file_mapping(PNG, "u-1"),
+        opendify.file_mapping(PDF, "u-2"),
+    )
+    fields = (AppInput("pic", "file", kinds=("image",)), AppInput("x", "text-input"))
+    placed = opendify.place_files(AppForm(fields), [document, image], {})
+    assert placed == {"inputs": {"pic": image}, "files": [document]}
+    assert image == {
+        "type": "image",
+        "transfer_method": "local_file",
+        "upload_file_id": "u-1",
+    }
+
+
+def test_upload_is_multipart_with_name_type_and_user() -> None:
+    content_type, body = opendify.encode_upload(PNG, "ada")
+    boundary = content_type.partition("boundary=")[2]
+    assert body.decode("latin-1") == (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="user"\r\n\r\nada\r\n'
+        f'--{boundary}\r\nContent-Disposition: form-data; name="file"; '
+        'filename="cat.png"\r\nContent-Type: image/png\r\n\r\n\x89PNG\r\n'
+        f"--{boundary}--\r\n"
+    )
+
+
+# ------------------------------------------------------------------------------
+# Errors
+# ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message", "in_run", "wanted"),
+    [
+        (401, "unauthorized", "bad", False, (502, "upstream_error", False)),
+        (403, "forbidden", "off", False, (502, "upstream_error", False)),
+        (404, "not_found", "Conversation Not Exists.", False, (404, "not_found", None)),
+        (404, "not_found", "Workflow not found", False, (400, "not_found", None)),
+        (400, "not_chat_app", "x", False, (400, "not_chat_app", None)),
+        (400, "invalid_param", "Too many requests. …", False, (429, None, None)),
+        (429, "rate_limit_error", "x", False, (429, None, None)),
+        (400, "provider_quota_exceeded", "x", False, (429, None, False)),
+        (500, "internal_server_error", "x", False, (502, "upstream_error", None)),
+        (400, "completion_request_error", "x", True, (502, None, False)),
+        (400, "invalid_param", "Run failed: 429", True, (429, None, None)),
+        (
+            400,
+            "invalid_param",
+            "Read timed out.",
+            True,
+            (504, "upstream_timeout", None),
+        ),
+        (
+            400,
+            "invalid_param",
+            "timeout must be > 0",
+            False,
+            (400, "invalid_param", None),
+        ),
+    ],
+)
+def test_error_of_dify(
+    status: int, code: str, message: str, in_run: bool, wanted: Any
+) -> None:
+    error = opendify.error_from_dify(status, code, message, in_run=in_run)
+    defaults = {429: "insufficient_quota" if "quota" in code else "rate_limit_exceeded"}
+    wanted_code = wanted[1] or defaults.get(error.status, code)
+    assert (error.status, error.code, error.retry) == (
+        wanted[0],
+        wanted_code,
+        wanted[2],
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "wanted"),
+    [
+        (404, b"<html>", (502, False)),
+        (200, b"<html>", (502, False)),
+        (502, b"<html>", (502, None)),
+        (504, b"", (504, None)),
+        (413, b"<html>", (413, None)),
+        (429, b"", (429, None)),
+    ],
+)
+def test_error_body_that_is_no_json(status: int, body: bytes, wanted: Any) -> None:
+    error = opendify.error_from_body(status, body)
+    assert (error.status, error.retry) == wanted
+    if not error.retry and status in (200, 404):
+        assert "DIFY_API_BASE" in error.message
+
+
+def test_innermost_message_of_a_plugin_is_shown() -> None:
+    inner = {"error_type": "X", "message": '{"error": {"message": "no credit left"}}'}
+    message = f"[openai] Error: PluginInvokeError: {json.dumps(inner)}"
+    error = opendify.error_from_dify(
+        400, "completion_request_error", message, in_run=True
+    )
+    assert error.message == "no credit left"
+
+
+# ------------------------------------------------------------------------------
+# The app's form
+# ------------------------------------------------------------------------------
+
+
+def test_form_is_read_from_the_recorded_parameters() -> None:
+    recording = replay.load("dify-1.12.1/files-in-workflow.json")
+    assert recording["shows"]
+    parameters = {
+        "user_input_form": [
+            {"select": {"variable": "tone", "label": "Tone", "options": ["a", "b"]}},
+            {"file": {"variable": "pic", "required": True, "type": "file"}},
+            {"paragraph": None},
+            "odd",
+        ],
+        "file_upload": {"enabled": False},
+        "system_parameters": None,
+    }
+    assert opendify.parse_form(parameters) == AppForm(
+        (AppInput("tone", "select", options=("a", "b")), AppInput("pic", "file", True)),
+        {"enabled": False},
+        {},
+    )
