@@ -37,6 +37,7 @@ import argparse
 import asyncio
 import base64
 import binascii
+import bisect
 import contextlib
 import dataclasses
 import difflib
@@ -44,12 +45,14 @@ import functools
 import hashlib
 import hmac
 import html
-import http.client
+import http
+import itertools
 import json
 import logging
 import math
 import os
 import re
+import secrets
 import signal
 import socket
 import sqlite3
@@ -61,7 +64,7 @@ import urllib.parse
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from itertools import count
 from math import exp, inf, sqrt
 from pathlib import Path
@@ -72,8 +75,8 @@ try:
     from dotenv import dotenv_values
 except ImportError as missing:
     sys.exit(
-        f"OpenDify needs the package {missing.name!r}. Install what it needs with:"
-        f"\n    {sys.executable} -m pip install h11 python-dotenv"
+        f"OpenDify needs the package {missing.name!r}: "
+        f"{sys.executable} -m pip install h11 python-dotenv"
     )
 
 __version__ = "0.1.0"
@@ -93,6 +96,7 @@ log = logging.getLogger("opendify")
 
 CHAT_MODES = ("chat", "agent-chat", "advanced-chat", "agent")
 APP_MODES = (*CHAT_MODES, "completion", "workflow")
+LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _SWITCHES = {
@@ -178,13 +182,24 @@ class Settings:
     dify_idle_timeout: Seconds = _setting(
         Seconds(600), "seconds between two events; pings do not count", 0.001
     )
+    max_body_mb: int = _setting(64, "largest request body, in MiB", 1)
+    max_connections: int = _setting(2000, "client connections at a time, at most", 1)
+    allowed_origins: tuple[str, ...] = _setting(
+        (), "origins of web pages that may call, or *; local pages and apps may anyway"
+    )
     log_level: str = _setting("INFO", ", ".join(LOG_LEVELS))
+    log_format: str = _setting("text", "text, or json: one object a line")
+    dify_ca_file: str = _setting("", "a PEM file of authorities to trust for Dify, too")
+    ssl_cert_file: str = _setting("", "the same, as other tools call it")
+    https_proxy: str = _setting("", "proxy for https, http://user:password@host:port")
+    http_proxy: str = _setting("", "proxy for http")
+    no_proxy: str = _setting("", "hosts that need no proxy, comma-separated; * for all")
 
 
 def setting_rows() -> list[tuple[str, str, str]]:
     """(variable, default as one writes it, meaning) of every setting, in order."""
     return [
-        (row.name.upper(), _written(row.metadata["default"]), row.metadata["meaning"])
+        (row.name.upper(), written(row.metadata["default"]), row.metadata["meaning"])
         for row in dataclasses.fields(Settings)
     ]
 
@@ -203,6 +218,7 @@ def parse_settings(variables: Mapping[str, str]) -> Settings:
             continue
         default, least = row.metadata["default"], row.metadata["least"]
         try:
+            text = text.upper() if row.name == "log_level" else text
             value = values[row.name] = _PARSERS[type(default)](text)
             if least is not None and value < least:
                 raise ValueError(f"must be {least:g} or more, not {text}")
@@ -237,37 +253,56 @@ def mask_key(key: str) -> str:
     return key[:6] + "…" if len(key) > 8 else "…"
 
 
-def _written(default: Any) -> str:
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    if isinstance(default, Seconds) and default >= _UNITS_S["d"]:
-        return f"{default / _UNITS_S['d']:g}d"
-    return f"{default:g}" if isinstance(default, float) else str(default or "")
+def written(value: Any) -> str:
+    """A value as one writes it; "" for none."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, Seconds) and value and not value % _UNITS_S["d"]:
+        return f"{value / _UNITS_S['d']:g}d"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "" if value in ((), {}) else str(value)
+
+
+def mask_password(url: str) -> str:
+    """A URL as it may be shown: without the user and password in it."""
+    return re.sub(r"(?<=://)[^/]*@", "…@", url)
 
 
 def _complaints(values: Mapping[str, Any]) -> list[str]:
     """What is wrong with values that parsed."""
+    apps: Mapping[str, AppSettings] = values.get("model_config", {})
+    urls = {
+        name.upper(): values.get(name, "")
+        for name in ("dify_api_base", "https_proxy", "http_proxy")
+    }
+    urls.update(
+        (f"MODEL_CONFIG: base of {model!r}", apps[model].base) for model in apps
+    )
     complaints = []
-    bases = {"DIFY_API_BASE": values.get("dify_api_base", "")}
-    for model, app in values.get("model_config", {}).items():
-        bases[f"MODEL_CONFIG: base of {model!r}"] = app.base
-    for name, base in bases.items():
-        if base and not _is_base_url(base):
-            complaints.append(f"{name}: must be a URL like https://host/v1, not {base}")
-    if values.get("log_level", "INFO") not in LOG_LEVELS:
-        complaints.append(f"LOG_LEVEL: must be one of {', '.join(LOG_LEVELS)}")
+    for name, url in urls.items():
+        if url and not _is_url(url):
+            like = "http://host:3128" if name.endswith("PROXY") else "https://host/v1"
+            shown = mask_password(url)
+            complaints.append(f"{name}: must be a URL like {like}, not {shown!r}")
+    for key in [*(app.key for app in apps.values()), *values.get("dify_api_keys", ())]:
+        if not re.fullmatch(r"[!-~]+", key):
+            complaints.append(f"the app key {mask_key(key)} has characters no key has")
+    for name, choices in (("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS)):
+        if values.get(name, choices[0]) not in choices:
+            complaints.append(f"{name.upper()}: must be one of {', '.join(choices)}")
     if values.get("server_port", 0) > 65535:
         complaints.append("SERVER_PORT: must be 65535 or less")
     return complaints
 
 
-def _is_base_url(base: str) -> bool:
+def _is_url(base: str) -> bool:
     try:
         parts = urllib.parse.urlsplit(base)
         return (
             parts.scheme in ("http", "https")
             and bool(parts.hostname and (parts.port is None or parts.port))
-            and base.isascii()
+            and bool(re.fullmatch(r"[!-~]+", base))
         )
     except ValueError:
         return False
@@ -300,7 +335,7 @@ def _parse_list(text: str) -> tuple[str, ...]:
 def _parse_models(text: str) -> dict[str, AppSettings]:
     try:
         models = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'is not JSON ({error}): {{"name": "app-…"}}') from None
     if not isinstance(models, dict):
         raise ValueError('must be a JSON object like {"name": "app-…"}')
@@ -356,6 +391,9 @@ _PARSERS: Mapping[type, Callable[[str], Any]] = {
 # `x-should-retry: false`; that is said wherever a repeat can't help.
 
 
+RETRY_AFTER_S = "5"  # a run of Dify's lasts seconds; Dify itself never says
+
+
 class ProxyError(Exception):
     """Anything that is answered with an error; itself a bug's answer, 500.
 
@@ -399,7 +437,7 @@ class BadRequest(ProxyError):
 class Unauthorized(BadRequest):
     """No key, or none that this server knows."""
 
-    status, code = 401, "invalid_api_key"
+    status = 401
 
 
 class Forbidden(BadRequest):
@@ -501,6 +539,8 @@ def error_headers(error: ProxyError) -> list[tuple[str, str]]:
     headers = list(error.headers)
     if error.retry is not None:
         headers.append(("x-should-retry", str(error.retry).lower()))
+    elif error.status in (429, 503) and not headers:
+        headers.append(("Retry-After", RETRY_AFTER_S))  # Codex repeats 429 only so
     if error.status == 401:
         headers.append(("WWW-Authenticate", "Bearer"))
     return headers
@@ -543,33 +583,45 @@ class SSEDecoder:
         self._line = bytearray()  # the beginning of a line that has no end yet
         self._data: list[str] = []
         self._event = ""
-        self._size = 0
+        self._size = 0  # of the event that is not complete
         self._after_cr = False  # an LF now belongs to a CR that ended the last read
         self._at_start = True
 
     def feed(self, data: bytes) -> list[ServerSentEvent]:
-        """The events that these bytes complete."""
+        """The events that these bytes complete; raises SSEOverflow."""
         if b"\r" in data or self._after_cr:
             data = self._ended_by_lf(data)
-        if not data:
-            return []
         self._size += len(data)
-        if b"\n" not in data:
-            self._line += data
-            self._check_size()
+        if self._size > MAX_EVENT_BYTES:
+            raise SSEOverflow(f"an event of more than {MAX_EVENT_BYTES >> 20} MiB")
+        end = data.rfind(b"\n")
+        self._line += data[: end + 1] or data
+        if end < 0:
             return []
-        lines = data.split(b"\n")
-        if self._line:
-            lines[0] = bytes(self._line) + lines[0]
-            self._line.clear()
-        self._line += lines.pop()
-        events: list[ServerSentEvent] = []
-        for line in lines:
-            if not line:
-                self._dispatch(events)
-            else:
-                self._read_line(line)
-        self._check_size()
+        # All lines at once: decoding each costs more. No line end cuts a character.
+        text = self._line.decode("utf-8", "replace")
+        self._line = bytearray(data[end + 1 :])
+        events = self._read_lines(text)
+        if events or not (self._data or self._event):
+            self._size = len(self._line)
+        return events
+
+    def _read_lines(self, text: str) -> list[ServerSentEvent]:
+        if self._at_start:
+            self._at_start = False
+            text = text[1:] if text.startswith("\ufeff") else text
+        events = []
+        for line in text[:-1].split("\n"):
+            if line.startswith("data: "):  # Dify's only form, so first
+                self._data.append(line[6:])
+            elif line:
+                self._read_field(line)
+            elif self._data or self._event:
+                events.append(
+                    ServerSentEvent("\n".join(self._data), self._event or "message")
+                )
+                self._data.clear()
+                self._event = ""
         return events
 
     def _ended_by_lf(self, data: bytes) -> bytes:
@@ -579,31 +631,13 @@ class SSEDecoder:
         self._after_cr = self._after_cr or data.endswith(b"\r")
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
-    def _read_line(self, line: bytes) -> None:
-        if self._at_start:
-            self._at_start = False
-            line = line[3:] if line.startswith(b"\xef\xbb\xbf") else line
-        if line.startswith(b"data: "):  # Dify's only form, so first
-            self._data.append(line[6:].decode("utf-8", "replace"))
-            return
-        name, _, value = line.decode("utf-8", "replace").partition(":")
+    def _read_field(self, line: str) -> None:
+        name, _, value = line.partition(":")
         value = value[1:] if value.startswith(" ") else value
         if name == "data":
             self._data.append(value)
         elif name == "event":
             self._event = value
-
-    def _dispatch(self, events: list[ServerSentEvent]) -> None:
-        if self._data or self._event:
-            data = self._data[0] if len(self._data) == 1 else "\n".join(self._data)
-            events.append(ServerSentEvent(data, self._event or "message"))
-        self._data.clear()
-        self._event = ""
-        self._size = len(self._line)
-
-    def _check_size(self) -> None:
-        if self._size > MAX_EVENT_BYTES:
-            raise SSEOverflow(f"an event of more than {MAX_EVENT_BYTES >> 20} MiB")
 
 
 def encode_event(data: bytes, event: str = "") -> bytes:
@@ -917,6 +951,16 @@ def check_files(form: AppForm, files: Sequence[Attachment]) -> None:
             raise _refused_file(file, reason)
 
 
+def most_files(form: AppForm) -> int:
+    """How many files the app takes with one message."""
+    fields = sum(row.type in _FILE_TYPES for row in form.inputs)
+    images = _object(form.uploads.get("image"))
+    if not (form.uploads.get("enabled") or images.get("enabled")):
+        return fields
+    rules = {**images, **form.uploads}
+    return _count(rules.get("number_limits")) or 1
+
+
 def _size_problem(form: AppForm, file: Attachment) -> str:
     kind = file_kind(file.name, file.media_type)
     name = "file" if kind in ("document", "custom") else f"{kind}_file"
@@ -1081,12 +1125,17 @@ class MissingInput(UpstreamRejected):
 
 _WRONG_MODE = ("not_chat_app", "app_unavailable", "not_workflow_app")
 # What the texts of providers' errors tell: Dify's codes and statuses say "400" to all.
-_BY_WORDING: tuple[tuple[str, type[ProxyError], str], ...] = (
-    (r"conversation not exists", ConversationGone, ""),
-    (r"insufficient.{0,3}quota|quota.{0,20}exceeded|credit balance", QuotaExceeded, ""),
-    (r"too many requests|rate.?limit|\b429\b", RateLimited, ""),
-    (r"timed? ?out|timeout", UpstreamTimeout, ""),
-)
+_BY_WORDING: Mapping[str, type[ProxyError]] = {
+    r"conversation not exists": ConversationGone,
+    r"insufficient.{0,3}quota|quota.{0,20}exceeded|credit balance": QuotaExceeded,
+    r"too many requests|rate.?limit|\b429\b": RateLimited,
+    r"timed? ?out|timeout": UpstreamTimeout,
+}
+_BY_CODE: Mapping[str, type[ProxyError]] = {
+    "provider_quota_exceeded": QuotaExceeded,
+    "too_many_requests": RateLimited,
+    "rate_limit_error": RateLimited,
+}
 
 
 def error_from_dify(
@@ -1107,15 +1156,15 @@ def error_from_dify(
             f"Dify refused the app key ({status} {code}: {text}). Check the key in "
             "MODEL_CONFIG or DIFY_API_KEYS, and that API access is on for the app."
         )
-    if code == "provider_quota_exceeded":
-        return QuotaExceeded(text)
-    if code in ("too_many_requests", "rate_limit_error") or status == 429:
-        return RateLimited(text)
-    for wording, error, error_code in _BY_WORDING:
-        if re.search(wording, text, re.IGNORECASE) and (
-            in_run or error is not UpstreamTimeout
-        ):
-            return error(text, code=error_code)
+    if "required in input form" in text:
+        return MissingInput(text, code=code)
+    by_code = RateLimited if status == 429 else _BY_CODE.get(code)
+    if by_code:
+        return by_code(text)
+    for wording, error in _BY_WORDING.items():
+        is_meant = in_run or error is not UpstreamTimeout  # no run, no timeout
+        if is_meant and re.search(wording, text, re.IGNORECASE):
+            return error(text)
     if in_run:
         return UpstreamFailed(text, code=code, retry=False)
     return _refusal(status, code, text)
@@ -1154,8 +1203,6 @@ def _refusal(status: int, code: str, text: str) -> ProxyError:
         return UpstreamFailed(f"Dify failed ({status}): {text}")
     if code in _WRONG_MODE:
         return WrongMode(text, code=code)
-    if code == "invalid_param" and "required in input form" in text:
-        return MissingInput(text, code=code)
     if status == 413:
         return BodyTooLarge(text, code=code)
     return UpstreamRejected(text, code=code)
@@ -1338,17 +1385,18 @@ class AnswerReader:
         self._total_tokens = 0
         self._reason = "stop"
         self._is_stored = False
+        self._delta: tuple[str, str] | None = None  # see _learn_delta
 
     def read(self, event: ServerSentEvent) -> list[Part]:
         """The parts that this event adds; [] for one that adds none."""
         data = event.data
-        if self.is_finished or not data or data == "ping":
+        if self.is_finished or _is_idle(data):
             return []
-        if len(data) > _LONG_EVENT:
-            name = _EVENT_NAME.match(data)
-            if name and name[1] not in _TRANSLATORS:
-                return []  # spares parsing megabytes that nobody reads
         try:
+            if self._delta and data.startswith(self._delta[0]):
+                text, end = _scan_string(data, len(self._delta[0]))
+                if data[end:] == self._delta[1]:
+                    return self._add_text(text)
             value = json.loads(data)
         except (ValueError, RecursionError):
             return self.fail(UpstreamFailed("Dify sent an event that is not JSON."))
@@ -1356,8 +1404,26 @@ class AnswerReader:
             return []
         if not self.task_id or not self.conversation_id:
             self._learn_ids(value)
-        translate = _TRANSLATORS.get(value.get("event"))
+        translate = _TRANSLATORS.get(str(value.get("event")))
+        if translate is AnswerReader._message and self._mode != "agent":
+            self._learn_delta(data)
         return translate(self, value) if translate else []
+
+    def _learn_delta(self, data: str) -> None:
+        """Remember what stands around the text of a delta: it is the same in the next.
+
+        Reading the text alone is five times faster than parsing the whole event.
+        """
+        self._delta = None
+        before, key, rest = data.partition('"answer":')
+        opening = rest[: rest.find('"') + 1]
+        try:
+            after = rest[_scan_string(rest, len(opening))[1] :]
+            parsed = json.loads(f'{before}{key}"?"{after}')
+        except ValueError:
+            return
+        if parsed.get("answer") == "?" and not opening.strip(' "'):
+            self._delta = (before + key + opening, after)
 
     def end(self) -> list[Part]:
         """The parts that are left when no more events come."""
@@ -1463,7 +1529,7 @@ class AnswerReader:
         return self._reason_in(block, text) if isinstance(text, str) else []
 
     def _thought(self, value: dict[str, Any]) -> list[Part]:
-        """A snapshot of an agent's round; in `agent`, without a tool, it is reasoning."""
+        """A snapshot of an agent's round; one of `agent` without tool is reasoning."""
         id_, tool, thought = (
             str(value.get(key) or "") for key in ("id", "tool", "thought")
         )
@@ -1643,7 +1709,7 @@ class AnswerReader:
         )
 
 
-_TRANSLATORS: Mapping[Any, Callable[[AnswerReader, dict[str, Any]], list[Part]]] = {
+_TRANSLATORS: Mapping[str, Callable[[AnswerReader, dict[str, Any]], list[Part]]] = {
     "message": AnswerReader._message,
     "agent_message": AnswerReader._message,
     "message_file": AnswerReader._message_file,
@@ -1661,9 +1727,19 @@ _TRANSLATORS: Mapping[Any, Callable[[AnswerReader, dict[str, Any]], list[Part]]]
     "workflow_paused": AnswerReader._paused,
     "error": AnswerReader._error,
 }
+# What `json.loads` reads strings with: (text, where it begins) -> (string, its end).
+_scan_string: Callable[[str, int], tuple[str, int]] = vars(json.decoder)["scanstring"]
 _LONG_EVENT = 4096  # characters; a text delta is shorter
 _EVENT_NAME = re.compile(r'\{"event": ?"(\w+)"')
 _SIGNATURE = re.compile(r"[?&](?:timestamp|nonce|sign|as_attachment)=[^&]*")
+
+
+def _is_idle(data: str) -> bool:
+    """Whether an event says nothing, or is long and of a kind that nobody reads."""
+    if len(data) <= _LONG_EVENT:
+        return not data or data == "ping"
+    name = _EVENT_NAME.match(data)
+    return name is not None and name[1] not in _TRANSLATORS
 
 
 def answer_from_outputs(
@@ -1796,8 +1872,10 @@ def parse_chat_request(body: Mapping[str, Any]) -> ChatRequest:
         BadRequest: a required field is missing, or one has the wrong type.
     """
     model = body.get("model")
-    if not isinstance(model, str) or not model:
+    if model is None or model == "":
         raise _missing("model")
+    if not isinstance(model, str):
+        raise _bad_type("model", "a string")
     rows = body.get("messages")
     if rows is None or rows == []:
         raise _missing("messages")
@@ -2036,7 +2114,7 @@ def _guess_media_type(extension: str, data: bytes) -> str:
     if extension in ("png", "gif", "webp", "bmp"):
         return f"image/{extension}"
     for magic, media_type in _MAGIC:
-        if data.startswith(magic):
+        if re.match(magic, data, re.DOTALL):
             return media_type
     return (
         f"application/{extension}"
@@ -2046,11 +2124,12 @@ def _guess_media_type(extension: str, data: bytes) -> str:
 
 
 _MAGIC = (
-    (b"%PDF", "application/pdf"),
-    (b"\x89PNG", "image/png"),
-    (b"\xff\xd8\xff", "image/jpeg"),
-    (b"GIF8", "image/gif"),
-    (b"RIFF", "image/webp"),
+    (rb"%PDF", "application/pdf"),
+    (rb"\x89PNG", "image/png"),
+    (rb"\xff\xd8\xff", "image/jpeg"),
+    (rb"GIF8", "image/gif"),
+    (rb"RIFF....WEBP", "image/webp"),
+    (rb"RIFF....WAVE", "audio/x-wav"),
 )
 
 
@@ -2323,45 +2402,44 @@ def _url_of(resource: Mapping[str, Any]) -> str:
 # 7. Conversations
 # ==============================================================================
 #
-# Which Dify conversation a request continues. OpenAI's clients send their whole history
-# each time, Dify keeps it by conversation_id; the table of tails here maps one to the
-# other. It is only a cache: whenever the answer is "don't know", the history is folded
-# into the query of a new conversation, and the answer is right all the same.
+# Which Dify conversation a request continues. OpenAI's clients send their history each
+# time, Dify keeps it by conversation_id; a table of tails maps one to the other. It is
+# only a cache: whenever the answer is "don't know", the history is folded into the
+# query of a new conversation, and the model sees what the client shows all the same.
 #
-#     [u1 a1 u2 a2] + u3  ends like a known transcript -> u3, to that conversation
-#     [u1 a1 u2 a2] + u3  does not                     -> "u1 a1 u2 a2 u3", to a new one
+#     u1 a1 u2 a2 + u3   ends a known transcript  -> u3, into its conversation
+#     u1 a1 u2 a2 + u3   else                     -> all of it, into a new conversation
 #
-# (1) A history matches a transcript that it equals (any length, by a chained hash); or
-#     one that it ends, as clients do that cut old messages: a window. A window must be
-#     unmistakable: two answers or a long one in it, standing nowhere else in the
-#     transcript (as far as that is kept), and in no other transcript of the user.
-# (2) Who takes a tail has it alone until it is put back, in all processes. A tail that
-#     is never put back is lost: nobody knows what its turn did to Dify's memory.
-# (3) An explicit conversation_id is taken as given. If a turn is under way there, the
-#     order of the two is unknown, and neither is recorded.
-# (4) App key and user are part of every hash, so a conversation is out of reach for
-#     others, and the table tells nothing to a reader without the key: no text, no key.
-# (5) Reasoning is no part of a message, system text no part of a history; a system
-#     text is told again when it has changed, and otherwise breaks nothing.
+# (1) A history matches the transcript that it equals, however long; or the one that it
+#     ends, for clients that cut old messages. Such a window must be unmistakable: with
+#     two answers or a long one, standing nowhere else in the transcript (in what is
+#     kept of it), and at the end of no other transcript of this user.
+# (2) Who takes a tail has it alone, across processes, until it is put back. One that is
+#     never put back is lost: nobody knows what its turn did to Dify's memory.
+# (3) An explicit conversation_id is used as given. If another turn runs in there, their
+#     order is unknown, and the conversation is found by its id only from then on.
+# (4) App key and user go into every hash: nobody reaches a conversation of others, and
+#     the table tells nothing to who has not the key. It holds no text and no key.
+# (5) Reasoning, white space and system messages make no difference to a match. A system
+#     text is told to Dify when it differs from the one told last.
 #
-# Pure but for SQLite, which holds the table in memory too. No failure of it reaches a
-# request. `now` is wall-clock time in seconds: a table outlives its process.
+# Pure but for SQLite, which keeps the table in memory too; its failures: "don't know".
+# `now` is wall-clock time in seconds, since a table outlives its process.
+#
+#     none, TAKEN -> FREE [put], FREE -> TAKEN [take], TAKEN -> LOST [take by id],
+#     FREE -> LOST [put, by who has not taken it], FREE, TAKEN -> none [forget]
 
-MAX_CONVERSATIONS = 100_000  # some 50 MB
-_KEPT_MESSAGES = 128  # the longest window; 1 KiB a conversation, at most
+MAX_CONVERSATIONS = 100_000  # some 40 MB
+_KEPT_MESSAGES = 128  # a transcript's last ones, and so the longest window: 1 KiB
 _DIGEST_BYTES = 8
-_CLEAR_BYTES = 200  # of answers: no greeting or other stock phrase is that long
-_ABANDONED_AFTER_S = 3600.0  # three times what Dify lets a run take (1200 s)
-_BUSY_TIMEOUT_S = 0.05  # the event loop stands still meanwhile
-_MAX_CANDIDATES = (
-    64  # that end in the same answer; with more, a window is stock phrases
-)
-_SWEEP_EVERY = 100  # new tails: counting 100,000 of them takes a millisecond
-_SWEEP_MOST = 1000  # a sweep's rows, for the same reason
-_UNRECORDED = -1
+_CLEAR_BYTES = 200  # no greeting or other stock phrase is that long
+_BUSY_TIMEOUT_S = 0.05  # the event loop waits meanwhile
+_OPEN_TIMEOUT_S = 1.0  # other processes may be opening it too
+_MAX_CANDIDATES = 64  # with the same last answer; more of them: a stock phrase
+_SWEEP_EVERY, _SWEEP_MOST = 100, 200  # new tails, old tails: a sweep takes milliseconds
 _GO_ON = "Continue your last message exactly where it ends, without repeating it."
 _SIDE_REQUESTS = (
-    "### Task:",  # Open WebUI; the others: NextChat and its descendants
+    "### Task:",  # Open WebUI; the others are of NextChat and its descendants
     "Please generate a four to five word title",
     "使用四到五个字直接返回这句话的简要主题",
     "Summarize the discussion briefly in",
@@ -2375,68 +2453,47 @@ _REASONING = re.compile(
 
 
 @dataclass(frozen=True)
-class Transcript:
-    """Messages as hashes; system messages are none.
+class Tail:
+    """Where a conversation stands, or a history: its messages as hashes.
 
-    `chain` stands for all `length` of them, `digests` has one hash each for the last
-    ones. `weight` tells how unmistakable they are, 200 and more is enough.
+    `chain` stands for all `length` messages, `digests` has one hash each for the last.
+    `system` is the system text that Dify was told last, `folded` the number of first
+    messages that Dify has as an input only. What is not `is_known` is not recorded.
     """
 
     scope: bytes = field(repr=False)
-    chain: bytes
+    conversation_id: str = ""
+    chain: bytes = b""
     length: int = 0
     digests: bytes = b""
-    weight: int = 0
-
-    def extend(self, messages: Sequence[Message]) -> Transcript:
-        """The transcript with these messages behind it."""
-        digests, chain, weight, length = (
-            [self.digests],
-            self.chain,
-            self.weight,
-            self.length,
-        )
-        for message in messages:
-            if message.role == "system":
-                continue
-            digest = message_digest(self.scope, message)
-            digests.append(digest)
-            chain = _hash(self.scope, chain + digest, 16)
-            length += 1
-            if message.role == "assistant":
-                weight += max(len(_plain_text(message).encode()), _CLEAR_BYTES // 2)
-        kept = b"".join(digests)[-_KEPT_MESSAGES * _DIGEST_BYTES :]
-        return Transcript(self.scope, chain, length, kept, weight)
-
-    def ends(self, length: int, digests: bytes) -> bool:
-        """Whether it ends that longer transcript, and stands nowhere else in it."""
-        if self.length >= length or not digests.endswith(self.digests):
-            return False
-        starts = range(0, len(digests), _DIGEST_BYTES)
-        return sum(digests.startswith(self.digests, start) for start in starts) == 1
-
-
-@dataclass(frozen=True)
-class Tail:
-    """Where a conversation stands.
-
-    `system` is the hash of the system text that it was told last, `folded` how many of
-    its first messages Dify has as an input only. `turn` counts its takers.
-    """
-
-    conversation_id: str
-    transcript: Transcript
     system: bytes = b""
     folded: int = 0
-    turn: int = 0
+    is_taken: bool = False
+    is_known: bool = True
+
+    def extend(self, messages: Iterable[Message]) -> Tail:
+        """The tail with these messages behind it."""
+        chain = self.chain
+        new = [message_digest(self.scope, m) for m in messages if m.role != "system"]
+        for digest in new:
+            chain = _hash(self.scope, chain + digest, 16)
+        kept = b"".join([self.digests, *new])[-_KEPT_MESSAGES * _DIGEST_BYTES :]
+        return replace(self, chain=chain, length=self.length + len(new), digests=kept)
+
+    def ends(self, longer: Tail) -> bool:
+        """Whether this window ends that transcript, and stands nowhere else in it."""
+        window, digests = self.digests, longer.digests
+        starts = range(0, len(digests), _DIGEST_BYTES)
+        found = [at for at in starts if digests.startswith(window, at)]
+        is_whole = len(window) == self.length * _DIGEST_BYTES
+        return is_whole and found == [len(digests) - len(window)]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a turn is put to Dify.
+    """How a turn is put to Dify: `files` belong to the query, `inputs` go over others.
 
-    `tail.conversation_id` is "" for a new conversation; `inputs` go over the app's own,
-    `files` go with the query.
+    `tail` lacks the answer, and the conversation_id if it is a new one.
     """
 
     query: str
@@ -2445,18 +2502,12 @@ class Plan:
     tail: Tail
 
     def finish(self, conversation_id: str, answer: Message) -> Tail:
-        """The tail to put into the table once Dify and the client have the answer."""
-        transcript = self.tail.transcript.extend([answer])
-        turn = self.tail.turn
-        if turn > 0 and conversation_id != self.tail.conversation_id:
-            turn = 0  # Dify began another one
-        return replace(
-            self.tail, conversation_id=conversation_id, transcript=transcript, turn=turn
-        )
+        """The tail to put into the table when Dify and the client have the answer."""
+        return replace(self.tail.extend([answer]), conversation_id=conversation_id)
 
 
 def scope_of(app_key: str, user: str) -> bytes:
-    """The key of all hashes of one user's conversations with one app; a secret."""
+    """What all hashes of a user's conversations with an app are keyed with; secret."""
     name = json.dumps([app_key, user]).encode()
     return hashlib.blake2b(name, digest_size=32, person=b"OpenDify").digest()
 
@@ -2470,27 +2521,22 @@ def split_turn(ask: Ask) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
 
 
 def is_side_request(ask: Ask) -> bool:
-    """Whether a client asks for its own sake: a title, tags, a summary."""
+    """Whether a client asks for its own purposes: a title, tags, a summary."""
     last = ask.messages[-1].text if ask.messages else ask.system
     return last.lstrip().startswith(_SIDE_REQUESTS)
 
 
-# Hashing...
+# Hashes...
 
 
 def message_digest(scope: bytes, message: Message) -> bytes:
-    """What makes two messages the same: not white space, reasoning, ids of calls."""
+    """What makes messages equal; the ids of calls and an answer's name do not."""
     content = [
         message.role,
-        ""
-        if message.role == "assistant"
-        else message.name,  # its name may be the model
+        message.name if message.role != "assistant" else "",
         _plain_text(message),
         [[call.name, _canonical(call.arguments)] for call in message.tool_calls],
-        [
-            file.url or hashlib.sha256(file.data).hexdigest()
-            for file in message.attachments
-        ],
+        [file.url or _hash(scope, file.data, 16).hex() for file in message.attachments],
     ]
     return _hash(scope, json.dumps(content).encode(), _DIGEST_BYTES)
 
@@ -2503,7 +2549,7 @@ def _plain_text(message: Message) -> str:
     text = message.text
     if message.role == "assistant" and (match := _REASONING.match(text)):
         text = text[match.end() :]
-    # Half a surrogate pair reaches clients as U+FFFD, and comes back as that.
+    # Half a surrogate pair reaches the client as U+FFFD, and comes back so.
     text = text.replace("\ufffd", "?").encode("utf-8", "replace").decode()
     return " ".join(text.split())
 
@@ -2512,7 +2558,12 @@ def _canonical(arguments: str) -> str:
     try:
         return json.dumps(json.loads(arguments), sort_keys=True)
     except (ValueError, RecursionError):
-        return " ".join(arguments.split())
+        return arguments.strip()
+
+
+def _system_hash(scope: bytes, messages: Iterable[Message]) -> bytes:
+    texts = [row.text for row in messages if row.role == "system" and row.text.strip()]
+    return _hash(scope, json.dumps(texts).encode(), _DIGEST_BYTES) if texts else b""
 
 
 # Putting a turn to Dify...
@@ -2525,179 +2576,196 @@ def plan_turn(
     *,
     system_variable: str = "",
     history_variable: str = "",
+    most_files: int = 0,
 ) -> Plan:
-    """What to send: the new messages to the tail's conversation, or all to a new one.
+    """What goes to Dify: the new messages to the tail's conversation, or all of them.
 
     Args:
         ask: what the client wants.
-        scope: of the app and the user, see `scope_of`.
-        tail: what `Conversations.take` gave; None folds the history.
+        scope: the app's and the user's, of `scope_of`.
+        tail: what `Conversations.take` returned; None starts a new conversation.
         system_variable: the app's input for the system text, "" if it has none.
-        history_variable: likewise for the history.
+        history_variable: the app's input for the folded history, likewise.
+        most_files: how many files the app takes; those of earlier messages go along
+            with a folded history as far as there is room, the newest first.
     """
     history, new = split_turn(ask)
-    opening = [Message("system", ask.system)] if ask.system.strip() else []
-    told = [] if system_variable else opening
-    system = told + [row for row in history if row.role == "system"]
+    opening = () if system_variable else (Message("system", ask.system),)
+    told = [row for row in (*opening, *history) if row.role == "system"]
+    is_new = tail is None
     if tail is None:
-        transcript = Transcript(scope, scope).extend(history)
-        # Nobody can tell how a client will show an answer continued, or a title.
-        turn = 0 if new and not is_side_request(ask) else _UNRECORDED
-        folded = transcript.length if history_variable else 0
-        tail = Tail("", transcript, folded=folded, turn=turn)
-        elsewhere = history if history_variable else ()
-        context = told if history_variable else told + list(history)
-    else:
-        elsewhere = _folded_history(history, tail)
-        context = [] if _system_hash(scope, system) == tail.system else system
+        tail = Tail(scope, chain=scope).extend(history)
+        tail = replace(tail, folded=tail.length if history_variable else 0)
+    elsewhere = _only_in_input(history, tail)
+    context = [*opening, *history[len(elsewhere) :]]
+    if not is_new:
+        context = [] if _system_hash(scope, told) == tail.system else told
+    files = [file for row in new for file in row.attachments]
+    carried = _with_room(history if is_new else (), most_files - len(files))
     inputs = dict(ask.inputs)
-    if system_variable and opening:
-        inputs[system_variable] = ask.system
-    if history_variable and elsewhere:
-        inputs[history_variable] = fold(elsewhere, ())
-    heard = system + [row for row in new if row.role == "system"]
+    for name, text in (
+        (system_variable, ask.system),
+        (history_variable, fold(elsewhere, carried)),
+    ):
+        if name and text.strip():
+            inputs[name] = text
     after = replace(
-        tail,
-        transcript=tail.transcript.extend(new),
-        system=_system_hash(scope, heard) or tail.system,
+        tail.extend(new),
+        system=_system_hash(scope, [*told, *new]) or tail.system,
+        # Nobody can tell how a client shows an answer that was continued, or a title.
+        is_known=tail.is_known and bool(new) and not is_side_request(ask),
     )
-    query = _query(context, new) or (ask.system if not ask.messages else _GO_ON)
-    files = tuple(file for row in new for file in row.attachments)
-    return Plan(query or " ", inputs, files, after)
+    context = [row for row in context if row.text.strip() or row.role != "system"]
+    query = _query(context, new, carried) if ask.messages else ask.system
+    files = [file for row in carried for file in row.attachments] + files
+    return Plan(query or " ", inputs, tuple(files), after)
 
 
-def _system_hash(scope: bytes, messages: Sequence[Message]) -> bytes:
-    texts = [row.text for row in messages if row.text.strip()]
-    return _hash(scope, json.dumps(texts).encode(), _DIGEST_BYTES) if texts else b""
+def _with_room(history: Sequence[Message], room: int) -> list[Message]:
+    """The newest messages of a history whose files there is room for, in order."""
+    carried: list[Message] = []
+    for row in reversed(history):
+        if row.attachments and len(row.attachments) <= room:
+            room -= len(row.attachments)
+            carried.insert(0, row)
+    return carried
 
 
-def _folded_history(history: tuple[Message, ...], tail: Tail) -> tuple[Message, ...]:
-    """The messages that Dify has not in its memory, but in an input of each turn."""
-    at, remembered = len(history), tail.transcript.length - tail.folded
+def _only_in_input(history: tuple[Message, ...], tail: Tail) -> tuple[Message, ...]:
+    """The messages that Dify does not remember: they are an input of each turn."""
+    at, remembered = len(history), tail.length - tail.folded
     while at and remembered:
         at -= 1
         remembered -= history[at].role != "system"
     return history[:at] if tail.folded else ()
 
 
-def _query(context: Sequence[Message], new: Sequence[Message]) -> str:
-    """One text for all: the messages with their roles, and what to do with them."""
-    last = (
-        new[0] if len(new) == 1 and new[0].role == "user" and not new[0].name else None
-    )
-    if last and not context:
-        return _said(last)
+def _query(
+    context: Sequence[Message], new: Sequence[Message], carried: Sequence[Message]
+) -> str:
+    """The new messages and, if need be, what Dify does not know yet, as one text."""
     is_history = any(row.role != "system" for row in context)
     parts = ["The conversation so far:"] if is_history else []
-    parts.append(fold(context, () if last else new, beside=_said(last) if last else ""))
-    if last:
-        parts += ["Answer this message:"] if is_history else []
-        parts.append(_said(last))
-    elif is_history:
-        parts.append("Write the assistant's next message." if new else _GO_ON)
+    if len(new) == 1 and new[0].role == "user" and not new[0].name:
+        text = new[0].text  # as it is: apps search and branch by their query
+        if not text.strip() and new[0].attachments:
+            text = f"[attached: {_file_names(new[0])}]"
+        ending = ["Answer this message:", text] if is_history else [text]
+        parts += [fold(context, carried, beside=text), *ending]
+    else:
+        parts.append(fold([*context, *new], [*carried, *new]))
+        ask_for = "Write the assistant's next message." if is_history else ""
+        parts.append(ask_for if new else _GO_ON)
     return "\n\n".join(part for part in parts if part)
 
 
-def _said(message: Message) -> str:
-    """A message's text as a query; Dify refuses an empty one."""
-    if message.attachments and not message.text.strip():
-        return f"[attached: {_file_names(message)}]"
-    return message.text or " "
-
-
-def fold(old: Sequence[Message], new: Sequence[Message], *, beside: str = "") -> str:
-    """Messages as text, each between tags that occur in none, nor in `beside`.
+def fold(
+    messages: Iterable[Message], carried: Sequence[Message] = (), beside: str = ""
+) -> str:
+    """Messages as text, between tags that neither they nor the text beside contain.
 
         <message role="user" name="Ada">
-        What's the weather?
+        What's the weather like?
         </message>
 
-    Files of new messages go with the query, those of old ones do not.
+    The files of `carried` messages go with the query, those of others don't.
     """
-    rows = [row for message in old for row in _rows(message, "file_not_included")]
-    rows += [row for message in new for row in _rows(message, "file")]
-    used: set[str] = set()
-    for text in [beside, *(text for _, text in rows)]:
-        used.update(re.findall(r"</?message(?:-(\d+))?", text, re.IGNORECASE))
+    rows: list[tuple[str, str]] = []
+    for message in messages:
+        is_carried = any(message is row for row in carried)
+        rows += _elements(message, "file" if is_carried else "file_not_included")
+    texts = [beside, *(text for _, text in rows)]
+    used = {n for text in texts for n in re.findall(r"(?i)</?message(?:-(\d+))?", text)}
     free = next(n for n in count(2) if str(n) not in used)
     tag = f"message-{free}" if used else "message"
-    return "\n".join(
-        f"<{tag}{attributes}>\n{text}\n</{tag}>" for attributes, text in rows
-    )
+    return "\n".join(f"<{tag}{about}>\n{text}\n</{tag}>" for about, text in rows)
 
 
-def _rows(message: Message, file_key: str) -> list[tuple[str, str]]:
-    """A message's elements: itself, and one for each tool call; (attributes, text)."""
-    about = {"role": message.role, "name": message.name, file_key: _file_names(message)}
-    rows = [(_attributes(about), message.text)]
-    if message.tool_calls and not (message.text or message.attachments):
+def _elements(message: Message, file_key: str) -> list[tuple[str, str]]:
+    """(attributes, text) of a message, and of each of its tool calls."""
+    role, files = message.role, _file_names(message)
+    rows = [({"role": role, "name": message.name, file_key: files}, message.text)]
+    if message.tool_calls and not message.text and not files:
         rows = []
     for call in message.tool_calls:
-        about = {"role": message.role, "tool_call": call.name, "id": call.id}
-        rows.append((_attributes(about), call.arguments))
-    return rows
+        rows.append(
+            ({"role": role, "tool_call": call.name, "id": call.id}, call.arguments)
+        )
+    return [(_attributes(about), text) for about, text in rows]
 
 
 def _attributes(values: Mapping[str, str]) -> str:
-    quoted = {
-        name: json.dumps(text, ensure_ascii=False) for name, text in values.items()
-    }
-    return "".join(f" {name}={quoted[name]}" for name in values if values[name])
+    pairs = [
+        (name, json.dumps(text, ensure_ascii=False)) for name, text in values.items()
+    ]
+    return "".join(f" {name}={quoted}" for name, quoted in pairs if quoted != '""')
 
 
 def _file_names(message: Message) -> str:
-    names = []
-    for file in message.attachments:
-        kind = f" ({file.media_type})" if file.media_type else ""
-        names.append(f"{file.url or file.name or 'file'}{kind}")
-    return "; ".join(names)
+    kinds = [
+        f" ({row.media_type})" if row.media_type else "" for row in message.attachments
+    ]
+    names = [row.url or row.name or "file" for row in message.attachments]
+    return "; ".join(name + kind for name, kind in zip(names, kinds))
 
 
 # The table...
 
+_FREE, _TAKEN, _LOST = 0, 1, 2
 _SCHEMA = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = NORMAL;
 CREATE TABLE IF NOT EXISTS opendify_tails (
-    id BLOB PRIMARY KEY, conversation_id TEXT, last BLOB, chain BLOB, length INTEGER,
-    digests BLOB, system BLOB, folded INTEGER, turn INTEGER, taken INTEGER, used REAL
+    id BLOB PRIMARY KEY, state INTEGER, used REAL, last BLOB, conversation_id TEXT,
+    chain BLOB, length INTEGER, digests BLOB, system BLOB, folded INTEGER
 ) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS opendify_by_chain ON opendify_tails (last, chain, taken);
-CREATE INDEX IF NOT EXISTS opendify_by_use ON opendify_tails (used);
-PRAGMA user_version = 1;
+CREATE INDEX IF NOT EXISTS opendify_match ON opendify_tails (last, state, chain);
+CREATE INDEX IF NOT EXISTS opendify_age ON opendify_tails (used);
+DELETE FROM opendify_tails WHERE used < 0;  -- fails if the file can't be written
 """
-_COLUMNS = "id, conversation_id, chain, length, digests, system, folded, turn, taken"
-_ALIVE = "used >= CASE taken WHEN 0 THEN ? ELSE ? END"
+_SELECT = """
+SELECT conversation_id, chain, length, digests, system, folded FROM opendify_tails"""
+_MATCH = f"{_SELECT} WHERE last = ? AND state = {_FREE} AND used >= ?"
+_PUT = f"""
+INSERT OR REPLACE INTO opendify_tails
+SELECT ?, CASE WHEN (SELECT state FROM opendify_tails WHERE id = ?) IS ?
+          THEN {_FREE} ELSE {_LOST} END, ?, ?, ?, ?, ?, ?, ?, ?"""
+_SURPLUS = """
+SELECT (SELECT COUNT(*) FROM opendify_tails) - ?,
+       (SELECT COUNT(*) FROM opendify_tails WHERE used < ?)"""
+_DROP_OLDEST = """
+DELETE FROM opendify_tails
+WHERE id IN (SELECT id FROM opendify_tails ORDER BY used LIMIT ?)"""
 
 
 class Conversations:
-    """The table of tails, in an SQLite file or, for ":memory:", in memory.
+    """The table of tails: an SQLite file, or ":memory:".
 
-    FREE -> TAKEN [take], TAKEN -> FREE [put], either -> gone [forget, or by age]. A row
-    that is taken by id while it is TAKEN stays so until it is abandoned.
+    Args:
+        path: of the file.
+        ttl_s: after how long an unused conversation is forgotten.
+        most: how many there are at most; the one unused for longest goes first.
 
     Raises:
         sqlite3.Error: the file can't be used. No method raises it later.
     """
 
-    def __init__(
-        self, path: str, ttl_s: float, max_conversations: int = MAX_CONVERSATIONS
-    ) -> None:
-        self._ttl_s = ttl_s
-        self._max_conversations = max_conversations
-        self._until_sweep = 0
+    def __init__(self, path: str, ttl_s: float, most: int = MAX_CONVERSATIONS) -> None:
+        """Open the table, or make it."""
+        self._ttl_s, self._most, self._puts = ttl_s, most, 0
         self._db = sqlite3.connect(
-            path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            path, timeout=_OPEN_TIMEOUT_S, isolation_level=None, check_same_thread=False
         )
         try:
             self._db.executescript(_SCHEMA)
         except sqlite3.Error:
             self._db.close()
             raise
+        self._db.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_S * 1000:.0f}")
 
     def __len__(self) -> int:
-        """How many there are, those under way included."""
-        rows = self._read("SELECT COUNT(*) FROM opendify_tails")
+        """How many there are, those included with a turn under way."""
+        rows, _ = self._run("SELECT COUNT(*) FROM opendify_tails")
         return int(rows[0][0]) if rows else 0
 
     def close(self) -> None:
@@ -2705,137 +2773,89 @@ class Conversations:
         self._db.close()
 
     def take(self, ask: Ask, scope: bytes, now: float) -> Tail | None:
-        """The conversation that a request continues, None to fold its history.
+        """The conversation that a request continues; None starts a new one.
 
-        Follow it with `put` or `forget`, whatever happens.
+        After the turn `put` its new tail, or the same if nothing was sent, or `forget`.
         """
         history, new = split_turn(ask)
         if is_side_request(ask):
             return None
         if ask.conversation_id:
-            return self._take_by_id(ask.conversation_id, scope, now)
-        transcript = Transcript(scope, scope).extend(history)
-        if not new or not transcript.length:
-            return None
-        row = self._find(transcript, now)
-        return self._taken(row, scope, now) if row and not row[8] else None
+            return self._take_by_id(Tail(scope, ask.conversation_id), now)
+        tail = self._find(scope, history, now) if history and new else None
+        return self._mark(tail, now) if tail else None
 
     def put(self, tail: Tail, now: float) -> None:
-        """Record a tail: of a new conversation, moved on by a turn, or unchanged."""
-        if tail.turn == 0 and tail.conversation_id:
-            self._insert(tail, now)
-            self._sweep(now)
-        elif tail.turn > 0:
-            row = tail.transcript
-            self._write(
-                "UPDATE opendify_tails SET last = ?, chain = ?, length = ?, digests = ?,"
-                " system = ?, folded = ?, taken = 0, used = ?"
-                " WHERE id = ? AND turn = ? AND taken = 1",
-                (row.digests[-_DIGEST_BYTES:], row.chain, row.length, row.digests)
-                + (tail.system, tail.folded, now, _id_of(tail), tail.turn),
-            )
+        """Record the tail of a conversation, new or taken, for the next turn."""
+        if tail.is_known and tail.conversation_id:
+            self._put(tail, now)
 
     def forget(self, tail: Tail | None) -> None:
-        """Drop a conversation, unless another turn has it by now."""
+        """Drop a conversation: Dify has lost it, or may remember what was not seen."""
         if tail:
-            sql = "DELETE FROM opendify_tails WHERE id = ? AND turn = ?"
-            self._write(sql, (_id_of(tail), tail.turn))
+            sql = f"DELETE FROM opendify_tails WHERE id = ? AND state != {_LOST}"
+            self._run(sql, _id(tail))
 
-    # Finding and taking...
+    def _find(
+        self, scope: bytes, history: Sequence[Message], now: float
+    ) -> Tail | None:
+        window = Tail(scope, chain=scope).extend(history)
+        key = (window.digests[-_DIGEST_BYTES:], now - self._ttl_s)
+        rows, _ = self._run(f"{_MATCH} AND chain = ? LIMIT 1", *key, window.chain)
+        if not rows and _is_clear(history):
+            near, _ = self._run(f"{_MATCH} LIMIT {_MAX_CANDIDATES + 1}", *key)
+            rows = [row for row in near if window.ends(Tail(scope, *row))]
+            chains = {row[1] for row in rows}
+            if len(chains) > 1 or len(near) > _MAX_CANDIDATES:
+                return None
+        return Tail(scope, *rows[0]) if rows else None
 
-    def _find(self, history: Transcript, now: float) -> Any:
-        """The row that a history matches, if need be one that is taken."""
-        last = history.digests[-_DIGEST_BYTES:]
-        sql = f"SELECT {_COLUMNS} FROM opendify_tails WHERE last = ? AND {_ALIVE}"
-        key = (last, now - self._ttl_s, now - _ABANDONED_AFTER_S)
-        equal = f"{sql} AND chain = ? ORDER BY taken LIMIT 1"
-        if rows := self._read(equal, (*key, history.chain)):
-            return rows[0]
-        if history.length > _KEPT_MESSAGES or history.weight < _CLEAR_BYTES:
-            return None
-        rows = self._read(f"{sql} LIMIT {_MAX_CANDIDATES + 1}", key)
-        matches = {row[2] for row in rows if history.ends(row[3], row[4])}
-        if len(matches) != 1 or len(rows) > _MAX_CANDIDATES:
-            return None
-        rows = self._read(equal, (*key, *matches))
-        return rows[0] if rows else None
-
-    def _taken(self, row: Any, scope: bytes, now: float) -> Tail | None:
-        """The row's tail, None if another process was faster."""
-        key, conversation_id, chain, length, digests, system, folded, turn, taken = row
-        is_ours = self._write(
-            "UPDATE opendify_tails SET taken = 1, turn = turn + 1, used = ?"
-            " WHERE id = ? AND turn = ? AND (taken = 0 OR used < ?)",
-            (now, key, turn, now - _ABANDONED_AFTER_S),
-        )
-        transcript = Transcript(scope, chain, length, digests)
-        if taken:  # and abandoned
-            return replace(_unknown(conversation_id, scope), turn=turn + 1)
-        tail = Tail(conversation_id, transcript, system, folded, turn + 1)
-        return tail if is_ours else None
-
-    def _take_by_id(self, conversation_id: str, scope: bytes, now: float) -> Tail:
-        tail = _unknown(conversation_id, scope)
-        self._insert(tail, now)  # unless it is there
-        rows = self._read(
-            f"SELECT {_COLUMNS} FROM opendify_tails WHERE id = ?", (_id_of(tail),)
-        )
-        if taken := self._taken(rows[0], scope, now) if rows else None:
+    def _take_by_id(self, named: Tail, now: float) -> Tail:
+        # Of an unknown conversation we know one message: that there may be some.
+        unknown = replace(named, chain=_id(named), length=1)
+        rows, _ = self._run(f"{_SELECT} WHERE id = ?", _id(named))
+        if not rows:
+            self._put(unknown, now)
+        tail = Tail(named.scope, *rows[0]) if rows else unknown
+        if taken := self._mark(tail, now):
             return taken
-        sql = "UPDATE opendify_tails SET turn = turn + 1, used = ? WHERE id = ?"
-        self._write(sql, (now, _id_of(tail)))
-        return replace(tail, turn=_UNRECORDED)
+        lost = f"UPDATE opendify_tails SET state = {_LOST}, used = ? WHERE id = ?"
+        self._run(lost, now, _id(named))
+        return replace(unknown, is_known=False)
 
-    # SQLite...
+    def _put(self, tail: Tail, now: float) -> None:
+        key, state = _id(tail), _TAKEN if tail.is_taken else None
+        last, row = tail.digests[-_DIGEST_BYTES:], astuple(tail)[1:-2]
+        self._run(_PUT, key, key, state, now, last, *row)
+        self._puts += 1
+        if self._puts % min(_SWEEP_EVERY, 1 + self._most // 100) == 0:
+            rows, _ = self._run(_SURPLUS, self._most, now - self._ttl_s)
+            surplus = min(_SWEEP_MOST, max(0, *rows[0])) if rows else 0
+            self._run(_DROP_OLDEST, surplus)
 
-    def _insert(self, tail: Tail, now: float) -> None:
-        row = tail.transcript
-        self._write(
-            "INSERT OR IGNORE INTO opendify_tails VALUES (?,?,?,?,?,?,?,?,?,?,?)",
-            (
-                _id_of(tail),
-                tail.conversation_id,
-                row.digests[-_DIGEST_BYTES:],
-                row.chain,
-            )
-            + (row.length, row.digests, tail.system, tail.folded, 0, 0, now),
-        )
+    def _mark(self, tail: Tail, now: float) -> Tail | None:
+        """The tail, taken, unless somebody was faster."""
+        sql = f"UPDATE opendify_tails SET state = {_TAKEN}, used = ?"
+        sql += f" WHERE id = ? AND chain = ? AND state = {_FREE}"
+        _, changed = self._run(sql, now, _id(tail), tail.chain)
+        return replace(tail, is_taken=True) if changed == 1 else None
 
-    def _sweep(self, now: float) -> None:
-        """Now and then, drop what is too old or too much."""
-        self._until_sweep -= 1
-        if self._until_sweep > 0:
-            return
-        self._until_sweep = min(_SWEEP_EVERY, self._max_conversations // 100)
-        drop = "DELETE FROM opendify_tails WHERE id IN (SELECT id FROM opendify_tails"
-        old = f"{drop} WHERE used < ? LIMIT {_SWEEP_MOST})"
-        self._write(old, (now - max(self._ttl_s, _ABANDONED_AFTER_S),))
-        excess = min(len(self) - self._max_conversations, _SWEEP_MOST)
-        self._write(f"{drop} ORDER BY used LIMIT ?)", (max(excess, 0),))
-
-    def _read(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+    def _run(self, sql: str, *values: Any) -> tuple[list[Any], int]:
         try:
-            return self._db.execute(sql, values).fetchall()
-        except sqlite3.Error:
-            return []
-
-    def _write(self, sql: str, values: Sequence[Any]) -> bool:
-        try:
-            return self._db.execute(sql, values).rowcount == 1
-        except sqlite3.Error:
-            return False
+            cursor = self._db.execute(sql, values)
+            return cursor.fetchall(), cursor.rowcount
+        except (sqlite3.Error, ValueError):  # of half a surrogate pair in an id
+            return [], 0
 
 
-def _id_of(tail: Tail) -> bytes:
-    return _hash(
-        tail.transcript.scope, tail.conversation_id.encode("utf-8", "replace"), 16
-    )
+def _id(tail: Tail) -> bytes:
+    return _hash(tail.scope, tail.conversation_id.encode("utf-8", "replace"), 16)
 
 
-def _unknown(conversation_id: str, scope: bytes) -> Tail:
-    """A conversation of which only the id is known: one unknown message, in effect."""
-    tail = Tail(conversation_id, Transcript(scope, b"", 1))
-    return replace(tail, transcript=Transcript(scope, _id_of(tail), 1))
+def _is_clear(history: Sequence[Message]) -> bool:
+    """Whether a window can be told from others: two answers, or a long one."""
+    answers = [_plain_text(row) for row in history if row.role == "assistant"]
+    return len(answers) > 1 or len(answers[0].encode()) >= _CLEAR_BYTES
 
 
 def open_conversations(store: str, ttl_s: float) -> tuple[Conversations, str]:
@@ -2843,7 +2863,7 @@ def open_conversations(store: str, ttl_s: float) -> tuple[Conversations, str]:
 
     Args:
         store: "memory" or the path of an SQLite file.
-        ttl_s: the age after which an unused conversation is forgotten.
+        ttl_s: after how long an unused conversation is forgotten.
     """
     complaint = ""
     if store.lower() not in ("", "memory"):
@@ -2851,8 +2871,8 @@ def open_conversations(store: str, ttl_s: float) -> tuple[Conversations, str]:
             return Conversations(store, ttl_s), ""
         except (sqlite3.Error, ValueError) as error:
             complaint = (
-                f"CONVERSATION_STORE: {store} can't be used ({error}). Conversations are"
-                " kept in memory and do not survive a restart."
+                f"CONVERSATION_STORE: the file {store} can't be used ({error});"
+                " conversations are kept in memory and end with this process."
             )
     return Conversations(":memory:", ttl_s), complaint
 
@@ -2865,49 +2885,52 @@ def open_conversations(store: str, ttl_s: float) -> tuple[Conversations, str]:
 # clumps is shown evenly. Knows nothing of asyncio, sleeping, clocks or events:
 # `now` is an argument, in seconds that never run backwards.
 #
-#     shown
-#       |            arrived ______|‾‾‾‾     the ceiling: nothing before it came
-#       |       ____|    . ' shown
-#       |      |    . '     _____|‾‾‾‾‾      the floor: the ceiling, max_lag later
-#       |    . ' ______|‾‾‾‾
-#       +--|-----------|---------------> time
-#          0        max_lag
+#   characters
+#     |             .-------------------  arrived: nothing is shown before it came
+#     |             |       _.-'  .-----  arrived max_lag ago: shown by now, always
+#     |      .------'   _.-'      |
+#     |      |      _.-'   .------'
+#     |      |  _.-' shown |
+#     +------'-------------'------------  time
 #
-# Every schedule that keeps the bound runs between the two curves. The smoothest
+# Every schedule that keeps the bound runs between the two stairs. The smoothest
 # is a string pulled tight between them (Salehi, Zhang, Kurose, Towsley 1998), but
-# that one knows the future. Pacer follows the same floor, which is known, and
-# puts what the source did lately in the place of what it will do:
+# that one knows the future. Pacer follows the same lower stairs, which are known,
+# and puts what the source did lately in the place of what it will do:
 #
-# (1) Floor. Of the text held, c characters must be out within d seconds, for
-#     each arrival. No slower than the steepest of these slopes is ever right:
+# (1) Floor. For every arrival held, c characters, up to its last one, must be out
+#     within d seconds. Never slower than the steepest of these slopes:
 #         floor = max c / d
-# (2) Pace. The source brings `rate` characters a second, and B held characters
-#     should stand for `lag` seconds, which would take B / lag a second. Between
-#     what keeps the speed even and what keeps the lag, the geometric mean:
+# (2) Pace. The source brings `rate` characters a second, which would be the most
+#     even speed; the B characters held should stand for `lag` seconds, which would
+#     take the speed B / lag. The pace is the geometric mean of the two:
 #         pace = sqrt(rate * B / lag)
-#     It settles where B = rate * lag, never runs dry (it falls with B), answers a
-#     doubled backlog with 1.4 times the speed, and forgets in about 2 lags.
-# (3) Lag. To bridge a source's pauses, text must be held for about as long as
-#     they are, and to spread a source's clumps, for about as long as they last
-#     at its rate. Both are means in which the long and the large count for more
-#     (the pause that a random moment falls in, the clump of a random character):
+#     It rests where B = rate * lag, and comes back to it by 1/e in 2 lags. Double
+#     the backlog makes it 1.4 times as fast, and what is held when it rests lasts
+#     through a silence of 2 lags, ever slower.
+# (3) Lag. To bridge a source's gaps, text must be held for about as long as they
+#     are, and to spread a source's clumps, for about as long as these last at its
+#     rate. Both are means in which the long and the large count for more (the gap
+#     that a random moment falls in, the clump of a random character):
 #         lag = sum(gap^2) / sum(gap) + sum(size^2) / sum(size) / rate
-#     Even tokens, 30 a second, are held for two gaps, 66 ms; sentences as long as
-#     the bound allows, which is 3/4 of max_lag, to leave room for mishaps.
-# (4) Look-back. The sums fade with LOOK_BACK_S, and begin as if an even source had
-#     been heard for a moment; so a source that turns even is let through quickly.
+#     Even tokens, 30 a second, are held for two gaps, 66 ms; sentences for 3/4 of
+#     max_lag, which leaves room to be late before the floor takes over.
+# (4) Look-back. The sums fade with time, and begin as if an even source had been
+#     heard for a moment.
 #
 # Text moves on at max(floor, pace), in pieces that stand on a beat. After close()
 # nothing more will come, and it moves on at max(floor, rate) till nothing is held.
+# All of it costs a few additions for each arrival and each piece.
 #
 # Pieces end where grapheme clusters do (UAX #29, with a few ties added: nothing is
-# cut after a joiner or a virama). The last cluster held may still grow when its
-# next half is in the next token: an emoji, a flag's first letter, a letter of a
-# script that writes marks after it. It waits for the next push, which ends the
-# doubt; letters of Latin, Cyrillic, CJK and the like never wait for that.
+# cut after a joiner or a virama). The last cluster held may still grow, if its other
+# half is in the next token: an emoji, half a flag, a letter of a script that writes
+# marks after it. It waits for the next push, which ends the doubt. Letters of Latin,
+# Cyrillic, CJK and the like never wait for that.
 #
 # Where the rules collide: the lag bound wins (even over a cluster), then "first
-# text at once" (even if it may still grow), then whole clusters, then evenness.
+# text at once" (even if it may still grow), then whole clusters (even over a
+# silence), then evenness.
 
 # What is remembered of the source fades by 1/e in this time: long against a clump,
 # so that the rate is even; short against an answer, so that it follows a change.
@@ -2941,7 +2964,7 @@ _FLAGS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
 # after them; AM of Thai and Lao, other jamo, halfwidth voicing marks and skin tones
 # with what is before them.
 _PAIR = re.compile(
-    "(?s)[\u0600-\u0605\u06dd\u070f\u08e2\u1100-\u115f\u200d\ua960-\ua97c]."
+    "[\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\u0d4e\u1100-\u115f\u200d\ua960-\ua97c]."
     "|.[\u0e33\u0eb3\u1160-\u11ff\ud7b0-\ud7fb\uff9e\uff9f\U0001f3fb-\U0001f3ff]"
 )
 # What the next token may add to: CR; letters of scripts whose marks follow (Hebrew to
@@ -2979,6 +3002,12 @@ class Pacer:
         self._drawn = self._tick = self._shown = -inf
         self._credit = 1.0
         self._is_closed = False
+
+    @property
+    def oldest(self) -> Optional[float]:
+        """When the oldest text held arrived; None if nothing is held."""
+        due = next(iter(self._deadlines), None)
+        return None if due is None else due - self._max_lag_s
 
     @property
     def held(self) -> int:
@@ -3117,7 +3146,6 @@ MAX_FIELDS = 200
 READ_BUFFER_BYTES = 64 * 1024
 WRITE_TIMEOUT_S = 60.0  # for a peer that reads nothing
 
-_BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 # The size line of a chunk, behind the end of the chunk before it, and its beginnings.
 _SIZE, _EXTENSION = rb"([0-9A-Fa-f]{1,15})", rb"[ \t]*(?:;[^\r\n]*)?"
 _FIRST_CHUNK = re.compile(_SIZE + _EXTENSION + rb"\r\n")
@@ -3128,6 +3156,10 @@ _NEXT_BEGUN = re.compile(rb"\r?\Z|\r\n(?:" + _SIZE + _EXTENSION + rb"\r?)?\Z")
 
 class MalformedHTTP(BadRequest):
     """The peer does not speak HTTP/1.1 as it must be spoken."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class ConnectionBroken(Exception):
@@ -3187,7 +3219,10 @@ class BodyDecoder:
 
     def _feed_chunks(self, data: bytes) -> bytes:
         """Each event of Dify's is a chunk: this runs thousands of times a second."""
-        data = self._buffer + data if self._buffer else data
+        if self._buffer:
+            data = self._buffer + data
+            if self._is_in_extension(data):
+                return b""
         pieces, at, end = [], 0, len(data)
         while at < end:
             if self._left:
@@ -3200,8 +3235,10 @@ class BodyDecoder:
                 at = self._skip_trailers(data, at)
                 break
             head = self._next.match(data, at)
+            self._check_size(head[0] if head else data[at:])
             if not head:
-                self._check_begun(data, at)
+                if not self._begun.match(data, at):
+                    raise MalformedHTTP("The size of a chunk is malformed.")
                 break
             at, self._left = head.end(), int(head[1], 16)
             self._next, self._begun = _NEXT_CHUNK, _NEXT_BEGUN
@@ -3209,11 +3246,18 @@ class BodyDecoder:
         self._buffer = b"" if self.is_complete else data[at:]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _check_begun(self, data: bytes, at: int) -> None:
-        """A size line may be incomplete, but it must look like one, and end soon."""
-        if not self._begun.match(data, at):
-            raise MalformedHTTP("The size of a chunk is malformed.")
-        if len(data) - at >= MAX_HEAD_BYTES:
+    def _is_in_extension(self, data: bytes) -> bool:
+        """Nobody reads an extension: wait for its end without looking at it again."""
+        is_begun = b";" in self._buffer and self._trailer_bytes < 0
+        if not is_begun or data.find(b"\n", len(self._buffer)) >= 0:
+            return False
+        self._check_size(data)
+        self._buffer = data
+        return True
+
+    @staticmethod
+    def _check_size(line: bytes) -> None:
+        if len(line) > MAX_HEAD_BYTES:
             raise MalformedHTTP("The extension of a chunk is too long.")
 
     def _skip_trailers(self, data: bytes, at: int) -> int:
@@ -3229,8 +3273,10 @@ class BodyDecoder:
             if not line:
                 self.is_complete, self.rest = True, data[at:]
                 return at
-            if _BARE_LINE_END.search(line) or not re.match(
-                rb"[!#$%&'*+.^_`|~\w-]+:", line
+            if (
+                b"\r" in line
+                or b"\n" in line
+                or not re.match(rb"[!#$%&'*+.^_`|~\w-]+:", line)
             ):
                 raise MalformedHTTP("A trailer field is malformed.")
             self._trailer_bytes += len(line) + 2
@@ -3299,10 +3345,9 @@ class Wire:
     @property
     def is_stale(self) -> bool:
         """Whether an idle connection is of no use any more."""
-        return (
-            bool(self._buffer or self._reader.at_eof() or self._reader.exception())
-            or self._writer.is_closing()
-        )
+        is_open = not (self._writer.is_closing() or self._reader.exception())
+        is_quiet = not (self._buffer or self._writer.transport.get_write_buffer_size())
+        return self._reader.at_eof() or not (is_open and is_quiet)
 
     @property
     def has_unread(self) -> bool:
@@ -3330,7 +3375,7 @@ class Wire:
         while True:
             end = data.find(b"\r\n\r\n", max(0, checked - 3))
             size = len(data) if end < 0 else end
-            if _BARE_LINE_END.search(data, max(0, checked - 1), size):
+            if _has_bare_line_end(data[max(0, checked - 1) : size]):
                 raise MalformedHTTP("Lines must end with CR LF.")
             if size > MAX_HEAD_BYTES:
                 raise HeadTooLarge(f"The head is over {MAX_HEAD_BYTES >> 10} KiB.")
@@ -3374,7 +3419,7 @@ class Wire:
                 self.allow(WRITE_TIMEOUT_S, ConnectionBroken)
                 await self._writer.drain()
                 self.allow_any_time()
-            elif self._writer.is_closing():
+            if self._writer.is_closing():
                 raise ConnectionBroken("closed")
         except OSError as error:
             raise ConnectionBroken(str(error)) from error
@@ -3386,6 +3431,13 @@ class Wire:
             self._timer.cancel()
             self._timer = None
         self._writer.close()
+        if self._writer.transport.get_write_buffer_size():
+            self._loop.call_later(WRITE_TIMEOUT_S, self._give_up)
+
+    def _give_up(self) -> None:
+        """A peer that reads nothing must not hold what is unsent for ever."""
+        if self._writer.transport.get_write_buffer_size():
+            self._writer.transport.abort()
 
     def abort(self) -> None:
         """Close now."""
@@ -3394,6 +3446,14 @@ class Wire:
 
 
 # Heads...
+
+
+def _has_bare_line_end(data: bytes) -> bool:
+    """Whether an LF comes without CR, or a CR without LF; one may end or begin it."""
+    pairs = data.count(b"\r\n")
+    first = data.startswith(b"\n")  # its CR was checked before
+    last = data.endswith(b"\r")  # its LF may still come
+    return data.count(b"\n") != pairs + first or data.count(b"\r") != pairs + last
 
 
 @dataclass(frozen=True)
@@ -3434,36 +3494,65 @@ class Response:
     headers: Sequence[tuple[str, str]] = ()
 
 
-def parse_request_head(head: bytes) -> tuple[h11.Connection, Request]:
-    """A request, and the h11 connection that can write the response's head.
+# What h11 lets pass or mends: folded lines, control characters, a length given twice.
+_LENIENT = re.compile(
+    rb"\r\n[ \t]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r\ncontent-length:(?:[^\r]*,"
+    rb"|(?s:.*?)\r\ncontent-length:)",
+    re.IGNORECASE,
+)
+_HOST = re.compile(
+    r"(?:\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+;=%-]*)(?::\d{0,5})?\Z", re.ASCII
+)
+
+
+def parse_request_head(head: bytes) -> Request:
+    """A request's head, read by h11 and then more strictly.
 
     Raises:
         MalformedHTTP: it is not what RFC 9112 allows, or allows two readings of it.
         HeadTooLarge: too many fields.
     """
+    event = _h11_request(head)
+    headers = read_fields(event.headers)
+    version = event.http_version.decode()
+    path, host = _split_target(event.method, event.target.decode("latin-1"))
+    if host:
+        headers["host"] = host
+    if version not in ("1.0", "1.1"):
+        raise MalformedHTTP(f"HTTP/{version} is not spoken here.", status=505)
+    if not _HOST.match(headers.get("host", "")):
+        raise MalformedHTTP("The Host is malformed.")
+    if version == "1.0" and "transfer-encoding" in headers:
+        raise MalformedHTTP("HTTP/1.0 has no Transfer-Encoding.")
+    path, _, query = path.partition("?")
+    return Request(event.method.decode(), path, query, headers, version)
+
+
+def _h11_request(head: bytes) -> h11.Request:
+    if _LENIENT.search(head):
+        raise MalformedHTTP("Malformed HTTP: folding, control sign or length list.")
     connection = h11.Connection(h11.SERVER, MAX_HEAD_BYTES * 2)
     try:
         connection.receive_data(head)
         event = connection.next_event()
     except h11.RemoteProtocolError as error:
-        problem = MalformedHTTP(f"Malformed HTTP: {error}.")
-        problem.status = 501 if error.error_status_hint == 501 else 400
-        raise problem from error
+        status = 501 if error.error_status_hint == 501 else 400
+        raise MalformedHTTP(f"Malformed HTTP: {error}.", status=status) from error
     if not isinstance(event, h11.Request):
         raise MalformedHTTP("Malformed HTTP: no request.")
-    headers = read_fields(event.headers)
-    version = event.http_version.decode()
-    if version not in ("1.0", "1.1"):
-        problem = MalformedHTTP(f"HTTP/{version} is not spoken here.")
-        problem.status = 505
-        raise problem
-    target = event.target.decode("latin-1")
-    path, host = _split_target(event.method, target)
-    if host:
-        headers["host"] = host
-    path, _, query = path.partition("?")
-    method = event.method.decode()
-    return connection, Request(method, path, query, headers, version)
+    return event
+
+
+def encode_head(start: str, fields: Sequence[tuple[str, str]]) -> bytes:
+    """A head to be sent; raises ValueError if a value would break out of its line.
+
+    h11 would check the grammar of our own names, too, at ten times the price.
+    """
+    lines = [start, *(f"{name}: {value}" for name, value in fields)]
+    head = "\r\n".join(lines)
+    if not len(lines) - 1 == head.count("\r") == head.count("\n"):
+        raise ValueError("a line end in a header field")
+    return head.encode("latin-1") + b"\r\n\r\n"
 
 
 def body_decoder(headers: Mapping[str, str], *, until_end: bool) -> BodyDecoder:
@@ -3512,28 +3601,19 @@ def _split_target(method: bytes, target: str) -> tuple[str, str]:
     return match[2] or "/", match[1]
 
 
-_SPENT = h11.Connection(h11.SERVER)  # stands for one whose head is written
-
-
 class Reply:
     """The response to one request: `send` it whole, or `start`, `write` and `end`.
 
     The head waits for the first bytes of the body, to leave in one packet with them.
     """
 
-    def __init__(
-        self,
-        wire: Wire,
-        connection: h11.Connection | None = None,
-        request: Request = NO_REQUEST,
-    ) -> None:
+    def __init__(self, wire: Wire, request: Request = NO_REQUEST) -> None:
         self.status = 0  # 0: not started
         self.is_complete = False
         self.must_close = request is NO_REQUEST or request.wants_close
         self.headers: list[tuple[str, str]] = []  # that go with any response
         self.body_bytes = 0
         self._wire = wire
-        self._connection = connection or h11.Connection(h11.SERVER)
         self._is_bare = request.method == "HEAD"
         self._is_old = request.http_version == "1.0"
         self._is_chunked = False
@@ -3560,30 +3640,24 @@ class Reply:
             fields += [("Transfer-Encoding", "chunked")] * self._is_chunked
         if self.must_close:
             fields.append(("Connection", "close"))
-        reason = http.client.responses.get(status, "")
-        head = h11.Response(status_code=status, headers=fields, reason=reason)
-        self._head = self._connection.send(head) or b""
-        self._connection, self.status = _SPENT, status
+        start = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"
+        self._head, self.status = encode_head(start, fields), status
 
     def write(self, data: bytes) -> None:
         """More of the body."""
-        if data and not self._is_bare:
-            self.body_bytes += len(data)
-            if self._is_chunked:
-                data = b"%x\r\n%b\r\n" % (len(data), data)
-            self._flush(data)
+        self._flush(self._framed(data))
 
     def end(self, data: bytes = b"") -> None:
         """The last of the body, and its end, in one packet."""
         last = b"0\r\n\r\n" if self._is_chunked and not self._is_bare else b""
         self.is_complete = True
-        if data and not self._is_bare:
-            self.body_bytes += len(data)
-            if self._is_chunked:
-                data = b"%x\r\n%b\r\n" % (len(data), data)
-            self._flush(data + last)
-        else:
-            self._flush(last)
+        self._flush(self._framed(data) + last)
+
+    def _framed(self, data: bytes) -> bytes:
+        if not data or self._is_bare:
+            return b""
+        self.body_bytes += len(data)
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data
 
     def _flush(self, data: bytes) -> None:
         if self._head or data:
@@ -3615,11 +3689,13 @@ MAX_IDLE_CONNECTIONS = 64
 GRACE_S = 1.0  # for message_end after a chatflow's workflow_finished
 CALL_TIMEOUT_S = 30.0  # for the head of a small call's answer
 UPLOAD_TIMEOUT_S = 120.0
+CIRCUIT_S = 1.0  # in which nobody tries an origin that could not be reached
 MAX_INTERIM_RESPONSES = 10  # 1xx before the final response
 STOP_DRAIN_S = 10.0  # reading on after a stop, so that Dify stores what it has
 MAX_ERROR_BYTES = 256 * 1024
 MAX_JSON_BYTES = 16 * 1024 * 1024
 LINGER_S = 2.0  # for the end of a body after its last event
+LATELY_S = 300.0  # what `GET /ready` takes as proof
 FORM_FRESH_S = 300.0  # what an app said of itself is asked again after this time
 
 
@@ -3633,6 +3709,44 @@ class Origin(NamedTuple):
     scheme: str
     host: str
     port: int
+
+
+class Proxy(NamedTuple):
+    """What stands between; `authorization` is a header's value, "" for none."""
+
+    host: str
+    port: int
+    authorization: str
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own."""
+    host = host.strip("[]").lower()
+    return (
+        host in ("localhost", "::1")
+        or host.endswith(".localhost")
+        or (re.fullmatch(r"127(?:\.\d{1,3}){3}", host) is not None)
+    )
+
+
+def proxy_for(origin: Origin, settings: Settings) -> Proxy | None:
+    """The proxy on the way to an origin; loopback and NO_PROXY's hosts need none."""
+    is_tls = origin.scheme == "https"
+    url = settings.https_proxy if is_tls else settings.http_proxy
+    direct = [name.strip().lower() for name in settings.no_proxy.split(",")]
+    names = (origin.host, f"{origin.host}:{origin.port}")
+    for suffix in filter(None, direct):
+        plain = suffix.lstrip("*").lstrip(".")
+        if not plain or any(f".{name}".endswith(f".{plain}") for name in names):
+            return None
+    if not url or is_loopback(origin.host):
+        return None
+    parts = urllib.parse.urlsplit(url)
+    user = urllib.parse.unquote(f"{parts.username or ''}:{parts.password or ''}")
+    token = base64.b64encode(user.encode()).decode()
+    authorization = f"Basic {token}" if parts.username else ""
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return Proxy(parts.hostname or "", port, authorization)
 
 
 def origin_of(url: str) -> Origin:
@@ -3651,7 +3765,7 @@ def _as_proxy_errors(origin: Origin) -> Iterator[None]:
     except ssl.SSLCertVerificationError as error:
         raise ConfigurationFault(
             f"The certificate of {where} is not trusted ({error.verify_message}). If "
-            "it is of a private authority, name that authority's file in SSL_CERT_FILE."
+            "it is of a private authority, name that authority's file in DIFY_CA_FILE."
         ) from error
     except ssl.SSLError as error:
         raise UpstreamFailed(
@@ -3748,21 +3862,23 @@ class UpstreamResponse:
         if self._can_reuse and not self._wire.is_stale:
             self._pool.give_back(self._origin, self._wire)
         else:
-            self._wire.close()
+            self._wire.abort()
 
 
 class Pool:
-    """Keeps connections to Dify for the next request.
+    """Keeps connections to Dify for the next request, and knows how to open them.
 
     Args:
         connect: opens streams as `asyncio.open_connection` does.
-        connect_timeout_s: for name look-up, TCP and TLS together.
+        settings: the time to connect, proxies, authorities to trust.
     """
 
-    def __init__(self, connect: Connect, connect_timeout_s: float) -> None:
+    def __init__(self, connect: Connect, settings: Settings) -> None:
+        self.settings = settings
         self._connect = connect
-        self._connect_timeout_s = connect_timeout_s
         self._idle: dict[Origin, deque[tuple[float, Wire]]] = {}
+        self._opening: dict[Origin, set[asyncio.Task[Wire]]] = {}
+        self._failed: dict[Origin, tuple[float, ProxyError]] = {}
         self._tls: ssl.SSLContext | None = None
         self._reaper: asyncio.TimerHandle | None = None
         self._beside: set[asyncio.Task[None]] = set()
@@ -3774,7 +3890,7 @@ class Pool:
         task.add_done_callback(self._beside.discard)
 
     async def request(
-        self, origin: Origin, head: h11.Request, body: bytes, timeout_s: float
+        self, origin: Origin, request: bytes, timeout_s: float
     ) -> UpstreamResponse:
         """Send a request and read the head of its response.
 
@@ -3784,13 +3900,12 @@ class Pool:
         wire = self._take_idle(origin)
         if wire:
             try:
-                return await self._exchange(origin, wire, head, body, timeout_s)
+                return await self._exchange(origin, wire, request, timeout_s)
             except _NoAnswer:
                 pass
-        with _as_proxy_errors(origin):
-            wire = await self._open(origin)
+        wire = await self._open(origin)
         try:
-            return await self._exchange(origin, wire, head, body, timeout_s)
+            return await self._exchange(origin, wire, request, timeout_s)
         except _NoAnswer as error:
             raise UpstreamFailed(
                 "Dify closed the connection without an answer."
@@ -3846,41 +3961,123 @@ class Pool:
             wire.close()
         return None
 
+    # Opening...
+
     async def _open(self, origin: Origin) -> Wire:
+        """A new connection; when one attempt fails, all that wait fail at once.
+
+        A server that can't be reached would else hold every request for the whole
+        time to connect. For CIRCUIT_S nobody tries again.
+        """
+        now = asyncio.get_running_loop().time()
+        failed_at, error = self._failed.get(origin, (-inf, None))
+        if error and now - failed_at < CIRCUIT_S:
+            raise error
+        task = asyncio.ensure_future(self._open_in_time(origin))
+        opening = self._opening.setdefault(origin, set())
+        opening.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            failed_at, error = self._failed.get(origin, (-inf, None))
+            if error and failed_at >= now:
+                raise error from None  # another attempt failed
+            task.cancel()
+            raise
+        except ProxyError as error:
+            self._failed[origin] = (asyncio.get_running_loop().time(), error)
+            for other in opening - {task}:
+                other.cancel()
+            raise
+        finally:
+            opening.discard(task)
+
+    async def _open_in_time(self, origin: Origin) -> Wire:
+        with _as_proxy_errors(origin):
+            opening = self._open_streams(origin)
+            timeout_s = self.settings.dify_connect_timeout
+            return Wire(*await asyncio.wait_for(opening, timeout_s))
+
+    async def _open_streams(self, origin: Origin) -> Streams:
         options: dict[str, Any] = {"limit": READ_BUFFER_BYTES}
         if origin.scheme == "https":
-            self._tls = self._tls or ssl.create_default_context()
-            options.update(ssl=self._tls, server_hostname=origin.host)
-        opening = self._connect(origin.host, origin.port, **options)
-        reader, writer = await asyncio.wait_for(opening, self._connect_timeout_s)
-        return Wire(reader, writer)
+            options.update(ssl=self._trust(), server_hostname=origin.host)
+        proxy = proxy_for(origin, self.settings)
+        if proxy and origin.scheme == "https":
+            return await self._connect(
+                sock=await _open_tunnel(proxy, origin), **options
+            )
+        host, port = (proxy.host, proxy.port) if proxy else (origin.host, origin.port)
+        return await self._connect(host, port, happy_eyeballs_delay=0.25, **options)
+
+    def _trust(self) -> ssl.SSLContext:
+        """The system's authorities and the operator's; verification is always on."""
+        if self._tls is None:
+            context = ssl.create_default_context()
+            for name in ("dify_ca_file", "ssl_cert_file"):
+                path = getattr(self.settings, name)
+                try:
+                    if path:
+                        context.load_verify_locations(path)
+                except (OSError, ssl.SSLError) as error:
+                    raise ConfigurationFault(
+                        f"{name.upper()}: {path} can't be read as PEM ({error})."
+                    ) from error
+            self._tls = context
+        return self._tls
 
     async def _exchange(
-        self,
-        origin: Origin,
-        wire: Wire,
-        head: h11.Request,
-        body: bytes,
-        timeout_s: float,
+        self, origin: Origin, wire: Wire, request: bytes, timeout_s: float
     ) -> UpstreamResponse:
         """Write a request, read the head of its response; _NoAnswer if none comes."""
-        connection = h11.Connection(h11.CLIENT, MAX_HEAD_BYTES * 2)
         try:
             with _as_proxy_errors(origin):
                 wire.allow(timeout_s, lambda: UpstreamTimeout("Dify does not answer."))
-                wire.write((connection.send(head) or b"") + body)
-                answer = await _read_response_head(wire, connection)
+                wire.write(request)
+                answer = await _read_response_head(wire)
                 return UpstreamResponse(self, origin, wire, answer)
         except BaseException:
             wire.abort()
             raise
 
 
+async def _open_tunnel(proxy: Proxy, origin: Origin) -> socket.socket:
+    """A socket to the origin through a proxy's CONNECT (RFC 9110, section 9.3.6)."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(proxy.host, proxy.port, type=socket.SOCK_STREAM)
+    family, kind, protocol, _, address = found[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setblocking(False)
+        await loop.sock_connect(sock, address)
+        where = f"{origin.host}:{origin.port}"
+        fields = [("Host", where)]
+        if proxy.authorization:
+            fields.append(("Proxy-Authorization", proxy.authorization))
+        await loop.sock_sendall(sock, encode_head(f"CONNECT {where} HTTP/1.1", fields))
+        head = b""
+        while b"\r\n\r\n" not in head and len(head) < MAX_HEAD_BYTES:
+            data = await loop.sock_recv(sock, 1024)  # TLS speaks only when spoken to
+            if not data:
+                break
+            head += data
+        if not re.match(rb"HTTP/1\.[01] 2\d\d ", head):
+            answer = head.partition(b"\r\n")[0].decode("latin-1") or "nothing"
+            raise ConfigurationFault(
+                f"The proxy {proxy.host}:{proxy.port} refuses {where}: {answer}. Check "
+                "HTTPS_PROXY and NO_PROXY."
+            )
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 class _NoAnswer(Exception):
     """The connection was closed before a byte of an answer."""
 
 
-async def _read_response_head(wire: Wire, connection: h11.Connection) -> h11.Response:
+async def _read_response_head(wire: Wire) -> h11.Response:
     """The head of the final response; interim ones (1xx) are passed over."""
     try:
         has_answer = await wire.wait_for_data()
@@ -3889,13 +4086,18 @@ async def _read_response_head(wire: Wire, connection: h11.Connection) -> h11.Res
     if not has_answer:
         raise _NoAnswer
     for _ in range(MAX_INTERIM_RESPONSES):
-        connection.receive_data(await wire.read_head())
-        event = connection.next_event()
-        if isinstance(event, h11.Response):
-            return event
-        if not isinstance(event, h11.InformationalResponse):
+        head = await wire.read_head()
+        if not _INTERIM.match(head):
+            connection = h11.Connection(h11.CLIENT, MAX_HEAD_BYTES * 2)
+            connection.receive_data(head)
+            event = connection.next_event()
+            if isinstance(event, h11.Response):
+                return event
             break
     raise MalformedHTTP("no response came")
+
+
+_INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)\d\d[ \r]")
 
 
 class TurnStream:
@@ -3927,24 +4129,26 @@ class TurnStream:
             except _Silence:
                 return self.answer.end()
             except SSEOverflow as error:
-                return self.answer.fail(UpstreamFailed(f"Dify sent {error}."))
-            except ProxyError as error:
-                return await self._recover(error)
+                return self.answer.fail(
+                    UpstreamFailed(f"Dify sent {error}.", retry=False)
+                )
+            except UpstreamTimeout as error:
+                return self.answer.fail(error)
+            except ProxyError:
+                data = b""
             if not data:
-                return await self._recover(UpstreamFailed(BROKEN_OFF, retry=False))
+                return await self._recover()
             parts = self._translate(events)
             if parts:
                 return parts
         return []
 
-    async def _recover(self, error: ProxyError) -> list[Part]:
+    async def _recover(self) -> list[Part]:
         """The stream broke: the rest of the answer, if Dify has stored it."""
         answer, parts = self.answer, list[Part]()
-        if answer.is_closing:
-            return answer.end()
-        if answer.can_recover and not isinstance(error, UpstreamTimeout):
+        if answer.can_recover and not answer.is_closing:
             parts = answer.recover(await self._find_stored(answer))
-        return parts or answer.fail(error)
+        return parts or answer.end()
 
     def _translate(self, events: Sequence[ServerSentEvent]) -> list[Part]:
         parts: list[Part] = []
@@ -4017,9 +4221,18 @@ class Dify:
     """The client of Dify's API, for all apps and bases at once."""
 
     def __init__(self, settings: Settings, connect: Connect) -> None:
-        self._settings = settings
-        self._pool = Pool(connect, settings.dify_connect_timeout)
+        self._pool = Pool(connect, settings)
         self._facts: dict[tuple[str, str], AppFacts] = {}
+        self._answered_at = -inf
+
+    def use(self, settings: Settings) -> None:
+        """Go on with other settings."""
+        self._pool.settings = settings
+
+    @property
+    def has_answered_lately(self) -> bool:
+        """Whether an app has accepted a turn or a call in the last minutes."""
+        return asyncio.get_running_loop().time() - self._answered_at < LATELY_S
 
     # Facts about apps...
 
@@ -4097,20 +4310,21 @@ class Dify:
         return answer
 
     async def upload(self, app: AppSettings, file: Attachment, user: str) -> str:
-        """Upload a file; returns its id in Dify."""
+        """Upload a file; returns its id in Dify. Errors name the file."""
         content_type, body = encode_upload(file, user)
-        response = await self._request(
-            app, "POST", "/files/upload", body, UPLOAD_TIMEOUT_S, content_type
-        )
-        content = await response.read_all(MAX_ERROR_BYTES)
-        if response.status not in (200, 201):
-            error = self._error(response, content, app)
+        try:
+            response = await self._request(
+                app, "POST", "/files/upload", body, UPLOAD_TIMEOUT_S, content_type
+            )
+            content = await response.read_all(MAX_ERROR_BYTES)
+            if response.status not in (200, 201):
+                raise self._error(response, content, app)
+            if id_ := parse_json(content).get("id"):
+                return str(id_)
+            raise UpstreamFailed("Dify gave it no id.")
+        except ProxyError as error:
             error.message = f"The upload of {file.name!r} failed: {error.message}"
-            raise error
-        id_ = parse_json(content).get("id")
-        if not id_:
-            raise UpstreamFailed(f"Dify gave no id for the file {file.name!r}.")
-        return str(id_)
+            raise
 
     async def stored_answer(
         self, app: AppSettings, answer: AnswerReader, user: str
@@ -4137,7 +4351,7 @@ class Dify:
         Raises:
             ProxyError: Dify refused it, or can't be reached.
         """
-        settings = self._settings
+        settings = self._pool.settings
         timeout_s = settings.dify_first_event_timeout
         body = json_bytes(request.body)
         response = await self._request(app, "POST", request.path, body, timeout_s)
@@ -4181,17 +4395,25 @@ class Dify:
         origin = origin_of(app.base)
         base_path = urllib.parse.urlsplit(app.base).path.rstrip("/")
         host = f"[{origin.host}]" if ":" in origin.host else origin.host
-        headers = [
+        fields = [
             ("Host", f"{host}:{origin.port}"),
             ("Authorization", f"Bearer {app.key}"),
             ("User-Agent", f"OpenDify/{__version__}"),
             ("Accept-Encoding", "identity"),
         ]
         if body:
-            headers.append(("Content-Type", content_type))
-            headers.append(("Content-Length", str(len(body))))
-        head = h11.Request(method=method, target=base_path + path, headers=headers)
-        return await self._pool.request(origin, head, body, timeout_s)
+            fields.append(("Content-Type", content_type))
+            fields.append(("Content-Length", str(len(body))))
+        target = base_path + path
+        proxy = proxy_for(origin, self._pool.settings)
+        if proxy and origin.scheme == "http":  # RFC 9112, section 3.2.2
+            target = f"http://{host}:{origin.port}{target}"
+            fields.append(("Proxy-Authorization", proxy.authorization))
+        head = encode_head(f"{method} {target} HTTP/1.1", fields)
+        response = await self._pool.request(origin, head + body, timeout_s)
+        if response.status < 300:
+            self._answered_at = asyncio.get_running_loop().time()
+        return response
 
     def _error(
         self, response: UpstreamResponse, content: bytes, app: AppSettings
@@ -4218,6 +4440,8 @@ class Dify:
 # One turn:  parse -> plan -> open -> (read -> put -> drain)* -> settle
 #            the client leaves -> stop, read on, then settle or forget
 
+MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
+MAX_ADDRESSES = 10_000  # that are remembered for it
 MAX_TRIES = 4  # of one turn: a lost conversation and a wrong mode, each corrected
 HEAD_AFTER_S = 5.0  # the status line waits for Dify's first event, this long at most
 KEEP_ALIVE_S = 15.0  # nginx closes after 60 s of silence, Node's fetch after 300 s
@@ -4228,7 +4452,57 @@ _SSE_HEADERS = [
     ("X-Accel-Buffering", "no"),
 ]
 _PREFIX = re.compile(r"(?:(?:v1|api|openai)(?:/|\Z))+")
-_DEPLOYMENT = re.compile(r"(?:deployments|engines)/([^/]+)/(.+)\Z")
+_DEPLOYMENT = re.compile(
+    r"(?:deployments|engines)/(.+?)/((?:v1/)?(?:chat/)?completions|embeddings|models)\Z"
+)
+
+
+_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+class Metrics:
+    """Counters and histograms, as Prometheus reads them (text format 0.0.4)."""
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self._counts: dict[tuple[str, str], float] = {}
+        self._histograms: dict[str, tuple[list[int], list[float]]] = {}
+
+    def count(self, name: str, amount: float = 1, **labels: object) -> None:
+        """Add to a counter."""
+        text = ",".join(f'{key}="{_label(value)}"' for key, value in labels.items())
+        key = (name, f"{{{text}}}" if text else "")
+        self._counts[key] = self._counts.get(key, 0) + amount
+
+    def observe(self, name: str, seconds: float) -> None:
+        """Add to a histogram."""
+        new: tuple[list[int], list[float]] = ([0] * (len(_BUCKETS_S) + 1), [0.0])
+        counts, total = self._histograms.setdefault(name, new)
+        counts[bisect.bisect_left(_BUCKETS_S, seconds)] += 1
+        total[0] += seconds
+
+    def render(self, gauges: Mapping[str, float]) -> str:
+        """All of them, and `gauges`, as text."""
+        gauges = {"opendify_requests_in_flight": self.in_flight, **gauges}
+        lines, named = [], ""
+        for (name, labels), value in sorted(self._counts.items()):
+            if name != named:
+                lines.append(f"# TYPE {name} counter")
+            lines.append(f"{name}{labels} {value:g}")
+            named = name
+        bounds = [*map("{:g}".format, _BUCKETS_S), "+Inf"]
+        for name, (counts, total) in sorted(self._histograms.items()):
+            lines.append(f"# TYPE {name} histogram")
+            for bound, below in zip(bounds, itertools.accumulate(counts)):
+                lines.append(f'{name}_bucket{{le="{bound}"}} {below}')
+            lines += [f"{name}_sum {total[0]:.6f}", f"{name}_count {sum(counts)}"]
+        for name, value in gauges.items():
+            lines += [f"# TYPE {name} gauge", f"{name} {value:g}"]
+        return "\n".join(lines) + "\n"
+
+
+def _label(value: object) -> str:
+    return str(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 @dataclass
@@ -4249,7 +4523,10 @@ class Exchange:
     fail: Callable[[ProxyError], bytes] | None = None
     on_leave: Callable[[], Any] | None = None
     has_left: bool = False
+    error: ProxyError | None = None  # that it ended with
+    body_bytes: int = 0
     name_in_path: str = ""
+    route: str = "-"  # the endpoint, for the metrics
     model: str = ""
     first_text_at: float = 0.0
     text_chars: int = 0
@@ -4305,14 +4582,20 @@ class Outlet:
     """
 
     def __init__(
-        self, exchange: Exchange, stream: ChatStream, pacer: Pacer | None
+        self,
+        exchange: Exchange,
+        stream: ChatStream,
+        pacer: Pacer | None,
+        metrics: Metrics,
     ) -> None:
         self._exchange = exchange
+        self._metrics = metrics
         self._reply = exchange.reply
         self._stream = stream
         self._pacer = pacer
         self._paced: type[Text] | type[Reasoning] = Text  # what the pacer holds
         self._sent: list[str] = []
+        self._has_text = False
         self._end = b""
         self._loop = asyncio.get_running_loop()
         self._due: asyncio.TimerHandle | None = None
@@ -4347,7 +4630,7 @@ class Outlet:
                 raise part.error
             out.append(self._put(part, now))
         if self._pacer:
-            out.append(self._encode(self._pacer.take(now)))
+            out.append(self._take(self._pacer, now))
             self._arm()
         self._write(b"".join(out))
 
@@ -4372,13 +4655,14 @@ class Outlet:
     def _put(self, part: Part, now: float) -> bytes:
         """What a part adds to the stream at once."""
         if isinstance(part, Media):
-            part = Text(media_text(part, is_first=not self._sent))
+            part = Text(media_text(part, is_first=not self._has_text))
         elif isinstance(part, Recast):  # the text is out: show at least where it ends
             part = Text("</think>\n\n")
         elif isinstance(part, Replace):
             part = Text(self._unsent(part.text))
         if isinstance(part, (Text, Reasoning)):
             kind = type(part)
+            self._has_text = self._has_text or kind is Text
             if not self._pacer:
                 return self._encode(part.text, kind)
             flushed = self._flush() if kind is not self._paced else b""
@@ -4414,6 +4698,14 @@ class Outlet:
         self._exchange.first_text_at = self._exchange.first_text_at or self._loop.time()
         return self._stream.encode(kind(text))
 
+    def _take(self, pacer: Pacer, now: float) -> bytes:
+        """What is due now."""
+        came_at = pacer.oldest
+        text = pacer.take(now)
+        if text and came_at is not None:
+            self._metrics.observe("opendify_pacer_lag_seconds", now - came_at)
+        return self._encode(text)
+
     def _flush(self) -> bytes:
         return self._encode(self._pacer.flush()) if self._pacer else b""
 
@@ -4436,7 +4728,7 @@ class Outlet:
     def _on_due(self) -> None:
         self._due = None
         if self._pacer:
-            self._write(self._encode(self._pacer.take(self._loop.time())))
+            self._write(self._take(self._pacer, self._loop.time()))
         self._arm()
         if not self._due and self._drained and not self._drained.done():
             self._drained.set_result(None)
@@ -4529,12 +4821,14 @@ class Handlers:
         new_id: Callable[[], str],
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._settings = settings
+        self.settings = settings
         self._dify = dify
         self._conversations = conversations
         self._new_id = new_id
         self._wall_clock = wall_clock
         self._created = int(wall_clock())
+        self.metrics = Metrics()
+        self._key_failures: dict[str, deque[float]] = {}  # times, by address
 
     def find(self, exchange: Exchange) -> Handler:
         """The handler of a request.
@@ -4554,23 +4848,45 @@ class Handlers:
                 f"{request.method} is not possible here, but {allowed}.",
                 headers=[("Allow", allowed)],
             )
+        exchange.route = endpoint
         if endpoint not in OPEN_ENDPOINTS:
-            self._check_key(client_key(request.headers))
+            self._check_key(client_key(request.headers), exchange.peer)
         return functools.partial(methods[method], self)
 
-    def _check_key(self, key: str) -> None:
+    def _check_key(self, key: str, peer: str) -> None:
         """Compare with all keys, so that the time tells nothing."""
-        valid = self._settings.valid_api_keys
-        matches = [hmac.compare_digest(key.encode(), known.encode()) for known in valid]
-        if valid and not key:
-            raise Unauthorized(
-                "No API key. Send one as `Authorization: Bearer KEY`.", code=None
+        valid = self.settings.valid_api_keys
+        if not valid:
+            return
+        failures = self._recent_failures(peer)
+        if len(failures) >= MAX_KEY_FAILURES:
+            raise RateLimited(
+                "Too many wrong API keys from this address.",
+                headers=[("Retry-After", f"{KEY_FAILURES_S:g}")],
             )
-        if valid and not any(matches):
-            raise Unauthorized(
-                "Incorrect API key provided. It must be one of this server's "
-                "VALID_API_KEYS."
-            )
+        given = key.encode("utf-8", "replace")
+        matches = [hmac.compare_digest(given, known.encode()) for known in valid]
+        if any(matches):
+            return
+        if not key:
+            raise Unauthorized("No API key. Send one as `Authorization: Bearer KEY`.")
+        if not is_loopback(peer):
+            failures.append(asyncio.get_running_loop().time())
+            self._key_failures[peer] = failures
+        raise Unauthorized(
+            "Incorrect API key provided: it is none of this server's VALID_API_KEYS.",
+            code="invalid_api_key",
+        )
+
+    def _recent_failures(self, peer: str) -> deque[float]:
+        """When this address gave wrong keys, in the last minute."""
+        since = asyncio.get_running_loop().time() - KEY_FAILURES_S
+        if len(self._key_failures) > MAX_ADDRESSES:
+            self._key_failures.clear()
+        failures = self._key_failures.get(peer, deque())
+        while failures and failures[0] < since:
+            failures.popleft()
+        return failures
 
     # Models...
 
@@ -4582,15 +4898,27 @@ class Handlers:
 
     async def get_model(self, exchange: Exchange) -> None:
         """`GET /models/{id}`, in each of the encodings that clients use."""
-        raw = exchange.name_in_path
         models = await self._models()
-        for name in (urllib.parse.unquote(raw), urllib.parse.unquote_plus(raw)):
-            if name in models:
-                app_name = self._dify.known_name(models[name])
-                value = model_object(name, app_name, self._created)
-                exchange.reply.send(json_response(value))
-                return
-        raise _no_such_model(urllib.parse.unquote(raw), models)
+        name = _decoded_name(exchange.name_in_path, models)
+        if name not in models:
+            raise _no_such_model(name, models)
+        app_name = self._dify.known_name(models[name])
+        value = model_object(name, app_name, self._created)
+        exchange.reply.send(json_response(value))
+
+    async def ready(self, exchange: Exchange) -> None:
+        """`GET /ready`: an app has answered lately, or answers now."""
+        app = next(iter((await self._models()).values()), None)
+        if app and not self._dify.has_answered_lately:
+            await self._dify.call(app, "GET", "/info")
+        exchange.reply.send(json_response({"status": "ready"}))
+
+    async def show_metrics(self, exchange: Exchange) -> None:
+        """`GET /metrics`, for Prometheus."""
+        gauges = {"opendify_conversations": len(self._conversations)}
+        fields = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]
+        body = self.metrics.render(gauges).encode("utf-8", "replace")
+        exchange.reply.send(Response(200, body, fields))
 
     async def health(self, exchange: Exchange) -> None:
         """`GET /health`: the process is alive."""
@@ -4598,7 +4926,7 @@ class Handlers:
         exchange.reply.send(json_response(value))
 
     async def _app(self, model: str) -> AppSettings:
-        models = self._settings.model_config
+        models = self.settings.model_config
         if model not in models:
             models = await self._models()
         if model not in models:
@@ -4607,10 +4935,10 @@ class Handlers:
 
     async def _models(self) -> Mapping[str, AppSettings]:
         """All apps by model name; those of DIFY_API_KEYS by their names in Dify."""
-        models = dict(self._settings.model_config)
+        models = dict(self.settings.model_config)
         apps = [
-            AppSettings(key, self._settings.dify_api_base)
-            for key in self._settings.dify_api_keys
+            AppSettings(key, self.settings.dify_api_base)
+            for key in self.settings.dify_api_keys
         ]
         unnamed = [app for app in apps if not self._dify.known_name(app)]
         if unnamed:
@@ -4636,7 +4964,7 @@ class Handlers:
         body = parse_json_object(exchange.body)
         exchange.body = b""
         if exchange.name_in_path:
-            body["model"] = urllib.parse.unquote(exchange.name_in_path)
+            body["model"] = _decoded_name(exchange.name_in_path, await self._models())
         chat = parse_chat_request(body)
         exchange.model = chat.ask.model
         app = await self._app(chat.ask.model)
@@ -4646,7 +4974,8 @@ class Handlers:
         sink: Outlet | Collector
         if chat.stream:
             stream = ChatStream(envelope, include_usage=chat.include_usage)
-            sink = Outlet(exchange, stream, self._pacer(exchange, app))
+            pacer = self._pacer(exchange, app)
+            sink = Outlet(exchange, stream, pacer, self.metrics)
         else:
             sink = Collector(exchange, envelope)
         try:
@@ -4660,11 +4989,11 @@ class Handlers:
         is_on = (
             app.smoothing
             if app.smoothing is not None
-            else self._settings.stream_smoothing
+            else self.settings.stream_smoothing
         )
         if asked in ("on", "off"):
             is_on = asked == "on"
-        return Pacer(self._settings.stream_max_lag) if is_on else None
+        return Pacer(self.settings.stream_max_lag) if is_on else None
 
     # Turns...
 
@@ -4677,24 +5006,31 @@ class Handlers:
         is_stored = False
         try:
             exchange.on_leave = task.cancel
-            if exchange.has_left:
-                raise ConnectionBroken("the client left before the answer began")
-            parts = turn.first_parts
-            while parts:
-                sink.begin(turn.ids)
-                sink.put(parts)
-                await exchange.reply.drain()
-                parts = await turn.stream.read()
-            await sink.finish()
+            await self._pass_on(exchange, turn, sink)
             is_stored = turn.stream.answer.is_as_sent
         except (asyncio.CancelledError, ConnectionBroken):
             exchange.on_leave = None
+            sink.close()  # nobody reads any more
             is_stored = await self._stop(turn) and not sink.is_behind
             raise
         finally:
             exchange.on_leave = None
             turn.stream.close()
             self._settle(turn, sink.text if is_stored else None)
+
+    async def _pass_on(
+        self, exchange: Exchange, turn: Turn, sink: Outlet | Collector
+    ) -> None:
+        """Carry the answer from Dify to the client."""
+        if exchange.has_left:
+            raise ConnectionBroken("the client left before the answer began")
+        parts = turn.first_parts
+        while parts:
+            sink.begin(turn.ids)
+            sink.put(parts)
+            await exchange.reply.drain()
+            parts = await turn.stream.read()
+        await sink.finish()
 
     def _settle(self, turn: Turn, text: str | None) -> None:
         """Record where the conversation stands; without text nobody knows."""
@@ -4732,15 +5068,16 @@ class Handlers:
             form = await self._dify.form_of(app, anew=True)
             message = f"{error.message}. {describe_inputs(form)}"
             raise BadRequest(message, param="inputs") from error
-        except (BadRequest, ConfigurationFault):
-            self._give_back(question.tail)  # nothing ran
-            raise
-        except BaseException:
-            self._conversations.forget(question.tail)
+        except BaseException as error:
+            nothing_ran = isinstance(error, (BadRequest, ConfigurationFault))
+            if nothing_ran and not isinstance(error, ConversationGone):
+                self._give_back(question.tail)
+            else:
+                self._conversations.forget(question.tail)
             raise
 
     async def _ask(self, question: Question) -> Turn:
-        """Ask, and ask again where Dify shows that a conversation or a mode is wrong."""
+        """Ask, and again where Dify shows that a conversation or a mode is wrong."""
         mode = await self._dify.mode_of(question.app)
         if mode in CHAT_MODES:
             now = self._wall_clock()
@@ -4766,13 +5103,16 @@ class Handlers:
 
     async def _try_turn(self, question: Question, mode: str) -> Turn:
         """One attempt; raises what Dify says before its first word."""
-        app = question.app
+        app, ask = question.app, question.ask
+        has_files = any(row.attachments for row in ask.messages)
+        form = await self._dify.form_of(app) if has_files else AppForm()
         plan = plan_turn(
-            question.ask,
+            ask,
             question.scope,
             question.tail,
             system_variable=app.system_variable,
             history_variable=app.history_variable,
+            most_files=most_files(form),
         )
         request = await self._request_for(question, plan, mode)
         stream = await self._dify.open_turn(app, mode, request)
@@ -4854,6 +5194,12 @@ class Turn:
         return {name: id_ for name, id_ in ids.items() if id_}
 
 
+def _decoded_name(raw: str, models: Iterable[str]) -> str:
+    """A model's name from a path: percent-encoded, or form-encoded by old clients."""
+    form = urllib.parse.unquote_plus(raw)
+    return form if form in models else urllib.parse.unquote(raw)
+
+
 def _no_such_model(model: str, models: Iterable[str]) -> ProxyError:
     known = ", ".join(models) or "none"
     return ModelNotFound(
@@ -4867,8 +5213,10 @@ ROUTES: Mapping[str, Mapping[str, Callable[[Handlers, Exchange], Awaitable[None]
     "models": {"GET": Handlers.list_models},
     "models/": {"GET": Handlers.get_model},
     "health": {"GET": Handlers.health},
+    "ready": {"GET": Handlers.ready},
+    "metrics": {"GET": Handlers.show_metrics},
 }
-OPEN_ENDPOINTS = ("health",)
+OPEN_ENDPOINTS = ("health", "ready")
 
 
 # ==============================================================================
@@ -4893,8 +5241,22 @@ BODY_TIMEOUT_S = 60.0  # between two reads
 DISCARD_S, DISCARD_BYTES = 2.0, 1024 * 1024  # of a request that was refused
 CANCEL_S = 2.0  # for what was cut to stop its runs in Dify
 DRAIN_S = 30.0  # Kubernetes kills after 30 s by default
-MAX_BODY_BYTES = 64 * 1024 * 1024
-_CORS_EXPOSED = "x-request-id, retry-after, retry-after-ms, x-should-retry"
+_CORS_EXPOSED = (
+    "x-request-id, retry-after, retry-after-ms, x-should-retry, openai-processing-ms, "
+    "x-dify-conversation-id, x-dify-message-id"
+)
+# Desktop apps and editor or browser extensions: pages that the user has installed.
+_APP_SCHEMES = (
+    "app",
+    "capacitor",
+    "chrome-extension",
+    "ionic",
+    "moz-extension",
+    "safari-web-extension",
+    "tauri",
+    "vscode-file",
+    "vscode-webview",
+)
 
 
 class _Idle(Exception):
@@ -4912,6 +5274,7 @@ class Server:
     def __init__(self, handlers: Handlers, new_id: Callable[[], str]) -> None:
         self._handlers = handlers
         self._new_id = new_id
+        self.before_request: Callable[[], None] = lambda: None  # reads settings anew
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle: set[Wire] = set()
         self._is_draining = False
@@ -4939,22 +5302,30 @@ class Server:
 
     def _protocol(self) -> asyncio.StreamReaderProtocol:
         reader = WatchedReader(limit=READ_BUFFER_BYTES)
-        return asyncio.StreamReaderProtocol(reader, self.serve)
+        return asyncio.StreamReaderProtocol(reader, self._accept)
+
+    def _accept(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """A task of our own: asyncio's would complain when it is cancelled."""
+        task = asyncio.ensure_future(self.serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def serve(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """One connection, from its first byte to its last."""
-        task = cast("asyncio.Task[None]", asyncio.current_task())
-        self._tasks.add(task)
         wire = Wire(reader, writer)
         try:
+            if len(self._tasks) > self._handlers.settings.max_connections:
+                _turn_away(wire, self._new_id())
+                return
             while await self._serve_one(wire) and not self._is_draining:
                 pass
         except (_Idle, ConnectionBroken):
             pass
         finally:
-            self._tasks.discard(task)
             wire.close()
 
     async def _serve_one(self, wire: Wire) -> bool:
@@ -4964,8 +5335,8 @@ class Server:
         exchange = Exchange(Reply(wire), self._new_id(), wire.peer)
         wire.allow(HEAD_TIMEOUT_S, _slow_request)
         try:
-            connection, exchange.request = parse_request_head(await wire.read_head())
-            exchange.reply = Reply(wire, connection, exchange.request)
+            exchange.request = parse_request_head(await wire.read_head())
+            exchange.reply = Reply(wire, exchange.request)
             decoder = body_decoder(exchange.request.headers, until_end=False)
             exchange.decoder = decoder
             await self._answer(exchange, wire, decoder)
@@ -4978,7 +5349,7 @@ class Server:
             _refuse(exchange, ProxyError("OpenDify failed; its log says more."))
         finally:
             wire.on_leave(None)
-            log_exchange(exchange)
+            self._note(exchange)
         return await _make_ready(exchange, wire)
 
     async def _is_called(self, wire: Wire) -> bool:
@@ -4994,20 +5365,49 @@ class Server:
         self, exchange: Exchange, wire: Wire, decoder: BodyDecoder
     ) -> None:
         """Find the handler, read the body, and let the handler reply."""
+        self.before_request()
         request, reply = exchange.request, exchange.reply
+        settings = self._handlers.settings
         reply.must_close = reply.must_close or self._is_draining
-        reply.headers += [("x-request-id", exchange.id), *_cors(request)]
+        reply.headers.append(("x-request-id", exchange.id))
+        check_host(request, settings)
+        reply.headers += cors_headers(request, settings)
         if request.method == "OPTIONS":
             exchange.reply.send(Response(204, b"", _preflight(request)))
             return
         handler = self._handlers.find(exchange)
         if request.expects_continue and not decoder.is_complete:
             wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        exchange.body = await _read_whole(wire, decoder, MAX_BODY_BYTES)
+        limit = settings.max_body_mb << 20
+        exchange.body = await _read_whole(wire, decoder, limit)
+        exchange.body_bytes = len(exchange.body)
         wire.allow_any_time()
         wire.on_leave(exchange.leave)
-        await handler(exchange)
+        self._handlers.metrics.in_flight += 1
+        try:
+            await handler(exchange)
+        finally:
+            self._handlers.metrics.in_flight -= 1
         await reply.drain()
+
+    def _note(self, exchange: Exchange) -> None:
+        """What the log and the metrics say of a request."""
+        log_exchange(exchange)
+        metrics, reply = self._handlers.metrics, exchange.reply
+        now = asyncio.get_running_loop().time()
+        route, model, status = exchange.route, exchange.model, reply.status or "none"
+        name = "opendify_requests_total"
+        metrics.count(name, route=route, model=model, status=status)
+        metrics.observe("opendify_request_seconds", now - exchange.started_at)
+        if exchange.first_text_at:
+            waited_s = exchange.first_text_at - exchange.started_at
+            metrics.observe("opendify_first_text_seconds", waited_s)
+        metrics.count("opendify_bytes_total", exchange.body_bytes, direction="in")
+        metrics.count("opendify_bytes_total", reply.body_bytes, direction="out")
+        error = exchange.error
+        if isinstance(error, (UpstreamFailed, UpstreamTimeout, RateLimited)):
+            kind = error.code or "error"
+            metrics.count("opendify_upstream_errors_total", kind=kind)
 
 
 def log_exchange(exchange: Exchange) -> None:
@@ -5031,9 +5431,18 @@ def _slow_request() -> ProxyError:
     return RequestTimeout("The request took too long to arrive.")
 
 
+def _turn_away(wire: Wire, id_: str) -> None:
+    """Too many connections: say so, and close."""
+    busy = Overloaded("Too many connections.")
+    exchange = Exchange(Reply(wire), id_, wire.peer)
+    exchange.reply.headers.append(("x-request-id", id_))
+    _refuse(exchange, busy)
+
+
 def _refuse(exchange: Exchange, error: ProxyError) -> None:
     """The error as a response, or as the end of one that has begun."""
     reply = exchange.reply
+    exchange.error = error
     log_level = logging.WARNING if error.status >= 500 else logging.INFO
     log.log(log_level, "%s: %s id=%s", type(error).__name__, error.message, exchange.id)
     if not reply.status:
@@ -5075,13 +5484,57 @@ async def _read_whole(wire: Wire, body: BodyDecoder, limit: int) -> bytes:
             raise BodyTooLarge(f"The body is over {limit >> 20} MiB.")
 
 
-def _cors(request: Request) -> list[tuple[str, str]]:
-    """Headers that let a web page read the response, errors included."""
-    if "origin" not in request.headers:
+def check_host(request: Request, settings: Settings) -> None:
+    """Keep web pages of elsewhere from a server that only this machine should reach.
+
+    A page can make a browser send requests to 127.0.0.1, under a name of its own that
+    resolves there (DNS rebinding): the Host tells. The Origin tells of any page.
+
+    Raises:
+        Forbidden: the request is another page's.
+    """
+    origin, host = request.headers.get("origin"), request.headers.get("host", "")
+    allowed = [entry.rstrip("/").lower() for entry in settings.allowed_origins]
+    name = host_name(host)
+    is_private = is_loopback(settings.server_host) and not settings.valid_api_keys
+    known = [urllib.parse.urlsplit(entry).hostname for entry in allowed]
+    is_known = is_loopback(name) or name in known or "*" in allowed
+    if is_private and not is_known:
+        raise Forbidden(
+            f"The host {name!r} is not this server's. If it is meant, add "
+            f"http://{name} to ALLOWED_ORIGINS, or set VALID_API_KEYS."
+        )
+    if origin is not None and not _is_allowed(origin.lower(), host.lower(), allowed):
+        raise Forbidden(
+            f"Pages of {origin!r} may not call this server; add it to ALLOWED_ORIGINS."
+        )
+
+
+def host_name(host: str) -> str:
+    """A Host header without its port."""
+    return re.sub(r":\d*\Z", "", host.lower()).strip("[]")
+
+
+def _is_allowed(origin: str, host: str, allowed: Sequence[str]) -> bool:
+    """Whether pages of an origin may call: its own, local ones, apps, the listed."""
+    scheme, _, rest = origin.partition("://")
+    if "*" in allowed or origin in allowed:
+        return True
+    if scheme in ("http", "https"):
+        return is_loopback(host_name(rest)) or rest == host
+    return scheme in _APP_SCHEMES and bool(rest)
+
+
+def cors_headers(request: Request, settings: Settings) -> list[tuple[str, str]]:
+    """Headers that let a page read the response, errors included."""
+    origin = request.headers.get("origin")
+    if origin is None:
         return []
+    is_any = "*" in settings.allowed_origins
     return [
-        ("Access-Control-Allow-Origin", "*"),
+        ("Access-Control-Allow-Origin", "*" if is_any else origin),
         ("Access-Control-Expose-Headers", _CORS_EXPOSED),
+        *([] if is_any else [("Vary", "Origin")]),
     ]
 
 
@@ -5166,58 +5619,123 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run OpenDify; returns the exit status."""
     options = build_parser().parse_args(argv)
+    source = SettingsSource(options)
     try:
-        settings = _load_settings(options)
+        settings = source.load()
     except SettingsError as error:
         for complaint in error.complaints:
             print(f"opendify: {complaint}", file=sys.stderr)
         return 2
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=settings.log_level,
-        format="%(asctime)s %(levelname)-7s %(message)s",
-    )
+    _set_up_logging(settings)
+    for warning in source.warnings:
+        log.warning(warning)
     if not (settings.model_config or settings.dify_api_keys or options.demo):
         print(_NOTHING_CONFIGURED, file=sys.stderr)
         return 2
     try:
         if options.check:
             return asyncio.run(_check(settings))
-        return asyncio.run(_serve(settings, is_demo=options.demo))
+        return asyncio.run(_serve(settings, source, is_demo=options.demo))
     except KeyboardInterrupt:
         return 1
 
 
-def _load_settings(options: argparse.Namespace) -> Settings:
-    """Settings from the env file, the environment and the arguments; the last win."""
-    written = _read_env_file(options.env_file)
-    for warning in unknown_variables(written):
-        print(f"opendify: warning: {warning}", file=sys.stderr)
-    arguments = {
-        "SERVER_HOST": options.host,
-        "SERVER_PORT": options.port,
-        "LOG_LEVEL": options.log_level and options.log_level.upper(),
-    }
-    given = {name: value for name, value in arguments.items() if value is not None}
-    return parse_settings({**written, **os.environ, **given})
+class SettingsSource:
+    """Where settings come from: arguments over environment over the env file."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.warnings: list[str] = []
+        self._path = _find_env_file(options.env_file)
+        self._is_named = options.env_file is not None
+        arguments = {
+            "SERVER_HOST": options.host,
+            "SERVER_PORT": options.port,
+            "LOG_LEVEL": options.log_level,
+        }
+        self._given = {k: v for k, v in arguments.items() if v is not None}
+        self._stamp = self._look()
+        self._looked_at = time.monotonic()
+
+    def load(self) -> Settings:
+        """The settings as they are now; raises SettingsError."""
+        written: dict[str, str] = {}
+        if self._path.is_file():
+            written = _read_env_file(self._path)
+        elif self._is_named:
+            raise SettingsError([f"--env-file: there is no file {self._path}"])
+        self.warnings = unknown_variables(written)
+        lower = ("https_proxy", "http_proxy", "no_proxy")  # as other tools read them
+        environment = {k.upper() if k in lower else k: v for k, v in os.environ.items()}
+        return parse_settings({**written, **environment, **self._given})
+
+    def load_if_changed(self) -> Settings | None:
+        """The settings if the env file has changed and is good; looks once a second.
+
+        A bad value is reported, and a vanished file ignored: the last good settings
+        stay.
+        """
+        now = time.monotonic()
+        if now - self._looked_at < 1:
+            return None
+        self._looked_at = now
+        stamp = self._look()
+        if stamp is None or stamp == self._stamp:
+            return None
+        self._stamp = stamp
+        try:
+            return self.load()
+        except SettingsError as error:
+            for complaint in error.complaints:
+                log.error("%s (the settings stay as they were)", complaint)
+            return None
+
+    def _look(self) -> tuple[float, int] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_mtime, found.st_size
 
 
-def _read_env_file(path: str | None) -> dict[str, str]:
-    """The variables of the env file: the one named, or .env here or beside this."""
-    if path is not None and not Path(path).is_file():
-        raise SettingsError([f"--env-file: there is no file {path}"])
-    here = [Path.cwd() / ".env", Path(__file__).resolve().parent / ".env"]
-    for candidate in [Path(path)] if path is not None else here:
-        if candidate.is_file():
-            try:
-                values = dotenv_values(candidate, encoding="utf-8-sig")
-            except (OSError, UnicodeDecodeError) as error:
-                raise SettingsError([f"{candidate} can't be read: {error}"]) from error
-            return {name: value or "" for name, value in values.items()}
-    return {}
+def _find_env_file(named: str | None) -> Path:
+    """The one named, or .env in the working directory, or .env beside this file."""
+    here = Path.cwd() / ".env"
+    if named is not None:
+        return Path(named)
+    return here if here.is_file() else Path(__file__).resolve().parent / ".env"
 
 
-async def _serve(settings: Settings, *, is_demo: bool) -> int:
+def _read_env_file(path: Path) -> dict[str, str]:
+    try:
+        values = dotenv_values(path, encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError([f"{path} can't be read: {error}"]) from error
+    return {name: value or "" for name, value in values.items()}
+
+
+class _JsonFormatter(logging.Formatter):
+    """One object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as JSON, an exception included."""
+        value = {
+            "time": self.formatTime(record),
+            "level": record.levelname,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            value["exception"] = self.formatException(record.exc_info)
+        return json.dumps(value, ensure_ascii=False)
+
+
+def _set_up_logging(settings: Settings) -> None:
+    handler = logging.StreamHandler()
+    plain = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
+    handler.setFormatter(_JsonFormatter() if settings.log_format == "json" else plain)
+    logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
+
+
+async def _serve(settings: Settings, source: SettingsSource, *, is_demo: bool) -> int:
     """Serve until a signal; returns the exit status."""
     demo = DemoApp()
     if is_demo:
@@ -5229,8 +5747,16 @@ async def _serve(settings: Settings, *, is_demo: bool) -> int:
     if complaint:
         log.warning(complaint)
     dify = Dify(settings, asyncio.open_connection)
-    handlers = Handlers(settings, dify, conversations, lambda: uuid.uuid4().hex)
-    server = Server(handlers, new_id=lambda: f"req_{uuid.uuid4().hex}")
+    handlers = Handlers(settings, dify, conversations, lambda: secrets.token_hex(16))
+    server = Server(handlers, new_id=lambda: f"req_{secrets.token_hex(16)}")
+
+    def reload() -> None:
+        if changed := source.load_if_changed():
+            dify.use(changed)
+            handlers.settings = changed
+            log.info("settings read anew: models %s", ", ".join(changed.model_config))
+
+    server.before_request = (lambda: None) if is_demo else reload
     try:
         return await _serve_until_signal(settings, server)
     finally:
@@ -5294,12 +5820,12 @@ async def _check(settings: Settings) -> int:
     for row in dataclasses.fields(settings):
         print(f"{row.name.upper():26}{_masked(getattr(settings, row.name))}")
     dify = Dify(settings, asyncio.open_connection)
-    apps = dict(settings.model_config)
+    apps = [*settings.model_config.items()]
     for key in settings.dify_api_keys:
-        apps[mask_key(key)] = AppSettings(key, settings.dify_api_base)
-    results = await asyncio.gather(*(_check_app(dify, app) for app in apps.values()))
+        apps.append((mask_key(key), AppSettings(key, settings.dify_api_base)))
+    results = await asyncio.gather(*(_check_app(dify, app) for _, app in apps))
     table = [("MODEL", "APP", "MODE", "STATUS", "WHAT TO FIX")]
-    table += [(model, *result) for model, result in zip(apps, results)]
+    table += [(model, *result) for (model, _), result in zip(apps, results)]
     widths = [max(len(line[column]) for line in table) for column in range(4)]
     print()
     for line in table:
@@ -5324,7 +5850,7 @@ def _masked(value: Any) -> str:
     if isinstance(value, dict):
         shown = [f"{model} ({mask_key(app.key)})" for model, app in value.items()]
         return ", ".join(shown) or "-"
-    return {True: "on", False: "off"}.get(value, str(value)) if value != "" else "-"
+    return mask_password(written(value)) or "-"
 
 
 # The demo...
@@ -5335,10 +5861,12 @@ class DemoApp:
 
     def __init__(self) -> None:
         self._server: asyncio.base_events.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped: set[str] = set()  # tasks of Dify's
 
     async def listen(self) -> str:
         """Begin to serve; returns the API's base URL."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         port = self._server.sockets[0].getsockname()[1]
         return f"http://127.0.0.1:{port}/v1"
 
@@ -5346,6 +5874,16 @@ class DemoApp:
         """Stop serving."""
         if self._server:
             self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _accept(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        task = asyncio.ensure_future(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _serve(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -5353,12 +5891,12 @@ class DemoApp:
         wire = Wire(reader, writer)
         try:
             while head := await wire.read_head():
-                connection, request = parse_request_head(head)
+                request = parse_request_head(head)
                 body = b""
                 decoder = body_decoder(request.headers, until_end=False)
                 while data := await wire.read_body(decoder):
                     body += data
-                reply = Reply(wire, connection, request)
+                reply = Reply(wire, request)
                 await self._reply(reply, request.path, body)
         except ConnectionBroken:
             pass
@@ -5369,6 +5907,7 @@ class DemoApp:
         if path.endswith("/chat-messages"):
             await self._stream(reply, json.loads(body))
         else:
+            self._stopped.update(path.split("/"))  # of a stop's path, the task's id
             facts = {"name": "OpenDify demo", "mode": "chat", "result": "success"}
             reply.send(json_response(facts))
 
@@ -5383,6 +5922,8 @@ class DemoApp:
         reply.start(200, [("Content-Type", "text/event-stream; charset=utf-8")])
         text = f"{_DEMO_ANSWER}You said: {asked['query']}"
         for burst in re.findall(r"[^.。;,]+[.。;,]?\s*", text):
+            if ids["task_id"] in self._stopped:
+                break
             event = {"event": "message", **ids, "answer": burst}
             reply.write(encode_event(json_bytes(event)))
             await reply.drain()

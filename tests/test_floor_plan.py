@@ -17,7 +17,7 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 200,
+    "Settings": 230,
     "Errors": 100,
     "SSE": 90,
     "Turn": 90,
@@ -25,16 +25,16 @@ BUDGETS = {
     "Dify": 750,
     "OpenAI": 450,
     "Conversations": 360,
-    "Pacer": 120,
+    "Pacer": 130,
     "Wire": 350,
-    "Upstream": 480,
-    "Handlers": 500,
-    "Server": 250,
+    "Upstream": 600,
+    "Handlers": 600,
+    "Server": 270,
     "Page": 250,
-    "Command line": 230,
+    "Command line": 300,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 4000
+WHOLE_BUDGET = 4200
 FUNCTION_LINES = 50  # one screen
 
 PURE = set(list(BUDGETS)[: list(BUDGETS).index("Wire")])

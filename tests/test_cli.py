@@ -1,0 +1,475 @@
+"""Room 13: arguments, the env file, exit statuses, the self-check, the demo."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import pytest
+from fake_dify import FakeDify
+
+import opendify
+from opendify import setting_rows
+
+FILE = Path(__file__).parent.parent / "opendify.py"
+VERSION = f"OpenDify {opendify.__version__}\n"
+KEY, OTHER_KEY = "app-0123456789abcdef", "app-01zzzzzzzzzzzzzz"
+NOWHERE = "http://127.0.0.1:1/v1"  # nobody listens on the reserved port 1
+SCREEN_LINES = 60
+
+
+class Outcome(NamedTuple):
+    """How a run ended, and what it wrote."""
+
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def quiet_logging() -> Iterator[None]:
+    """Give the root logger back as it was: `main` sets it up anew."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_logging: None) -> Path:
+    """An empty working directory, another one for the file, no variables set."""
+    for variable, _, _ in setting_rows():
+        monkeypatch.delenv(variable, raising=False)
+        monkeypatch.delenv(variable.lower(), raising=False)
+    for name in ("work", "beside"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(opendify, "__file__", str(tmp_path / "beside/opendify.py"))
+    return tmp_path
+
+
+@pytest.fixture
+def run(home: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run `main` with these arguments, in `home`."""
+    assert home.is_dir()
+
+    def call(*arguments: str) -> Outcome:
+        try:
+            status = opendify.main(arguments)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return Outcome(status, *capsys.readouterr())
+
+    return call
+
+
+def shown(outcome: Outcome) -> dict[str, str]:
+    """The settings that `--check` prints."""
+    lines = outcome.out.partition("\n\n")[0].splitlines()
+    return {
+        name: text.strip() for name, _, text in (row.partition(" ") for row in lines)
+    }
+
+
+def rows(outcome: Outcome) -> list[list[str]]:
+    """The cells of the table that `--check` prints."""
+    lines = outcome.out.partition("\n\n")[2].splitlines()
+    return [re.split(r"  +", line.strip()) for line in lines]
+
+
+@pytest.fixture
+def checked(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run `--check` with one app that can't be reached."""
+    app = {"key": KEY, "base": NOWHERE}
+    monkeypatch.setenv("MODEL_CONFIG", json.dumps({"m": app}))
+    return lambda *arguments: run("--check", *arguments)
+
+
+# ------------------------------------------------------------------------------
+# Arguments
+# ------------------------------------------------------------------------------
+
+
+def test_version_is_told(run: Run) -> None:
+    assert run("--version") == Outcome(0, VERSION, "")
+
+
+@pytest.mark.parametrize("columns", ["80", "100", "200"])
+def test_help_fits_one_screen_and_lists_every_setting(
+    run: Run, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    status, out, err = run("--help")
+    lines = out.splitlines()
+    assert (status, err) == (0, "")
+    assert len(lines) <= SCREEN_LINES
+    told = [line.split()[0] for line in lines if re.match(r"  [A-Z]+_", line)]
+    assert told == [variable for variable, _, _ in setting_rows()]
+
+
+def test_help_tells_defaults_and_meanings(run: Run) -> None:
+    lines = [" ".join(line.split()) for line in run("--help").out.splitlines()]
+    for variable, default, meaning in setting_rows():
+        assert f"{variable} {meaning}" + (f" [{default}]" if default else "") in lines
+
+
+@pytest.mark.parametrize("argument", ["--prot", "here", "--port"])
+def test_bad_usage_ends_with_status_2(run: Run, argument: str) -> None:
+    status, out, err = run(argument)
+    assert (status, out) == (2, "")
+    assert err.startswith("usage: opendify.py ")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("argument", ["", "--check"], ids=["serve", "check"])
+def test_both_ways_out_are_named_when_nothing_is_configured(
+    run: Run, argument: str
+) -> None:
+    status, out, err = run(*argument.split())
+    assert (status, out) == (2, "")
+    assert err.startswith("No Dify app is configured. Either\n")
+    for way in ("MODEL_CONFIG={", "DIFY_API_BASE=https://api.dify.ai/v1", " --demo"):
+        assert way in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        pytest.param(
+            "--port http", "SERVER_PORT: must be a whole number, not 'http'", id="word"
+        ),
+        pytest.param(
+            "--port 70000", "SERVER_PORT: must be 65535 or less", id="too-large"
+        ),
+        pytest.param(
+            "--log-level loud",
+            "LOG_LEVEL: must be one of DEBUG, INFO, WARNING, ERROR",
+            id="level",
+        ),
+        pytest.param(
+            "--env-file nowhere.env",
+            "--env-file: there is no file nowhere.env",
+            id="env",
+        ),
+        pytest.param("--env-file .", "--env-file: there is no file .", id="folder"),
+    ],
+)
+def test_bad_value_is_one_line_and_status_2(
+    run: Run, arguments: str, complaint: str
+) -> None:
+    assert run(*arguments.split()) == Outcome(2, "", f"opendify: {complaint}\n")
+
+
+def test_all_complaints_are_printed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOW_PROCESS", "maybe")
+    monkeypatch.setenv("MODEL_CONFIG", f'{{"m": {{"key": "{KEY}", "mod": "x"}}}}')
+    status, out, err = run("--port", "x", "--demo")
+    assert (status, out) == (2, "")
+    assert err.splitlines() == [
+        "opendify: MODEL_CONFIG: 'm' has an unknown 'mod'; did you mean 'mode'?",
+        "opendify: SERVER_PORT: must be a whole number, not 'x'",
+        "opendify: SHOW_PROCESS: must be on or off, not 'maybe'",
+    ]
+
+
+def test_port_in_use_is_one_line_and_status_1(run: Run) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        status, out, err = run("--demo", "--port", str(port))
+    said = [line for line in err.splitlines() if line.startswith("opendify: ")]
+    assert (status, out, len(said)) == (1, "", 1)
+    assert said[0].startswith(f"opendify: can't listen on 127.0.0.1:{port}: ")
+    assert "Traceback" not in err
+
+
+# ------------------------------------------------------------------------------
+# The env file
+# ------------------------------------------------------------------------------
+
+
+def test_real_variable_wins_over_the_env_file(
+    home: Path, checked: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "work/.env").write_text("SERVER_PORT=1001\nSERVER_HOST=localhost\n")
+    monkeypatch.setenv("SERVER_PORT", "1002")
+    settings = shown(checked())
+    assert (settings["SERVER_PORT"], settings["SERVER_HOST"]) == ("1002", "localhost")
+
+
+def test_argument_wins_over_all(
+    home: Path, checked: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "work/.env").write_text("SERVER_PORT=1001\nLOG_LEVEL=INFO\n")
+    monkeypatch.setenv("SERVER_PORT", "1002")
+    settings = shown(
+        checked("--port", "1003", "--host", "localhost", "--log-level", "error")
+    )
+    told = (settings["SERVER_PORT"], settings["SERVER_HOST"], settings["LOG_LEVEL"])
+    assert told == ("1003", "localhost", "ERROR")
+
+
+@pytest.mark.parametrize(
+    ("files", "arguments", "port"),
+    [
+        pytest.param({}, "", "5000", id="none"),
+        pytest.param({"beside": 1}, "", "1001", id="beside-the-file"),
+        pytest.param({"work": 2}, "", "1002", id="working-directory"),
+        pytest.param({"beside": 1, "work": 2}, "", "1002", id="both"),
+        pytest.param(
+            {"beside": 1, "work": 2, ".": 3}, "--env-file ../.env", "1003", id="named"
+        ),
+    ],
+)
+def test_env_file_is_found(
+    home: Path, checked: Run, files: dict[str, int], arguments: str, port: str
+) -> None:
+    for folder, digit in files.items():
+        (home / folder / ".env").write_text(f"SERVER_PORT=100{digit}\n")
+    assert shown(checked(*arguments.split()))["SERVER_PORT"] == port
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param('MODEL_CONFIG={"a": "app-1", "b": "app-2"}', id="plain"),
+        pytest.param(
+            'MODEL_CONFIG=\'{\n "a": "app-1",\n "b": "app-2"\n}\'', id="lines"
+        ),
+        pytest.param('\ufeffMODEL_CONFIG={"a":"app-1","b":"app-2"}', id="bom"),
+        pytest.param('export MODEL_CONFIG={"a":"app-1","b":"app-2"}\r\n', id="crlf"),
+        pytest.param('MODEL_CONFIG = {"a":"app-1","b":"app-2"} # two', id="comment"),
+    ],
+)
+def test_env_file_is_read_as_people_write_it(home: Path, run: Run, text: str) -> None:
+    content = f"{text}\nDIFY_API_BASE={NOWHERE}\n"
+    (home / "work/.env").write_bytes(content.encode())
+    outcome = run("--check")
+    assert [row[0] for row in rows(outcome)] == ["MODEL", "a", "b"]
+    assert "app-1" not in outcome.out + outcome.err
+
+
+def test_unknown_key_of_the_env_file_is_a_warning(home: Path, checked: Run) -> None:
+    (home / "work/.env").write_text("SERVER_PROT=1\nQQQ=1\nSERVER_PORT=1001\n")
+    outcome = checked()
+    said = [line.partition(" WARNING ")[2] for line in outcome.err.splitlines()]
+    assert said == [
+        "SERVER_PROT is not a setting of OpenDify; did you mean SERVER_PORT?",
+        "QQQ is not a setting of OpenDify",
+    ]
+    assert shown(outcome)["SERVER_PORT"] == "1001"
+
+
+def test_unreadable_env_file_is_one_line_and_status_2(home: Path, run: Run) -> None:
+    (home / "work/.env").write_bytes("SERVER_PORT=1001".encode("utf-16"))
+    status, out, err = run("--demo")
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert ".env can't be read: " in err
+
+
+# ------------------------------------------------------------------------------
+# The self-check
+# ------------------------------------------------------------------------------
+
+HEADINGS = ["MODEL", "APP", "MODE", "STATUS", "WHAT TO FIX"]
+
+
+async def check(run: Run, dify: FakeDify, monkeypatch: pytest.MonkeyPatch) -> Outcome:
+    """Run `--check` beside a fake Dify."""
+    monkeypatch.setenv("DIFY_API_BASE", dify.base)
+    return await asyncio.get_running_loop().run_in_executor(None, run, "--check")
+
+
+@pytest.mark.real_clock
+async def test_check_tells_each_app_and_ends_with_0_when_all_is_well(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "MODEL_CONFIG", json.dumps({"one": KEY, "second model": {"key": OTHER_KEY}})
+    )
+    async with FakeDify() as dify:
+        dify.app(KEY, mode="chat", name="First app")
+        dify.app(OTHER_KEY, mode="workflow", name="应用")
+        outcome = await check(run, dify, monkeypatch)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert rows(outcome) == [
+        HEADINGS,
+        ["one", "First app", "chat", "ok"],
+        ["second model", "应用", "workflow", "ok"],
+    ]
+
+
+@pytest.mark.real_clock
+async def test_check_says_what_to_fix_and_ends_with_1_when_an_app_fails(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"good": KEY, "bad": OTHER_KEY, "far": {"key": KEY, "base": NOWHERE}}
+    monkeypatch.setenv("MODEL_CONFIG", json.dumps(config))
+    async with FakeDify() as dify:
+        dify.app(KEY, name="Demo")
+        outcome = await check(run, dify, monkeypatch)
+    assert outcome.status == 1
+    head, good, bad, far = rows(outcome)
+    assert (head, good) == (HEADINGS, ["good", "Demo", "chat", "ok"])
+    assert bad == [
+        *("bad", "-", "-", "failed"),
+        "Dify refused the app key (401 unauthorized: Access token is invalid). Check "
+        "the key in MODEL_CONFIG or DIFY_API_KEYS, and that API access is on for the "
+        "app.",
+    ]
+    assert far[:4] == ["far", "-", "-", "failed"]
+    assert far[4].startswith("No connection with http://127.0.0.1:1: ")
+
+
+@pytest.mark.real_clock
+async def test_check_tells_every_app_of_dify_api_keys(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their masked keys look alike: that must not hide one of them."""
+    monkeypatch.setenv("DIFY_API_KEYS", f"{KEY}, {OTHER_KEY}")
+    async with FakeDify() as dify:
+        dify.app(KEY, name="One")
+        dify.app(OTHER_KEY, name="Two")
+        outcome = await check(run, dify, monkeypatch)
+    assert outcome.status == 0
+    assert [row[1] for row in rows(outcome)] == ["APP", "One", "Two"]
+
+
+def test_check_masks_keys(checked: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = [f"app-{digit * 20}" for digit in "12"] + ["sk-client-key-of-ours"]
+    monkeypatch.setenv("MODEL_CONFIG", json.dumps({"m": secrets[0]}))
+    monkeypatch.setenv("DIFY_API_KEYS", secrets[1])
+    monkeypatch.setenv("VALID_API_KEYS", secrets[2])
+    monkeypatch.setenv("DIFY_API_BASE", NOWHERE)
+    outcome = checked()
+    assert [key for key in secrets if key in outcome.out + outcome.err] == []
+    settings = shown(outcome)
+    assert settings["MODEL_CONFIG"] == "m (app-11…)"
+    assert settings["DIFY_API_KEYS"] == "app-22…"
+    assert settings["VALID_API_KEYS"] == "sk-cli…"
+
+
+def test_check_masks_passwords_of_urls(
+    checked: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:our-secret@proxy.example:3128")
+    outcome = checked()
+    assert "our-secret" not in outcome.out + outcome.err
+    assert "proxy.example:3128" in shown(outcome)["HTTPS_PROXY"]
+
+
+def test_check_shows_origins_whole(
+    checked: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origins = "https://chat.example.org, https://example.com:8443"
+    monkeypatch.setenv("ALLOWED_ORIGINS", origins)
+    assert shown(checked())["ALLOWED_ORIGINS"] == origins
+
+
+def test_check_shows_every_setting(checked: Run) -> None:
+    outcome = checked()
+    assert outcome.status == 1
+    assert list(shown(outcome)) == [variable for variable, _, _ in setting_rows()]
+    assert "" not in shown(outcome).values()
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        pytest.param("SERVER_PORT", "1", id="port-1"),
+        pytest.param("SERVER_PORT", "0", id="port-0"),
+        pytest.param("STREAM_MAX_LAG", "1", id="one-second"),
+        pytest.param("STREAM_MAX_LAG", "0", id="no-seconds"),
+    ],
+)
+def test_check_shows_numbers_as_numbers(
+    checked: Run, monkeypatch: pytest.MonkeyPatch, variable: str, text: str
+) -> None:
+    monkeypatch.setenv(variable, text)
+    assert float(shown(checked())[variable].rstrip("s")) == float(text)
+
+
+# ------------------------------------------------------------------------------
+# As a process
+# ------------------------------------------------------------------------------
+
+FEW_VARIABLES = ("PATH", "SYSTEMROOT", "LANG", "TMPDIR", "TEMP")
+START = [sys.executable, "-X", "utf8", str(FILE)]
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """What a process needs, without any setting."""
+    return {name: os.environ[name] for name in FEW_VARIABLES if name in os.environ}
+
+
+def test_missing_package_is_one_line_and_status_1(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """Without site-packages there is neither h11 nor dotenv."""
+    command = [sys.executable, "-I", "-S", str(FILE), "--version"]
+    ended = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, check=False
+    )
+    err = ended.stderr.decode()
+    assert (ended.returncode, ended.stdout) == (1, b"")
+    assert len(err.splitlines()) == 1
+    assert "'h11'" in err
+    assert "-m pip install h11 python-dotenv" in err
+
+
+@pytest.fixture
+def demo(
+    tmp_path: Path, environment: dict[str, str]
+) -> Iterator[subprocess.Popen[str]]:
+    """The demo on a free port, as a process."""
+    command = [*START, "--demo", "--port", "0"]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        encoding="utf-8",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
+def test_demo_serves_until_a_signal_and_ends_with_0(
+    demo: subprocess.Popen[str],
+) -> None:
+    assert demo.stdout
+    line = demo.stdout.readline()
+    told = re.fullmatch(
+        re.escape(VERSION[:-1]) + r" listens on (http://127\.0\.0\.1:\d+/v1)\n", line
+    )
+    assert told, line
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(f"{told[1]}/models", timeout=10) as response:
+        models = json.load(response)["data"]
+    assert [model["id"] for model in models] == ["demo"]
+    demo.send_signal(signal.SIGTERM)
+    out, err = demo.communicate(timeout=10)
+    assert (demo.returncode, out) == (0, "")
+    assert " GET /v1/models 200 " in err
+    assert "Traceback" not in err

@@ -1,0 +1,1238 @@
+"""Which conversation a request continues, and what Dify is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import textwrap
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from hypothesis.stateful import run_state_machine_as_test
+
+import opendify
+from opendify import (
+    Ask,
+    Attachment,
+    Conversations,
+    Message,
+    Tail,
+    ToolCall,
+    fold,
+    is_side_request,
+    message_digest,
+    open_conversations,
+    plan_turn,
+    scope_of,
+    split_turn,
+)
+
+WEEK = 7 * 24 * 3600.0
+SCOPE = scope_of("app-key", "ada")
+LONG = "An answer that nobody would mistake for another one. " * 4
+
+
+def user(text: str, name: str = "") -> Message:
+    return Message("user", text, name)
+
+
+def answer(text: str, *calls: ToolCall) -> Message:
+    return Message("assistant", text, tool_calls=calls)
+
+
+def chat(*texts: str) -> tuple[Message, ...]:
+    """User and assistant in turn, the user first."""
+    return tuple((answer if i % 2 else user)(text) for i, text in enumerate(texts))
+
+
+def ask(*messages: Message, system: str = "", conversation_id: str = "") -> Ask:
+    return Ask("m", messages, system, conversation_id=conversation_id)
+
+
+def ask_of(*texts: str) -> Ask:
+    return ask(*chat(*texts))
+
+
+def record(store: Conversations, name: str, *messages: Message) -> None:
+    """A conversation with this transcript, as if it had been led."""
+    scope = SCOPE
+    store.put(Tail(scope, name, chain=scope).extend(messages), 0.0)
+
+
+@pytest.fixture(params=["memory", "file"])
+def store(request, tmp_path):
+    path = ":memory:" if request.param == "memory" else str(tmp_path / "table.db")
+    with closing(Conversations(path, WEEK)) as table:
+        yield table
+
+
+def found(store: Conversations, request: Ask, scope: bytes = SCOPE) -> str:
+    """The id of the conversation that is continued; it is given back."""
+    tail = store.take(request, scope, 0.0)
+    if tail is None:
+        return ""
+    store.put(tail, 0.0)
+    return tail.conversation_id
+
+
+# What is history and what is new...
+
+
+@pytest.mark.parametrize(
+    ("roles", "new"),
+    [
+        pytest.param("u", 1, id="first message"),
+        pytest.param("uau", 1, id="second turn"),
+        pytest.param("uu", 2, id="no answer to the first"),
+        pytest.param("uauu", 2, id="no answer to the second"),
+        pytest.param("uat", 1, id="tool result"),
+        pytest.param("uattu", 3, id="tool results and more"),
+        pytest.param("uaus", 2, id="system text at the end"),
+        pytest.param("ua", 0, id="answer to be continued"),
+        pytest.param("", 0, id="system text only"),
+    ],
+)
+def test_new_is_what_follows_the_last_answer(roles, new):
+    names = {"u": "user", "a": "assistant", "t": "tool", "s": "system"}
+    messages = tuple(Message(names[role], str(i)) for i, role in enumerate(roles))
+    at = len(messages) - new
+    assert split_turn(ask(*messages)) == (messages[:at], messages[at:])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "### Task:\nGenerate a concise title",
+        "  ### Task:\nSuggest 3-5 follow-up questions",
+        "Please generate a four to five word title summarizing our conversation",
+        "使用四到五个字直接返回这句话的简要主题，不要解释",
+        "Summarize the discussion briefly in 200 words or less",
+        "简要总结一下对话内容，用作后续的上下文提示 prompt，控制在 200 字以内",
+    ],
+)
+def test_side_requests_neither_join_nor_move_a_conversation(store, text):
+    record(store, "c", *chat("hi", "Hello!"))
+    for last in (user(text), Message("system", text)):
+        request = ask(*chat("hi", "Hello!"), last, conversation_id="c")
+        assert is_side_request(request)
+        assert store.take(request, SCOPE, 0.0) is None
+        plan = plan_turn(request, SCOPE, None)
+        store.put(plan.finish("side", answer("Greetings")), 0.0)
+    assert len(store) == 1
+    assert found(store, ask_of("hi", "Hello!", "And now?")) == "c"
+
+
+def test_a_task_as_such_is_no_side_request():
+    assert not is_side_request(ask_of("What does ### Task: mean?"))
+    assert is_side_request(ask(system="### Task: a title"))
+    assert not is_side_request(ask())
+
+
+# Which messages are equal...
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(user("a  b\n"), user(" a b"), id="white space"),
+        pytest.param(
+            answer("<think>\nhm\n</think>\n\nYes"), answer("Yes"), id="think block"
+        ),
+        pytest.param(
+            answer("<THINK a=1>x</THINK> <think>y</think>Yes"), answer("Yes"), id="two"
+        ),
+        pytest.param(
+            answer(
+                '<details style="color:gray;" open> <summary> Thinking... </summary>'
+                "\nhm\n</details>\n\nYes"
+            ),
+            answer("Yes"),
+            id="details block of old releases",
+        ),
+        pytest.param(
+            answer(
+                '<details type="reasoning" done="true" duration="3">\n'
+                "<summary>Thought for 3 seconds</summary>\n&gt; hm\n</details>\nYes"
+            ),
+            answer("Yes"),
+            id="details block of Open WebUI",
+        ),
+        pytest.param(
+            answer("", ToolCall("1", "f", '{"a":1,"b":"ü"}')),
+            answer("", ToolCall("2", "f", '{"b": "\\u00fc", "a": 1}')),
+            id="call written otherwise",
+        ),
+        pytest.param(answer("x\ud83dy"), answer("x\ufffdy"), id="half a surrogate pair"),
+        pytest.param(
+            answer("x"), Message("assistant", "x", name="gpt-4"), id="name of the model"
+        ),
+        pytest.param(
+            Message("user", "x", attachments=(Attachment("a.png", data=b"1"),)),
+            Message("user", "x", attachments=(Attachment("b.png", data=b"1"),)),
+            id="file by another name",
+        ),
+    ],
+)
+def test_messages_that_are_the_same(one, other):
+    assert message_digest(SCOPE, one) == message_digest(SCOPE, other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(user("ab"), user("a b"), id="words"),
+        pytest.param(user("a"), answer("a"), id="role"),
+        pytest.param(user("a"), user("a", "Ada"), id="name of a user"),
+        pytest.param(user("<think>x</think>a"), user("a"), id="a user's tags"),
+        pytest.param(
+            answer("see <think>x</think>"), answer("see"), id="tags inside an answer"
+        ),
+        pytest.param(
+            answer("", ToolCall("", "f", "{}")),
+            answer("", ToolCall("", "g", "{}")),
+            id="call",
+        ),
+        pytest.param(
+            answer("", ToolCall("", "f", '{"a":1}')),
+            answer("", ToolCall("", "f", '{"a":2}')),
+            id="arguments",
+        ),
+        pytest.param(
+            answer("", ToolCall("", "f", "{a")),
+            answer("", ToolCall("", "f", "{b")),
+            id="arguments that are no JSON",
+        ),
+        pytest.param(
+            Message("user", "x", attachments=(Attachment("a", data=b"1"),)),
+            Message("user", "x", attachments=(Attachment("a", data=b"2"),)),
+            id="bytes of a file",
+        ),
+        pytest.param(
+            Message("user", "x", attachments=(Attachment("a", url="http://a/1"),)),
+            Message("user", "x", attachments=(Attachment("a", url="http://a/2"),)),
+            id="URL of a file",
+        ),
+        pytest.param(
+            Message("user", "x", attachments=(Attachment("a", data=b"1"),)),
+            user("x"),
+            id="file or none",
+        ),
+    ],
+)
+def test_messages_that_are_not_the_same(one, other):
+    assert message_digest(SCOPE, one) != message_digest(SCOPE, other)
+
+
+def test_deep_arguments_and_many_open_tags_cost_little():
+    message_digest(SCOPE, answer("", ToolCall("", "f", "[" * 100_000)))
+    message_digest(SCOPE, answer("<think>" * 100_000))
+    message_digest(SCOPE, answer("<details><summary>" + "Thinking" * 100_000))
+    fold([user("<message-" * 100_000), *[user(f"<message-{n}>") for n in range(2000)]])
+
+
+# What matches...
+
+TALK = ("u1", LONG + "1", "u2", LONG + "2", "u3", LONG + "3", "u4", LONG + "4")
+SHORT = ("u1", "a1", "u2", "a2", "u3", "a3")
+
+
+@pytest.mark.parametrize(
+    ("transcript", "request_"),
+    [
+        pytest.param(TALK, (*TALK, "new"), id="whole"),
+        pytest.param(TALK[:2], (*TALK[:2], "new"), id="second turn"),
+        pytest.param(TALK, (*TALK[4:], "new"), id="last 5"),
+        pytest.param(TALK, (*TALK[6:], "new"), id="one exchange, a long answer"),
+        pytest.param(("hi", "Hello!"), ("hi", "Hello!", "new"), id="short but whole"),
+        pytest.param(SHORT, (*SHORT[2:], "new"), id="two exchanges, short answers"),
+    ],
+)
+def test_a_history_that_ends_a_transcript_continues_it(store, transcript, request_):
+    record(store, "c", *chat(*transcript))
+    assert found(store, ask_of(*request_)) == "c"
+
+
+def test_a_window_may_start_with_an_answer(store):
+    record(store, "c", *chat(*TALK))
+    assert found(store, ask(*chat(*TALK)[5:], user("new"))) == "c"
+    assert found(store, ask(*chat(*TALK)[7:], user("new"))) == "c"
+
+
+@pytest.mark.parametrize(
+    ("transcript", "request_"),
+    [
+        pytest.param(TALK, ("u1",), id="no history"),
+        pytest.param(TALK, (*TALK[:6], "u4"), id="regenerated"),
+        pytest.param(TALK, (*TALK[:3], "edited", *TALK[4:], "new"), id="answer edited"),
+        pytest.param(TALK, ("edited", *TALK[1:], "new"), id="message edited"),
+        pytest.param(TALK, (*TALK[:2], *TALK[4:], "new"), id="middle deleted"),
+        pytest.param(TALK, ("u0", "a0", *TALK, "new"), id="longer"),
+        pytest.param(SHORT, (*SHORT[4:], "new"), id="one exchange, a short answer"),
+        pytest.param(
+            ("x", LONG, "y", "OK") * 2, ("x", LONG, "y", "OK", "x"), id="stands there twice"
+        ),
+    ],
+)
+def test_another_history_does_not(store, transcript, request_):
+    record(store, "c", *chat(*transcript))
+    assert found(store, ask_of(*request_)) == ""
+    assert found(store, ask_of(*transcript, "and on")) == "c"
+
+
+def test_a_window_that_ends_two_transcripts_continues_neither(store):
+    record(store, "c1", *chat("x", "OK", *TALK))
+    record(store, "c2", *chat("y", "OK", *TALK))
+    assert found(store, ask_of(*TALK, "new")) == ""
+    assert found(store, ask_of("y", "OK", *TALK, "new")) == "c2"
+    record(store, "c3", *chat(*TALK))
+    assert found(store, ask_of(*TALK, "new")) == "c3"
+
+
+def test_nobody_else_finds_it(store):
+    record(store, "c", *chat(*TALK))
+    request = ask_of(*TALK, "new")
+    assert found(store, request, scope_of("app-key", "bob")) == ""
+    assert found(store, request, scope_of("other-key", "ada")) == ""
+    assert found(store, request, scope_of("app-keya", "da")) == ""
+    explicit = ask_of(*TALK, "new")
+    stranger = scope_of("app-key", "bob")
+    tail = store.take(ask(*explicit.messages, conversation_id="c"), stranger, 0.0)
+    assert tail is not None
+    assert tail.length == 1  # all that is known is the id
+    store.forget(tail)
+    assert found(store, request) == "c"
+
+
+def test_a_taken_tail_is_not_found_until_it_is_put_back(store):
+    record(store, "c", *chat(*TALK))
+    request = ask_of(*TALK, "new")
+    tail = store.take(request, SCOPE, 0.0)
+    assert tail is not None
+    assert store.take(request, SCOPE, 0.0) is None
+    assert store.take(ask_of(*TALK[4:], "new"), SCOPE, 0.0) is None
+    store.put(tail, 0.0)
+    assert store.take(request, SCOPE, 0.0) == tail
+
+
+def test_identical_openings_each_have_one_taker(store):
+    for i in range(10):
+        record(store, f"c{i}", *chat("hi", "Hello!"))
+    tails = [store.take(ask_of("hi", "Hello!", str(i)), SCOPE, 0.0) for i in range(100)]
+    taken = sorted(tail.conversation_id for tail in tails if tail)
+    assert taken == sorted(f"c{i}" for i in range(10))
+
+
+def test_a_stock_phrase_hides_nothing_but_windows(store):
+    for i in range(200):
+        record(store, f"c{i}", *chat(f"x{i}", "OK", "y", "Bye!"))
+    assert found(store, ask_of("x7", "OK", "y", "Bye!", "new")) == "c7"
+    assert found(store, ask(*chat("x7", "OK", "y", "Bye!")[1:], user("new"))) == ""
+
+
+def test_very_long_transcripts_match_whole_and_by_windows(store):
+    texts = tuple(f"text {i}" for i in range(1000))
+    record(store, "c", *chat(*texts))
+    assert found(store, ask_of(*texts, "new")) == "c"
+    assert found(store, ask_of(*texts[-4:], "new")) == "c"
+    assert found(store, ask_of(*texts[-128:], "new")) == "c"
+    assert found(store, ask_of(*texts[-130:], "new")) == ""
+    assert found(store, ask_of("edited", *texts[1:], "new")) == ""
+
+
+def test_system_text_is_no_part_of_a_history(store):
+    record(store, "c", *chat(*TALK))
+    messages = (Message("system", "12:00"), *chat(*TALK), user("new"))
+    assert found(store, ask(*messages, system="It is 12:01.")) == "c"
+
+
+def test_an_answer_to_be_continued_starts_anew_and_is_not_recorded(store):
+    record(store, "c", *chat(*TALK))
+    request = ask(*chat(*TALK))
+    assert store.take(request, SCOPE, 0.0) is None
+    plan = plan_turn(request, SCOPE, None)
+    store.put(plan.finish("c2", answer("more")), 0.0)
+    assert len(store) == 1
+
+
+# Explicit ids...
+
+
+def test_an_explicit_id_is_taken_as_given_and_moves_its_tail(store):
+    record(store, "c", *chat(*TALK))
+    request = ask_of("only the new one")
+    named = ask(*request.messages, conversation_id="c")
+    tail = store.take(named, SCOPE, 0.0)
+    plan = plan_turn(named, SCOPE, tail)
+    assert (plan.query, plan.tail.conversation_id) == ("only the new one", "c")
+    store.put(plan.finish("c", answer("an answer")), 0.0)
+    assert found(store, ask_of(*TALK, "new")) == ""
+    whole = (*TALK, "only the new one", "an answer")
+    assert found(store, ask_of(*whole, "new")) == "c"
+
+
+def test_an_unknown_id_is_learned_from_its_end_only(store):
+    named = ask(*chat("u1", "a1", "u2"), conversation_id="c")
+    for text in (LONG + "1", LONG + "2"):
+        plan = plan_turn(named, SCOPE, store.take(named, SCOPE, 0.0))
+        assert (plan.query, plan.tail.conversation_id) == ("u2", "c")
+        store.put(plan.finish("c", answer(text)), 0.0)
+    assert found(store, ask_of("u2", LONG + "2", "new")) == "c"
+    assert found(store, ask_of("u2", LONG + "1", "u2", LONG + "2", "new")) == "c"
+    assert found(store, ask_of("u1", "a1", "u2", LONG + "1", "new")) == ""
+
+
+def test_what_is_known_by_its_end_is_never_a_whole_match(store):
+    named = ask(user("hi"), conversation_id="c")
+    plan = plan_turn(named, SCOPE, store.take(named, SCOPE, 0.0))
+    store.put(plan.finish("c", answer("Hello!")), 0.0)
+    assert found(store, ask_of("hi", "Hello!", "new")) == ""
+
+
+def test_two_turns_at_once_by_id_leave_nothing_to_find(store):
+    record(store, "c", *chat(*TALK))
+    guessed = ask_of(*TALK, "new")
+    first = plan_turn(guessed, SCOPE, store.take(guessed, SCOPE, 0.0))
+    named = ask(user("me too"), conversation_id="c")
+    second = plan_turn(named, SCOPE, store.take(named, SCOPE, 0.0))
+    assert second.tail.conversation_id == "c"
+    store.put(second.finish("c", answer(LONG + "second")), 0.0)
+    store.put(first.finish("c", answer(LONG + "first")), 0.0)
+    assert found(store, ask_of("me too", LONG + "second", "x")) == ""
+    assert found(store, ask_of(*TALK, "new", LONG + "first", "x")) == ""
+    third = store.take(named, SCOPE, 0.0)
+    assert third is not None
+    assert third.conversation_id == "c"
+
+
+def test_ids_that_are_no_ids_do_no_harm(store):
+    for bad in ("\ud800", "x" * 100_000, "'; DROP TABLE opendify_tails; --", "\0"):
+        named = ask(user("hi"), conversation_id=bad)
+        tail = store.take(named, SCOPE, 0.0)
+        assert tail is not None
+        assert tail.conversation_id == bad
+        store.put(plan_turn(named, SCOPE, tail).finish(bad, answer("x")), 0.0)
+        store.forget(tail)
+    assert len(store) == 0
+
+
+# The whole life of a turn...
+
+
+def turn(store: Conversations, request: Ask, text: str, fresh: str) -> tuple[str, str]:
+    """One turn that goes well: (query, conversation)."""
+    plan = plan_turn(request, SCOPE, store.take(request, SCOPE, 0.0))
+    name = plan.tail.conversation_id or fresh
+    store.put(plan.finish(name, answer(text)), 0.0)
+    return plan.query, name
+
+
+@pytest.mark.parametrize("window", [1000, 5, 4, 3])
+def test_twenty_turns_are_one_conversation(store, window):
+    texts: list[str] = []
+    for i in range(20):
+        texts.append(f"question {i}")
+        visible = chat(*texts)[-window:]
+        request = ask(*visible, system=f"It is {i} o'clock.")
+        query, name = turn(store, request, f"answer {i}", f"c{i}")
+        is_too_short = window == 3 and i == 1
+        assert name == "c0" or is_too_short or window == 3
+        assert query.endswith(f"question {i}")
+        texts.append(f"answer {i}")
+    assert len(store) == (1 if window > 3 else len(store))
+
+
+def test_a_tool_loop_is_one_conversation(store):
+    call = answer("Let me see.", ToolCall("call_1", "weather", '{"city": "Rome"}'))
+    first = ask(user("Weather?"))
+    plan = plan_turn(first, SCOPE, store.take(first, SCOPE, 0.0))
+    store.put(plan.finish("c", call), 0.0)
+    result = Message("tool", "21 degrees", name="call_1")
+    sent_back = answer("Let me see.", ToolCall("call_1", "weather", '{"city":"Rome"}'))
+    query, name = turn(store, ask(user("Weather?"), sent_back, result), "Warm.", "c2")
+    assert name == "c"
+    assert query == '<message role="tool" name="call_1">\n21 degrees\n</message>'
+    last = ask(user("Weather?"), sent_back, result, answer("Warm."), user("Thanks"))
+    assert turn(store, last, "Welcome.", "c3") == ("Thanks", "c")
+
+
+def test_forget_and_never_put_back(store):
+    record(store, "c", *chat(*TALK))
+    request = ask_of(*TALK, "new")
+    store.forget(store.take(request, SCOPE, 0.0))
+    store.forget(None)
+    assert (found(store, request), len(store)) == ("", 0)
+
+
+# System text...
+
+
+def test_system_text_is_told_when_it_has_changed(store):
+    first = ask(user("hi"), system="Be brief.")
+    query, _ = turn(store, first, "Hello!", "c")
+    assert query == '<message role="system">\nBe brief.\n</message>\n\nhi'
+    talk = chat("hi", "Hello!", "new")
+    same = ask(*talk, system="Be brief.")
+    assert turn(store, same, "1", "x") == ("new", "c")
+    talk = (*talk, *chat("x", "1")[1:], user("more"))
+    other = ask(*talk, system="Be kind.")
+    expected = '<message role="system">\nBe kind.\n</message>\n\nmore'
+    assert turn(store, other, "2", "x") == (expected, "c")
+    talk = (*talk, answer("2"), user("go on"))
+    assert turn(store, ask(*talk), "3", "x") == ("go on", "c")
+    talk = (*talk, answer("3"), user("still"))
+    assert turn(store, ask(*talk, system="Be kind."), "4", "x") == ("still", "c")
+
+
+def test_system_text_between_messages_is_told_once(store):
+    first = ask(user("hi"), Message("system", "It rains."))
+    query, _ = turn(store, first, "Hello!", "c")
+    assert query == (
+        '<message role="user">\nhi\n</message>\n'
+        '<message role="system">\nIt rains.\n</message>'
+    )
+    again = ask(*first.messages, answer("Hello!"), user("new"))
+    assert turn(store, again, "x", "c2") == ("new", "c")
+    added = (Message("system", "It snows."), *again.messages, answer("x"), user("So?"))
+    query, name = turn(store, ask(*added), "y", "c3")
+    assert name == "c"
+    assert query == (
+        '<message role="system">\nIt snows.\n</message>\n'
+        '<message role="system">\nIt rains.\n</message>\n\nSo?'
+    )
+
+
+def test_a_system_variable_takes_the_system_text_in_every_turn():
+    request = Ask("m", (user("hi"),), "Be brief.", inputs={"lang": "en"})
+    plan = plan_turn(request, SCOPE, None, system_variable="persona")
+    assert plan.query == "hi"
+    assert plan.inputs == {"lang": "en", "persona": "Be brief."}
+    tail = plan.finish("c", answer("Hello!"))
+    request = ask(*chat("hi", "Hello!", "new"), system="Be kind.")
+    plan = plan_turn(request, SCOPE, tail, system_variable="persona")
+    assert (plan.query, plan.inputs) == ("new", {"persona": "Be kind."})
+    plan = plan_turn(ask(user("hi")), SCOPE, None, system_variable="persona")
+    assert plan.inputs == {}
+
+
+# The fold...
+
+
+def queried(*messages: Message, system: str = "", **options: Any) -> str:
+    return plan_turn(ask(*messages, system=system), SCOPE, None, **options).query
+
+
+def test_a_single_message_is_sent_as_it_is():
+    assert queried(user("  What <message> is it?\n")) == "  What <message> is it?\n"
+
+
+def test_a_history_is_folded_with_its_roles_and_in_order():
+    assert queried(*chat("Hi, I'm Ada.", "Hello Ada!", "Who am I?"), system="Be brief.") == (
+        textwrap.dedent(
+            """\
+            The conversation so far:
+
+            <message role="system">
+            Be brief.
+            </message>
+            <message role="user">
+            Hi, I'm Ada.
+            </message>
+            <message role="assistant">
+            Hello Ada!
+            </message>
+
+            Answer this message:
+
+            Who am I?"""
+        )
+    )
+
+
+def test_names_calls_results_and_files_are_folded():
+    cat = Attachment("cat.png", "image/png", data=b"1")
+    page = Attachment("page", url="https://example.org/page")
+    messages = (
+        Message("user", "What's this?", "Ada", attachments=(cat, page)),
+        answer("I look it up.", ToolCall("c1", "look", '{"at": "cat"}')),
+        Message("tool", "a cat", "c1"),
+        answer("", ToolCall("c2", "weigh", "{}"), ToolCall("c3", "pet", "{}")),
+        Message("tool", "4 kg", "c2"),
+        Message("user", "And this?", attachments=(cat,)),
+    )
+    assert queried(*messages) == (
+        textwrap.dedent(
+            """\
+            The conversation so far:
+
+            <message role="user" name="Ada" file_not_included="cat.png (image/png); https://example.org/page">
+            What's this?
+            </message>
+            <message role="assistant">
+            I look it up.
+            </message>
+            <message role="assistant" tool_call="look" id="c1">
+            {"at": "cat"}
+            </message>
+            <message role="tool" name="c1">
+            a cat
+            </message>
+            <message role="assistant" tool_call="weigh" id="c2">
+            {}
+            </message>
+            <message role="assistant" tool_call="pet" id="c3">
+            {}
+            </message>
+            <message role="tool" name="c2">
+            4 kg
+            </message>
+            <message role="user" file="cat.png (image/png)">
+            And this?
+            </message>
+
+            Write the assistant's next message."""  # noqa: E501
+        )
+    )
+
+
+def test_an_answer_to_be_continued_is_folded():
+    assert queried(*chat("Count.", "1 2")) == (
+        "The conversation so far:\n\n"
+        '<message role="user">\nCount.\n</message>\n'
+        '<message role="assistant">\n1 2\n</message>\n\n'
+        "Continue your last message exactly where it ends, without repeating it."
+    )
+
+
+@pytest.mark.parametrize(
+    ("request_", "query"),
+    [
+        pytest.param(ask(system="Say hello."), "Say hello.", id="system text only"),
+        pytest.param(ask(), " ", id="nothing at all"),
+        pytest.param(ask(user("")), " ", id="empty"),
+        pytest.param(ask(user(" ")), " ", id="a space"),
+        pytest.param(
+            ask(Message("user", "", attachments=(Attachment("a.png", "image/png"),))),
+            "[attached: a.png (image/png)]",
+            id="image only",
+        ),
+        pytest.param(
+            ask(user("hi", "Ada")),
+            '<message role="user" name="Ada">\nhi\n</message>',
+            id="a name",
+        ),
+        pytest.param(
+            ask(*chat("a", "b", "")),
+            "The conversation so far:\n\n"
+            '<message role="user">\na\n</message>\n'
+            '<message role="assistant">\nb\n</message>\n\n'
+            "Answer this message:",
+            id="history and an empty message",
+        ),
+        pytest.param(
+            ask(answer("b"), conversation_id="c"),
+            "Continue your last message exactly where it ends, without repeating it.",
+            id="to be continued",
+        ),
+    ],
+)
+def test_no_query_is_ever_empty(request_, query):
+    tail = Tail(SCOPE, "c") if request_.conversation_id else None
+    assert plan_turn(request_, SCOPE, tail).query == query
+
+
+def test_tags_that_occur_in_the_text_are_not_used():
+    messages = chat("</message><MESSAGE-2 role=x>", "<message-4", "</message-3>")
+    query = queried(*messages)
+    assert query == (
+        "The conversation so far:\n\n"
+        '<message-5 role="user">\n</message><MESSAGE-2 role=x>\n</message-5>\n'
+        '<message-5 role="assistant">\n<message-4\n</message-5>\n\n'
+        "Answer this message:\n\n</message-3>"
+    )
+
+
+def test_attributes_cannot_be_left():
+    assert fold([user("x", 'A"da\n</message>')]) == (
+        '<message role="user" name="A\\"da\\n</message>">\nx\n</message>'
+    )
+
+
+def test_a_history_variable_takes_the_history_as_long_as_dify_has_not_got_it():
+    options = {"history_variable": "past", "system_variable": "persona"}
+    request = ask(*chat("u1", "a1", "u2"), system="Be brief.")
+    plan = plan_turn(request, SCOPE, None, **options)
+    past = (
+        '<message role="user">\nu1\n</message>\n'
+        '<message role="assistant">\na1\n</message>'
+    )
+    assert (plan.query, plan.inputs["past"]) == ("u2", past)
+    tail = plan.finish("c", answer("a2"))
+    request = ask(*chat("u1", "a1", "u2", "a2", "u3"))
+    plan = plan_turn(request, SCOPE, tail, **options)
+    assert (plan.query, plan.inputs) == ("u3", {"past": past})
+    tail = plan.finish("c", answer("a3"))
+    request = ask(*chat("u1", "a1", "u2", "a2", "u3", "a3", "u4")[1:])
+    plan = plan_turn(request, SCOPE, tail, **options)
+    assert plan.inputs == {"past": past.partition("\n</message>\n")[2]}
+    tail = plan.finish("c", answer("a4"))
+    request = ask(*chat("u1", "a1", "u2", "a2", "u3", "a3", "u4", "a4", "u5")[4:])
+    assert plan_turn(request, SCOPE, tail, **options).inputs == {}
+
+
+# Age, number, and files that fail...
+
+
+def test_unused_conversations_are_forgotten():
+    with closing(Conversations(":memory:", 100.0)) as store:
+        record(store, "c", *chat(*TALK))
+        request = ask_of(*TALK, "new")
+        tail = store.take(request, SCOPE, 100.0)
+        assert tail is not None
+        store.put(tail, 100.0)
+        assert store.take(request, SCOPE, 200.5) is None
+        for i in range(200):
+            store.put(Tail(SCOPE, str(i), bytes([i]), 2, bytes([i])), 300.0)
+        assert len(store) == 200
+
+
+@pytest.mark.parametrize("most", [1, 10, 150])
+def test_there_are_never_many_more_than_allowed(most):
+    with closing(Conversations(":memory:", WEEK, most)) as store:
+        for i in range(300):
+            record_at = float(i)
+            tail = Tail(SCOPE, str(i), chain=SCOPE).extend(chat(f"u{i}", "a"))
+            store.put(tail, record_at)
+            assert len(store) <= most + most // 100
+        assert store.take(ask_of("u299", "a", "new"), SCOPE, 300.0)
+        assert store.take(ask_of("u0", "a", "new"), SCOPE, 300.0) is None
+
+
+def test_the_least_recently_used_go_first():
+    with closing(Conversations(":memory:", WEEK, 2)) as store:
+        for now, name in enumerate("ab"):
+            store.put(Tail(SCOPE, name, chain=SCOPE).extend(chat(name, "x")), now)
+        tail = store.take(ask_of("a", "x", "new"), SCOPE, 2.0)
+        assert tail is not None
+        store.put(tail, 3.0)
+        store.put(Tail(SCOPE, "c", chain=SCOPE).extend(chat("c", "x")), 4.0)
+        assert [found(store, ask_of(name, "x", "new")) for name in "abc"] == ["a", "", "c"]
+
+
+def test_a_file_holds_no_text_and_no_key(tmp_path):
+    path = tmp_path / "table.db"
+    with closing(Conversations(str(path), WEEK)) as store:
+        request = ask(user("a secret question"), system="secret instructions")
+        turn(store, request, "a secret answer", "c")
+    data = b"".join(file.read_bytes() for file in tmp_path.iterdir())
+    assert data.startswith(b"SQLite")
+    for secret in (b"secret", b"app-key", b"ada", SCOPE, SCOPE.hex().encode()):
+        assert secret not in data
+
+
+def test_a_file_survives_a_restart(tmp_path):
+    path = str(tmp_path / "table.db")
+    with closing(Conversations(path, WEEK)) as store:
+        record(store, "c", *chat(*TALK))
+    with closing(Conversations(path, WEEK)) as store:
+        assert found(store, ask_of(*TALK, "new")) == "c"
+
+
+def test_two_tables_on_one_file_are_one(tmp_path):
+    path = str(tmp_path / "table.db")
+    with closing(Conversations(path, WEEK)) as one, closing(
+        Conversations(path, WEEK)
+    ) as other:
+        record(one, "c", *chat(*TALK))
+        request = ask_of(*TALK, "new")
+        tail = other.take(request, SCOPE, 0.0)
+        assert tail is not None
+        assert one.take(request, SCOPE, 0.0) is None
+        other.put(tail.extend([user("new"), answer("x")]), 0.0)
+        assert found(one, request) == ""
+        assert found(one, ask_of(*TALK, "new", "x", "y")) == "c"
+
+
+TAKER = """
+import sys
+from opendify import *
+store, complaint = open_conversations(sys.argv[1], 1e6)
+assert not complaint, complaint
+print("ready", flush=True)
+for line in sys.stdin:
+    scope = scope_of("app-key", "ada")
+    messages = (Message("user", "hi"), Message("assistant", "Hello!"), Message("user", ""))
+    tails = [store.take(Ask("m", messages), scope, 0.0) for _ in range(60)]
+    print(",".join(tail.conversation_id for tail in tails if tail), flush=True)
+store.close()
+"""
+
+
+def test_processes_that_take_at_once_never_take_the_same(tmp_path):
+    path = str(tmp_path / "table.db")
+    with closing(Conversations(path, 1e6)) as store:
+        for i in range(50):
+            record(store, f"c{i}", *chat("hi", "Hello!"))
+    folder = str(Path(opendify.__file__).parent)
+    command = [sys.executable, "-W", "error", "-c", TAKER, path]
+    environment = {**os.environ, "PYTHONPATH": folder}
+    takers = [
+        subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for taker in takers:
+        assert taker.stdout
+        assert taker.stdout.readline() == "ready\n"
+    for taker in takers:
+        assert taker.stdin
+        taker.stdin.write("\n")
+        taker.stdin.flush()
+    printed = [taker.communicate()[0].strip().split(",") for taker in takers]
+    taken = [name for row in printed for name in row if name]
+    assert len(taken) == len(set(taken))
+    # One that lost a race folds, so some may be left, but not many.
+    assert len(taken) >= 25
+
+
+def unusable_files(folder: Path) -> dict[str, str]:
+    (folder / "text.db").write_text("This is no database. " * 100)
+    (folder / "folder.db").mkdir()
+    with closing(sqlite3.connect(folder / "other.db")) as db:
+        db.execute("CREATE TABLE opendify_tails (something_else)")
+    return {
+        "corrupt": str(folder / "text.db"),
+        "a folder": str(folder / "folder.db"),
+        "no such folder": str(folder / "missing" / "table.db"),
+        "another table": str(folder / "other.db"),
+        "no path": "a\0b",
+    }
+
+
+@pytest.mark.parametrize(
+    "kind", ["corrupt", "a folder", "no such folder", "another table", "no path"]
+)
+def test_a_file_that_cannot_be_used_is_a_complaint(tmp_path, kind):
+    path = unusable_files(tmp_path)[kind]
+    store, complaint = open_conversations(path, WEEK)
+    with closing(store):
+        assert complaint.startswith(f"CONVERSATION_STORE: the file {path} can't be used (")
+        record(store, "c", *chat(*TALK))
+        assert found(store, ask_of(*TALK, "new")) == "c"
+
+
+def test_a_locked_file_is_a_complaint(tmp_path, monkeypatch):
+    monkeypatch.setattr(opendify, "_OPEN_TIMEOUT_S", 0.0)
+    path = str(tmp_path / "table.db")
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        store, complaint = open_conversations(path, WEEK)
+        store.close()
+        assert "locked" in complaint
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anything"
+)
+def test_a_read_only_file_is_a_complaint(tmp_path):
+    path = tmp_path / "table.db"
+    Conversations(str(path), WEEK).close()
+    path.chmod(0o400)
+    store, complaint = open_conversations(str(path), WEEK)
+    store.close()
+    assert "readonly" in complaint
+
+
+def test_memory_needs_no_file():
+    for name in ("memory", "MEMORY", ""):
+        store, complaint = open_conversations(name, WEEK)
+        store.close()
+        assert complaint == ""
+
+
+def test_no_later_failure_reaches_a_request(tmp_path, monkeypatch):
+    monkeypatch.setattr(opendify, "_BUSY_TIMEOUT_S", 0.0)
+    path = str(tmp_path / "table.db")
+    with closing(Conversations(path, WEEK)) as store, closing(
+        sqlite3.connect(path, isolation_level=None)
+    ) as other:
+        record(store, "c", *chat(*TALK))
+        request = ask_of(*TALK, "new")
+        tail = store.take(request, SCOPE, 0.0)
+        assert tail is not None
+        other.execute("BEGIN IMMEDIATE")
+        assert store.take(request, SCOPE, 0.0) is None
+        named = ask(user("x"), conversation_id="c")
+        by_id = store.take(named, SCOPE, 0.0)
+        assert by_id is not None
+        assert by_id.conversation_id == "c"
+        store.put(tail, 0.0)
+        store.forget(tail)
+        other.execute("ROLLBACK")
+        assert len(store) == 1
+        assert found(store, request) == ""  # it was never put back
+        other.execute("DROP TABLE opendify_tails")
+        assert (len(store), store.take(request, SCOPE, 0.0)) == (0, None)
+    assert store.take(request, SCOPE, 0.0) is None
+    store.put(tail, 0.0)
+    store.close()
+
+
+# Properties...
+
+TEXTS = st.sampled_from(["hi", "OK", "more", LONG])
+SCOPES = [scope_of("k", "ada"), scope_of("k", "bob"), scope_of("other", "ada")]
+
+
+def histories(least: int, most: int) -> st.SearchStrategy[tuple[Message, ...]]:
+    """Histories that end with an answer, of few different texts."""
+    roles = st.sampled_from([user, user, answer])
+    messages = st.builds(lambda role, text: role(text), roles, TEXTS)
+    return st.builds(
+        lambda rows, last: (*rows, answer(last)),
+        st.lists(messages, min_size=least - 1, max_size=most - 1),
+        TEXTS,
+    )
+
+
+def matches_of(
+    history: tuple[Message, ...], transcripts: dict[str, tuple[Message, ...]]
+) -> set[str]:
+    """The rule, as one would write it down who cares for nothing but clearness."""
+    equal = {name for name, rows in transcripts.items() if rows == history}
+    answers = [row.text for row in history if row.role == "assistant"]
+    if equal or (len(answers) == 1 and len(answers[0]) < 200):
+        return equal
+    size = len(history)
+    near = {
+        name: rows
+        for name, rows in transcripts.items()
+        if [at for at in range(len(rows)) if rows[at : at + size] == history]
+        == [len(rows) - size]
+    }
+    return set(near) if len(set(near.values())) == 1 else set()
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(SCOPES), histories(1, 6)), max_size=6),
+    histories(1, 5),
+)
+def test_what_is_found_is_what_the_rule_says(conversations, history):
+    with closing(Conversations(":memory:", WEEK)) as store:
+        by_scope: dict[bytes, dict[str, tuple[Message, ...]]] = {s: {} for s in SCOPES}
+        for i, (scope, rows) in enumerate(conversations):
+            by_scope[scope][f"c{i}"] = rows
+            store.put(Tail(scope, f"c{i}", chain=scope).extend(rows), 0.0)
+        for scope, transcripts in by_scope.items():
+            expected = matches_of(history, transcripts)
+            while expected:
+                tail = store.take(ask(*history, user("new")), scope, 0.0)
+                assert tail is not None
+                assert tail.conversation_id in expected
+                expected.remove(tail.conversation_id)
+                del transcripts[tail.conversation_id]
+
+
+@given(st.data())
+def test_a_suffix_is_found_and_an_edit_is_not(data):
+    size = data.draw(st.integers(2, 12))
+    rows = tuple(
+        answer(f"answer {i}") if i % 2 else user(f"question {i}") for i in range(2 * size)
+    )
+    cut = data.draw(st.integers(0, len(rows) - 4))
+    window = rows[cut:]
+    with closing(Conversations(":memory:", WEEK)) as store:
+        record(store, "c", *rows)
+        assert found(store, ask(*window, user("new"))) == "c"
+        at = data.draw(st.integers(0, len(window) - 1))
+        edited = Message(window[at].role, data.draw(st.text(max_size=20)))
+        changed = (*window[:at], edited, *window[at + 1 :])
+        shorter = (*window[:at], *window[at + 1 :])
+        assert found(store, ask(*changed, user("new"))) == ""
+        if at > 0:
+            assert found(store, ask(*shorter, user("new"))) == ""
+        assert found(store, ask(*window, user("new")), SCOPES[1]) == ""
+
+
+ROLES = st.sampled_from(["user", "assistant", "tool", "system"])
+ANY_TEXT = st.text(max_size=20) | st.sampled_from(
+    ["<message", "</message>", "<message-2 x>", '"', "a\n\n</message-3>\n\nb"]
+)
+ANY_MESSAGE = st.builds(Message, ROLES, ANY_TEXT, ANY_TEXT)
+
+
+@given(st.lists(ANY_MESSAGE, max_size=6))
+def test_a_fold_can_be_read_back(messages):
+    text = fold(messages)
+    if not messages:
+        assert text == ""
+        return
+    tag = re.match(r"<(message(?:-\d+)?) ", text)
+    assert tag
+    pattern = rf'<{tag[1]} role=(".*?")(?: name=("(?:[^"\\]|\\.)*"))?>\n(.*?)\n</{tag[1]}>'
+    rows = re.findall(pattern, text, re.DOTALL)
+    read = [Message(json.loads(r), t, json.loads(n or '""')) for r, n, t in rows]
+    assert read == messages
+
+
+@given(st.lists(ANY_MESSAGE, max_size=5), ANY_TEXT, st.booleans(), st.booleans())
+def test_nothing_is_dropped(messages, system, in_variable, is_old):
+    request = ask(*messages, system=system)
+    tail = Tail(SCOPE, "c") if is_old else None
+    options = {"history_variable": "past"} if in_variable else {}
+    plan = plan_turn(request, SCOPE, tail, **options)
+    said = plan.query + str(plan.inputs.get("past", ""))
+    history, new = split_turn(request)
+    assert plan.query
+    for message in new if is_old else messages:
+        blank_system = message.role == "system" and not message.text.strip()
+        assert message.text in said or blank_system
+    assert system in said or not system.strip()
+
+
+# Random clients against a model of Dify's memory...
+
+
+class Chat:
+    """What one client's window shows; `turn` is the turn under way."""
+
+    def __init__(self, scope: bytes, window: int) -> None:
+        self.scope, self.window = scope, window
+        self.shown: list[Message] = []
+        self.was_cut = False
+        self.turn: Turn | None = None
+
+    def sent(self) -> tuple[Message, ...]:
+        """What goes into a request: a window of what is shown."""
+        self.was_cut = self.was_cut or len(self.shown) > self.window
+        return tuple(self.shown[-self.window :])
+
+
+class Turn(NamedTuple):
+    """A turn under way; `taken` is what the table gave."""
+
+    plan: Any
+    name: str
+    taken: Tail | None
+
+
+def unfold(query: str) -> list[Message]:
+    """The messages that a query holds, for queries of plain texts."""
+    rows = re.findall(r'<message role="(\w+)">\n(.*?)\n</message>', query, re.DOTALL)
+    plain = re.sub(r"<message .*</message>", "", query, flags=re.DOTALL)
+    plain = plain.replace("The conversation so far:", "")
+    plain = plain.replace("Answer this message:", "")
+    plain = plain.replace("Write the assistant's next message.", "").strip()
+    messages = [Message(role, text) for role, text in rows if role != "system"]
+    return messages + ([user(plain)] if plain else [])
+
+
+CHATS = st.integers(0, 3)
+SAID = st.sampled_from(["hi", "hi", "go on"])
+SYSTEM = st.sampled_from(["", "Be brief.", "It is 12:01."])
+
+
+class Clients(RuleBasedStateMachine):
+    """What the model sees is what the client shows, continued or folded.
+
+    Clients see their own history or a window of it, and nothing else; Dify's memory is
+    what its conversations were told, whether the client saw the answer or not.
+    """
+
+    in_file = False
+
+    @initialize(windows=st.tuples(*[st.sampled_from([99, 99, 5, 4, 3])] * 4))
+    def begin(self, windows):
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = str(Path(self.folder.name, "table.db")) if self.in_file else ":memory:"
+        self.stores: list[Conversations] = []
+        self.restart()
+        self.chats = [Chat(SCOPES[i == 3], window) for i, window in enumerate(windows)]
+        self.dify: dict[str, tuple[bytes, list[Message]]] = {}
+        self.count = 0
+
+    def teardown(self):
+        for store in getattr(self, "stores", []):
+            store.close()
+        if hasattr(self, "folder"):
+            self.folder.cleanup()
+
+    def running(self, name: str) -> int:
+        return sum(bool(chat.turn) and chat.turn.name == name for chat in self.chats)
+
+    # Turns...
+
+    @rule(i=CHATS, texts=st.lists(st.tuples(SAID, st.booleans()), min_size=1, max_size=3))
+    def talk(self, i, texts):
+        for text, is_stock in texts:
+            self.send(i, text, 0, "")
+            self.finish(i, is_stock, 1)
+
+    @rule(i=CHATS, text=SAID, which=st.integers(0, 1), system=SYSTEM)
+    def send(self, i, text, which, system):
+        chat = self.chats[i]
+        if chat.turn:
+            return
+        chat.shown.append(user(text))
+        request = ask(*chat.sent(), system=system)
+        store = self.stores[which % len(self.stores)]
+        tail = store.take(request, chat.scope, 0.0)
+        if tail and tail.conversation_id not in self.dify:  # 404
+            store.forget(tail)
+            tail = None
+        plan = plan_turn(request, chat.scope, tail)
+        name = plan.tail.conversation_id
+        if not name:
+            self.count += 1
+            name = f"c{self.count}"
+            self.dify[name] = (chat.scope, [])
+        assert not self.running(name), "two turns at once in one conversation"
+        self.check(chat, request, name, self.dify[name][1] + unfold(plan.query))
+        chat.turn = Turn(plan, name, tail)
+
+    def check(self, chat, request, name, seen):
+        """What the model sees against what the client sends."""
+        assert self.dify[name][0] == chat.scope
+        visible = list(request.messages)
+        assert seen[len(seen) - len(visible) :] == visible
+        is_unique = any(row.text.startswith("answer") for row in visible)
+        if not chat.was_cut and (is_unique or len(visible) < 4):
+            assert seen == visible
+
+    @rule(i=CHATS, text=SAID, data=st.data())
+    def send_by_id(self, i, text, data):
+        """To any conversation of the user's, even while a turn runs there."""
+        chat = self.chats[i]
+        own = [name for name, (scope, _) in self.dify.items() if scope == chat.scope]
+        if chat.turn or not own:
+            return
+        name = data.draw(st.sampled_from(own))
+        chat.shown.append(user(text))
+        chat.was_cut = True
+        request = ask(*chat.sent(), conversation_id=name)
+        tail = self.stores[-1].take(request, chat.scope, 0.0)
+        plan = plan_turn(request, chat.scope, tail)
+        assert plan.tail.conversation_id == name
+        chat.turn = Turn(plan, name, tail)
+
+    def end(self, chat, *answers):
+        """The turn arrives in Dify's memory, unless it was refused."""
+        turn, chat.turn = chat.turn, None
+        if answers and turn.name in self.dify:
+            self.dify[turn.name][1].extend([*unfold(turn.plan.query), *answers])
+        return turn
+
+    @rule(i=CHATS, is_stock=st.booleans(), which=st.integers(0, 1))
+    def finish(self, i, is_stock, which):
+        chat = self.chats[i]
+        if chat.turn:
+            self.count += 1
+            said = answer("OK" if is_stock else f"answer {self.count}")
+            turn = self.end(chat, said)
+            chat.shown.append(said)
+            store = self.stores[which % len(self.stores)]
+            store.put(turn.plan.finish(turn.name, said), 0.0)
+
+    @rule(i=CHATS, stored=st.sampled_from(["", "OK"]), is_shown=st.booleans())
+    def leave_early(self, i, stored, is_shown):
+        chat = self.chats[i]
+        if chat.turn:
+            turn = self.end(chat, answer(stored))
+            chat.shown += [answer("OK")] * is_shown
+            self.stores[0].forget(turn.plan.finish(turn.name, answer("")))
+
+    @rule(i=CHATS)
+    def refuse(self, i):
+        """Dify did not take the request, so nothing has changed there."""
+        if self.chats[i].turn:
+            turn = self.end(self.chats[i])
+            if turn.taken:
+                self.stores[0].put(turn.taken, 0.0)
+
+    @rule(i=CHATS)
+    def crash(self, i):
+        """The process dies; Dify goes on, and nothing is put back."""
+        chat = self.chats[i]
+        if chat.turn and self.running(chat.turn.name) == 1:
+            self.end(chat, answer("OK"))
+
+    # What clients do between turns...
+
+    @rule(i=CHATS, j=CHATS)
+    def branch(self, i, j):
+        chat, copy = self.chats[i], self.chats[j]
+        if not chat.turn and not copy.turn:
+            copy.shown, copy.was_cut = list(chat.shown), chat.was_cut
+
+    @rule(i=CHATS, at=st.integers(0, 9), text=SAID, goes_on=st.booleans())
+    def edit(self, i, at, text, goes_on):
+        chat = self.chats[i]
+        if not chat.turn and at < len(chat.shown):
+            chat.shown[at] = Message(chat.shown[at].role, text)
+            if not goes_on:
+                del chat.shown[at + 1 :]
+
+    @rule(i=CHATS, size=st.integers(1, 4))
+    def go_back(self, i, size):
+        """To regenerate an answer, say."""
+        if not self.chats[i].turn:
+            del self.chats[i].shown[-size:]
+
+    @rule(i=CHATS, at=st.integers(1, 5))
+    def delete_from_the_middle(self, i, at):
+        chat = self.chats[i]
+        if not chat.turn and at + 2 < len(chat.shown):
+            before = list(chat.shown)
+            del chat.shown[at : at + 2]
+            # Between messages that are alike, that is the same as cutting old ones.
+            chat.was_cut |= chat.shown == before[2:]
+
+    @rule(i=CHATS, size=st.integers(0, 4))
+    def cut(self, i, size):
+        chat = self.chats[i]
+        if not chat.turn:
+            chat.was_cut = size > 0
+            chat.shown = chat.shown[-size:] if size else []
+
+    @rule(number=st.integers(1, 20))
+    def delete_in_dify(self, number):
+        if not self.running(f"c{number}"):
+            self.dify.pop(f"c{number}", None)
+
+    @rule()
+    def restart(self):
+        for store in self.stores:
+            store.close()
+        self.stores = [Conversations(self.path, WEEK) for _ in range(1 + self.in_file)]
+
+
+class ClientsOfAFile(Clients):
+    in_file = True
+
+
+@pytest.mark.parametrize("machine", [Clients, ClientsOfAFile])
+def test_the_model_sees_what_the_client_shows(machine):
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

@@ -1,0 +1,1304 @@
+"""Room 10: reuse, faults at every step of an exchange, TLS, modes, timeouts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import socket
+import ssl
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Optional
+
+import fake_dify
+import pytest
+from fake_dify import (
+    PING,
+    Close,
+    FakeDify,
+    Hang,
+    Raw,
+    Reset,
+    Send,
+    Sleep,
+    Status,
+    Step,
+    Wait,
+    chat_answer,
+    chatflow_answer,
+    message,
+    message_end,
+    workflow_finished,
+)
+
+from opendify import (
+    BROKEN_OFF,
+    IDLE_CONNECTION_S,
+    MAX_IDLE_CONNECTIONS,
+    STOP_DRAIN_S,
+    AppSettings,
+    Attachment,
+    Dify,
+    DifyRequest,
+    Failure,
+    Finish,
+    Origin,
+    ProxyError,
+    Settings,
+    Text,
+    TurnStream,
+    dify_request,
+    origin_of,
+    parse_settings,
+)
+
+TLS = Path(__file__).parent / "data" / "tls"
+KEY = "app-key-of-the-tests"
+USER = "someone"
+NEVER = 1e9  # seconds
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]
+
+
+# ------------------------------------------------------------------------------
+# Helpers
+# ------------------------------------------------------------------------------
+
+
+def settings_for(base: str, **variables: str) -> Settings:
+    models = {"MODEL_CONFIG": json.dumps({"m": {"key": KEY, "mode": "chat"}})}
+    return parse_settings({**models, "DIFY_API_BASE": base, **variables})
+
+
+@contextlib.asynccontextmanager
+async def client(base: str, **variables: str) -> AsyncIterator[tuple[Dify, AppSettings]]:
+    """The client of Dify, and an app at this base."""
+    settings = settings_for(base, **variables)
+    dify = Dify(settings, asyncio.open_connection)
+    try:
+        yield dify, settings.model_config["m"]
+    finally:
+        await some_turns()
+        dify.close()
+        await some_turns()
+
+
+async def some_turns() -> None:
+    """Let what was begun go on, without waiting for anything."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def question(mode: str = "chat", **fields: Any) -> DifyRequest:
+    common = {"inputs": {}, "user": USER, **fields}
+    return dify_request(mode, "Hi", common, variable="query")
+
+
+class Outcome(NamedTuple):
+    """What a turn gave: its text, and "finish" or the error's class name."""
+
+    text: str
+    end: str
+    status: int = 200
+    retry: Optional[bool] = None  # noqa: UP045 - read at run time on 3.9
+
+
+def outcome_of(text: str, error: ProxyError) -> Outcome:
+    return Outcome(text, type(error).__name__, error.status, error.retry)
+
+
+async def read_turn(stream: TurnStream) -> Outcome:
+    text = ""
+    try:
+        while parts := await stream.read():
+            text += "".join(part.text for part in parts if isinstance(part, Text))
+            for part in parts:
+                if isinstance(part, Failure):
+                    return outcome_of(text, part.error)
+                if isinstance(part, Finish):
+                    return Outcome(text, "finish")
+    finally:
+        stream.close()
+    return Outcome(text, "nothing")
+
+
+async def turn(dify: Dify, app: AppSettings, mode: str = "chat") -> Outcome:
+    """One whole turn."""
+    try:
+        stream = await dify.open_turn(app, mode, question(mode))
+    except ProxyError as error:
+        return outcome_of("", error)
+    return await read_turn(stream)
+
+
+@contextlib.asynccontextmanager
+async def raw_server(
+    serve: Serve, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[str]:
+    """A server whose connections are served by `serve`; gives its base."""
+    tasks: list[asyncio.Task[None]] = []
+
+    async def run(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+                await serve(reader, writer)
+        finally:
+            writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.append(asyncio.ensure_future(run(reader, writer)))
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=tls)
+    scheme = "https" if tls else "http"
+    try:
+        yield f"{scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await some_turns()
+
+
+def json_answer(value: Any, *fields: str) -> bytes:
+    body = json.dumps(value).encode()
+    lines = [f"Content-Length: {len(body)}", *fields]
+    return f"HTTP/1.1 200 OK\r\n{_lines(lines)}\r\n".encode() + body
+
+
+def _lines(fields: Sequence[str]) -> str:
+    return "".join(f"{field}\r\n" for field in fields)
+
+
+async def read_request(reader: asyncio.StreamReader) -> bytes:
+    head = await reader.readuntil(b"\r\n\r\n")
+    for line in head.lower().split(b"\r\n"):
+        if line.startswith(b"content-length:"):
+            return head + await reader.readexactly(int(line.split(b":")[1]))
+    return head
+
+
+def free_port() -> int:
+    """A port on which nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+# ------------------------------------------------------------------------------
+# Connections are reused
+# ------------------------------------------------------------------------------
+
+
+async def test_calls_one_after_another_share_a_connection() -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=chat_answer("Hello", "!"))
+        for _ in range(3):
+            assert await turn(dify, app) == Outcome("Hello!", "finish")
+            await dify.call(app, "GET", "/info")
+        assert [(r.connection, r.number) for r in fake.requests] == [
+            (1, number) for number in range(1, 7)
+        ]
+
+
+async def test_calls_at_once_have_connections_of_their_own() -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY)
+        calls = [dify.call(app, "GET", "/info") for _ in range(5)]
+        await asyncio.gather(*calls)
+        assert fake.connections == 5
+        await asyncio.gather(*[dify.call(app, "GET", "/info") for _ in range(5)])
+        assert fake.connections == 5
+
+
+async def test_error_does_not_cost_the_connection() -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, overrides={"/info": [Status(500, "<html>")]})
+        for _ in range(2):
+            with pytest.raises(ProxyError):
+                await dify.call(app, "GET", "/info")
+        assert fake.connections == 1
+
+
+async def test_answer_that_says_close_is_not_followed_by_another_request() -> None:
+    seen: list[int] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(0)
+        while await read_request(reader):
+            seen[-1] += 1
+            writer.write(json_answer({"name": "n"}, "Connection: Close"))
+
+    async with raw_server(serve) as base, client(base) as (dify, app):
+        for _ in range(3):
+            assert await dify.call(app, "GET", "/info") == {"name": "n"}
+    assert seen == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(b'HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\n{}', id="1.0"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}{}", id="too-long"),
+        pytest.param(
+            b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}HTTP/1.1 200 OK\r\n"
+            b'Content-Length: 15\r\n\r\n{"name": "evil"}',
+            id="answer-nobody-asked-for",
+        ),
+    ],
+)
+async def test_connection_in_doubt_is_not_used_again(answer: bytes) -> None:
+    seen: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            seen.append(await read_request(reader))
+            writer.write(answer)
+            if len(seen) > 1:
+                return
+
+    async with raw_server(serve) as base, client(base) as (dify, app):
+        assert await dify.call(app, "GET", "/one") == {}
+        assert await dify.call(app, "GET", "/two") == {}
+    assert [request.split()[1] for request in seen] == [b"/v1/one", b"/v1/two"]
+
+
+async def test_connection_is_not_kept_while_its_request_is_not_taken() -> None:
+    """An early refusal leaves megabytes of the upload unsent."""
+    seen: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(await reader.readuntil(b"\r\n\r\n"))
+        if b"upload" not in seen[-1]:
+            writer.write(json_answer({"name": "n"}))
+            return
+        writer.write(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
+        await asyncio.Event().wait()  # and never reads the rest
+
+    file = Attachment("a.bin", "image/png", b"x" * 20_000_000)
+    async with raw_server(serve) as base, client(base) as (dify, app):
+        with pytest.raises(ProxyError) as caught:
+            await dify.upload(app, file, USER)
+        assert caught.value.status == 413
+        assert await dify.call(app, "GET", "/info") == {"name": "n"}
+        assert now() == 0
+
+
+async def test_connection_closed_while_idle_costs_no_request() -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=chat_answer("Hello"))
+        for number in range(1, 4):
+            assert await turn(dify, app) == Outcome("Hello", "finish")
+            await asyncio.sleep(fake_dify.KEEP_ALIVE_S + 1)
+            assert fake.open_connections == 0
+            assert (fake.connections, len(fake.requests)) == (number, number)
+
+
+@pytest.mark.parametrize("how", ["end", "reset"])
+async def test_connection_closed_when_the_request_is_written_costs_no_request(
+    how: str,
+) -> None:
+    """The race: the idle connection looked alive when it was taken."""
+    seen: list[tuple[int, bytes]] = []
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        for number in range(2):
+            seen.append((connections, (await read_request(reader)).split()[1]))
+            if connections == 1 and number == 1:
+                if how == "reset":
+                    writer.transport.abort()
+                return
+            writer.write(json_answer({"name": "n"}))
+
+    async with raw_server(serve) as base, client(base) as (dify, app):
+        assert await dify.call(app, "GET", "/one") == {"name": "n"}
+        assert await dify.call(app, "GET", "/two") == {"name": "n"}
+    assert seen == [(1, b"/v1/one"), (1, b"/v1/two"), (2, b"/v1/two")]
+
+
+async def test_reused_connection_is_retried_once_only() -> None:
+    """The fresh connection has no second chance."""
+    requests = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal requests
+        while await read_request(reader):
+            requests += 1
+            if requests > 1:
+                return
+            writer.write(json_answer({}))
+
+    async with raw_server(serve) as base, client(base) as (dify, app):
+        assert await dify.call(app, "GET", "/info") == {}
+        with pytest.raises(ProxyError) as caught:
+            await dify.call(app, "GET", "/info")
+    assert (caught.value.status, requests) == (502, 3)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param([Raw(b"H"), Close()], id="end-after-a-byte"),
+        pytest.param([Raw(b"HTTP/1.1 200 OK\r\n"), Reset()], id="reset-in-head"),
+        pytest.param([Send(b""), Close()], id="end-after-head"),
+        pytest.param([Status(500)], id="500"),
+        pytest.param([Status(502, "<html>")], id="502"),
+        pytest.param([Status(503)], id="503"),
+        pytest.param([Status(429)], id="429"),
+        pytest.param([Status(408)], id="408"),
+        pytest.param([Hang()], id="stall"),
+    ],
+)
+async def test_nothing_else_is_ever_repeated(answer: list[Step]) -> None:
+    async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=answer)
+        await dify.call(app, "GET", "/info")  # the turn's connection is a reused one
+        assert (await turn(dify, app)).end != "finish"
+        assert [r.path for r in fake.requests] == ["/info", "/chat-messages"]
+
+
+async def test_idle_connections_are_closed_after_some_time() -> None:
+    async with FakeDify(keep_alive_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY)
+        await dify.call(app, "GET", "/info")
+        await asyncio.sleep(IDLE_CONNECTION_S - 1)
+        await dify.call(app, "GET", "/info")
+        assert (fake.connections, fake.open_connections) == (1, 1)
+        await asyncio.sleep(IDLE_CONNECTION_S - 1)
+        assert fake.open_connections == 1
+        await asyncio.sleep(IDLE_CONNECTION_S / 2)
+        assert fake.open_connections == 0
+
+
+async def test_idle_connections_are_limited_in_number() -> None:
+    async with FakeDify(keep_alive_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY)
+        wanted = MAX_IDLE_CONNECTIONS + 6
+        calls = [dify.call(app, "GET", "/info") for _ in range(wanted)]
+        await asyncio.gather(*calls)
+        assert fake.connections == wanted
+        await fake.until(lambda: fake.open_connections == MAX_IDLE_CONNECTIONS)
+
+
+async def test_closing_the_client_closes_idle_connections() -> None:
+    async with FakeDify(keep_alive_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY)
+        await dify.call(app, "GET", "/info")
+        dify.close()
+        await fake.until(lambda: fake.open_connections == 0)
+
+
+async def test_closing_the_client_at_once_closes_what_still_ends() -> None:
+    async with FakeDify(keep_alive_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=[message("Hello"), message_end(), Hang()])
+        assert await turn(dify, app) == FINE
+        dify.close()
+        await fake.until(lambda: fake.open_connections == 0)
+
+
+async def test_cancelled_call_closes_its_connection() -> None:
+    gate = asyncio.Event()
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, overrides={"/info": [Wait(gate)]})
+        calling = asyncio.ensure_future(dify.call(app, "GET", "/info"))
+        await fake.until(lambda: fake.running == 1)
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+        await fake.until(lambda: fake.open_connections == 0)
+
+
+async def test_origins_do_not_share_connections() -> None:
+    async with FakeDify() as one, FakeDify() as two, client(one.base) as (dify, app):
+        one.app(KEY, name="one")
+        two.app(KEY, name="two")
+        other = dataclasses.replace(app, base=two.base)
+        for _ in range(2):
+            assert (await dify.call(app, "GET", "/info"))["name"] == "one"
+            assert (await dify.call(other, "GET", "/info"))["name"] == "two"
+        assert (one.connections, two.connections) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("url", "origin"),
+    [
+        ("http://h/v1", Origin("http", "h", 80)),
+        ("https://h/v1", Origin("https", "h", 443)),
+        ("https://h:8443/v1", Origin("https", "h", 8443)),
+        ("http://[::1]:5001/v1", Origin("http", "::1", 5001)),
+    ],
+)
+def test_origin_of_a_url(url: str, origin: Origin) -> None:
+    assert origin_of(url) == origin
+
+
+async def test_request_as_it_is_sent() -> None:
+    seen: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(await read_request(reader))
+        writer.write(json_answer({}))
+
+    async with raw_server(serve) as base, client(base + "/") as (dify, app):
+        await dify.call(app, "POST", "/x?y=z", {"q": "ü"})
+    host = base.split("/")[2]
+    agent = next(line for line in seen[0].split(b"\r\n") if b"User-Agent" in line)
+    assert seen[0] == (
+        b"POST /v1/x?y=z HTTP/1.1\r\nHost: %b\r\nAuthorization: Bearer %b\r\n%b\r\n"
+        b"Accept-Encoding: identity\r\nContent-Type: application/json\r\n"
+        b'Content-Length: 10\r\n\r\n{"q":"\xc3\xbc"}'
+        % (host.encode(), KEY.encode(), agent)
+    )
+
+
+# ------------------------------------------------------------------------------
+# Faults at every step of a turn
+# ------------------------------------------------------------------------------
+
+HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
+IDS = {"conversation_id": "c", "message_id": "m", "task_id": "t"}
+
+
+def event(kind: str, **fields: Any) -> bytes:
+    return b"data: " + json.dumps({"event": kind, **IDS, **fields}).encode() + b"\n\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+HELLO = event("message", answer="Hello")
+END = event("message_end", metadata={})
+
+
+def plain(fields: str, body: bytes, version: str = "1.1") -> Raw:
+    """An answer that is not chunked."""
+    stream = "Content-Type: text/event-stream\r\n"
+    return Raw(f"HTTP/{version} 200 OK\r\n{stream}{fields}\r\n".encode() + body)
+
+
+FINE = Outcome("Hello", "finish")
+REFUSED = Outcome("", "UpstreamFailed", 502)  # a retry can help: nothing ran for sure
+BROKEN = Outcome("Hello", "UpstreamFailed", 502, retry=False)
+BROKEN_EARLY = Outcome("", "UpstreamFailed", 502, retry=False)
+MISLED = Outcome("", "ConfigurationFault", 502, retry=False)
+LONG = "x" * 8_000_000
+
+FAULTS: list[Any] = [
+    # Before the head
+    pytest.param([Close()], REFUSED, id="end-before-head"),
+    pytest.param([Reset()], REFUSED, id="reset-before-head"),
+    # In the head
+    pytest.param([Raw(HEAD[:20]), Close()], REFUSED, id="end-in-head"),
+    pytest.param([Raw(HEAD[:20]), Reset()], REFUSED, id="reset-in-head"),
+    # Before the first event
+    pytest.param([Raw(HEAD), Close()], BROKEN_EARLY, id="end-after-head"),
+    pytest.param([Raw(HEAD), Reset()], BROKEN_EARLY, id="reset-after-head"),
+    pytest.param([Raw(HEAD + b"0\r\n\r\n")], BROKEN_EARLY, id="no-event"),
+    pytest.param([PING, PING], BROKEN_EARLY, id="only-pings"),
+    # In the middle
+    pytest.param([message("Hello"), Close()], BROKEN, id="end-in-middle"),
+    pytest.param([message("Hello"), Reset()], BROKEN, id="reset-in-middle"),
+    pytest.param([message("Hello")], BROKEN, id="last-chunk-in-middle"),
+    pytest.param([message("Hello"), PING], BROKEN, id="ping-then-last-chunk"),
+    pytest.param(
+        [message("Hello"), Send(b"data: {"), Close()], BROKEN, id="end-in-event"
+    ),
+    pytest.param([message("Hello"), Send(b"data: {")], BROKEN, id="event-not-ended"),
+    pytest.param(
+        [Raw(HEAD + chunk(HELLO) + b"40\r\ndata:"), Close()], BROKEN, id="end-in-chunk"
+    ),
+    pytest.param(
+        [Raw(HEAD + chunk(HELLO)), Sleep(1), Raw(b"\r\nzz\r\n")],
+        BROKEN,
+        id="chunk-size-malformed",
+    ),
+    pytest.param(
+        [Raw(HEAD + chunk(HELLO)[:-2]), Sleep(1), Raw(b"0\r\n\r\n")],
+        BROKEN,
+        id="chunk-overrun",
+    ),
+    # After the terminal event
+    pytest.param(
+        [message("Hello"), message_end(), Close()], FINE, id="end-before-last-chunk"
+    ),
+    pytest.param(
+        [message("Hello"), message_end(), Reset()], FINE, id="reset-before-last-chunk"
+    ),
+    pytest.param(
+        [message("Hello"), message_end(), Hang()], FINE, id="stall-before-last-chunk"
+    ),
+    pytest.param(
+        [Raw(HEAD + chunk(HELLO + END) + b"0\r\nX: y\r\n\r\n")], FINE, id="trailer"
+    ),
+    # Framing
+    pytest.param([plain("", HELLO + END), Close()], FINE, id="no-length"),
+    pytest.param([plain("", HELLO), Close()], BROKEN, id="no-length-cut"),
+    pytest.param([plain("", HELLO + END, "1.0"), Close()], FINE, id="http-1.0"),
+    pytest.param(
+        [plain(f"Content-Length: {len(HELLO + END)}\r\n", HELLO + END)],
+        FINE,
+        id="length",
+    ),
+    pytest.param(
+        [plain("Content-Length: 9999\r\n", HELLO), Close()],
+        BROKEN,
+        id="length-too-long",
+    ),
+    pytest.param(
+        [plain(f"Content-Length: {len(HELLO)}\r\n", HELLO + END)],
+        BROKEN,
+        id="length-too-short",
+    ),
+    pytest.param(
+        [plain("Content-Length: 9\r\nContent-Length: 8\r\n", HELLO)],
+        REFUSED,
+        id="two-lengths",
+    ),
+    pytest.param(
+        [plain("Content-Length: 9\r\nTransfer-Encoding: chunked\r\n", HELLO)],
+        REFUSED,
+        id="two-framings",
+    ),
+    pytest.param([plain("Transfer-Encoding: gzip\r\n", HELLO)], REFUSED, id="coding"),
+    # Interim responses
+    pytest.param(
+        [
+            Raw(b"HTTP/1.1 100 Continue\r\n\r\n"),
+            Raw(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 102 P\r\n\r\n"),
+            Raw(HEAD + chunk(HELLO + END) + b"0\r\n\r\n"),
+        ],
+        FINE,
+        id="1xx",
+    ),
+    pytest.param(
+        [Raw(b"HTTP/1.1 102 Processing\r\n\r\n" * 99 + HEAD)], REFUSED, id="99-1xx"
+    ),
+    pytest.param(
+        [Raw(b"HTTP/1.1 100 Continue\r\n\r\n"), Close()], REFUSED, id="end-after-1xx"
+    ),
+    pytest.param(
+        [Raw(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n")],
+        REFUSED,
+        id="101",
+    ),
+    # Not HTTP
+    pytest.param([Raw(b"SSH-2.0-OpenSSH_9.6\r\n"), Close()], REFUSED, id="ssh"),
+    pytest.param([Raw(b"\x15\x03\x01\x00\x02\x02\x46"), Close()], REFUSED, id="tls"),
+    pytest.param([Raw(b"220 mail ESMTP\r\n\r\n")], REFUSED, id="smtp"),
+    pytest.param([Raw(b"HTTP/1.1 200 OK\nA: b\n\n")], REFUSED, id="bare-lf"),
+    pytest.param([Raw(b"HTTP/1.1 2OO OK\r\n\r\n")], REFUSED, id="status-no-number"),
+    pytest.param([Raw(b"<html>" * 20_000)], REFUSED, id="endless-head"),
+    pytest.param(
+        [Raw(b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 999 + b"\r\n")],
+        REFUSED,
+        id="too-many-fields",
+    ),
+    # Not Dify
+    pytest.param([Status(200, "<html>web</html>")], MISLED, id="html-200"),
+    pytest.param([Status(404, "<html>web</html>")], MISLED, id="html-404"),
+    pytest.param([Status(405, "<html>web</html>")], MISLED, id="html-405"),
+    pytest.param([Status(502, "<html>nginx</html>")], REFUSED, id="html-502"),
+    pytest.param(
+        [Status(504, "<html>")], Outcome("", "UpstreamTimeout", 504), id="html-504"
+    ),
+    pytest.param(
+        [Status(413, "<html>")], Outcome("", "BodyTooLarge", 413), id="html-413"
+    ),
+    pytest.param([Status(204)], MISLED, id="no-content"),
+    *(
+        pytest.param(
+            [Status(status, "", {"Location": "https://evil.example/v1/chat-messages"})],
+            MISLED,
+            id=f"redirect-{status}",
+        )
+        for status in (301, 302, 303, 307, 308)
+    ),
+    pytest.param([Status(307, "", {"Location": ""})], MISLED, id="redirect-nowhere"),
+    # Streams that are no streams
+    pytest.param(
+        [Raw(HEAD + chunk(b"\x1f\x8b\x08\x00\n\n\x00") + b"0\r\n\r\n")],
+        BROKEN_EARLY,
+        id="gzip",
+    ),
+    pytest.param(
+        [message("Hello"), Send(b"data: {nonsense\n\n"), message_end()],
+        Outcome("Hello", "UpstreamFailed", 502),
+        id="event-not-json",
+    ),
+    pytest.param(
+        [Raw(HEAD + chunk(b": comment\nid: 1\nretry: 5\n\n" + HELLO + END)), Close()],
+        FINE,
+        id="other-sse-fields",
+    ),
+    # Sizes
+    pytest.param(chat_answer(LONG), Outcome(LONG, "finish"), id="8-mb-line"),
+    pytest.param(
+        [Send({"event": "node_finished", "data": {"outputs": LONG}}), *chat_answer("a")],
+        Outcome("a", "finish"),
+        id="8-mb-of-no-interest",
+    ),
+]
+
+
+@pytest.mark.parametrize(("script", "expected"), FAULTS)
+async def test_turn_when_dify_fails(script: list[Step], expected: Outcome) -> None:
+    async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=script)
+        assert await turn(dify, app) == expected
+        asked = [r.path for r in fake.requests if r.path != "/messages"]
+        assert asked == ["/chat-messages"]
+        fake.app(KEY, script=chat_answer("next"))  # what follows is not disturbed
+        assert await turn(dify, app) == Outcome("next", "finish")
+
+
+async def test_endless_line_ends_at_its_limit() -> None:
+    part = Send(b"x" * 3_000_000)
+    async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=[message("Hello"), Send(b"data: "), *[part] * 14])
+        outcome = await turn(dify, app)
+        assert outcome[:3] == ("Hello", "UpstreamFailed", 502)
+
+
+async def test_turn_when_nobody_listens() -> None:
+    async with client(f"http://127.0.0.1:{free_port()}/v1") as (dify, app):
+        assert await turn(dify, app) == REFUSED
+
+
+async def test_turn_when_the_host_is_unknown() -> None:
+    def connect(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    settings = settings_for("http://no-such-host.invalid/v1")
+    dify = Dify(settings, connect)
+    with pytest.raises(ProxyError) as caught:
+        await dify.call(settings.model_config["m"], "GET", "/info")
+    assert caught.value.status == 502
+    assert "no-such-host.invalid" in caught.value.message
+    assert "DIFY_API_BASE" in caught.value.message
+
+
+async def test_answer_that_broke_in_the_middle_says_so() -> None:
+    """Not "no connection": there was one."""
+    for fault in (Close(), Reset(), Send(b"")):
+        async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
+            fake.app(KEY, script=[message("Hello"), fault])
+            stream = await dify.open_turn(app, "chat", question())
+            failures: list[ProxyError] = []
+            while parts := await stream.read():
+                failures += [part.error for part in parts if isinstance(part, Failure)]
+            stream.close()
+            assert [failure.message for failure in failures] == [BROKEN_OFF]
+
+
+async def test_redirect_within_the_origin_is_followed_once() -> None:
+    for status in (307, 308):
+        async with FakeDify() as fake, client(fake.base) as (dify, app):
+            moved = [Status(status, "", {"Location": "/v1/chat-messages?moved"})]
+
+            def script(
+                request: fake_dify.Request, moved: list[Step] = moved  # type: ignore[assignment]
+            ) -> Sequence[Step]:
+                return moved if "moved" not in request.target else chat_answer("Hello")
+
+            fake.app(KEY, script=script)
+            assert await turn(dify, app) == FINE
+            bodies = [request.json for request in fake.requests]
+            assert bodies[0] == bodies[1]
+            assert len(bodies) == 2
+
+
+async def test_redirect_in_a_circle_is_not_followed_for_ever() -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=[Status(307, "", {"Location": "/v1/chat-messages"})])
+        assert await turn(dify, app) == MISLED
+        assert len(fake.requests) <= 2
+
+
+async def test_redirect_elsewhere_never_takes_the_key_along() -> None:
+    async with FakeDify() as fake, FakeDify() as other, client(fake.base) as pair:
+        target = f"{other.base}/chat-messages"
+        for status in (301, 302, 303, 307, 308):
+            fake.app(KEY, script=[Status(status, "", {"Location": target})])
+            with pytest.raises(ProxyError) as caught:
+                await pair[0].open_turn(pair[1], "chat", question())
+            assert "DIFY_API_BASE" in caught.value.message
+        assert other.connections == 0
+
+
+async def test_key_in_an_error_of_dify_is_masked() -> None:
+    body = {"code": "bad", "message": f"no {KEY} here", "status": 400}
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=[Status(400, body)])
+        with pytest.raises(ProxyError) as caught:
+            await dify.open_turn(app, "chat", question())
+        assert caught.value.message == "no app-ke… here"
+
+
+async def test_small_answers_are_bounded() -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, overrides={"/info": [Status(500, b"x" * 20_000_000)]})
+        with pytest.raises(ProxyError) as caught:
+            await dify.call(app, "GET", "/info")
+        assert caught.value.status == 502
+        fake.app(KEY)
+        assert await dify.call(app, "GET", "/info")
+
+
+# ------------------------------------------------------------------------------
+# Timeouts
+# ------------------------------------------------------------------------------
+
+LIMITS = {
+    "DIFY_CONNECT_TIMEOUT": "7",
+    "DIFY_FIRST_EVENT_TIMEOUT": "50",
+    "DIFY_IDLE_TIMEOUT": "90",
+}
+
+
+async def timed(script: Sequence[Step], ping_s: float = NEVER) -> tuple[Outcome, float]:
+    """The outcome of a turn, and after how many seconds it was there."""
+    async with FakeDify(ping_s=ping_s) as fake:
+        async with client(fake.base, **LIMITS) as (dify, app):
+            fake.app(KEY, script=script)
+            outcome = await turn(dify, app)
+            return outcome, now()
+
+
+async def test_connecting_has_a_limit() -> None:
+    async def connect(*_: Any, **__: Any) -> Any:
+        await asyncio.Event().wait()
+
+    settings = settings_for("http://192.0.2.1/v1", **LIMITS)
+    with pytest.raises(ProxyError) as caught:
+        await Dify(settings, connect).call(settings.model_config["m"], "GET", "/info")
+    assert (caught.value.status, caught.value.code) == (504, "upstream_timeout")
+    assert now() == 7
+
+
+LATE = Outcome("", "UpstreamTimeout", 504)
+SILENT = Outcome("Hello", "UpstreamTimeout", 504, retry=False)
+
+
+@pytest.mark.parametrize(
+    ("script", "ping_s", "expected", "seconds"),
+    [
+        pytest.param([Hang()], NEVER, LATE, 50, id="no-head"),
+        pytest.param([Raw(HEAD[:9]), Hang()], NEVER, LATE, 50, id="half-a-head"),
+        pytest.param([Send(b""), Hang()], NEVER, LATE, 50, id="head-at-once"),
+        pytest.param([Hang()], 10, LATE, 50, id="head-with-late-pings"),
+        pytest.param([PING, Hang()], 10, LATE, 50, id="head-with-early-pings"),
+        pytest.param(
+            [Send(b"data: ping\n\n"), Hang()], NEVER, LATE, 50, id="pings-of-old"
+        ),
+        pytest.param(
+            [Sleep(49), *chat_answer("Hello")], 10, FINE, 49, id="first-event-in-time"
+        ),
+        pytest.param([message("Hello"), Hang()], NEVER, SILENT, 90, id="idle"),
+        pytest.param([message("Hello"), Hang()], 10, SILENT, 90, id="idle-with-pings"),
+        pytest.param(
+            [message("Hel"), Sleep(89), message("lo"), Sleep(89), message_end()],
+            10,
+            FINE,
+            178,
+            id="slow-but-alive",
+        ),
+        pytest.param(
+            [message("Hello"), Sleep(89), Send(b"data: {"), Sleep(2), message_end()],
+            NEVER,
+            SILENT,
+            90,
+            id="half-an-event-is-none",
+        ),
+    ],
+)
+async def test_turn_has_limits_that_pings_do_not_move(
+    script: list[Step], ping_s: float, expected: Outcome, seconds: float
+) -> None:
+    outcome, took = await timed(script, ping_s)
+    assert (outcome, round(took, 3)) == (expected, seconds)
+
+
+async def test_call_has_a_limit() -> None:
+    async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, overrides={"/info": [Hang()]})
+        with pytest.raises(ProxyError) as caught:
+            await dify.call(app, "GET", "/info")
+        assert (caught.value.status, now()) == (504, 30)
+
+
+async def test_call_has_a_limit_for_its_body_too() -> None:
+    half = Raw(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{")
+    async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, overrides={"/info": [half, Hang()]})
+        with pytest.raises(ProxyError) as caught:
+            await dify.call(app, "GET", "/info")
+        assert caught.value.status == 504
+        assert now() <= 60
+
+
+DONE = workflow_finished(outputs={"answer": "Hello"})
+
+
+@pytest.mark.parametrize(
+    ("after", "seconds"),
+    [
+        pytest.param([Hang()], 1, id="nothing"),
+        pytest.param([Sleep(0.9), message_end()], 0.9, id="message-end-in-time"),
+        pytest.param([Sleep(5), message_end()], 1, id="message-end-too-late"),
+        pytest.param([], 0, id="last-chunk"),
+        pytest.param([Close()], 0, id="end"),
+        pytest.param([Reset()], 0, id="reset"),
+    ],
+)
+async def test_chatflow_ends_soon_after_workflow_finished(
+    after: list[Step], seconds: float
+) -> None:
+    async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
+        started = Send({"event": "workflow_started"})
+        script = [started, message("Hello"), DONE, *after]
+        fake.app(KEY, mode="advanced-chat", script=script)
+        assert await turn(dify, app, "advanced-chat") == FINE
+        assert round(now(), 3) == seconds
+
+
+@pytest.mark.parametrize("order", ["old", "new", "lost"])
+async def test_chatflow_ends_in_every_order_of_the_last_events(order: str) -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        script = chatflow_answer("Hel", "lo", order=order)
+        fake.app(KEY, mode="advanced-chat", script=script)
+        for _ in range(2):
+            assert await turn(dify, app, "advanced-chat") == FINE
+            await asyncio.sleep(0.1)
+        assert fake.connections == 1  # read to the last chunk, and kept
+
+
+# ------------------------------------------------------------------------------
+# A broken stream: what Dify has stored
+# ------------------------------------------------------------------------------
+
+
+def stored(answer: str, **fields: Any) -> dict[str, Any]:
+    """An override of `/messages`: the last turn with this answer."""
+
+    def messages(request: fake_dify.Request) -> list[Step]:
+        asked = {name: request.query[name] for name in ("conversation_id", "user")}
+        assert asked == {"conversation_id": "c", "user": USER}
+        row = {"id": "m", "answer": answer, **fields}
+        page = {"data": [{"id": "other", "answer": "no"}, row, None], "limit": 5}
+        return [Status(200, page)]
+
+    return {"/messages": messages}
+
+
+BREAKS: list[Any] = [
+    pytest.param([Raw(HEAD + chunk(HELLO)), Close()], id="end"),
+    pytest.param([Raw(HEAD + chunk(HELLO)), Reset()], id="reset"),
+    pytest.param([Raw(HEAD + chunk(HELLO) + b"0\r\n\r\n")], id="last-chunk"),
+]
+
+
+@pytest.mark.parametrize("script", BREAKS)
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        pytest.param(stored("Hello world"), Outcome("Hello world", "finish"), id="more"),
+        pytest.param(stored("Hello"), FINE, id="all"),
+        pytest.param(stored("Hell"), BROKEN, id="less"),
+        pytest.param(stored("Other text"), BROKEN, id="other"),
+        pytest.param(stored(""), BROKEN, id="nothing"),
+        pytest.param(stored("Hello", id="m2"), BROKEN, id="other-message"),
+        pytest.param({"/messages": [Status(404, {"code": "x"})]}, BROKEN, id="404"),
+        pytest.param({"/messages": [Status(200, {"data": 5})]}, BROKEN, id="odd"),
+        pytest.param({"/messages": [Status(200, "<html>")]}, BROKEN, id="html"),
+        pytest.param({"/messages": [Reset()]}, BROKEN, id="reset"),
+    ],
+)
+async def test_broken_stream_is_completed_by_what_dify_stored(
+    script: list[Step], overrides: dict[str, Any], expected: Outcome
+) -> None:
+    async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=script, overrides=overrides)
+        assert await turn(dify, app) == expected
+
+
+async def test_silent_stream_is_not_completed() -> None:
+    """The run may go on: what is stored is not the end of it."""
+    async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
+        script = [Raw(HEAD + chunk(HELLO)), Hang()]
+        fake.app(KEY, script=script, overrides=stored("Hello world"))
+        assert await turn(dify, app) == SILENT
+        assert [request.path for request in fake.requests] == ["/chat-messages"]
+
+
+# ------------------------------------------------------------------------------
+# Stop, read on, let go
+# ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["chat", "agent-chat", "advanced-chat", "completion"])
+async def test_stop_ends_the_run_and_the_answer_is_stored(mode: str) -> None:
+    kind = "agent_message" if mode == "agent-chat" else "message"
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        script = [Send({"event": kind, "answer": "Hello"}), Hang()]
+        fake.app(KEY, mode=mode, script=script)
+        stream = await dify.open_turn(app, mode, question(mode))
+        assert await stream.read() == [Text("Hello")]
+        await dify.stop(app, mode, stream.answer.task_id, USER)
+        assert not await stream.drain()
+        stream.close()
+        (stop,) = fake.stops
+        path = "completion" if mode == "completion" else "chat"
+        assert stop == fake_dify.Stop(
+            stream.answer.task_id,
+            USER,
+            KEY,
+            f"/{path}-messages/{stream.answer.task_id}/stop",
+            effective=True,
+        )
+        assert now() < 2
+        if mode != "completion":
+            (conversation,) = fake.conversations.values()
+            assert [m.answer for m in conversation.messages] == ["Hello"]
+
+
+async def test_drain_tells_whether_more_text_came() -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        gate = asyncio.Event()
+        fake.app(KEY, script=[message("Hel"), Wait(gate), message("lo"), message_end()])
+        stream = await dify.open_turn(app, "chat", question())
+        assert await stream.read() == [Text("Hel")]
+        gate.set()
+        assert await stream.drain()
+        stream.close()
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param([message("Hello"), Hang()], id="silent"),
+        pytest.param(
+            [message("Hello"), *[step for _ in range(99) for step in (Sleep(3), PING)]],
+            id="pings",
+        ),
+        pytest.param(
+            [message("Hello")]
+            + [step for _ in range(99) for step in (Sleep(3), message("more"))],
+            id="talking-on",
+        ),
+    ],
+)
+async def test_drain_is_brief_when_the_run_does_not_stop(script: list[Step]) -> None:
+    async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=script, stoppable=False)
+        stream = await dify.open_turn(app, "chat", question())
+        assert await stream.read() == [Text("Hello")]
+        await dify.stop(app, "chat", stream.answer.task_id, USER)
+        await stream.drain()
+        stream.close()
+        assert now() <= STOP_DRAIN_S
+
+
+async def test_stop_that_fails_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, overrides={"stop": [Status(500, "<html>")]})
+        await dify.stop(app, "chat", "t/../x y", USER)
+        assert fake.requests[0].target == "/v1/chat-messages/t%2F..%2Fx%20y/stop"
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert KEY not in record.getMessage()
+
+
+async def test_turn_that_is_let_go_closes_its_connection() -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=[message("Hello"), Hang()])
+        stream = await dify.open_turn(app, "chat", question())
+        await stream.read()
+        stream.close()
+        await fake.until(lambda: fake.open_connections == 0)
+
+
+async def test_end_of_a_finished_turn_is_waited_for_beside() -> None:
+    gate = asyncio.Event()
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=[message("Hello"), message_end(), Wait(gate)])
+        assert await turn(dify, app) == FINE
+        assert fake.open_connections == 1
+        gate.set()
+        await asyncio.sleep(0.1)
+        await dify.call(app, "GET", "/info")
+        assert fake.connections == 1
+
+
+# ------------------------------------------------------------------------------
+# Uploads
+# ------------------------------------------------------------------------------
+
+
+async def test_upload_arrives_byte_for_byte() -> None:
+    data = bytes(range(256)) * 40_000  # 10 MB, with every byte there is
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY)
+        file = Attachment("image.png", "image/png", data)
+        id_ = await dify.upload(app, file, "üser")
+        assert fake.uploads == {
+            id_: fake_dify.Upload(id_, KEY, "üser", "image.png", "image/png", data)
+        }
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (Status(413, {"code": "file_too_large", "message": ""}), 413),
+        (Status(415, {"code": "unsupported_file_type", "message": "no"}), 400),
+        (Status(500, "<html>"), 502),
+        (Status(201, {}), 502),
+        (Status(201, "<html>"), 502),
+        (Reset(), 502),
+    ],
+)
+async def test_upload_that_fails(answer: Step, status: int) -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, overrides={"/files/upload": [answer]})
+        with pytest.raises(ProxyError) as caught:
+            await dify.upload(app, Attachment("a.png", "image/png", b"x"), USER)
+        assert caught.value.status == status
+
+
+# ------------------------------------------------------------------------------
+# The mode of an app
+# ------------------------------------------------------------------------------
+
+MODES = ["chat", "agent-chat", "advanced-chat", "completion", "workflow"]
+
+
+@pytest.mark.parametrize("mode", [*MODES, "agent"])
+async def test_mode_is_told_by_info_and_kept(mode: str) -> None:
+    async with FakeDify(version="1.16.0") as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, mode=mode, name="Name")
+        app = dataclasses.replace(app, mode="")
+        assert dify.known_name(app) == ""
+        assert [await dify.mode_of(app) for _ in range(3)] == [mode] * 3
+        assert (dify.known_name(app), await dify.name_of(app)) == ("Name", "Name")
+        assert [request.path for request in fake.requests] == ["/info"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_mode_is_probed_before_1_4_without_running_anything(mode: str) -> None:
+    async with FakeDify(version="1.3.1") as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, mode=mode)
+        app = dataclasses.replace(app, mode="")
+        expected = "chat" if mode in fake_dify.CHAT_MODES else mode
+        assert [await dify.mode_of(app) for _ in range(2)] == [expected] * 2
+        paths = [request.path for request in fake.requests]
+        assert paths[:2] == ["/info", "/conversations"]
+        assert len(paths) <= 3
+        assert fake.contexts == []
+
+
+async def test_configured_mode_is_not_asked_for() -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        assert await dify.mode_of(app) == "chat"
+        assert fake.requests == []
+
+
+async def test_wrong_mode_is_corrected() -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, mode="workflow")
+        assert await dify.mode_of(app) == "chat"
+        assert (await turn(dify, app)).end == "WrongMode"
+        assert await dify.correct_mode(app) == "workflow"
+        assert await dify.mode_of(app) == "workflow"
+
+
+async def test_unknown_mode_is_probed() -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        info = [Status(200, {"name": "n", "mode": "channel"})]
+        fake.app(KEY, mode="completion", overrides={"/info": info})
+        app = dataclasses.replace(app, mode="")
+        assert await dify.mode_of(app) == "completion"
+
+
+@pytest.mark.parametrize("fault", [Reset(), Status(500, "<html>"), Status(503)])
+async def test_mode_is_asked_again_after_a_failure(fault: Step) -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        app = dataclasses.replace(app, mode="")
+        fake.app(KEY, mode="workflow", overrides={"/info": [fault]})
+        with pytest.raises(ProxyError):
+            await dify.mode_of(app)
+        fake.app(KEY, mode="workflow")
+        assert await dify.mode_of(app) == "workflow"
+
+
+async def test_failing_probe_decides_nothing() -> None:
+    """A 500 is not a mode: "chat" would be remembered for ever."""
+    async with FakeDify(version="1.3.1") as fake, client(fake.base) as (dify, app):
+        app = dataclasses.replace(app, mode="")
+        down = {"/conversations": [Status(500, {"code": "internal_server_error"})]}
+        fake.app(KEY, mode="workflow", overrides=down)
+        with pytest.raises(ProxyError):
+            await dify.mode_of(app)
+        fake.app(KEY, mode="workflow")
+        assert await dify.mode_of(app) == "workflow"
+
+
+async def test_wrong_key_is_the_operators_fault() -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        with pytest.raises(ProxyError) as caught:
+            await dify.mode_of(dataclasses.replace(app, mode=""))
+        error = caught.value
+        assert outcome_of("", error) == MISLED
+        assert "MODEL_CONFIG" in error.message
+        assert KEY not in error.message
+        assert len(fake.requests) == 1
+
+
+# ------------------------------------------------------------------------------
+# TLS
+# ------------------------------------------------------------------------------
+#
+# data/tls holds a private authority and certificates signed by it, valid to 2126 (but
+# for the expired one). They serve these tests and nothing else.
+
+
+@pytest.fixture
+def trusted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make the tests' authority the one that is trusted."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(TLS / "authority.pem"))
+    return iter(())
+
+
+def tls_context(certificate: str) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(TLS / f"{certificate}.pem")
+    return context
+
+
+async def answer_info(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    while await read_request(reader):
+        writer.write(json_answer({"name": "n"}))
+
+
+@contextlib.contextmanager
+def quiet_loop() -> Iterator[None]:
+    """The server's side of a refused handshake is an error in the loop, no bug."""
+    loop = asyncio.get_running_loop()
+    handler = loop.get_exception_handler()
+    loop.set_exception_handler(
+        lambda loop, context: None
+        if isinstance(context.get("exception"), OSError)
+        else handler and handler(loop, context)
+    )
+    yield
+
+
+async def fails(base: str) -> ProxyError:
+    async with client(base) as (dify, app):
+        with pytest.raises(ProxyError) as caught:
+            await dify.call(app, "GET", "/info")
+        return caught.value
+
+
+@pytest.mark.real_clock
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+async def test_tls_connection_is_made_and_reused(host: str) -> None:
+    accepted = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal accepted
+        accepted += 1
+        await answer_info(reader, writer)
+
+    async with raw_server(serve, tls_context("localhost")) as base:
+        async with client(base.replace("127.0.0.1", host)) as (dify, app):
+            for _ in range(3):
+                assert await dify.call(app, "GET", "/info") == {"name": "n"}
+    assert accepted == 1
+
+
+@pytest.mark.real_clock
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize(
+    ("certificate", "reason"),
+    [("expired", "expired"), ("other-host", "not valid for '127.0.0.1'")],
+)
+async def test_tls_refuses_a_certificate(certificate: str, reason: str) -> None:
+    with quiet_loop():
+        async with raw_server(answer_info, tls_context(certificate)) as base:
+            error = await fails(base)
+    assert outcome_of("", error) == MISLED
+    assert reason in error.message
+
+
+@pytest.mark.real_clock
+async def test_tls_refuses_an_unknown_authority(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with quiet_loop():
+        async with raw_server(answer_info, tls_context("localhost")) as base:
+            error = await fails(base)
+    assert outcome_of("", error) == MISLED
+    assert "DIFY_CA_FILE" in error.message
+
+
+@pytest.mark.real_clock
+async def test_tls_on_a_plain_port_names_the_setting() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(9)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+    async with raw_server(serve) as base:
+        error = await fails(base.replace("http:", "https:"))
+    assert outcome_of("", error)[:3] == ("", "UpstreamFailed", 502)
+    assert "DIFY_API_BASE" in error.message
+
+
+@pytest.mark.real_clock
+async def test_plain_request_on_a_tls_port_is_an_error() -> None:
+    with quiet_loop():
+        async with raw_server(answer_info, tls_context("localhost")) as base:
+            error = await fails(base.replace("https:", "http:"))
+    assert outcome_of("", error)[:3] == ("", "UpstreamFailed", 502)
+
+
+@pytest.mark.real_clock
+async def test_handshake_that_is_cut_off_is_an_error() -> None:
+    async def serve(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        await reader.read(9)
+
+    async with raw_server(serve) as base:
+        error = await fails(base.replace("http:", "https:"))
+    assert outcome_of("", error)[:3] == ("", "UpstreamFailed", 502)
+
+
+@pytest.mark.real_clock
+@pytest.mark.usefixtures("trusted")
+async def test_tls_connection_cut_off_in_the_middle_is_broken() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(HEAD + chunk(HELLO))
+        await writer.drain()
+        if (await reader.read(0)) == b"":
+            writer.transport.abort()
+
+    async with raw_server(serve, tls_context("localhost")) as base:
+        async with client(base) as (dify, app):
+            assert await turn(dify, app) == BROKEN
