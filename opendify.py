@@ -2404,27 +2404,27 @@ def _url_of(resource: Mapping[str, Any]) -> str:
 #
 # Which Dify conversation a request continues. OpenAI's clients send their history each
 # time, Dify keeps it by conversation_id; a table of tails maps one to the other. It is
-# only a cache: whenever the answer is "don't know", the history is folded into the
-# query of a new conversation, and the model sees what the client shows all the same.
+# only a cache: when the answer is "don't know", the history is folded into the query
+# of a new conversation, and the model sees what the client shows all the same.
 #
 #     u1 a1 u2 a2 + u3   ends a known transcript  -> u3, into its conversation
 #     u1 a1 u2 a2 + u3   else                     -> all of it, into a new conversation
 #
-# (1) A history matches the transcript that it equals, however long; or the one that it
-#     ends, for clients that cut old messages. Such a window must be unmistakable: with
-#     two answers or a long one, standing nowhere else in the transcript (in what is
-#     kept of it), and at the end of no other transcript of this user.
+# (1) A history matches the transcript that it equals, however long, or the one that it
+#     ends, since clients cut old messages. Such a window must be unmistakable: with
+#     two answers or a long one, standing nowhere else in the transcript (as far as
+#     that is kept), and at the end of no other transcript of this user.
 # (2) Who takes a tail has it alone, across processes, until it is put back. One that is
 #     never put back is lost: nobody knows what its turn did to Dify's memory.
-# (3) An explicit conversation_id is used as given. If another turn runs in there, their
+# (3) An explicit conversation_id is used as given. If another turn runs there, their
 #     order is unknown, and the conversation is found by its id only from then on.
 # (4) App key and user go into every hash: nobody reaches a conversation of others, and
 #     the table tells nothing to who has not the key. It holds no text and no key.
 # (5) Reasoning, white space and system messages make no difference to a match. A system
 #     text is told to Dify when it differs from the one told last.
 #
-# Pure but for SQLite, which keeps the table in memory too; its failures: "don't know".
-# `now` is wall-clock time in seconds, since a table outlives its process.
+# Pure but for SQLite, which keeps the table in memory too; its failures mean "don't
+# know". `now` is wall-clock time in seconds, since a table outlives its process.
 #
 #     none, TAKEN -> FREE [put], FREE -> TAKEN [take], TAKEN -> LOST [take by id],
 #     FREE -> LOST [put, by who has not taken it], FREE, TAKEN -> none [forget]
@@ -2435,7 +2435,7 @@ _DIGEST_BYTES = 8
 _CLEAR_BYTES = 200  # no greeting or other stock phrase is that long
 _BUSY_TIMEOUT_S = 0.05  # the event loop waits meanwhile
 _OPEN_TIMEOUT_S = 1.0  # other processes may be opening it too
-_MAX_CANDIDATES = 64  # with the same last answer; more of them: a stock phrase
+_MAX_CANDIDATES = 64  # with the same last answer; with more it is a stock phrase
 _SWEEP_EVERY, _SWEEP_MOST = 100, 200  # new tails, old tails: a sweep takes milliseconds
 _GO_ON = "Continue your last message exactly where it ends, without repeating it."
 _SIDE_REQUESTS = (
@@ -2531,14 +2531,14 @@ def is_side_request(ask: Ask) -> bool:
 
 def message_digest(scope: bytes, message: Message) -> bytes:
     """What makes messages equal; the ids of calls and an answer's name do not."""
-    content = [
+    about = [
         message.role,
         message.name if message.role != "assistant" else "",
-        _plain_text(message),
         [[call.name, _canonical(call.arguments)] for call in message.tool_calls],
         [file.url or _hash(scope, file.data, 16).hex() for file in message.attachments],
     ]
-    return _hash(scope, json.dumps(content).encode(), _DIGEST_BYTES)
+    content = f"{json.dumps(about)}\0{_plain_text(message)}"
+    return _hash(scope, content.encode(), _DIGEST_BYTES)
 
 
 def _hash(scope: bytes, data: bytes, size: int) -> bytes:
@@ -2562,7 +2562,7 @@ def _canonical(arguments: str) -> str:
 
 
 def _system_hash(scope: bytes, messages: Iterable[Message]) -> bytes:
-    texts = [row.text for row in messages if row.role == "system" and row.text.strip()]
+    texts = [row.text for row in messages if row.role == "system"]
     return _hash(scope, json.dumps(texts).encode(), _DIGEST_BYTES) if texts else b""
 
 
@@ -2590,8 +2590,9 @@ def plan_turn(
             with a folded history as far as there is room, the newest first.
     """
     history, new = split_turn(ask)
-    opening = () if system_variable else (Message("system", ask.system),)
-    told = [row for row in (*opening, *history) if row.role == "system"]
+    system = "" if system_variable else ask.system
+    opening = [Message("system", system)] if system.strip() else []
+    told = opening + [row for row in history if row.role == "system"]
     is_new = tail is None
     if tail is None:
         tail = Tail(scope, chain=scope).extend(history)
@@ -2603,19 +2604,16 @@ def plan_turn(
     files = [file for row in new for file in row.attachments]
     carried = _with_room(history if is_new else (), most_files - len(files))
     inputs = dict(ask.inputs)
-    for name, text in (
-        (system_variable, ask.system),
-        (history_variable, fold(elsewhere, carried)),
-    ):
-        if name and text.strip():
-            inputs[name] = text
+    if system_variable and ask.system.strip():
+        inputs[system_variable] = ask.system
+    if history_variable and elsewhere:
+        inputs[history_variable] = fold(elsewhere, carried)
     after = replace(
         tail.extend(new),
         system=_system_hash(scope, [*told, *new]) or tail.system,
         # Nobody can tell how a client shows an answer that was continued, or a title.
         is_known=tail.is_known and bool(new) and not is_side_request(ask),
     )
-    context = [row for row in context if row.text.strip() or row.role != "system"]
     query = _query(context, new, carried) if ask.messages else ask.system
     files = [file for row in carried for file in row.attachments] + files
     return Plan(query or " ", inputs, tuple(files), after)
@@ -2632,7 +2630,7 @@ def _with_room(history: Sequence[Message], room: int) -> list[Message]:
 
 
 def _only_in_input(history: tuple[Message, ...], tail: Tail) -> tuple[Message, ...]:
-    """The messages that Dify does not remember: they are an input of each turn."""
+    """The messages that Dify does not remember: they are an input of every turn."""
     at, remembered = len(history), tail.length - tail.folded
     while at and remembered:
         at -= 1
@@ -2684,29 +2682,27 @@ def fold(
 def _elements(message: Message, file_key: str) -> list[tuple[str, str]]:
     """(attributes, text) of a message, and of each of its tool calls."""
     role, files = message.role, _file_names(message)
-    rows = [({"role": role, "name": message.name, file_key: files}, message.text)]
+    rows = [
+        (_attributes(role=role, name=message.name, **{file_key: files}), message.text)
+    ]
     if message.tool_calls and not message.text and not files:
         rows = []
     for call in message.tool_calls:
-        rows.append(
-            ({"role": role, "tool_call": call.name, "id": call.id}, call.arguments)
-        )
-    return [(_attributes(about), text) for about, text in rows]
+        about = _attributes(role=role, tool_call=call.name, id=call.id)
+        rows.append((about, call.arguments))
+    return rows
 
 
-def _attributes(values: Mapping[str, str]) -> str:
-    pairs = [
-        (name, json.dumps(text, ensure_ascii=False)) for name, text in values.items()
-    ]
-    return "".join(f" {name}={quoted}" for name, quoted in pairs if quoted != '""')
+def _attributes(**values: str) -> str:
+    given = {name: text for name, text in values.items() if text}
+    return "".join(
+        f" {k}={json.dumps(v, ensure_ascii=False)}" for k, v in given.items()
+    )
 
 
 def _file_names(message: Message) -> str:
-    kinds = [
-        f" ({row.media_type})" if row.media_type else "" for row in message.attachments
-    ]
-    names = [row.url or row.name or "file" for row in message.attachments]
-    return "; ".join(name + kind for name, kind in zip(names, kinds))
+    files = [(row.url or row.name, row.media_type) for row in message.attachments]
+    return "; ".join(f"{name} ({kind})" if kind else name for name, kind in files)
 
 
 # The table...
@@ -2786,9 +2782,11 @@ class Conversations:
         return self._mark(tail, now) if tail else None
 
     def put(self, tail: Tail, now: float) -> None:
-        """Record the tail of a conversation, new or taken, for the next turn."""
+        """Record where a conversation, new or taken, stands for the next turn."""
         if tail.is_known and tail.conversation_id:
             self._put(tail, now)
+        elif tail.is_taken:
+            self.forget(tail)
 
     def forget(self, tail: Tail | None) -> None:
         """Drop a conversation: Dify has lost it, or may remember what was not seen."""
@@ -2844,7 +2842,7 @@ class Conversations:
         try:
             cursor = self._db.execute(sql, values)
             return cursor.fetchall(), cursor.rowcount
-        except (sqlite3.Error, ValueError):  # of half a surrogate pair in an id
+        except (sqlite3.Error, ValueError):  # an id may hold half a surrogate pair
             return [], 0
 
 
@@ -3345,9 +3343,10 @@ class Wire:
     @property
     def is_stale(self) -> bool:
         """Whether an idle connection is of no use any more."""
-        is_open = not (self._writer.is_closing() or self._reader.exception())
-        is_quiet = not (self._buffer or self._writer.transport.get_write_buffer_size())
-        return self._reader.at_eof() or not (is_open and is_quiet)
+        if self._writer.is_closing() or self._reader.at_eof():
+            return True  # a closed TLS transport can't tell what is unsent
+        unsent = self._writer.transport.get_write_buffer_size()
+        return bool(self._buffer or unsent or self._reader.exception())
 
     @property
     def has_unread(self) -> bool:
@@ -3430,6 +3429,8 @@ class Wire:
         if self._timer:
             self._timer.cancel()
             self._timer = None
+        if self._writer.is_closing():
+            return
         self._writer.close()
         if self._writer.transport.get_write_buffer_size():
             self._loop.call_later(WRITE_TIMEOUT_S, self._give_up)
@@ -3515,11 +3516,11 @@ def parse_request_head(head: bytes) -> Request:
     event = _h11_request(head)
     headers = read_fields(event.headers)
     version = event.http_version.decode()
+    if version not in ("1.0", "1.1"):
+        raise MalformedHTTP(f"HTTP/{version} is not spoken here.", status=505)
     path, host = _split_target(event.method, event.target.decode("latin-1"))
     if host:
         headers["host"] = host
-    if version not in ("1.0", "1.1"):
-        raise MalformedHTTP(f"HTTP/{version} is not spoken here.", status=505)
     if not _HOST.match(headers.get("host", "")):
         raise MalformedHTTP("The Host is malformed.")
     if version == "1.0" and "transfer-encoding" in headers:
@@ -3845,7 +3846,8 @@ class UpstreamResponse:
     def close_soon(self) -> None:
         """Read what little is left first, so that the connection can be kept."""
         if not self._is_released:
-            self._pool.run_beside(self._linger())
+            task = self._pool.run_beside(self._linger())
+            task.add_done_callback(lambda _: self.close())
 
     async def _linger(self) -> None:
         try:
@@ -3881,13 +3883,14 @@ class Pool:
         self._failed: dict[Origin, tuple[float, ProxyError]] = {}
         self._tls: ssl.SSLContext | None = None
         self._reaper: asyncio.TimerHandle | None = None
-        self._beside: set[asyncio.Task[None]] = set()
+        self._beside: set[asyncio.Task[Any]] = set()
 
-    def run_beside(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def run_beside(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run something that nobody waits for; `close` cancels it."""
         task = asyncio.ensure_future(coroutine)
         self._beside.add(task)
         task.add_done_callback(self._beside.discard)
+        return task
 
     async def request(
         self, origin: Origin, request: bytes, timeout_s: float
@@ -4118,7 +4121,8 @@ class TurnStream:
         self._idle_timeout_s = idle_timeout_s
         self._find_stored = find_stored
         self._decoder = SSEDecoder()
-        self._has_event = False
+        self._is_draining = False
+        self.is_given_up = False  # the run may go on: it should be stopped
 
     async def read(self) -> list[Part]:
         """The next parts; [] after the last. A failure is a part, not an exception."""
@@ -4129,11 +4133,9 @@ class TurnStream:
             except _Silence:
                 return self.answer.end()
             except SSEOverflow as error:
-                return self.answer.fail(
-                    UpstreamFailed(f"Dify sent {error}.", retry=False)
-                )
+                return self._give_up(UpstreamFailed(f"Dify sent {error}.", retry=False))
             except UpstreamTimeout as error:
-                return self.answer.fail(error)
+                return self._give_up(error)
             except ProxyError:
                 data = b""
             if not data:
@@ -4146,9 +4148,15 @@ class TurnStream:
     async def _recover(self) -> list[Part]:
         """The stream broke: the rest of the answer, if Dify has stored it."""
         answer, parts = self.answer, list[Part]()
-        if answer.can_recover and not answer.is_closing:
+        if answer.is_closing:
+            return answer.end()
+        if answer.can_recover:
             parts = answer.recover(await self._find_stored(answer))
-        return parts or answer.end()
+        return parts or self._give_up(UpstreamFailed(BROKEN_OFF, retry=False))
+
+    def _give_up(self, error: ProxyError) -> list[Part]:
+        self.is_given_up = True
+        return self.answer.fail(error)
 
     def _translate(self, events: Sequence[ServerSentEvent]) -> list[Part]:
         parts: list[Part] = []
@@ -4157,6 +4165,8 @@ class TurnStream:
             if event.data and event.data != "ping":
                 is_alive = True
                 parts += self.answer.read(event)
+        if self._is_draining:
+            return parts
         if self.answer.is_closing:
             self._response.allow(GRACE_S, _Silence)
         elif is_alive:
@@ -4173,7 +4183,7 @@ class TurnStream:
     async def drain(self) -> bool:
         """Read on until Dify has ended the answer; whether more text came."""
         self._response.allow(STOP_DRAIN_S, _Silence)
-        self._idle_timeout_s = STOP_DRAIN_S
+        self._is_draining = True
         has_text = False
         while parts := await self.read():
             has_text = has_text or any(isinstance(part, Text) for part in parts)
@@ -4354,11 +4364,13 @@ class Dify:
         settings = self._pool.settings
         timeout_s = settings.dify_first_event_timeout
         body = json_bytes(request.body)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout_s
         response = await self._request(app, "POST", request.path, body, timeout_s)
         if response.status != 200 or not response.is_event_stream:
             content = await response.read_all(MAX_ERROR_BYTES)
             raise self._error(response, content, app)
-        response.allow(timeout_s, _too_late)
+        response.allow(max(0, until - loop.time()), _too_late)
         answer = AnswerReader(
             mode,
             app.base,
@@ -4379,6 +4391,10 @@ class Dify:
         except ProxyError as error:
             log.warning("stop of task %s failed: %s", task_id, error.message)
 
+    def run_beside(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        """Run something that nobody waits for; `close` cancels it."""
+        self._pool.run_beside(coroutine)
+
     def close(self) -> None:
         """Close the connections that are kept."""
         self._pool.close()
@@ -4392,8 +4408,23 @@ class Dify:
         timeout_s: float,
         content_type: str = "application/json",
     ) -> UpstreamResponse:
-        origin = origin_of(app.base)
-        base_path = urllib.parse.urlsplit(app.base).path.rstrip("/")
+        """Send a request; one redirect within the origin is followed."""
+        target = urllib.parse.urlsplit(app.base).path.rstrip("/") + path
+        content = (body, content_type)
+        response = await self._send(app, method, target, content, timeout_s)
+        if moved := await self._redirected(response, app, path):
+            response = await self._send(app, method, moved, content, timeout_s)
+        return response
+
+    async def _send(
+        self,
+        app: AppSettings,
+        method: str,
+        target: str,
+        content: tuple[bytes, str],
+        timeout_s: float,
+    ) -> UpstreamResponse:
+        origin, (body, content_type) = origin_of(app.base), content
         host = f"[{origin.host}]" if ":" in origin.host else origin.host
         fields = [
             ("Host", f"{host}:{origin.port}"),
@@ -4404,7 +4435,6 @@ class Dify:
         if body:
             fields.append(("Content-Type", content_type))
             fields.append(("Content-Length", str(len(body))))
-        target = base_path + path
         proxy = proxy_for(origin, self._pool.settings)
         if proxy and origin.scheme == "http":  # RFC 9112, section 3.2.2
             target = f"http://{host}:{origin.port}{target}"
@@ -4414,6 +4444,23 @@ class Dify:
         if response.status < 300:
             self._answered_at = asyncio.get_running_loop().time()
         return response
+
+    @staticmethod
+    async def _redirected(
+        response: UpstreamResponse, app: AppSettings, path: str
+    ) -> str:
+        """Where a 307 or 308 leads within the same origin, as a path; "" if nowhere."""
+        location = response.headers.get("location", "")
+        if response.status not in (307, 308) or not location:
+            return ""
+        target = urllib.parse.urljoin(app.base + path, location)
+        if origin_of(target) != origin_of(app.base):
+            return ""
+        await response.read_all(MAX_ERROR_BYTES)
+        parts = urllib.parse.urlsplit(target)
+        return urllib.parse.quote(
+            f"{parts.path}?{parts.query}".rstrip("?"), "%/?:&=+,;@~"
+        )
 
     def _error(
         self, response: UpstreamResponse, content: bytes, app: AppSettings
@@ -5015,7 +5062,10 @@ class Handlers:
             raise
         finally:
             exchange.on_leave = None
-            turn.stream.close()
+            if turn.stream.is_given_up and turn.stream.answer.task_id:
+                self._dify.run_beside(self._stop(turn))
+            else:
+                turn.stream.close()
             self._settle(turn, sink.text if is_stored else None)
 
     async def _pass_on(
@@ -5043,15 +5093,18 @@ class Handlers:
             self._conversations.put(tail, self._wall_clock())
 
     async def _stop(self, turn: Turn) -> bool:
-        """The client has left: end the run, and read on so that Dify stores it.
+        """End the run, and read on so that Dify stores what it has.
 
         Returns:
             Whether Dify has ended the answer with not a word more than was read before.
         """
-        answer = turn.stream.answer
-        if not answer.is_finished and answer.task_id:
-            await self._dify.stop(turn.app, turn.mode, answer.task_id, turn.user)
-        return not await turn.stream.drain() and answer.is_as_sent
+        stream, answer = turn.stream, turn.stream.answer
+        try:
+            if answer.task_id and (stream.is_given_up or not answer.is_finished):
+                await self._dify.stop(turn.app, turn.mode, answer.task_id, turn.user)
+            return not await stream.drain() and answer.is_as_sent
+        finally:
+            stream.close()
 
     async def _open_turn(self, exchange: Exchange, app: AppSettings, ask: Ask) -> Turn:
         """Send the question to Dify, until it begins to answer."""
@@ -5818,7 +5871,7 @@ def _on_signals(stop: asyncio.Event) -> None:
 async def _check(settings: Settings) -> int:
     """Print the settings and what each app says; 0 if all is well."""
     for row in dataclasses.fields(settings):
-        print(f"{row.name.upper():26}{_masked(getattr(settings, row.name))}")
+        print(f"{row.name.upper():26}{_masked(row.name, getattr(settings, row.name))}")
     dify = Dify(settings, asyncio.open_connection)
     apps = [*settings.model_config.items()]
     for key in settings.dify_api_keys:
@@ -5843,10 +5896,11 @@ async def _check_app(dify: Dify, app: AppSettings) -> tuple[str, str, str, str]:
         return "-", app.mode or "-", "failed", error.message
 
 
-def _masked(value: Any) -> str:
+def _masked(name: str, value: Any) -> str:
     """A setting as it may be shown."""
     if isinstance(value, tuple):
-        return ", ".join(map(mask_key, value)) or "-"
+        is_secret = name.endswith("_keys")
+        return ", ".join(mask_key(v) if is_secret else v for v in value) or "-"
     if isinstance(value, dict):
         shown = [f"{model} ({mask_key(app.key)})" for model, app in value.items()]
         return ", ".join(shown) or "-"

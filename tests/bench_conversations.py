@@ -1,4 +1,4 @@
-"""Measures the table of conversations at its full size: `python tests/bench_conversations.py`.
+"""Measures the table of conversations: `python tests/bench_conversations.py`.
 
 Prints the medians of what a turn costs: hashing its history, finding and taking the
 conversation, putting it back moved on by one exchange. And what a conversation weighs.
@@ -15,7 +15,7 @@ from typing import Callable
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from opendify import Ask, Conversations, Message, Tail, scope_of
+from opendify import Ask, Conversations, Message, Tail, scope_of  # noqa: E402
 
 CONVERSATIONS = 100_000
 EXCHANGES = 10
@@ -36,7 +36,9 @@ def transcript(number: int) -> tuple[Message, ...]:
 def tail_of(number: int) -> Tail:
     """The tail of a conversation, its older messages made up to save time."""
     last = transcript(number)[-4:]
-    start = Tail(SCOPE, f"{number:08}-1111-4222-8333-444455556666", number.to_bytes(16, "big"))
+    start = Tail(
+        SCOPE, f"{number:08}-1111-4222-8333-444455556666", number.to_bytes(16, "big")
+    )
     made_up = bytes(8 * (2 * EXCHANGES - 4 - 1)) + number.to_bytes(8, "big")
     start = Tail(SCOPE, start.conversation_id, start.chain, 2 * EXCHANGES - 4, made_up)
     return start.extend(last)

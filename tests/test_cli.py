@@ -14,7 +14,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Optional
 
 import pytest
 from fake_dify import FakeDify
@@ -281,6 +281,90 @@ def test_unreadable_env_file_is_one_line_and_status_2(home: Path, run: Run) -> N
     status, out, err = run("--demo")
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert ".env can't be read: " in err
+
+
+class Ticks:
+    """The module `time`, with a clock that is moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class EditedFile:
+    """An env file that is edited, and what is read of it."""
+
+    def __init__(self, path: Path, ticks: Ticks) -> None:
+        self._path, self._ticks = path, ticks
+        self.write("SERVER_PORT=1001")
+        options = opendify.build_parser().parse_args(["--env-file", str(path)])
+        self.source = opendify.SettingsSource(options)
+
+    def write(self, text: str) -> None:
+        """Write the file, a second later."""
+        self._ticks.now += 1
+        self._path.write_text(f"{text}\n")
+        os.utime(self._path, (self._ticks.now, self._ticks.now))
+
+    def port(self) -> Optional[int]:
+        """The port, if the file is read anew."""
+        changed = self.source.load_if_changed()
+        return changed.server_port if changed else None
+
+
+@pytest.fixture
+def ticks(monkeypatch: pytest.MonkeyPatch) -> Ticks:
+    clock = Ticks()
+    monkeypatch.setattr(opendify, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def edited(home: Path, ticks: Ticks) -> EditedFile:
+    return EditedFile(home / "edited.env", ticks)
+
+
+def test_env_file_is_read_again_when_it_changes(edited: EditedFile) -> None:
+    assert edited.source.load().server_port == 1001
+    edited.write("SERVER_PORT=1002")
+    assert [edited.port(), edited.port()] == [1002, None]
+
+
+def test_env_file_is_looked_at_once_a_second(edited: EditedFile, ticks: Ticks) -> None:
+    edited.write("SERVER_PORT=1002")
+    assert edited.port() == 1002
+    edited.write("SERVER_PORT=1003")
+    ticks.now -= 0.1
+    assert edited.port() is None
+    ticks.now += 0.1
+    assert edited.port() == 1003
+
+
+def test_bad_env_file_is_reported_and_changes_nothing(
+    edited: EditedFile, ticks: Ticks, caplog: pytest.LogCaptureFixture
+) -> None:
+    edited.write("SERVER_PORT=1002\nSHOW_PROCESS=maybe\nMAX_BODY_MB=x")
+    assert edited.port() is None
+    assert [row.partition(" (")[0] for row in caplog.messages] == [
+        "SHOW_PROCESS: must be on or off, not 'maybe'",
+        "MAX_BODY_MB: must be a whole number, not 'x'",
+    ]
+    ticks.now += 1
+    assert (edited.port(), len(caplog.messages)) == (None, 2)
+    edited.write("SERVER_PORT=1003")
+    assert edited.port() == 1003
+
+
+def test_vanished_env_file_changes_nothing(
+    home: Path, edited: EditedFile, ticks: Ticks
+) -> None:
+    (home / "edited.env").unlink()
+    ticks.now += 1
+    assert edited.port() is None
+    edited.write("SERVER_PORT=1002")
+    assert edited.port() == 1002
 
 
 # ------------------------------------------------------------------------------

@@ -10,16 +10,20 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    rule,
+    run_state_machine_as_test,
+)
 
 import opendify
 from opendify import (
@@ -71,7 +75,7 @@ def record(store: Conversations, name: str, *messages: Message) -> None:
 
 
 @pytest.fixture(params=["memory", "file"])
-def store(request, tmp_path):
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Conversations]:
     path = ":memory:" if request.param == "memory" else str(tmp_path / "table.db")
     with closing(Conversations(path, WEEK)) as table:
         yield table
@@ -103,7 +107,7 @@ def found(store: Conversations, request: Ask, scope: bytes = SCOPE) -> str:
         pytest.param("", 0, id="system text only"),
     ],
 )
-def test_new_is_what_follows_the_last_answer(roles, new):
+def test_new_is_what_follows_the_last_answer(roles: str, new: int) -> None:
     names = {"u": "user", "a": "assistant", "t": "tool", "s": "system"}
     messages = tuple(Message(names[role], str(i)) for i, role in enumerate(roles))
     at = len(messages) - new
@@ -121,7 +125,9 @@ def test_new_is_what_follows_the_last_answer(roles, new):
         "简要总结一下对话内容，用作后续的上下文提示 prompt，控制在 200 字以内",
     ],
 )
-def test_side_requests_neither_join_nor_move_a_conversation(store, text):
+def test_side_requests_neither_join_nor_move_a_conversation(
+    store: Conversations, text: str
+) -> None:
     record(store, "c", *chat("hi", "Hello!"))
     for last in (user(text), Message("system", text)):
         request = ask(*chat("hi", "Hello!"), last, conversation_id="c")
@@ -133,7 +139,7 @@ def test_side_requests_neither_join_nor_move_a_conversation(store, text):
     assert found(store, ask_of("hi", "Hello!", "And now?")) == "c"
 
 
-def test_a_task_as_such_is_no_side_request():
+def test_a_task_as_such_is_no_side_request() -> None:
     assert not is_side_request(ask_of("What does ### Task: mean?"))
     assert is_side_request(ask(system="### Task: a title"))
     assert not is_side_request(ask())
@@ -173,7 +179,9 @@ def test_a_task_as_such_is_no_side_request():
             answer("", ToolCall("2", "f", '{"b": "\\u00fc", "a": 1}')),
             id="call written otherwise",
         ),
-        pytest.param(answer("x\ud83dy"), answer("x\ufffdy"), id="half a surrogate pair"),
+        pytest.param(
+            answer("x\ud83dy"), answer("x\ufffdy"), id="half a surrogate pair"
+        ),
         pytest.param(
             answer("x"), Message("assistant", "x", name="gpt-4"), id="name of the model"
         ),
@@ -184,7 +192,7 @@ def test_a_task_as_such_is_no_side_request():
         ),
     ],
 )
-def test_messages_that_are_the_same(one, other):
+def test_messages_that_are_the_same(one: Message, other: Message) -> None:
     assert message_digest(SCOPE, one) == message_digest(SCOPE, other)
 
 
@@ -230,11 +238,11 @@ def test_messages_that_are_the_same(one, other):
         ),
     ],
 )
-def test_messages_that_are_not_the_same(one, other):
+def test_messages_that_are_not_the_same(one: Message, other: Message) -> None:
     assert message_digest(SCOPE, one) != message_digest(SCOPE, other)
 
 
-def test_deep_arguments_and_many_open_tags_cost_little():
+def test_deep_arguments_and_many_open_tags_cost_little() -> None:
     message_digest(SCOPE, answer("", ToolCall("", "f", "[" * 100_000)))
     message_digest(SCOPE, answer("<think>" * 100_000))
     message_digest(SCOPE, answer("<details><summary>" + "Thinking" * 100_000))
@@ -258,12 +266,14 @@ SHORT = ("u1", "a1", "u2", "a2", "u3", "a3")
         pytest.param(SHORT, (*SHORT[2:], "new"), id="two exchanges, short answers"),
     ],
 )
-def test_a_history_that_ends_a_transcript_continues_it(store, transcript, request_):
+def test_a_history_that_ends_a_transcript_continues_it(
+    store: Conversations, transcript: tuple[str, ...], request_: Any
+) -> None:
     record(store, "c", *chat(*transcript))
     assert found(store, ask_of(*request_)) == "c"
 
 
-def test_a_window_may_start_with_an_answer(store):
+def test_a_window_may_start_with_an_answer(store: Conversations) -> None:
     record(store, "c", *chat(*TALK))
     assert found(store, ask(*chat(*TALK)[5:], user("new"))) == "c"
     assert found(store, ask(*chat(*TALK)[7:], user("new"))) == "c"
@@ -280,17 +290,23 @@ def test_a_window_may_start_with_an_answer(store):
         pytest.param(TALK, ("u0", "a0", *TALK, "new"), id="longer"),
         pytest.param(SHORT, (*SHORT[4:], "new"), id="one exchange, a short answer"),
         pytest.param(
-            ("x", LONG, "y", "OK") * 2, ("x", LONG, "y", "OK", "x"), id="stands there twice"
+            ("x", LONG, "y", "OK") * 2,
+            ("x", LONG, "y", "OK", "x"),
+            id="stands there twice",
         ),
     ],
 )
-def test_another_history_does_not(store, transcript, request_):
+def test_another_history_does_not(
+    store: Conversations, transcript: tuple[str, ...], request_: Any
+) -> None:
     record(store, "c", *chat(*transcript))
     assert found(store, ask_of(*request_)) == ""
     assert found(store, ask_of(*transcript, "and on")) == "c"
 
 
-def test_a_window_that_ends_two_transcripts_continues_neither(store):
+def test_a_window_that_ends_two_transcripts_continues_neither(
+    store: Conversations,
+) -> None:
     record(store, "c1", *chat("x", "OK", *TALK))
     record(store, "c2", *chat("y", "OK", *TALK))
     assert found(store, ask_of(*TALK, "new")) == ""
@@ -299,7 +315,7 @@ def test_a_window_that_ends_two_transcripts_continues_neither(store):
     assert found(store, ask_of(*TALK, "new")) == "c3"
 
 
-def test_nobody_else_finds_it(store):
+def test_nobody_else_finds_it(store: Conversations) -> None:
     record(store, "c", *chat(*TALK))
     request = ask_of(*TALK, "new")
     assert found(store, request, scope_of("app-key", "bob")) == ""
@@ -314,7 +330,7 @@ def test_nobody_else_finds_it(store):
     assert found(store, request) == "c"
 
 
-def test_a_taken_tail_is_not_found_until_it_is_put_back(store):
+def test_a_taken_tail_is_not_found_until_it_is_put_back(store: Conversations) -> None:
     record(store, "c", *chat(*TALK))
     request = ask_of(*TALK, "new")
     tail = store.take(request, SCOPE, 0.0)
@@ -325,7 +341,7 @@ def test_a_taken_tail_is_not_found_until_it_is_put_back(store):
     assert store.take(request, SCOPE, 0.0) == tail
 
 
-def test_identical_openings_each_have_one_taker(store):
+def test_identical_openings_each_have_one_taker(store: Conversations) -> None:
     for i in range(10):
         record(store, f"c{i}", *chat("hi", "Hello!"))
     tails = [store.take(ask_of("hi", "Hello!", str(i)), SCOPE, 0.0) for i in range(100)]
@@ -333,14 +349,14 @@ def test_identical_openings_each_have_one_taker(store):
     assert taken == sorted(f"c{i}" for i in range(10))
 
 
-def test_a_stock_phrase_hides_nothing_but_windows(store):
+def test_a_stock_phrase_hides_nothing_but_windows(store: Conversations) -> None:
     for i in range(200):
         record(store, f"c{i}", *chat(f"x{i}", "OK", "y", "Bye!"))
     assert found(store, ask_of("x7", "OK", "y", "Bye!", "new")) == "c7"
     assert found(store, ask(*chat("x7", "OK", "y", "Bye!")[1:], user("new"))) == ""
 
 
-def test_very_long_transcripts_match_whole_and_by_windows(store):
+def test_very_long_transcripts_match_whole_and_by_windows(store: Conversations) -> None:
     texts = tuple(f"text {i}" for i in range(1000))
     record(store, "c", *chat(*texts))
     assert found(store, ask_of(*texts, "new")) == "c"
@@ -350,13 +366,15 @@ def test_very_long_transcripts_match_whole_and_by_windows(store):
     assert found(store, ask_of("edited", *texts[1:], "new")) == ""
 
 
-def test_system_text_is_no_part_of_a_history(store):
+def test_system_text_is_no_part_of_a_history(store: Conversations) -> None:
     record(store, "c", *chat(*TALK))
     messages = (Message("system", "12:00"), *chat(*TALK), user("new"))
     assert found(store, ask(*messages, system="It is 12:01.")) == "c"
 
 
-def test_an_answer_to_be_continued_starts_anew_and_is_not_recorded(store):
+def test_an_answer_to_be_continued_starts_anew_and_is_not_recorded(
+    store: Conversations,
+) -> None:
     record(store, "c", *chat(*TALK))
     request = ask(*chat(*TALK))
     assert store.take(request, SCOPE, 0.0) is None
@@ -368,7 +386,9 @@ def test_an_answer_to_be_continued_starts_anew_and_is_not_recorded(store):
 # Explicit ids...
 
 
-def test_an_explicit_id_is_taken_as_given_and_moves_its_tail(store):
+def test_an_explicit_id_is_taken_as_given_and_moves_its_tail(
+    store: Conversations,
+) -> None:
     record(store, "c", *chat(*TALK))
     request = ask_of("only the new one")
     named = ask(*request.messages, conversation_id="c")
@@ -381,7 +401,7 @@ def test_an_explicit_id_is_taken_as_given_and_moves_its_tail(store):
     assert found(store, ask_of(*whole, "new")) == "c"
 
 
-def test_an_unknown_id_is_learned_from_its_end_only(store):
+def test_an_unknown_id_is_learned_from_its_end_only(store: Conversations) -> None:
     named = ask(*chat("u1", "a1", "u2"), conversation_id="c")
     for text in (LONG + "1", LONG + "2"):
         plan = plan_turn(named, SCOPE, store.take(named, SCOPE, 0.0))
@@ -392,14 +412,14 @@ def test_an_unknown_id_is_learned_from_its_end_only(store):
     assert found(store, ask_of("u1", "a1", "u2", LONG + "1", "new")) == ""
 
 
-def test_what_is_known_by_its_end_is_never_a_whole_match(store):
+def test_what_is_known_by_its_end_is_never_a_whole_match(store: Conversations) -> None:
     named = ask(user("hi"), conversation_id="c")
     plan = plan_turn(named, SCOPE, store.take(named, SCOPE, 0.0))
     store.put(plan.finish("c", answer("Hello!")), 0.0)
     assert found(store, ask_of("hi", "Hello!", "new")) == ""
 
 
-def test_two_turns_at_once_by_id_leave_nothing_to_find(store):
+def test_two_turns_at_once_by_id_leave_nothing_to_find(store: Conversations) -> None:
     record(store, "c", *chat(*TALK))
     guessed = ask_of(*TALK, "new")
     first = plan_turn(guessed, SCOPE, store.take(guessed, SCOPE, 0.0))
@@ -415,7 +435,19 @@ def test_two_turns_at_once_by_id_leave_nothing_to_find(store):
     assert third.conversation_id == "c"
 
 
-def test_ids_that_are_no_ids_do_no_harm(store):
+def test_an_answer_continued_by_id_is_learned_anew(store: Conversations) -> None:
+    record(store, "c", *chat(*TALK))
+    for text in ("more", LONG + "5"):
+        named = ask(*chat(*TALK), conversation_id="c")
+        tail = store.take(named, SCOPE, 0.0)
+        assert tail is not None
+        assert tail.is_taken
+        store.put(plan_turn(named, SCOPE, tail).finish("c", answer(text)), 0.0)
+        assert len(store) == 0
+    assert found(store, ask_of(*TALK, "new")) == ""
+
+
+def test_ids_that_are_no_ids_do_no_harm(store: Conversations) -> None:
     for bad in ("\ud800", "x" * 100_000, "'; DROP TABLE opendify_tails; --", "\0"):
         named = ask(user("hi"), conversation_id=bad)
         tail = store.take(named, SCOPE, 0.0)
@@ -438,7 +470,7 @@ def turn(store: Conversations, request: Ask, text: str, fresh: str) -> tuple[str
 
 
 @pytest.mark.parametrize("window", [1000, 5, 4, 3])
-def test_twenty_turns_are_one_conversation(store, window):
+def test_twenty_turns_are_one_conversation(store: Conversations, window: int) -> None:
     texts: list[str] = []
     for i in range(20):
         texts.append(f"question {i}")
@@ -452,7 +484,7 @@ def test_twenty_turns_are_one_conversation(store, window):
     assert len(store) == (1 if window > 3 else len(store))
 
 
-def test_a_tool_loop_is_one_conversation(store):
+def test_a_tool_loop_is_one_conversation(store: Conversations) -> None:
     call = answer("Let me see.", ToolCall("call_1", "weather", '{"city": "Rome"}'))
     first = ask(user("Weather?"))
     plan = plan_turn(first, SCOPE, store.take(first, SCOPE, 0.0))
@@ -466,7 +498,7 @@ def test_a_tool_loop_is_one_conversation(store):
     assert turn(store, last, "Welcome.", "c3") == ("Thanks", "c")
 
 
-def test_forget_and_never_put_back(store):
+def test_forget_and_never_put_back(store: Conversations) -> None:
     record(store, "c", *chat(*TALK))
     request = ask_of(*TALK, "new")
     store.forget(store.take(request, SCOPE, 0.0))
@@ -477,7 +509,7 @@ def test_forget_and_never_put_back(store):
 # System text...
 
 
-def test_system_text_is_told_when_it_has_changed(store):
+def test_system_text_is_told_when_it_has_changed(store: Conversations) -> None:
     first = ask(user("hi"), system="Be brief.")
     query, _ = turn(store, first, "Hello!", "c")
     assert query == '<message role="system">\nBe brief.\n</message>\n\nhi'
@@ -494,7 +526,7 @@ def test_system_text_is_told_when_it_has_changed(store):
     assert turn(store, ask(*talk, system="Be kind."), "4", "x") == ("still", "c")
 
 
-def test_system_text_between_messages_is_told_once(store):
+def test_system_text_between_messages_is_told_once(store: Conversations) -> None:
     first = ask(user("hi"), Message("system", "It rains."))
     query, _ = turn(store, first, "Hello!", "c")
     assert query == (
@@ -512,7 +544,7 @@ def test_system_text_between_messages_is_told_once(store):
     )
 
 
-def test_a_system_variable_takes_the_system_text_in_every_turn():
+def test_a_system_variable_takes_the_system_text_in_every_turn() -> None:
     request = Ask("m", (user("hi"),), "Be brief.", inputs={"lang": "en"})
     plan = plan_turn(request, SCOPE, None, system_variable="persona")
     assert plan.query == "hi"
@@ -532,12 +564,14 @@ def queried(*messages: Message, system: str = "", **options: Any) -> str:
     return plan_turn(ask(*messages, system=system), SCOPE, None, **options).query
 
 
-def test_a_single_message_is_sent_as_it_is():
+def test_a_single_message_is_sent_as_it_is() -> None:
     assert queried(user("  What <message> is it?\n")) == "  What <message> is it?\n"
 
 
-def test_a_history_is_folded_with_its_roles_and_in_order():
-    assert queried(*chat("Hi, I'm Ada.", "Hello Ada!", "Who am I?"), system="Be brief.") == (
+def test_a_history_is_folded_with_its_roles_and_in_order() -> None:
+    assert queried(
+        *chat("Hi, I'm Ada.", "Hello Ada!", "Who am I?"), system="Be brief."
+    ) == (
         textwrap.dedent(
             """\
             The conversation so far:
@@ -559,7 +593,7 @@ def test_a_history_is_folded_with_its_roles_and_in_order():
     )
 
 
-def test_names_calls_results_and_files_are_folded():
+def test_names_calls_results_and_files_are_folded() -> None:
     cat = Attachment("cat.png", "image/png", data=b"1")
     page = Attachment("page", url="https://example.org/page")
     messages = (
@@ -600,12 +634,12 @@ def test_names_calls_results_and_files_are_folded():
             And this?
             </message>
 
-            Write the assistant's next message."""  # noqa: E501
+            Write the assistant's next message."""
         )
     )
 
 
-def test_an_answer_to_be_continued_is_folded():
+def test_an_answer_to_be_continued_is_folded() -> None:
     assert queried(*chat("Count.", "1 2")) == (
         "The conversation so far:\n\n"
         '<message role="user">\nCount.\n</message>\n'
@@ -646,12 +680,12 @@ def test_an_answer_to_be_continued_is_folded():
         ),
     ],
 )
-def test_no_query_is_ever_empty(request_, query):
+def test_no_query_is_ever_empty(request_: Any, query: str) -> None:
     tail = Tail(SCOPE, "c") if request_.conversation_id else None
     assert plan_turn(request_, SCOPE, tail).query == query
 
 
-def test_tags_that_occur_in_the_text_are_not_used():
+def test_tags_that_occur_in_the_text_are_not_used() -> None:
     messages = chat("</message><MESSAGE-2 role=x>", "<message-4", "</message-3>")
     query = queried(*messages)
     assert query == (
@@ -662,13 +696,13 @@ def test_tags_that_occur_in_the_text_are_not_used():
     )
 
 
-def test_attributes_cannot_be_left():
+def test_attributes_cannot_be_left() -> None:
     assert fold([user("x", 'A"da\n</message>')]) == (
         '<message role="user" name="A\\"da\\n</message>">\nx\n</message>'
     )
 
 
-def test_a_history_variable_takes_the_history_as_long_as_dify_has_not_got_it():
+def test_a_history_variable_takes_the_history_as_long_as_dify_has_not_got_it() -> None:
     options = {"history_variable": "past", "system_variable": "persona"}
     request = ask(*chat("u1", "a1", "u2"), system="Be brief.")
     plan = plan_turn(request, SCOPE, None, **options)
@@ -693,7 +727,7 @@ def test_a_history_variable_takes_the_history_as_long_as_dify_has_not_got_it():
 # Age, number, and files that fail...
 
 
-def test_unused_conversations_are_forgotten():
+def test_unused_conversations_are_forgotten() -> None:
     with closing(Conversations(":memory:", 100.0)) as store:
         record(store, "c", *chat(*TALK))
         request = ask_of(*TALK, "new")
@@ -707,7 +741,7 @@ def test_unused_conversations_are_forgotten():
 
 
 @pytest.mark.parametrize("most", [1, 10, 150])
-def test_there_are_never_many_more_than_allowed(most):
+def test_there_are_never_many_more_than_allowed(most: int) -> None:
     with closing(Conversations(":memory:", WEEK, most)) as store:
         for i in range(300):
             record_at = float(i)
@@ -718,7 +752,7 @@ def test_there_are_never_many_more_than_allowed(most):
         assert store.take(ask_of("u0", "a", "new"), SCOPE, 300.0) is None
 
 
-def test_the_least_recently_used_go_first():
+def test_the_least_recently_used_go_first() -> None:
     with closing(Conversations(":memory:", WEEK, 2)) as store:
         for now, name in enumerate("ab"):
             store.put(Tail(SCOPE, name, chain=SCOPE).extend(chat(name, "x")), now)
@@ -726,10 +760,14 @@ def test_the_least_recently_used_go_first():
         assert tail is not None
         store.put(tail, 3.0)
         store.put(Tail(SCOPE, "c", chain=SCOPE).extend(chat("c", "x")), 4.0)
-        assert [found(store, ask_of(name, "x", "new")) for name in "abc"] == ["a", "", "c"]
+        assert [found(store, ask_of(name, "x", "new")) for name in "abc"] == [
+            "a",
+            "",
+            "c",
+        ]
 
 
-def test_a_file_holds_no_text_and_no_key(tmp_path):
+def test_a_file_holds_no_text_and_no_key(tmp_path: Path) -> None:
     path = tmp_path / "table.db"
     with closing(Conversations(str(path), WEEK)) as store:
         request = ask(user("a secret question"), system="secret instructions")
@@ -740,7 +778,7 @@ def test_a_file_holds_no_text_and_no_key(tmp_path):
         assert secret not in data
 
 
-def test_a_file_survives_a_restart(tmp_path):
+def test_a_file_survives_a_restart(tmp_path: Path) -> None:
     path = str(tmp_path / "table.db")
     with closing(Conversations(path, WEEK)) as store:
         record(store, "c", *chat(*TALK))
@@ -748,11 +786,12 @@ def test_a_file_survives_a_restart(tmp_path):
         assert found(store, ask_of(*TALK, "new")) == "c"
 
 
-def test_two_tables_on_one_file_are_one(tmp_path):
+def test_two_tables_on_one_file_are_one(tmp_path: Path) -> None:
     path = str(tmp_path / "table.db")
-    with closing(Conversations(path, WEEK)) as one, closing(
-        Conversations(path, WEEK)
-    ) as other:
+    with (
+        closing(Conversations(path, WEEK)) as one,
+        closing(Conversations(path, WEEK)) as other,
+    ):
         record(one, "c", *chat(*TALK))
         request = ask_of(*TALK, "new")
         tail = other.take(request, SCOPE, 0.0)
@@ -771,14 +810,14 @@ assert not complaint, complaint
 print("ready", flush=True)
 for line in sys.stdin:
     scope = scope_of("app-key", "ada")
-    messages = (Message("user", "hi"), Message("assistant", "Hello!"), Message("user", ""))
-    tails = [store.take(Ask("m", messages), scope, 0.0) for _ in range(60)]
+    rows = Message("user", "hi"), Message("assistant", "Hello!"), Message("user", "")
+    tails = [store.take(Ask("m", rows), scope, 0.0) for _ in range(60)]
     print(",".join(tail.conversation_id for tail in tails if tail), flush=True)
 store.close()
 """
 
 
-def test_processes_that_take_at_once_never_take_the_same(tmp_path):
+def test_processes_that_take_at_once_never_take_the_same(tmp_path: Path) -> None:
     path = str(tmp_path / "table.db")
     with closing(Conversations(path, 1e6)) as store:
         for i in range(50):
@@ -827,16 +866,20 @@ def unusable_files(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     "kind", ["corrupt", "a folder", "no such folder", "another table", "no path"]
 )
-def test_a_file_that_cannot_be_used_is_a_complaint(tmp_path, kind):
+def test_a_file_that_cannot_be_used_is_a_complaint(tmp_path: Path, kind: str) -> None:
     path = unusable_files(tmp_path)[kind]
     store, complaint = open_conversations(path, WEEK)
     with closing(store):
-        assert complaint.startswith(f"CONVERSATION_STORE: the file {path} can't be used (")
+        assert complaint.startswith(
+            f"CONVERSATION_STORE: the file {path} can't be used ("
+        )
         record(store, "c", *chat(*TALK))
         assert found(store, ask_of(*TALK, "new")) == "c"
 
 
-def test_a_locked_file_is_a_complaint(tmp_path, monkeypatch):
+def test_a_locked_file_is_a_complaint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(opendify, "_OPEN_TIMEOUT_S", 0.0)
     path = str(tmp_path / "table.db")
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -849,7 +892,7 @@ def test_a_locked_file_is_a_complaint(tmp_path, monkeypatch):
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anything"
 )
-def test_a_read_only_file_is_a_complaint(tmp_path):
+def test_a_read_only_file_is_a_complaint(tmp_path: Path) -> None:
     path = tmp_path / "table.db"
     Conversations(str(path), WEEK).close()
     path.chmod(0o400)
@@ -858,19 +901,22 @@ def test_a_read_only_file_is_a_complaint(tmp_path):
     assert "readonly" in complaint
 
 
-def test_memory_needs_no_file():
+def test_memory_needs_no_file() -> None:
     for name in ("memory", "MEMORY", ""):
         store, complaint = open_conversations(name, WEEK)
         store.close()
         assert complaint == ""
 
 
-def test_no_later_failure_reaches_a_request(tmp_path, monkeypatch):
+def test_no_later_failure_reaches_a_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(opendify, "_BUSY_TIMEOUT_S", 0.0)
     path = str(tmp_path / "table.db")
-    with closing(Conversations(path, WEEK)) as store, closing(
-        sqlite3.connect(path, isolation_level=None)
-    ) as other:
+    with (
+        closing(Conversations(path, WEEK)) as store,
+        closing(sqlite3.connect(path, isolation_level=None)) as other,
+    ):
         record(store, "c", *chat(*TALK))
         request = ask_of(*TALK, "new")
         tail = store.take(request, SCOPE, 0.0)
@@ -928,11 +974,14 @@ def matches_of(
     return set(near) if len(set(near.values())) == 1 else set()
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.tuples(st.sampled_from(SCOPES), histories(1, 6)), max_size=6),
     histories(1, 5),
 )
-def test_what_is_found_is_what_the_rule_says(conversations, history):
+def test_what_is_found_is_what_the_rule_says(
+    conversations: list[tuple[bytes, tuple[Message, ...]]], history: tuple[Message, ...]
+) -> None:
     with closing(Conversations(":memory:", WEEK)) as store:
         by_scope: dict[bytes, dict[str, tuple[Message, ...]]] = {s: {} for s in SCOPES}
         for i, (scope, rows) in enumerate(conversations):
@@ -948,11 +997,13 @@ def test_what_is_found_is_what_the_rule_says(conversations, history):
                 del transcripts[tail.conversation_id]
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.data())
-def test_a_suffix_is_found_and_an_edit_is_not(data):
+def test_a_suffix_is_found_and_an_edit_is_not(data: st.DataObject) -> None:
     size = data.draw(st.integers(2, 12))
     rows = tuple(
-        answer(f"answer {i}") if i % 2 else user(f"question {i}") for i in range(2 * size)
+        answer(f"answer {i}") if i % 2 else user(f"question {i}")
+        for i in range(2 * size)
     )
     cut = data.draw(st.integers(0, len(rows) - 4))
     window = rows[cut:]
@@ -976,28 +1027,34 @@ ANY_TEXT = st.text(max_size=20) | st.sampled_from(
 ANY_MESSAGE = st.builds(Message, ROLES, ANY_TEXT, ANY_TEXT)
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(ANY_MESSAGE, max_size=6))
-def test_a_fold_can_be_read_back(messages):
+def test_a_fold_can_be_read_back(messages: list[Message]) -> None:
     text = fold(messages)
     if not messages:
         assert text == ""
         return
     tag = re.match(r"<(message(?:-\d+)?) ", text)
     assert tag
-    pattern = rf'<{tag[1]} role=(".*?")(?: name=("(?:[^"\\]|\\.)*"))?>\n(.*?)\n</{tag[1]}>'
+    pattern = (
+        rf'<{tag[1]} role=(".*?")(?: name=("(?:[^"\\]|\\.)*"))?>\n(.*?)\n</{tag[1]}>'
+    )
     rows = re.findall(pattern, text, re.DOTALL)
     read = [Message(json.loads(r), t, json.loads(n or '""')) for r, n, t in rows]
     assert read == messages
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(ANY_MESSAGE, max_size=5), ANY_TEXT, st.booleans(), st.booleans())
-def test_nothing_is_dropped(messages, system, in_variable, is_old):
+def test_nothing_is_dropped(
+    messages: list[Message], system: str, in_variable: bool, is_old: bool
+) -> None:
     request = ask(*messages, system=system)
     tail = Tail(SCOPE, "c") if is_old else None
     options = {"history_variable": "past"} if in_variable else {}
     plan = plan_turn(request, SCOPE, tail, **options)
     said = plan.query + str(plan.inputs.get("past", ""))
-    history, new = split_turn(request)
+    _, new = split_turn(request)
     assert plan.query
     for message in new if is_old else messages:
         blank_system = message.role == "system" and not message.text.strip()
@@ -1057,34 +1114,38 @@ class Clients(RuleBasedStateMachine):
     in_file = False
 
     @initialize(windows=st.tuples(*[st.sampled_from([99, 99, 5, 4, 3])] * 4))
-    def begin(self, windows):
+    def begin(self, windows: tuple[int, ...]) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        self.path = str(Path(self.folder.name, "table.db")) if self.in_file else ":memory:"
+        self.path = (
+            str(Path(self.folder.name, "table.db")) if self.in_file else ":memory:"
+        )
         self.stores: list[Conversations] = []
         self.restart()
         self.chats = [Chat(SCOPES[i == 3], window) for i, window in enumerate(windows)]
         self.dify: dict[str, tuple[bytes, list[Message]]] = {}
         self.count = 0
 
-    def teardown(self):
+    def teardown(self) -> None:
         for store in getattr(self, "stores", []):
             store.close()
         if hasattr(self, "folder"):
             self.folder.cleanup()
 
     def running(self, name: str) -> int:
-        return sum(bool(chat.turn) and chat.turn.name == name for chat in self.chats)
+        return sum(chat.turn.name == name for chat in self.chats if chat.turn)
 
     # Turns...
 
-    @rule(i=CHATS, texts=st.lists(st.tuples(SAID, st.booleans()), min_size=1, max_size=3))
-    def talk(self, i, texts):
+    @rule(
+        i=CHATS, texts=st.lists(st.tuples(SAID, st.booleans()), min_size=1, max_size=3)
+    )
+    def talk(self, i: int, texts: list[tuple[str, bool]]) -> None:
         for text, is_stock in texts:
             self.send(i, text, 0, "")
             self.finish(i, is_stock, 1)
 
     @rule(i=CHATS, text=SAID, which=st.integers(0, 1), system=SYSTEM)
-    def send(self, i, text, which, system):
+    def send(self, i: int, text: str, which: int, system: str) -> None:
         chat = self.chats[i]
         if chat.turn:
             return
@@ -1105,7 +1166,7 @@ class Clients(RuleBasedStateMachine):
         self.check(chat, request, name, self.dify[name][1] + unfold(plan.query))
         chat.turn = Turn(plan, name, tail)
 
-    def check(self, chat, request, name, seen):
+    def check(self, chat: Chat, request: Ask, name: str, seen: list[Message]) -> None:
         """What the model sees against what the client sends."""
         assert self.dify[name][0] == chat.scope
         visible = list(request.messages)
@@ -1115,7 +1176,7 @@ class Clients(RuleBasedStateMachine):
             assert seen == visible
 
     @rule(i=CHATS, text=SAID, data=st.data())
-    def send_by_id(self, i, text, data):
+    def send_by_id(self, i: int, text: str, data: st.DataObject) -> None:
         """To any conversation of the user's, even while a turn runs there."""
         chat = self.chats[i]
         own = [name for name, (scope, _) in self.dify.items() if scope == chat.scope]
@@ -1130,15 +1191,16 @@ class Clients(RuleBasedStateMachine):
         assert plan.tail.conversation_id == name
         chat.turn = Turn(plan, name, tail)
 
-    def end(self, chat, *answers):
+    def end(self, chat: Chat, *answers: Message) -> Turn:
         """The turn arrives in Dify's memory, unless it was refused."""
         turn, chat.turn = chat.turn, None
+        assert turn
         if answers and turn.name in self.dify:
             self.dify[turn.name][1].extend([*unfold(turn.plan.query), *answers])
         return turn
 
     @rule(i=CHATS, is_stock=st.booleans(), which=st.integers(0, 1))
-    def finish(self, i, is_stock, which):
+    def finish(self, i: int, is_stock: bool, which: int) -> None:
         chat = self.chats[i]
         if chat.turn:
             self.count += 1
@@ -1149,7 +1211,7 @@ class Clients(RuleBasedStateMachine):
             store.put(turn.plan.finish(turn.name, said), 0.0)
 
     @rule(i=CHATS, stored=st.sampled_from(["", "OK"]), is_shown=st.booleans())
-    def leave_early(self, i, stored, is_shown):
+    def leave_early(self, i: int, stored: str, is_shown: bool) -> None:
         chat = self.chats[i]
         if chat.turn:
             turn = self.end(chat, answer(stored))
@@ -1157,7 +1219,7 @@ class Clients(RuleBasedStateMachine):
             self.stores[0].forget(turn.plan.finish(turn.name, answer("")))
 
     @rule(i=CHATS)
-    def refuse(self, i):
+    def refuse(self, i: int) -> None:
         """Dify did not take the request, so nothing has changed there."""
         if self.chats[i].turn:
             turn = self.end(self.chats[i])
@@ -1165,7 +1227,7 @@ class Clients(RuleBasedStateMachine):
                 self.stores[0].put(turn.taken, 0.0)
 
     @rule(i=CHATS)
-    def crash(self, i):
+    def crash(self, i: int) -> None:
         """The process dies; Dify goes on, and nothing is put back."""
         chat = self.chats[i]
         if chat.turn and self.running(chat.turn.name) == 1:
@@ -1174,13 +1236,13 @@ class Clients(RuleBasedStateMachine):
     # What clients do between turns...
 
     @rule(i=CHATS, j=CHATS)
-    def branch(self, i, j):
+    def branch(self, i: int, j: int) -> None:
         chat, copy = self.chats[i], self.chats[j]
         if not chat.turn and not copy.turn:
             copy.shown, copy.was_cut = list(chat.shown), chat.was_cut
 
     @rule(i=CHATS, at=st.integers(0, 9), text=SAID, goes_on=st.booleans())
-    def edit(self, i, at, text, goes_on):
+    def edit(self, i: int, at: int, text: str, goes_on: bool) -> None:
         chat = self.chats[i]
         if not chat.turn and at < len(chat.shown):
             chat.shown[at] = Message(chat.shown[at].role, text)
@@ -1188,13 +1250,13 @@ class Clients(RuleBasedStateMachine):
                 del chat.shown[at + 1 :]
 
     @rule(i=CHATS, size=st.integers(1, 4))
-    def go_back(self, i, size):
+    def go_back(self, i: int, size: int) -> None:
         """To regenerate an answer, say."""
         if not self.chats[i].turn:
             del self.chats[i].shown[-size:]
 
     @rule(i=CHATS, at=st.integers(1, 5))
-    def delete_from_the_middle(self, i, at):
+    def delete_from_the_middle(self, i: int, at: int) -> None:
         chat = self.chats[i]
         if not chat.turn and at + 2 < len(chat.shown):
             before = list(chat.shown)
@@ -1203,19 +1265,19 @@ class Clients(RuleBasedStateMachine):
             chat.was_cut |= chat.shown == before[2:]
 
     @rule(i=CHATS, size=st.integers(0, 4))
-    def cut(self, i, size):
+    def cut(self, i: int, size: int) -> None:
         chat = self.chats[i]
         if not chat.turn:
             chat.was_cut = size > 0
             chat.shown = chat.shown[-size:] if size else []
 
     @rule(number=st.integers(1, 20))
-    def delete_in_dify(self, number):
+    def delete_in_dify(self, number: int) -> None:
         if not self.running(f"c{number}"):
             self.dify.pop(f"c{number}", None)
 
     @rule()
-    def restart(self):
+    def restart(self) -> None:
         for store in self.stores:
             store.close()
         self.stores = [Conversations(self.path, WEEK) for _ in range(1 + self.in_file)]
@@ -1226,8 +1288,8 @@ class ClientsOfAFile(Clients):
 
 
 @pytest.mark.parametrize("machine", [Clients, ClientsOfAFile])
-def test_the_model_sees_what_the_client_shows(machine):
-    run_state_machine_as_test(
+def test_the_model_sees_what_the_client_shows(machine: type[Clients]) -> None:
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
         machine,
         settings=settings(
             max_examples=60,

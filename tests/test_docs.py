@@ -217,6 +217,25 @@ def test_base_urls_reach_the_endpoint() -> None:
     ]
 
 
+def test_limits_are_those_of_the_file() -> None:
+    sentence = re.search(r"Limits that are no settings: [^.]*\.", README)
+    assert sentence
+    assert [float(text) for text in re.findall(r"\d+", sentence[0])] == [
+        opendify.MAX_HEAD_BYTES >> 10,
+        opendify.HEAD_TIMEOUT_S,
+        opendify.BODY_TIMEOUT_S,
+        opendify.IDLE_TIMEOUT_S,
+        opendify.MAX_EVENT_BYTES >> 20,
+    ]
+    for text in (
+        f"for {opendify.HEAD_AFTER_S:g} s at most",
+        f"alive every {opendify.KEEP_ALIVE_S:g} s",
+        f"for {opendify.DRAIN_S:g} seconds at most",
+        f"beyond\n{opendify.MAX_CONVERSATIONS:,}",
+    ):
+        assert text in README
+
+
 NOT_TRANSLATED = README.partition("### What is not\n")[2].partition("\n## ")[0]
 VALUES = {"n": 2, "stop": ["."], "tools": [{"type": "function"}], "logprobs": True}
 
@@ -370,7 +389,7 @@ def demo_base(tmp_path: Path) -> Iterator[str]:
         try:
             assert process.stdout
             line = process.stdout.readline()
-            shown = block_after("It says where it listens", "text")
+            shown = block_after("says where it listens:", "text")
             base = line.rpartition(" ")[2].strip()
             assert line.replace(base, SHOWN_BASE) == shown
             yield base

@@ -1,0 +1,1053 @@
+"""Room 12: connections, the error boundary, clients that leave, drain, the log."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import re
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Callable, cast
+
+import pytest
+from fake_dify import FakeDify, Hang, Send, chat_answer, message
+from test_wire import HOSTILE, bytewise
+
+import opendify
+from opendify import (
+    BODY_TIMEOUT_S,
+    DRAIN_S,
+    HEAD_TIMEOUT_S,
+    IDLE_TIMEOUT_S,
+    BadRequest,
+    ChatStream,
+    Dify,
+    Envelope,
+    Exchange,
+    Handlers,
+    Response,
+    Server,
+    open_conversations,
+    parse_settings,
+)
+
+KEY = "app-key-of-the-tests"
+GENERIC = "OpenDify failed; its log says more."
+
+
+# ------------------------------------------------------------------------------
+# Routes of our own
+# ------------------------------------------------------------------------------
+
+
+@dataclass
+class Stage:
+    """What the test's routes do, and what became of them."""
+
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    entered: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    bodies: list[bytes] = field(default_factory=list)
+
+    async def echo(self, _: Handlers, exchange: Exchange) -> None:
+        self.bodies.append(exchange.body)
+        exchange.reply.send(Response(200, exchange.body, [("Content-Type", "a/b")]))
+
+    async def explode(self, _: Handlers, __: Exchange) -> None:
+        raise RuntimeError("a secret detail")
+
+    async def refuse(self, _: Handlers, __: Exchange) -> None:
+        raise BadRequest("Not so.", param="p", headers=[("X-More", "y")])
+
+    def begin(self, exchange: Exchange) -> None:
+        exchange.fail = ChatStream(Envelope("id", 0, "m"), include_usage=False).fail
+        exchange.reply.start(200, [("Content-Type", "text/event-stream")])
+        exchange.reply.write(b"data: begun\n\n")
+
+    async def explode_late(self, _: Handlers, exchange: Exchange) -> None:
+        self.begin(exchange)
+        raise RuntimeError("a secret detail")
+
+    async def refuse_late(self, _: Handlers, exchange: Exchange) -> None:
+        self.begin(exchange)
+        raise opendify.UpstreamFailed("Broken off.")
+
+    async def wait(self, _: Handlers, exchange: Exchange) -> None:
+        """Answer when the gate opens, or end when the client leaves."""
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        exchange.on_leave = task.cancel
+        self.entered.set()
+        try:
+            await self.gate.wait()
+            exchange.reply.send(Response(200, b"late"))
+        finally:
+            self.ended.set()
+
+    async def stream(self, handlers: Handlers, exchange: Exchange) -> None:
+        """The same, after the head."""
+        self.begin(exchange)
+        await exchange.reply.drain()
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        exchange.on_leave = task.cancel
+        self.entered.set()
+        try:
+            await self.gate.wait()
+            exchange.reply.end(b"data: [DONE]\n\n")
+        finally:
+            self.ended.set()
+
+
+PATHS = ("echo", "explode", "refuse", "explode_late", "refuse_late", "wait", "stream")
+
+
+@dataclass
+class Reading:
+    """A response, read."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error of a JSON body; it has the four keys."""
+        error = cast("dict[str, Any]", json.loads(self.body)["error"])
+        assert sorted(error) == ["code", "message", "param", "type"]
+        return error
+
+    @property
+    def says_close(self) -> bool:
+        return self.headers.get("connection") == "close"
+
+
+class Client:
+    """One connection to the server."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    async def ask(
+        self, path: str, *fields: str, method: str = "GET", body: bytes = b""
+    ) -> Reading:
+        self.send(request(path, *fields, method=method, body=body))
+        return await self.read(method)
+
+    async def read(self, method: str = "GET") -> Reading:
+        """The next response that is final."""
+        head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        first, *lines = head[:-4].split("\r\n")
+        pairs = [line.split(": ", 1) for line in lines]
+        headers = {name.lower(): value for name, value in pairs}
+        assert len(headers) == len(pairs), f"a field twice in {head}"
+        status = int(first.split()[1])
+        if method == "HEAD" or status in (100, 204):
+            return Reading(status, headers, b"")
+        if headers.get("transfer-encoding") == "chunked":
+            return Reading(status, headers, await self.read_chunks())
+        if "content-length" in headers:
+            body = await self.reader.readexactly(int(headers["content-length"]))
+            return Reading(status, headers, body)
+        return Reading(status, headers, await self.reader.read())
+
+    async def read_chunks(self) -> bytes:
+        body = b""
+        while size := int(await self.reader.readuntil(b"\r\n"), 16):
+            body += (await self.reader.readexactly(size + 2))[:-2]
+        assert await self.reader.readexactly(2) == b"\r\n"
+        return body
+
+    async def is_closed(self) -> bool:
+        """Wait for the end; whether nothing came before it."""
+        try:
+            return await self.reader.read() == b""
+        except ConnectionResetError:
+            return True
+
+    def close(self) -> None:
+        self.writer.close()
+
+    def reset(self) -> None:
+        linger = struct.pack("ii", 1, 0)
+        sock = self.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.writer.transport.abort()
+
+
+class World:
+    """A server, and connections to it."""
+
+    def __init__(self, server: Server, port: int, stage: Stage) -> None:
+        self.server = server
+        self.port = port
+        self.stage = stage
+        self.clients: list[Client] = []
+
+    async def connect(self) -> Client:
+        streams = await asyncio.open_connection("127.0.0.1", self.port, limit=2**24)
+        self.clients.append(Client(*streams))
+        return self.clients[-1]
+
+
+def request(
+    path: str,
+    *fields: str,
+    method: str = "GET",
+    body: bytes = b"",
+    version: str = "1.1",
+) -> bytes:
+    length = [f"Content-Length: {len(body)}"] if body else []
+    lines = [f"{method} {path} HTTP/{version}", "Host: localhost", *fields, *length]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+@pytest.fixture
+def routes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Stage]:
+    """Add the routes `/t/NAME` of a Stage, for GET and POST."""
+
+    def add() -> Stage:
+        stage = Stage()
+        table = cast("dict[str, Any]", opendify.ROUTES)
+        for path in PATHS:
+            handler = _handler(stage, path)
+            monkeypatch.setitem(table, f"t/{path}", {"GET": handler, "POST": handler})
+        return stage
+
+    return add
+
+
+def _handler(stage: Stage, name: str) -> Callable[[Handlers, Exchange], Any]:
+    return lambda handlers, exchange: getattr(stage, name)(handlers, exchange)
+
+
+Serving = Callable[..., "contextlib.AbstractAsyncContextManager[World]"]
+
+
+@pytest.fixture
+def serving(routes: Callable[[], Stage]) -> Serving:
+    """`async with serving(VARIABLE="…") as world`: a server on a real socket."""
+
+    @contextlib.asynccontextmanager
+    async def serve(base: str = "http://127.0.0.1:9/v1", **variables: str) -> Any:
+        models = {"MODEL_CONFIG": json.dumps({"m": {"key": KEY, "mode": "chat"}})}
+        settings = parse_settings({**models, "DIFY_API_BASE": base, **variables})
+        conversations, _ = open_conversations("memory", 1)
+        dify = Dify(settings, asyncio.open_connection)
+        ids = itertools.count(1)
+        handlers = Handlers(settings, dify, conversations, lambda: str(next(ids)))
+        server = Server(handlers, lambda: f"req_{next(ids)}")
+        ((_, port),) = await server.listen("127.0.0.1", 0)
+        world = World(server, port, routes())
+        try:
+            yield world
+        finally:
+            for client in world.clients:
+                client.close()
+            await some_turns()
+            await server.drain(0)
+            dify.close()
+            conversations.close()
+            await some_turns()
+
+    return cast("Serving", serve)
+
+
+async def some_turns() -> None:
+    """Let what was begun go on, without waiting for anything."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+# ------------------------------------------------------------------------------
+# Requests on one connection
+# ------------------------------------------------------------------------------
+
+
+async def test_requests_one_after_another_share_a_connection(serving: Serving) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        for number in range(3):
+            body = b"hello %d" % number
+            reading = await client.ask("/t/echo", method="POST", body=body)
+            assert (reading.status, reading.body) == (200, body)
+            assert not reading.says_close
+
+
+async def test_every_request_has_an_id_of_its_own(serving: Serving) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        paths = ["/health", "/t/echo", "/nowhere", "/t/refuse", "/t/explode"]
+        ids = [(await client.ask(path)).headers["x-request-id"] for path in paths]
+        assert len(set(ids)) == len(paths)
+        assert all(re.fullmatch(r"req_\d+", id_) for id_ in ids)
+
+
+@pytest.mark.parametrize("cut", ["at-once", "byte-by-byte"])
+async def test_pipelined_requests_are_answered_in_order(
+    serving: Serving, cut: str
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        bodies = [b"%d" % number for number in range(16)]
+        data = b"".join(request("/t/echo", method="POST", body=b) for b in bodies)
+        for piece in [data] if cut == "at-once" else bytewise(data[:300]):
+            client.send(piece)
+            await asyncio.sleep(0)
+        client.send(data[300:] if cut != "at-once" else b"")
+        assert [(await client.read()).body for _ in bodies] == bodies
+
+
+async def test_pipelined_request_waits_for_the_one_before_it(serving: Serving) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        client.send(request("/t/wait") + request("/t/echo", method="POST", body=b"x"))
+        await world.stage.entered.wait()
+        await some_turns()
+        assert world.stage.bodies == []
+        world.stage.gate.set()
+        assert (await client.read()).body == b"late"
+        assert (await client.read()).body == b"x"
+
+
+async def test_chunked_body_is_read(serving: Serving) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        head = request("/t/echo", "Transfer-Encoding: chunked", method="POST")
+        for piece in bytewise(head + b"3;x=y\r\nabc\r\nA\r\n0123456789\r\n0\r\nT: v\r\n\r\n"):
+            client.send(piece)
+            await asyncio.sleep(0)
+        assert (await client.read()).body == b"abc0123456789"
+        assert (await client.ask("/t/echo", method="POST", body=b"x")).body == b"x"
+
+
+async def test_large_body_is_read(serving: Serving) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        body = bytes(range(256)) * 20_000
+        reading = await client.ask("/t/echo", method="POST", body=body)
+        assert reading.body == body
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 2", "Transfer-Encoding: chunked"])
+async def test_body_that_is_expected_is_asked_for(
+    serving: Serving, framing: str
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        head = request("/t/echo", "Expect: 100-continue", framing, method="POST")
+        client.send(head)
+        assert await client.reader.readuntil(b"\r\n\r\n") == (
+            b"HTTP/1.1 100 Continue\r\n\r\n"
+        )
+        client.send(b"hi" if "Length" in framing else b"2\r\nhi\r\n0\r\n\r\n")
+        assert (await client.read()).body == b"hi"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "status"),
+    [
+        pytest.param("/nowhere", [], 404, id="path"),
+        pytest.param("/health", [], 405, id="method"),
+        pytest.param("/models", [], 405, id="method-with-key"),
+        pytest.param("/t/echo", ["Authorization: Bearer wrong"], 401, id="key"),
+    ],
+)
+async def test_body_of_a_refused_request_is_not_asked_for(
+    serving: Serving, path: str, fields: list[str], status: int
+) -> None:
+    async with serving(VALID_API_KEYS="right") as world:
+        client = await world.connect()
+        fields = ["Expect: 100-continue", "Content-Length: 5", *fields]
+        client.send(request(path, *fields, method="POST"))
+        assert (await client.read()).status == status  # and not 100
+
+
+async def test_nothing_is_asked_for_when_no_body_comes(serving: Serving) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        assert (await client.ask("/t/echo", "Expect: 100-continue")).status == 200
+
+
+async def test_http_1_0_is_answered_and_closed(serving: Serving) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        client.send(request("/t/echo", "Connection: keep-alive", version="1.0"))
+        reading = await client.read()
+        assert (reading.status, reading.says_close) == (200, True)
+        assert await client.is_closed()
+
+
+async def test_stream_for_http_1_0_ends_with_the_connection(serving: Serving) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        world.stage.gate.set()
+        client.send(request("/t/stream", version="1.0"))
+        reading = await client.read()
+        assert "transfer-encoding" not in reading.headers
+        assert reading.body == b"data: begun\n\ndata: [DONE]\n\n"
+
+
+async def test_connection_is_closed_when_the_client_asks(serving: Serving) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        both = request("/t/echo", "Connection: close") + request("/t/echo")
+        client.send(both)
+        assert (await client.read()).says_close
+        assert await client.is_closed()  # the second one is not served
+        assert world.stage.bodies == [b""]
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/nowhere", "/t/stream"])
+async def test_head_is_get_without_a_body(serving: Serving, path: str) -> None:
+    async with serving() as world:
+        world.stage.gate.set()
+        client = await world.connect()
+        got = await client.ask(path)
+        head = await client.ask(path, method="HEAD")
+        assert head.status == got.status
+        assert (await client.ask("/t/echo")).status == 200  # nothing was left over
+        for reading in (got, head):
+            reading.headers.pop("x-request-id")
+        if path != "/nowhere":  # its message names the method
+            assert head.headers == got.headers
+
+
+# ------------------------------------------------------------------------------
+# Web pages
+# ------------------------------------------------------------------------------
+
+ORIGIN = "http://localhost:3000"
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "*", "/v1/chat/completions", "/v1/models/a", "/health", "/nowhere"]
+)
+async def test_preflight_needs_no_key_on_any_path(serving: Serving, path: str) -> None:
+    async with serving(VALID_API_KEYS="right") as world:
+        client = await world.connect()
+        reading = await client.ask(
+            path,
+            f"Origin: {ORIGIN}",
+            "Access-Control-Request-Method: POST",
+            "Access-Control-Request-Headers: authorization, content-type, x-title",
+            method="OPTIONS",
+        )
+        assert (reading.status, reading.body) == (204, b"")
+        assert reading.headers["access-control-allow-origin"] in ("*", ORIGIN)
+        assert reading.headers["access-control-allow-methods"] == (
+            "GET, POST, DELETE, OPTIONS"
+        )
+        assert reading.headers["access-control-allow-headers"] == (
+            "authorization, content-type, x-title"
+        )
+        assert reading.headers["access-control-max-age"] == "86400"
+        assert "access-control-allow-private-network" not in reading.headers
+        assert "content-length" not in reading.headers
+        assert (await client.ask("/health")).status == 200
+
+
+async def test_preflight_for_the_private_network(serving: Serving) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        reading = await client.ask(
+            "/v1/models",
+            f"Origin: {ORIGIN}",
+            "Access-Control-Request-Private-Network: true",
+            method="OPTIONS",
+        )
+        assert reading.headers["access-control-allow-private-network"] == "true"
+
+
+async def test_preflight_does_not_echo_what_is_no_list_of_names(
+    serving: Serving,
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        reading = await client.ask(
+            "/", "Access-Control-Request-Headers: <script>", method="OPTIONS"
+        )
+        assert reading.status == 204
+        assert "access-control-allow-headers" not in reading.headers
+
+
+async def test_preflight_with_a_body_leaves_the_connection_good(
+    serving: Serving,
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        assert (await client.ask("/", method="OPTIONS", body=b"12345")).status == 204
+        assert (await client.ask("/health")).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/health", 200),
+        ("/t/echo", 200),
+        ("/nowhere", 404),
+        ("/t/refuse", 400),
+        ("/t/explode", 500),
+        ("/t/explode_late", 200),
+    ],
+)
+async def test_page_can_read_every_answer(
+    serving: Serving, path: str, status: int
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        reading = await client.ask(path, f"Origin: {ORIGIN}")
+        assert reading.status == status
+        assert reading.headers["access-control-allow-origin"] in ("*", ORIGIN)
+        exposed = reading.headers["access-control-expose-headers"].split(", ")
+        assert set(exposed) >= {
+            "x-request-id",
+            "retry-after",
+            "retry-after-ms",
+            "x-should-retry",
+        }
+        assert not any("access" in h for h in (await client.ask("/health")).headers)
+
+
+async def test_page_can_read_a_missing_key(serving: Serving) -> None:
+    async with serving(VALID_API_KEYS="right") as world:
+        client = await world.connect()
+        reading = await client.ask("/v1/models", f"Origin: {ORIGIN}")
+        assert reading.status == 401
+        assert "access-control-allow-origin" in reading.headers
+
+
+# ------------------------------------------------------------------------------
+# Limits
+# ------------------------------------------------------------------------------
+
+
+async def test_head_that_is_slow_is_refused_in_time(serving: Serving) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        client.send(b"GET / HTTP/1.1\r\n")
+        for second in range(1, 99):  # a byte a second does not buy more time
+            asyncio.get_running_loop().call_later(second, _send_if_open, client, b"x")
+        reading = await client.read()
+        assert now() == HEAD_TIMEOUT_S
+        assert (reading.status, reading.says_close) == (408, True)
+        assert reading.error["type"] == "invalid_request_error"
+        assert "x-request-id" in reading.headers
+        assert await client.is_closed()
+
+
+def _send_if_open(client: Client, data: bytes) -> None:
+    if not client.writer.is_closing():
+        client.send(data)
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 9", "Transfer-Encoding: chunked"])
+async def test_body_that_stalls_is_refused_in_time(
+    serving: Serving, framing: str
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        client.send(request("/t/echo", framing, method="POST"))
+        await asyncio.sleep(BODY_TIMEOUT_S - 1)
+        client.send(b"5\r\nx")  # each read has the whole time
+        sent_at = now()
+        reading = await client.read()
+        assert now() == sent_at + BODY_TIMEOUT_S
+        assert (reading.status, reading.says_close) == (408, True)
+        assert await client.is_closed()
+        assert world.stage.bodies == []
+
+
+@pytest.mark.parametrize("after", ["nothing", "a request", "an error"])
+async def test_idle_connection_is_closed_without_a_word(
+    serving: Serving, after: str
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        if after != "nothing":
+            await client.ask("/t/echo" if after == "a request" else "/nowhere")
+        await asyncio.sleep(IDLE_TIMEOUT_S - 1)
+        assert not client.reader.at_eof()
+        assert await client.is_closed()
+        assert now() == IDLE_TIMEOUT_S
+
+
+async def test_running_request_has_no_limit_of_the_servers(serving: Serving) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        client.send(request("/t/wait", method="POST", body=b"x"))
+        await asyncio.sleep(3600)
+        world.stage.gate.set()
+        assert (await client.read()).status == 200
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+async def test_body_over_the_limit_is_refused_readably(
+    serving: Serving, framing: str
+) -> None:
+    async with serving(MAX_BODY_MB="1") as world:
+        client = await world.connect()
+        body = b"x" * 8_000_000
+        if framing == "length":
+            client.send(request("/t/echo", method="POST", body=body))
+        else:
+            client.send(request("/t/echo", "Transfer-Encoding: chunked", method="POST"))
+            client.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+        reading = await client.read()
+        assert (reading.status, reading.error["code"]) == (413, None)
+        assert "1 MiB" in reading.error["message"]
+        assert world.stage.bodies == []
+
+
+async def test_body_at_the_limit_is_read(serving: Serving) -> None:
+    async with serving(MAX_BODY_MB="1") as world:
+        client = await world.connect()
+        body = b"x" * 2**20
+        reading = await client.ask("/t/echo", method="POST", body=body)
+        assert reading.status == 200
+        reading = await client.ask("/t/echo", method="POST", body=body + b"x")
+        assert reading.status == 413
+
+
+async def test_body_that_will_be_too_large_is_refused_before_it_comes(
+    serving: Serving,
+) -> None:
+    async with serving(MAX_BODY_MB="1") as world:
+        client = await world.connect()
+        fields = ["Expect: 100-continue", "Content-Length: 9999999"]
+        client.send(request("/t/echo", *fields, method="POST"))
+        assert (await client.read()).status == 413
+        assert now() == 0
+
+
+async def test_connections_are_limited(serving: Serving) -> None:
+    async with serving(MAX_CONNECTIONS="2") as world:
+        clients = [await world.connect() for _ in range(2)]
+        for client in clients:
+            assert (await client.ask("/health")).status == 200
+        third = await world.connect()
+        third.send(request("/health"))
+        reading = await third.read()
+        assert (reading.status, reading.says_close) == (503, True)
+        assert reading.error["code"] == "server_is_overloaded"
+        assert {"x-request-id", "retry-after"} <= set(reading.headers)
+        clients[0].close()
+        await asyncio.sleep(0.1)
+        assert (await (await world.connect()).ask("/health")).status == 200
+
+
+# ------------------------------------------------------------------------------
+# Malformed requests
+# ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("head", "status"), HOSTILE)
+async def test_malformed_head_is_refused_and_closed(
+    serving: Serving, head: bytes, status: int
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        client.send(head + request("/t/echo"))
+        reading = await client.read()
+        assert (reading.status, reading.says_close) == (status, True)
+        assert reading.error["type"] == "invalid_request_error"
+        assert "x-request-id" in reading.headers
+        assert reading.headers["content-type"] == "application/json"
+        assert await client.is_closed()  # what follows it is no request
+        assert world.stage.bodies == []
+        assert (await (await world.connect()).ask("/health")).status == 200
+
+
+@pytest.mark.parametrize("data", [b"GET / HTTP/1.1\nHost: a\n\n", b"\n", b"x" * 99_999])
+async def test_no_head_at_all_is_refused_and_closed(
+    serving: Serving, data: bytes
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        client.send(data + b"\r\n\r\n")
+        reading = await client.read()
+        assert (reading.status, reading.says_close) in ((400, True), (431, True))
+        assert await client.is_closed()
+
+
+@pytest.mark.parametrize("body", [b"zz\r\n", b"2\r\nabc\r\n", b"1\na\r\n", b"-1\r\n"])
+async def test_malformed_chunk_is_refused_and_closed(
+    serving: Serving, body: bytes
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        client.send(request("/t/echo", "Transfer-Encoding: chunked", method="POST"))
+        client.send(body + b"0\r\n\r\n" + request("/t/echo"))
+        reading = await client.read()
+        assert (reading.status, reading.says_close) == (400, True)
+        assert await client.is_closed()
+        assert world.stage.bodies == []
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"\r\n", id="blank-line"),
+        pytest.param(b"GET / HT", id="in-head"),
+        pytest.param(request("/t/echo", "Content-Length: 9") + b"x", id="in-body"),
+        pytest.param(
+            request("/t/echo", "Transfer-Encoding: chunked") + b"5\r\nx", id="in-chunk"
+        ),
+        pytest.param(request("/nowhere", "Content-Length: 9"), id="in-refused-body"),
+    ],
+)
+@pytest.mark.parametrize("how", ["end", "reset"])
+async def test_client_that_leaves_early_is_no_error(
+    serving: Serving, caplog: pytest.LogCaptureFixture, data: bytes, how: str
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        client.send(data)
+        await some_turns()
+        if how == "end":
+            client.close()
+        else:
+            client.reset()
+        await asyncio.sleep(0.1)
+        assert world.stage.bodies == []
+        assert [r for r in caplog.records if r.levelno > logging.INFO] == []
+        assert await world.server.drain(0)  # nothing of it is left
+
+
+# ------------------------------------------------------------------------------
+# The error boundary
+# ------------------------------------------------------------------------------
+
+
+async def test_error_is_a_response_and_the_connection_goes_on(serving: Serving) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        reading = await client.ask("/t/refuse")
+        assert (reading.status, reading.headers["x-more"]) == (400, "y")
+        assert reading.error == {
+            "message": "Not so.",
+            "type": "invalid_request_error",
+            "param": "p",
+            "code": None,
+        }
+        assert (await client.ask("/t/echo")).status == 200
+
+
+async def test_bug_is_a_500_without_details(
+    serving: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        reading = await client.ask("/t/explode", method="POST", body=b"x")
+        assert reading.status == 500
+        assert reading.error == {
+            "message": GENERIC,
+            "type": "server_error",
+            "param": None,
+            "code": None,
+        }
+        assert "secret" in caplog.text  # the traceback is in the log
+        assert reading.headers["x-request-id"] in caplog.text
+        assert (await client.ask("/t/echo")).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "message", "code"),
+    [
+        ("/t/explode_late", GENERIC, None),
+        ("/t/refuse_late", "Broken off.", "upstream_error"),
+    ],
+)
+async def test_error_after_the_head_is_an_event_and_the_end(
+    serving: Serving, path: str, message: str, code: str | None
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        reading = await client.ask(path)
+        assert reading.status == 200
+        begun, error, done, rest = reading.body.split(b"\n\n")
+        assert (begun, done, rest) == (b"data: begun", b"data: [DONE]", b"")
+        assert json.loads(error[len(b"data: ") :]) == {
+            "error": {
+                "message": message,
+                "type": "server_error",
+                "param": None,
+                "code": code,
+            }
+        }
+        assert b"finish_reason" not in reading.body
+        assert (await client.ask("/t/echo")).status == 200
+
+
+# ------------------------------------------------------------------------------
+# Refused before the body was read
+# ------------------------------------------------------------------------------
+
+
+async def test_small_body_of_a_refused_request_is_thrown_away(
+    serving: Serving,
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        for body in (b"x", b"x" * 500_000):
+            reading = await client.ask("/nowhere", method="POST", body=body)
+            assert (reading.status, reading.says_close) == (404, False)
+        assert (await client.ask("/t/echo")).status == 200
+
+
+async def test_large_body_of_a_refused_request_closes_readably(
+    serving: Serving,
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        reading = await client.ask("/nowhere", method="POST", body=b"x" * 9_000_000)
+        assert reading.status == 404
+        await client.is_closed()
+        assert now() <= 5
+
+
+async def test_body_that_never_comes_does_not_hold_the_connection(
+    serving: Serving,
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        fields = ["Content-Length: 99"]
+        reading = await client.ask("/nowhere", *fields, method="POST")
+        assert reading.status == 404
+        assert await client.is_closed()
+        assert now() <= 5
+
+
+# ------------------------------------------------------------------------------
+# Clients that leave
+# ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["end", "reset"])
+@pytest.mark.parametrize("path", ["/t/wait", "/t/stream"])
+async def test_leaving_interrupts_the_handler(
+    serving: Serving, caplog: pytest.LogCaptureFixture, path: str, how: str
+) -> None:
+    caplog.set_level(logging.INFO, "opendify")
+    async with serving() as world:
+        client = await world.connect()
+        client.send(request(path))
+        await world.stage.entered.wait()
+        if how == "end":
+            client.close()
+        else:
+            client.reset()
+        await asyncio.wait_for(world.stage.ended.wait(), 1)
+        await asyncio.sleep(0.1)
+        assert "client-left" in caplog.text
+        assert [r for r in caplog.records if r.levelno > logging.INFO] == []
+
+
+async def test_leaving_right_after_the_request_is_noticed(serving: Serving) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        client.send(request("/t/wait", method="POST", body=b"x" * 300_000))
+        await client.writer.drain()
+        client.close()
+        await asyncio.wait_for(world.stage.ended.wait(), 1)
+
+
+async def test_leaving_stops_the_run_in_dify(serving: Serving) -> None:
+    async with FakeDify() as fake, serving(fake.base) as world:
+        fake.app(KEY, script=[message("Hello"), Hang()])
+        client = await world.connect()
+        client.send(chat(ASKS, "X-OpenDify-Smoothing: off"))
+        await client.reader.readuntil(b"Hello")
+        client.close()
+        await fake.until(lambda: fake.stops)
+        await asyncio.sleep(1)
+        assert [stop.effective for stop in fake.stops] == [True]
+        assert fake.running == 0
+
+
+ASKS = {
+    "model": "m",
+    "stream": True,
+    "messages": [{"role": "user", "content": "a planted text"}],
+}
+
+
+def chat(body: dict[str, Any], *fields: str) -> bytes:
+    data = json.dumps(body).encode()
+    return request("/v1/chat/completions", *fields, method="POST", body=data)
+
+
+# ------------------------------------------------------------------------------
+# Drain
+# ------------------------------------------------------------------------------
+
+
+async def test_drain_closes_idle_connections_at_once(serving: Serving) -> None:
+    async with serving() as world:
+        fresh, used = await world.connect(), await world.connect()
+        await used.ask("/health")
+        assert await world.server.drain()
+        assert await fresh.is_closed()
+        assert await used.is_closed()
+        assert now() == 0
+
+
+async def test_drain_accepts_nobody_any_more(serving: Serving) -> None:
+    async with serving() as world:
+        await world.server.drain()
+        with pytest.raises(OSError):  # noqa: PT011 - refused, in any wording
+            await world.connect()
+
+
+@pytest.mark.parametrize("path", ["/t/wait", "/t/stream"])
+async def test_drain_lets_running_requests_end(serving: Serving, path: str) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        client.send(request(path) + request("/t/echo"))
+        await world.stage.entered.wait()
+        draining = asyncio.ensure_future(world.server.drain())
+        await asyncio.sleep(DRAIN_S - 1)
+        assert not draining.done()
+        world.stage.gate.set()
+        assert await draining
+        reading = await client.read()
+        assert reading.status == 200
+        if path == "/t/wait":  # the other's head was out before
+            assert reading.says_close
+        assert await client.is_closed()
+        assert world.stage.bodies == []
+
+
+async def test_drain_cuts_what_does_not_end(serving: Serving) -> None:
+    async with serving() as world:
+        clients = [await world.connect() for _ in range(2)]
+        for client, path in zip(clients, ("/t/wait", "/t/stream")):
+            client.send(request(path))
+            await world.stage.entered.wait()
+            world.stage.entered.clear()
+        assert not await world.server.drain()
+        assert now() == DRAIN_S
+        assert world.stage.ended.is_set()
+        for client in clients:
+            with contextlib.suppress(asyncio.IncompleteReadError):
+                reading = await client.read()
+                assert reading.status == 503 or b"error" in reading.body
+
+
+async def test_cut_answer_says_so(serving: Serving) -> None:
+    """A clean error, not a broken connection: the client can tell it from a fault."""
+    async with serving() as world:
+        waiting, streaming = await world.connect(), await world.connect()
+        for client, path in ((waiting, "/t/wait"), (streaming, "/t/stream")):
+            client.send(request(path))
+            await world.stage.entered.wait()
+            world.stage.entered.clear()
+        await world.server.drain()
+        reading = await waiting.read()
+        assert (reading.status, reading.says_close) == (503, True)
+        assert reading.error["code"] == "server_is_overloaded"
+        reading = await streaming.read()
+        _, error, done, rest = reading.body.split(b"\n\n")
+        assert b'"code":"server_is_overloaded"' in error.replace(b'": "', b'":"')
+        assert (done, rest) == (b"data: [DONE]", b"")
+
+
+async def test_drain_stops_runs_in_dify_that_it_cuts(serving: Serving) -> None:
+    async with FakeDify() as fake, serving(fake.base) as world:
+        fake.app(KEY, script=[message("Hello"), Hang()])
+        client = await world.connect()
+        client.send(chat(ASKS, "X-OpenDify-Smoothing: off"))
+        await client.reader.readuntil(b"Hello")
+        assert not await world.server.drain(5)
+        assert [stop.effective for stop in fake.stops] == [True]
+        assert now() < 5 + opendify.CANCEL_S
+
+
+# ------------------------------------------------------------------------------
+# The log
+# ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def access_log(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    """The access log's lines, with the times replaced by `…s`."""
+    caplog.set_level(logging.DEBUG, "opendify")
+
+    def lines() -> list[str]:
+        messages = [record.getMessage() for record in caplog.records]
+        lines = [line for line in messages if " took=" in line]
+        return [re.sub(r"\d+\.\d{3}s", "…s", line) for line in lines]
+
+    yield lines
+
+
+async def test_log_has_one_line_a_request(
+    serving: Serving, access_log: Callable[[], list[str]]
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        await client.ask("/health")
+        await client.ask("/v1/nowhere?secret=1", method="POST", body=b"x")
+        await client.ask("/t/explode")
+        client.send(b"nonsense\r\n\r\n")
+        await client.is_closed()
+    assert access_log() == [
+        "GET /health 200 took=…s id=req_1",
+        "POST /v1/nowhere 404 took=…s id=req_2",
+        "GET /t/explode 500 took=…s id=req_3",
+        "- - 400 took=…s id=req_4",
+    ]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_log_line_of_a_turn(
+    serving: Serving, access_log: Callable[[], list[str]], stream: bool
+) -> None:
+    async with FakeDify() as fake, serving(fake.base) as world:
+        fake.app(KEY, script=chat_answer("Hello", " world", delay=1))
+        client = await world.connect()
+        client.send(chat({**ASKS, "stream": stream}))
+        reading = await client.read()
+        assert reading.status == 200
+    assert access_log() == [
+        "POST /v1/chat/completions 200 model='m' first=…s took=…s chars=11 id="
+        + reading.headers["x-request-id"]
+    ]
+
+
+async def test_log_never_holds_keys_or_texts(
+    serving: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    secret = "planted-client-key"
+    async with FakeDify() as fake:
+        async with serving(fake.base, VALID_API_KEYS=secret) as world:
+            scripts: list[Any] = [
+                chat_answer("a planted answer"),
+                [message("a planted answer"), Send(b"data: {planted\n\n")],
+                [Send({"event": "error", "message": f"{KEY} planted", "status": 400})],
+            ]
+            client = await world.connect()
+            for script in scripts:
+                fake.app(KEY, script=script)
+                for key in (secret, "planted-wrong-key"):
+                    client.send(chat(ASKS, f"Authorization: Bearer {key}"))
+                    await client.read()
+    assert "chat/completions" in caplog.text
+    assert KEY not in caplog.text
+    for words in ("planted-client-key", "planted-wrong-key", "a planted"):
+        assert words not in caplog.text
