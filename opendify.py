@@ -3620,6 +3620,12 @@ class Reply:
         self._is_chunked = False
         self._head = b""
 
+    def to(self, request: Request) -> Reply:
+        """The same for a request that is known by now."""
+        reply = Reply(self._wire, request)
+        reply.headers = self.headers
+        return reply
+
     def send(self, response: Response) -> None:
         """The whole response at once."""
         self.start(response.status, response.headers, len(response.body))
@@ -4114,9 +4120,11 @@ class TurnStream:
         response: UpstreamResponse,
         answer: AnswerReader,
         idle_timeout_s: float,
+        app: AppSettings,
         find_stored: Callable[[AnswerReader], Awaitable[str]],
     ) -> None:
         self.answer = answer
+        self._app = app
         self._response = response
         self._idle_timeout_s = idle_timeout_s
         self._find_stored = find_stored
@@ -4165,6 +4173,8 @@ class TurnStream:
             if event.data and event.data != "ping":
                 is_alive = True
                 parts += self.answer.read(event)
+        if parts and isinstance(parts[-1], Failure):
+            without_key(parts[-1].error, self._app)
         if self._is_draining:
             return parts
         if self.answer.is_closing:
@@ -4216,6 +4226,12 @@ class AppFacts:
     name: str = ""
     form: AppForm | None = None
     asked_at: float = -math.inf
+
+
+def without_key(error: ProxyError, app: AppSettings) -> ProxyError:
+    """The error with the app's key masked, should Dify's message hold it."""
+    error.message = error.message.replace(app.key, mask_key(app.key))
+    return error
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
@@ -4382,7 +4398,8 @@ class Dify:
         async def find_stored(answer: AnswerReader) -> str:
             return await self.stored_answer(app, answer, user)
 
-        return TurnStream(response, answer, settings.dify_idle_timeout, find_stored)
+        timeout_s = settings.dify_idle_timeout
+        return TurnStream(response, answer, timeout_s, app, find_stored)
 
     async def stop(self, app: AppSettings, mode: str, task_id: str, user: str) -> None:
         """Ask Dify to stop a run, as well as it can."""
@@ -4471,9 +4488,7 @@ class Dify:
                 f"{response.headers.get('location', 'nowhere')!r}; set DIFY_API_BASE "
                 "to where the API really is."
             )
-        error = error_from_body(response.status, content)
-        error.message = error.message.replace(app.key, mask_key(app.key))
-        return error
+        return without_key(error_from_body(response.status, content), app)
 
 
 # ==============================================================================
@@ -4552,7 +4567,7 @@ def _label(value: object) -> str:
     return str(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-@dataclass
+@dataclass(eq=False)
 class Exchange:
     """One request and its reply, and what the log will say of them.
 
@@ -5330,6 +5345,7 @@ class Server:
         self.before_request: Callable[[], None] = lambda: None  # reads settings anew
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle: set[Wire] = set()
+        self._running: set[Exchange] = set()
         self._is_draining = False
         self._servers: list[asyncio.base_events.Server] = []
 
@@ -5347,6 +5363,8 @@ class Server:
             server.close()
         for wire in list(self._idle):
             wire.close()
+        for exchange in self._running:
+            exchange.reply.must_close = True
         late = await _settled(self._tasks, grace_s)
         for task in late:
             task.cancel()
@@ -5376,7 +5394,7 @@ class Server:
                 return
             while await self._serve_one(wire) and not self._is_draining:
                 pass
-        except (_Idle, ConnectionBroken):
+        except (_Idle, ConnectionBroken, MalformedHTTP):
             pass
         finally:
             wire.close()
@@ -5386,14 +5404,16 @@ class Server:
         if not await self._is_called(wire):
             return False
         exchange = Exchange(Reply(wire), self._new_id(), wire.peer)
+        exchange.reply.headers.append(("x-request-id", exchange.id))
         wire.allow(HEAD_TIMEOUT_S, _slow_request)
+        self._running.add(exchange)
         try:
-            exchange.request = parse_request_head(await wire.read_head())
-            exchange.reply = Reply(wire, exchange.request)
-            decoder = body_decoder(exchange.request.headers, until_end=False)
-            exchange.decoder = decoder
-            await self._answer(exchange, wire, decoder)
+            await self._answer(exchange, wire)
         except ConnectionBroken:
+            raise
+        except asyncio.CancelledError:
+            if not exchange.has_left:
+                _refuse(exchange, Overloaded("OpenDify is shutting down."))
             raise
         except ProxyError as error:
             _refuse(exchange, error)
@@ -5401,6 +5421,7 @@ class Server:
             log.exception("a bug, in request %s", exchange.id)
             _refuse(exchange, ProxyError("OpenDify failed; its log says more."))
         finally:
+            self._running.discard(exchange)
             wire.on_leave(None)
             self._note(exchange)
         return await _make_ready(exchange, wire)
@@ -5414,26 +5435,21 @@ class Server:
         finally:
             self._idle.discard(wire)
 
-    async def _answer(
-        self, exchange: Exchange, wire: Wire, decoder: BodyDecoder
-    ) -> None:
-        """Find the handler, read the body, and let the handler reply."""
+    async def _answer(self, exchange: Exchange, wire: Wire) -> None:
+        """Read the request, find its handler, and let that reply."""
+        exchange.request = request = parse_request_head(await wire.read_head())
+        exchange.reply = reply = exchange.reply.to(request)
+        exchange.decoder = decoder = body_decoder(request.headers, until_end=False)
         self.before_request()
-        request, reply = exchange.request, exchange.reply
         settings = self._handlers.settings
         reply.must_close = reply.must_close or self._is_draining
-        reply.headers.append(("x-request-id", exchange.id))
         check_host(request, settings)
         reply.headers += cors_headers(request, settings)
         if request.method == "OPTIONS":
-            exchange.reply.send(Response(204, b"", _preflight(request)))
+            reply.send(Response(204, b"", _preflight(request)))
             return
         handler = self._handlers.find(exchange)
-        if request.expects_continue and not decoder.is_complete:
-            wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        limit = settings.max_body_mb << 20
-        exchange.body = await _read_whole(wire, decoder, limit)
-        exchange.body_bytes = len(exchange.body)
+        await _read_body(exchange, wire, decoder, settings.max_body_mb << 20)
         wire.allow_any_time()
         wire.on_leave(exchange.leave)
         self._handlers.metrics.in_flight += 1
@@ -5492,10 +5508,16 @@ def _turn_away(wire: Wire, id_: str) -> None:
     _refuse(exchange, busy)
 
 
+# After these nobody knows where the next request begins, or there is none to be.
+_LAST_ERRORS = (MalformedHTTP, HeadTooLarge, RequestTimeout, Overloaded)
+
+
 def _refuse(exchange: Exchange, error: ProxyError) -> None:
     """The error as a response, or as the end of one that has begun."""
     reply = exchange.reply
     exchange.error = error
+    if isinstance(error, _LAST_ERRORS):
+        reply.must_close = True
     log_level = logging.WARNING if error.status >= 500 else logging.INFO
     log.log(log_level, "%s: %s id=%s", type(error).__name__, error.message, exchange.id)
     if not reply.status:
@@ -5510,31 +5532,41 @@ async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
     """Throw away what is left of the request; whether the connection may go on."""
     reply, body = exchange.reply, exchange.decoder
     is_good = reply.is_complete and not reply.must_close
+    if isinstance(exchange.error, RequestTimeout):
+        return False  # nothing can be read after a deadline
     if body and body.is_complete:
         return is_good
     wire.allow(DISCARD_S, _Idle)
     size = 0
     while size < DISCARD_BYTES:
-        data = await (wire.read_body(body) if body else wire.read())
+        data = await (wire.read_body(body) if body and is_good else wire.read())
         size += len(data)
         if not data:
             return is_good
     return False
 
 
-async def _read_whole(wire: Wire, body: BodyDecoder, limit: int) -> bytes:
-    """The request's body in one piece."""
+async def _read_body(
+    exchange: Exchange, wire: Wire, decoder: BodyDecoder, limit: int
+) -> None:
+    """The request's body, in one piece."""
+    too_large = BodyTooLarge(f"The body is over {limit >> 20} MiB.")
+    headers = exchange.request.headers
+    if int(headers.get("content-length", 0)) > limit:
+        raise too_large
+    if exchange.request.expects_continue and not decoder.is_complete:
+        wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     pieces: list[bytes] = []
-    size = 0
     while True:
         wire.allow(BODY_TIMEOUT_S, _slow_request)
-        data = await wire.read_body(body)
+        data = await wire.read_body(decoder)
         if not data:
-            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            break
         pieces.append(data)
-        size += len(data)
-        if size > limit:
-            raise BodyTooLarge(f"The body is over {limit >> 20} MiB.")
+        exchange.body_bytes += len(data)
+        if exchange.body_bytes > limit:
+            raise too_large
+    exchange.body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def check_host(request: Request, settings: Settings) -> None:

@@ -73,12 +73,14 @@ def settings_for(base: str, **variables: str) -> Settings:
 
 
 @contextlib.asynccontextmanager
-async def client(base: str, **variables: str) -> AsyncIterator[tuple[Dify, AppSettings]]:
+async def client(
+    base: str, mode: str = "chat", **variables: str
+) -> AsyncIterator[tuple[Dify, AppSettings]]:
     """The client of Dify, and an app at this base."""
     settings = settings_for(base, **variables)
     dify = Dify(settings, asyncio.open_connection)
     try:
-        yield dify, settings.model_config["m"]
+        yield dify, dataclasses.replace(settings.model_config["m"], mode=mode)
     finally:
         await some_turns()
         dify.close()
@@ -102,7 +104,7 @@ class Outcome(NamedTuple):
     text: str
     end: str
     status: int = 200
-    retry: Optional[bool] = None  # noqa: UP045 - read at run time on 3.9
+    retry: Optional[bool] = None
 
 
 def outcome_of(text: str, error: ProxyError) -> Outcome:
@@ -246,8 +248,10 @@ async def test_answer_that_says_close_is_not_followed_by_another_request() -> No
 @pytest.mark.parametrize(
     "answer",
     [
-        pytest.param(b'HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\n{}', id="1.0"),
-        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}{}", id="too-long"),
+        pytest.param(b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\n{}", id="1.0"),
+        pytest.param(
+            b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}{}", id="too-long"
+        ),
         pytest.param(
             b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}HTTP/1.1 200 OK\r\n"
             b'Content-Length: 15\r\n\r\n{"name": "evil"}',
@@ -579,7 +583,9 @@ FAULTS: list[Any] = [
     pytest.param(
         [
             Raw(b"HTTP/1.1 100 Continue\r\n\r\n"),
-            Raw(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 102 P\r\n\r\n"),
+            Raw(
+                b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 102 P\r\n\r\n"
+            ),
             Raw(HEAD + chunk(HELLO + END) + b"0\r\n\r\n"),
         ],
         FINE,
@@ -648,7 +654,10 @@ FAULTS: list[Any] = [
     # Sizes
     pytest.param(chat_answer(LONG), Outcome(LONG, "finish"), id="8-mb-line"),
     pytest.param(
-        [Send({"event": "node_finished", "data": {"outputs": LONG}}), *chat_answer("a")],
+        [
+            Send({"event": "node_finished", "data": {"outputs": LONG}}),
+            *chat_answer("a"),
+        ],
         Outcome("a", "finish"),
         id="8-mb-of-no-interest",
     ),
@@ -705,21 +714,18 @@ async def test_answer_that_broke_in_the_middle_says_so() -> None:
             assert [failure.message for failure in failures] == [BROKEN_OFF]
 
 
-async def test_redirect_within_the_origin_is_followed_once() -> None:
-    for status in (307, 308):
-        async with FakeDify() as fake, client(fake.base) as (dify, app):
-            moved = [Status(status, "", {"Location": "/v1/chat-messages?moved"})]
+@pytest.mark.parametrize("status", [307, 308])
+async def test_redirect_within_the_origin_is_followed_once(status: int) -> None:
+    def script(request: fake_dify.Request) -> list[Step]:
+        if "moved" in request.target:
+            return chat_answer("Hello")
+        return [Status(status, "", {"Location": "/v1/chat-messages?moved"})]
 
-            def script(
-                request: fake_dify.Request, moved: list[Step] = moved  # type: ignore[assignment]
-            ) -> Sequence[Step]:
-                return moved if "moved" not in request.target else chat_answer("Hello")
-
-            fake.app(KEY, script=script)
-            assert await turn(dify, app) == FINE
-            bodies = [request.json for request in fake.requests]
-            assert bodies[0] == bodies[1]
-            assert len(bodies) == 2
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=script)
+        assert await turn(dify, app) == FINE
+        bodies = [request.json for request in fake.requests]
+        assert bodies == [bodies[0]] * 2
 
 
 async def test_redirect_in_a_circle_is_not_followed_for_ever() -> None:
@@ -772,11 +778,10 @@ LIMITS = {
 
 async def timed(script: Sequence[Step], ping_s: float = NEVER) -> tuple[Outcome, float]:
     """The outcome of a turn, and after how many seconds it was there."""
-    async with FakeDify(ping_s=ping_s) as fake:
-        async with client(fake.base, **LIMITS) as (dify, app):
-            fake.app(KEY, script=script)
-            outcome = await turn(dify, app)
-            return outcome, now()
+    async with FakeDify(ping_s=ping_s) as fake, client(fake.base, **LIMITS) as pair:
+        fake.app(KEY, script=script)
+        outcome = await turn(*pair)
+        return outcome, now()
 
 
 async def test_connecting_has_a_limit() -> None:
@@ -916,7 +921,9 @@ BREAKS: list[Any] = [
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        pytest.param(stored("Hello world"), Outcome("Hello world", "finish"), id="more"),
+        pytest.param(
+            stored("Hello world"), Outcome("Hello world", "finish"), id="more"
+        ),
         pytest.param(stored("Hello"), FINE, id="all"),
         pytest.param(stored("Hell"), BROKEN, id="less"),
         pytest.param(stored("Other text"), BROKEN, id="other"),
@@ -1088,9 +1095,11 @@ MODES = ["chat", "agent-chat", "advanced-chat", "completion", "workflow"]
 
 @pytest.mark.parametrize("mode", [*MODES, "agent"])
 async def test_mode_is_told_by_info_and_kept(mode: str) -> None:
-    async with FakeDify(version="1.16.0") as fake, client(fake.base) as (dify, app):
+    async with (
+        FakeDify(version="1.16.0") as fake,
+        client(fake.base, mode="") as (dify, app),
+    ):
         fake.app(KEY, mode=mode, name="Name")
-        app = dataclasses.replace(app, mode="")
         assert dify.known_name(app) == ""
         assert [await dify.mode_of(app) for _ in range(3)] == [mode] * 3
         assert (dify.known_name(app), await dify.name_of(app)) == ("Name", "Name")
@@ -1099,9 +1108,11 @@ async def test_mode_is_told_by_info_and_kept(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_mode_is_probed_before_1_4_without_running_anything(mode: str) -> None:
-    async with FakeDify(version="1.3.1") as fake, client(fake.base) as (dify, app):
+    async with (
+        FakeDify(version="1.3.1") as fake,
+        client(fake.base, mode="") as (dify, app),
+    ):
         fake.app(KEY, mode=mode)
-        app = dataclasses.replace(app, mode="")
         expected = "chat" if mode in fake_dify.CHAT_MODES else mode
         assert [await dify.mode_of(app) for _ in range(2)] == [expected] * 2
         paths = [request.path for request in fake.requests]
@@ -1126,17 +1137,15 @@ async def test_wrong_mode_is_corrected() -> None:
 
 
 async def test_unknown_mode_is_probed() -> None:
-    async with FakeDify() as fake, client(fake.base) as (dify, app):
+    async with FakeDify() as fake, client(fake.base, mode="") as (dify, app):
         info = [Status(200, {"name": "n", "mode": "channel"})]
         fake.app(KEY, mode="completion", overrides={"/info": info})
-        app = dataclasses.replace(app, mode="")
         assert await dify.mode_of(app) == "completion"
 
 
 @pytest.mark.parametrize("fault", [Reset(), Status(500, "<html>"), Status(503)])
 async def test_mode_is_asked_again_after_a_failure(fault: Step) -> None:
-    async with FakeDify() as fake, client(fake.base) as (dify, app):
-        app = dataclasses.replace(app, mode="")
+    async with FakeDify() as fake, client(fake.base, mode="") as (dify, app):
         fake.app(KEY, mode="workflow", overrides={"/info": [fault]})
         with pytest.raises(ProxyError):
             await dify.mode_of(app)
@@ -1146,8 +1155,10 @@ async def test_mode_is_asked_again_after_a_failure(fault: Step) -> None:
 
 async def test_failing_probe_decides_nothing() -> None:
     """A 500 is not a mode: "chat" would be remembered for ever."""
-    async with FakeDify(version="1.3.1") as fake, client(fake.base) as (dify, app):
-        app = dataclasses.replace(app, mode="")
+    async with (
+        FakeDify(version="1.3.1") as fake,
+        client(fake.base, mode="") as (dify, app),
+    ):
         down = {"/conversations": [Status(500, {"code": "internal_server_error"})]}
         fake.app(KEY, mode="workflow", overrides=down)
         with pytest.raises(ProxyError):
@@ -1157,9 +1168,9 @@ async def test_failing_probe_decides_nothing() -> None:
 
 
 async def test_wrong_key_is_the_operators_fault() -> None:
-    async with FakeDify() as fake, client(fake.base) as (dify, app):
+    async with FakeDify() as fake, client(fake.base, mode="") as (dify, app):
         with pytest.raises(ProxyError) as caught:
-            await dify.mode_of(dataclasses.replace(app, mode=""))
+            await dify.mode_of(app)
         error = caught.value
         assert outcome_of("", error) == MISLED
         assert "MODEL_CONFIG" in error.message
@@ -1201,9 +1212,11 @@ def quiet_loop() -> Iterator[None]:
     loop = asyncio.get_running_loop()
     handler = loop.get_exception_handler()
     loop.set_exception_handler(
-        lambda loop, context: None
-        if isinstance(context.get("exception"), OSError)
-        else handler and handler(loop, context)
+        lambda loop, context: (
+            None
+            if isinstance(context.get("exception"), OSError)
+            else handler and handler(loop, context)
+        )
     )
     yield
 
@@ -1226,10 +1239,14 @@ async def test_tls_connection_is_made_and_reused(host: str) -> None:
         accepted += 1
         await answer_info(reader, writer)
 
-    async with raw_server(serve, tls_context("localhost")) as base:
-        async with client(base.replace("127.0.0.1", host)) as (dify, app):
-            for _ in range(3):
-                assert await dify.call(app, "GET", "/info") == {"name": "n"}
+    async with contextlib.AsyncExitStack() as stack:
+        base = await stack.enter_async_context(
+            raw_server(serve, tls_context("localhost"))
+        )
+        named = client(base.replace("127.0.0.1", host))
+        dify, app = await stack.enter_async_context(named)
+        for _ in range(3):
+            assert await dify.call(app, "GET", "/info") == {"name": "n"}
     assert accepted == 1
 
 
@@ -1299,6 +1316,6 @@ async def test_tls_connection_cut_off_in_the_middle_is_broken() -> None:
         if (await reader.read(0)) == b"":
             writer.transport.abort()
 
-    async with raw_server(serve, tls_context("localhost")) as base:
-        async with client(base) as (dify, app):
-            assert await turn(dify, app) == BROKEN
+    tls = tls_context("localhost")
+    async with raw_server(serve, tls) as base, client(base) as (dify, app):
+        assert await turn(dify, app) == BROKEN
