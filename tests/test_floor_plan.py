@@ -17,24 +17,24 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 230,
+    "Settings": 240,
     "Errors": 100,
     "SSE": 90,
     "Turn": 90,
     "Calls": 250,
-    "Dify": 750,
+    "Dify": 760,
     "OpenAI": 450,
-    "Conversations": 360,
-    "Pacer": 130,
-    "Wire": 350,
-    "Upstream": 600,
-    "Handlers": 600,
-    "Server": 270,
+    "Conversations": 320,
+    "Pacer": 135,
+    "Wire": 380,
+    "Upstream": 640,
+    "Handlers": 640,
+    "Server": 290,
     "Page": 250,
-    "Command line": 300,
+    "Command line": 310,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 4200
+WHOLE_BUDGET = 4400
 FUNCTION_LINES = 50  # one screen
 
 PURE = set(list(BUDGETS)[: list(BUDGETS).index("Wire")])

@@ -10,6 +10,7 @@ import logging
 import re
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Callable, cast
@@ -178,7 +179,7 @@ class Client:
         self.writer.close()
 
     def reset(self) -> None:
-        linger = struct.pack("ii", 1, 0)
+        linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
         sock = self.writer.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.writer.transport.abort()
@@ -960,6 +961,24 @@ async def test_drain_lets_running_requests_end(serving: Serving, path: str) -> N
             assert reading.says_close
         assert await client.is_closed()
         assert world.stage.bodies == []
+
+
+@pytest.mark.parametrize("size", [1, 20, -1])
+async def test_drain_answers_a_request_that_is_arriving(
+    serving: Serving, size: int
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        data = request("/t/echo", method="POST", body=b"x")
+        client.send(data[:size])
+        await asyncio.sleep(0.1)
+        draining = asyncio.ensure_future(world.server.drain())
+        await asyncio.sleep(1)
+        client.send(data[size:])
+        reading = await client.read()
+        assert (reading.status, reading.body, reading.says_close) == (200, b"x", True)
+        assert await client.is_closed()
+        assert await draining
 
 
 async def test_drain_cuts_what_does_not_end(serving: Serving) -> None:

@@ -1,0 +1,1206 @@
+"""Conversations through the whole proxy: what the model sees is what the client shows.
+
+A fake Dify with real memory stands behind a real server. Whatever a client does with
+its history, and however a turn ends, Dify's memory and the query together must hold
+exactly the messages that the client sent: continued, or folded and read back here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import copy
+import itertools
+import json
+import os
+import re
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable
+from urllib.parse import urlsplit
+
+import fake_dify as fake
+import pytest
+from clock import VirtualClockLoop
+from fake_dify import Close, FakeDify, Hang, Reset, Send, Sleep, Status, Step
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+from test_end_to_end import running
+from test_handlers import Call, Got, Proxy, chunks_of, delta_of, own_tasks, serving
+
+import opendify
+
+JSONObject = dict[str, Any]
+Messages = list[JSONObject]
+
+KEY = "app-secret-key-1"
+NOBODY = "2d7a3b1e-0000-4000-8000-00000000000a"  # an id that no conversation has
+OPENING = "hi"  # all chats that begin with it get the same answer
+GREETING = "Hello! How can I help you?"
+CAT = b"\x89PNG\r\n\x1a\n a cat"
+
+# How often the state machine is run; each time with fresh random numbers.
+RUNS = int(os.environ.get("CONTINUATION_RUNS", "1"))
+
+
+# ------------------------------------------------------------------------------
+# What the model was shown
+# ------------------------------------------------------------------------------
+
+HEADING = "The conversation so far:\n\n"
+ENDINGS = (
+    "Write the assistant's next message.",
+    "Continue your last message exactly where it ends, without repeating it.",
+)
+ELEMENT = re.compile(
+    r'<(?P<tag>message(?:-\d+)?)(?P<about>(?: \w+="(?:[^"\\]|\\.)*")+)>\n'
+    r"(?P<text>.*?)\n</(?P=tag)>(?:\n|\Z)",
+    re.DOTALL,
+)
+
+
+def read_back(query: str) -> Messages:
+    """Return the messages that a query holds."""
+    rows = []
+    rest = query[len(HEADING) :] if query.startswith(HEADING) else query
+    while element := ELEMENT.match(rest):
+        pairs = re.findall(r' (\w+)=("(?:[^"\\]|\\.)*")', element["about"])
+        about = {name: json.loads(value) for name, value in pairs}
+        rows.append({**about, "content": element["text"]})
+        rest = rest[element.end() :]
+    rest = rest[1:] if rows else rest  # the empty line behind the elements
+    if query.startswith(HEADING) and rest not in ENDINGS:
+        start, mark, rest = rest.partition("Answer this message:\n\n")
+        assert (start, mark) == ("", "Answer this message:\n\n")
+    return rows + [user(rest)] * (rest not in ("", *ENDINGS))
+
+
+def remembered(context: Sequence[tuple[str, str]]) -> Messages:
+    """Return all messages that the model was shown, those of folds one by one."""
+    return [
+        row
+        for role, text in context
+        for row in (read_back(text) if role == "user" else [assistant(text)])
+    ]
+
+
+def without_system(messages: Messages) -> Messages:
+    """Return what is no system text."""
+    return [row for row in messages if row["role"] != "system"]
+
+
+def user(text: str) -> JSONObject:
+    """Return a user's message."""
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> JSONObject:
+    """Return an answer."""
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> JSONObject:
+    """Return a system message."""
+    return {"role": "system", "content": text}
+
+
+def talk(*texts: str) -> Messages:
+    """Return messages of user and assistant in turn."""
+    return [(assistant if i % 2 else user)(text) for i, text in enumerate(texts)]
+
+
+# ------------------------------------------------------------------------------
+# An app with memory, a proxy, and clients
+# ------------------------------------------------------------------------------
+
+
+class Site:
+    """A fake Dify, and the proxy before it.
+
+    The model's answer says which turn of the app it is, so no two are alike, unless
+    it greets. Its prompt tokens say the same: they lead to what the model was shown.
+    """
+
+    def __init__(self, dify: FakeDify, mode: str, **app: Any) -> None:
+        self.dify = dify
+        self.mode = mode
+        self.app = {"mode": mode, "memory": True, **app}
+        self.delay = 0.0
+        self.proxy: Proxy
+        self.answers(self.script)
+
+    def answers(self, script: fake.Script | None = None, **app: Any) -> None:
+        """From now on the app answers so; as always, by default."""
+        self.dify.app(KEY, **{**self.app, "script": script or self.script, **app})
+
+    def script(self, request: fake.Request) -> list[Step]:
+        """Return the answer to a turn."""
+        number = len(self.dify.contexts)
+        is_greeting = (request.json.get("query") or "").endswith(OPENING)
+        text = GREETING if is_greeting else f"Answer {number}."
+        return complete(self.mode, text, number, self.dify.version, self.delay)
+
+    @contextlib.asynccontextmanager
+    async def serve(self, settings: opendify.Settings) -> AsyncIterator[Proxy]:
+        """Run a proxy; clients that are still connected leave at its end."""
+        async with serving(settings) as (server, port):
+            self.proxy = Proxy(port, self.dify, server)
+            try:
+                yield self.proxy
+            finally:
+                for call in self.proxy.asked:
+                    await call.leave()
+
+    @property
+    def turns(self) -> list[fake.Request]:
+        """The turns that Dify was asked for."""
+        return self.proxy.turns
+
+    def conversation_of(self, request: fake.Request) -> str:
+        """Return the conversation that a turn asked for."""
+        return str(request.json.get("conversation_id", ""))
+
+    async def quiet(self) -> None:
+        """Wait until no turn runs and no connection to the proxy is open."""
+        await self.dify.until(lambda: not self.dify.running)
+        for call in self.proxy.asked:
+            await call.leave()
+        while own_tasks():
+            await asyncio.sleep(0.1)
+
+
+def settings_of(
+    dify: FakeDify, mode: str, config: JSONObject | None = None, **variables: str
+) -> opendify.Settings:
+    """Return the settings of a proxy whose model `m` is the app of KEY."""
+    model = {"key": KEY, "mode": mode, **(config or {})}
+    return opendify.parse_settings(
+        {
+            "MODEL_CONFIG": json.dumps({"m": model}),
+            "DIFY_API_BASE": dify.base,
+            "STREAM_MAX_LAG": "0.1",
+            **variables,
+        }
+    )
+
+
+@contextlib.asynccontextmanager
+async def site(
+    mode: str = "chat",
+    version: str = "1.12.1",
+    *,
+    config: JSONObject | None = None,
+    variables: dict[str, str] | None = None,
+    **app: Any,
+) -> AsyncIterator[Site]:
+    """Give a running site.
+
+    Args:
+        mode: of its app.
+        version: of Dify.
+        config: of the model, beside key and mode.
+        variables: further settings.
+        app: further settings of the fake app.
+    """
+    async with FakeDify(version=version) as dify:
+        made = Site(dify, mode, **app)
+        async with made.serve(settings_of(dify, mode, config, **(variables or {}))):
+            yield made
+
+
+def begin_of(mode: str, *pieces: str) -> list[Step]:
+    """Return the beginning of an answer."""
+    if mode == "agent-chat":
+        texts = [Send({"event": "agent_message", "answer": piece}) for piece in pieces]
+        return [fake.agent_thought(), *texts]
+    start = [Send({"event": "workflow_started"})] if mode == "advanced-chat" else []
+    return [*start, *map(fake.message, pieces)]
+
+
+def complete(
+    mode: str, text: str, number: int, version: str, delay: float = 0
+) -> list[Step]:
+    """Return a whole answer, in words; its prompt tokens are `number`."""
+    pieces = re.findall(r"\s*\S+", text)
+    usage = (number, 1)
+    if mode == "advanced-chat":
+        order = "old" if is_old(version) else "new"
+        return fake.chatflow_answer(*pieces, usage=usage, delay=delay, order=order)
+    if mode == "workflow":
+        return fake.workflow_answer(*pieces, usage=usage)
+    if mode == "agent-chat":
+        steps = fake.agent_answer(*pieces, delay=delay)
+        return [*steps[:-1], fake.message_end(usage)]
+    return fake.chat_answer(*pieces, usage=usage, delay=delay)
+
+
+def is_old(version: str) -> bool:
+    """Tell whether a release ends its chatflows in the old way."""
+    return [int(part) for part in version.split(".")] < [1, 13]
+
+
+@dataclass
+class Client:
+    """A client that shows its messages and sends the last ones.
+
+    Args:
+        site: whom it asks.
+        messages: what it shows.
+        window: how many of them it sends.
+        fields: of its requests.
+        headers: of its requests.
+    """
+
+    site: Site
+    messages: Messages = field(default_factory=list)
+    window: int = 1000
+    fields: JSONObject = field(default_factory=lambda: {"user": "al"})
+    headers: dict[str, str] = field(default_factory=dict)
+    conversation: str = ""  # that the last answer came from
+    context: Messages = field(default_factory=list)  # that led to it
+
+    def copy(self, messages: Messages | None = None) -> Client:
+        """Return a client that shows the same, or something else."""
+        shown = self.messages if messages is None else messages
+        return copy.copy(self)._with(copy.deepcopy(shown))
+
+    def _with(self, messages: Messages) -> Client:
+        self.messages = messages
+        return self
+
+    async def say(self, text: str, **fields: Any) -> Got:
+        """Send one more message, and show the answer."""
+        self.messages.append(user(text))
+        return await self.send(**fields)
+
+    async def begin(self, **fields: Any) -> Call:
+        """Send what is shown."""
+        sent = self.messages[-self.window :]
+        options = {"stream_options": {"include_usage": True}, **self.fields, **fields}
+        return await self.site.proxy.begin(
+            self.headers, **{"messages": sent, "stream": True, **options}
+        )
+
+    async def send(self, **fields: Any) -> Got:
+        """Send what is shown, and show the answer; learn what the model was shown."""
+        got = await (await self.begin(**fields)).read_rest()
+        assert got.status == 200, got.body
+        if got.headers["content-type"] == "application/json":
+            text, usage = got.message["content"], got.json["usage"]
+        else:
+            text, usage = "".join(got.deltas), got.chunks[-1]["usage"]
+        self.messages.append(assistant(text))
+        self.conversation = got.headers.get("x-dify-conversation-id", "")
+        self.context = remembered(self.site.dify.contexts[usage["prompt_tokens"] - 1])
+        return got
+
+    def check(self) -> None:
+        """Check that the model was shown what this client shows, and nothing else."""
+        assert without_system(self.context) == self.messages[:-1]
+
+    async def chat(self, *texts: str, **fields: Any) -> list[str]:
+        """Say some things and check each; returns the conversations, one a turn."""
+        used = []
+        for text in texts:
+            await self.say(text, **fields)
+            self.check()
+            used.append(self.conversation)
+        return used
+
+
+# ------------------------------------------------------------------------------
+# Continuing
+# ------------------------------------------------------------------------------
+
+TWENTY = [f"question {i}" for i in range(20)]
+APPS = [
+    pytest.param("chat", "1.12.1", id="chat"),
+    pytest.param("agent-chat", "1.12.1", id="agent-chat"),
+    pytest.param("advanced-chat", "0.15.3", id="advanced-chat-old"),
+    pytest.param("advanced-chat", "1.13.1", id="advanced-chat-new"),
+]
+
+
+@pytest.mark.parametrize(("mode", "version"), APPS)
+async def test_twenty_turns_are_one_conversation(mode: str, version: str) -> None:
+    async with site(mode, version, variables={"STREAM_SMOOTHING": "off"}) as served:
+        client = Client(served)
+        for number, text in enumerate(TWENTY):
+            await client.chat(text, stream=number % 2 == 0)
+        (conversation,) = served.dify.conversations.values()
+        assert [row.query for row in conversation.messages] == TWENTY
+        assert client.conversation == conversation.id
+        asked = [served.conversation_of(turn) for turn in served.turns]
+        assert asked == [""] + [conversation.id] * 19
+
+
+@pytest.mark.real_clock
+async def test_twenty_turns_of_openai_s_client_are_one_conversation() -> None:
+    openai = pytest.importorskip("openai")
+    async with site(variables={"STREAM_SMOOTHING": "off"}) as served:
+        base = f"http://127.0.0.1:{served.proxy.port}/v1"
+        messages: Messages = []
+        async with openai.AsyncOpenAI(
+            base_url=base, api_key="any", max_retries=0
+        ) as client:
+            create = client.chat.completions.create
+            for text in TWENTY[:-1]:
+                messages.append(user(text))
+                stream = await create(model="m", messages=messages, stream=True)
+                deltas = [
+                    chunk.choices[0].delta.content or "" async for chunk in stream
+                ]
+                messages.append(assistant("".join(deltas)))
+            messages.append(user(TWENTY[-1]))
+            answer = await create(model="m", messages=messages)
+        assert answer.choices[0].message.content == "Answer 20."
+        assert remembered(served.dify.contexts[-1]) == messages
+        (conversation,) = served.dify.conversations.values()
+        assert [row.query for row in conversation.messages] == TWENTY
+
+
+@pytest.mark.parametrize("window", [4, 5])
+@pytest.mark.parametrize("has_system", [False, True], ids=["plain", "system"])
+async def test_client_that_sends_its_last_messages_continues(
+    window: int, has_system: bool
+) -> None:
+    async with site(variables={"STREAM_SMOOTHING": "off"}) as served:
+        client = Client(served, window=window)
+        for text in TWENTY:
+            client.messages.append(user(text))
+            sent = client.messages[-window:]
+            if has_system:
+                sent = [system("Be brief."), *sent]
+            await client.send(messages=sent)
+            client.check()
+        assert len(served.dify.conversations) == 1
+
+
+async def test_conversation_goes_on_after_a_restart(tmp_path: Path) -> None:
+    async with FakeDify() as dify:
+        served = Site(dify, "chat")
+        store = str(tmp_path / "conversations.db")
+        options = settings_of(dify, "chat", CONVERSATION_STORE=store)
+        client, window = Client(served), Client(served, window=4)
+        for number in range(4):
+            async with served.serve(options):
+                await client.chat(f"question {number}", f"and {number}")
+                await window.chat(f"frage {number}", f"und {number}")
+        assert len(dify.conversations) == 2
+
+
+async def test_history_is_folded_after_a_restart_without_a_file() -> None:
+    async with FakeDify() as dify:
+        served = Site(dify, "chat")
+        client = Client(served)
+        for number in range(2):
+            async with served.serve(settings_of(dify, "chat")):
+                await client.chat(f"question {number}", f"and {number}")
+        sizes = [len(row.messages) for row in dify.conversations.values()]
+    assert sizes == [2, 2]
+
+
+async def test_turn_that_a_restart_cut_is_not_continued(tmp_path: Path) -> None:
+    async with FakeDify() as dify:
+        served = Site(dify, "chat")
+        store = str(tmp_path / "conversations.db")
+        options = settings_of(dify, "chat", CONVERSATION_STORE=store)
+        client = Client(served)
+        async with served.serve(options) as proxy:
+            await client.chat("one")
+            served.answers([fake.message("Half " * 99), Hang()])
+            client.messages.append(user("two"))
+            text = await (await client.begin()).read_text()
+            assert not await proxy.server.drain(0)
+        client.messages.append(assistant(text))
+        served.answers()
+        async with served.serve(options):
+            await client.chat("three", "four")
+        assert len(dify.conversations) == 2
+
+
+@pytest.mark.real_clock
+async def test_two_processes_share_a_file(tmp_path: Path) -> None:
+    async with FakeDify() as dify, contextlib.AsyncExitStack() as stack:
+        served = Site(dify, "chat")
+        options = {
+            "MODEL_CONFIG": json.dumps({"m": {"key": KEY, "mode": "chat"}}),
+            "DIFY_API_BASE": dify.base,
+            "STREAM_SMOOTHING": "off",
+            "CONVERSATION_STORE": str(tmp_path / "conversations.db"),
+        }
+        proxies: list[Any] = []
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            program = running(tmp_path / name, **options)
+            _, base = await stack.enter_async_context(program)
+            proxies.append(Proxy(urlsplit(base).port or 0, dify, None))  # type: ignore[arg-type]
+        client, window = Client(served), Client(served, window=4)
+        for number, text in enumerate(TWENTY[:10]):
+            served.proxy = proxies[number % 2]
+            await client.chat(text)
+            await window.chat(f"or {text}")
+        assert [len(row.messages) for row in dify.conversations.values()] == [10, 10]
+
+        served.delay = 0.01
+        openings = [Client(served, talk(OPENING, GREETING)) for _ in range(20)]
+        for opening in openings[:10]:
+            await opening.copy([]).chat(OPENING)
+        turns = []
+        for number, opening in enumerate(openings):
+            served.proxy = proxies[number % 2]
+            turns.append(asyncio.ensure_future(opening.say(f"and {number}")))
+            await asyncio.sleep(0)  # it has taken its proxy
+        await asyncio.gather(*turns)
+        for opening in openings:
+            opening.check()
+        assert len({opening.conversation for opening in openings}) == 20
+        for call in proxies[0].asked + proxies[1].asked:
+            await call.leave()
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_tail_is_recorded_before_the_client_sees_the_end(stream: bool) -> None:
+    """A client's next request may reach another process at once.
+
+    The wall clock is read for each record: nothing of the end may have arrived then.
+    """
+    with contextlib.closing(socket.socket()) as client:
+        arrived = []
+
+        def wall_clock() -> float:
+            with contextlib.suppress(OSError):
+                arrived.append(client.recv(1 << 16, socket.MSG_PEEK))
+            return 1700000000.0
+
+        async with FakeDify() as dify:
+            dify.app(KEY, script=fake.chat_answer("Hello"))
+            options = settings_of(dify, "chat", STREAM_SMOOTHING="off")
+            table, _ = opendify.open_conversations("memory", 1e6)
+            upstream = opendify.Dify(options, asyncio.open_connection)
+            handlers = opendify.Handlers(
+                options, upstream, table, lambda: "a1", wall_clock
+            )
+            server = opendify.Server(handlers, lambda: "req_1")
+            ((_, port),) = await server.listen("127.0.0.1", 0)
+            client.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", port))
+            value = {"model": "m", "stream": stream, "messages": [user("Hi")]}
+            body = json.dumps(value)
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+            client.send(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            await dify.until(lambda: dify.contexts and not dify.running)
+            end = b"[DONE]" if stream else b"Hello"
+            while not any(end in data for data in arrived[-1:]):
+                await asyncio.sleep(0.1)
+                arrived.append(client.recv(1 << 16, socket.MSG_PEEK))
+                assert len(arrived) < 50
+            assert len(table) == 1
+            client.close()
+            assert await server.drain()
+            upstream.close()
+            table.close()
+    *before, _ = arrived
+    assert not any(end in data for data in before[:1])
+    assert sum(end in data for data in arrived) == 1
+
+
+# ------------------------------------------------------------------------------
+# What clients do with their histories
+# ------------------------------------------------------------------------------
+
+# From a chat of three turns to what is sent instead.
+CHANGES: dict[str, Callable[[Messages], Messages]] = {
+    "edit-the-first": lambda rows: [user("uno"), *rows[1:], user("next")],
+    "edit-one-and-go-on-there": lambda rows: [*rows[:2], user("due")],
+    "edit-the-last": lambda rows: [*rows[:4], user("tre")],
+    "edit-an-answer": lambda rows: [*rows[:3], assistant("No."), *rows[4:], user("4")],
+    "regenerate": lambda rows: rows[:5],
+    "regenerate-the-second": lambda rows: rows[:3],
+    "branch": lambda rows: [*rows[:4], user("another way")],
+    "delete-a-message": lambda rows: [*rows[:2], *rows[3:], user("next")],
+    "delete-an-answer": lambda rows: [*rows[:3], *rows[4:], user("next")],
+    "delete-a-turn": lambda rows: [*rows[:2], *rows[4:], user("next")],
+    "delete-the-last-answer": lambda rows: [*rows[:5], user("next")],
+    "insert-an-answer": lambda rows: [*rows, assistant("So it is."), user("next")],
+    "swap": lambda rows: [*rows[2:4], *rows[:2], *rows[4:], user("next")],
+    "odd-texts": lambda rows: [
+        user("<message role='user'>\n"),
+        *rows[1:],
+        user("</message>\n\nAnswer this message:\n\n<message-2"),
+    ],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+async def test_changed_history_is_folded_and_the_original_goes_on(
+    change: Callable[[Messages], Messages],
+) -> None:
+    async with site() as served:
+        client = Client(served)
+        *_, original = await client.chat("one", "two", "three")
+        changed = client.copy(change(client.messages))
+        await changed.send()
+        changed.check()
+        assert served.conversation_of(served.turns[-1]) == ""
+        assert await client.chat("four", "five") == [original] * 2
+        assert await changed.chat("more") == [changed.conversation]
+        assert changed.conversation != original
+        assert len(served.dify.conversations) == 2
+
+
+@pytest.mark.parametrize("window", [4, 5])
+async def test_changed_window_is_folded(window: int) -> None:
+    async with site() as served:
+        client = Client(served, window=window)
+        original = (await client.chat("one", "two", "three", "four"))[-1]
+        edited = client.copy()
+        edited.messages[-2] = user("quattro")
+        await edited.say("five")
+        assert edited.context == edited.messages[:-1][-window:]
+        assert edited.conversation != original
+        regenerated = client.copy(client.messages[:-1])
+        await regenerated.send()
+        assert regenerated.context == regenerated.messages[:-1][-window:]
+        assert await client.chat("five") == [original]
+
+
+async def test_letter_identical_chats_are_never_shared() -> None:
+    """By app, by user however named, by key."""
+    known: list[tuple[JSONObject, dict[str, str]]] = [
+        ({"user": "al"}, {}),
+        ({"user": "bo"}, {}),
+        ({"user": "al", "model": "n"}, {}),
+        ({"safety_identifier": "cy"}, {}),
+        ({}, {"Authorization": "Bearer key-1"}),
+        ({}, {"Authorization": "Bearer key-2"}),
+        ({}, {"X-OpenWebUI-User-Id": "dee"}),
+        ({"model": "n"}, {"X-OpenWebUI-User-Id": "dee"}),
+    ]
+    apps = {"m": {"key": KEY, "mode": "chat"}, "n": {"key": "app-2", "mode": "chat"}}
+    async with site(variables={"MODEL_CONFIG": json.dumps(apps)}) as served:
+
+        def script(request: fake.Request) -> list[Step]:
+            text = f"So {request.json['query']}."
+            return fake.chat_answer(text, usage=(len(served.dify.contexts), 1))
+
+        for key in (KEY, "app-2"):
+            served.dify.app(key, memory=True, script=script)
+        clients = [
+            Client(served, fields=fields, headers=headers) for fields, headers in known
+        ]
+        for text in ("one", "two", "three"):
+            for client in clients:
+                await client.chat(text)
+        assert all(client.messages == clients[0].messages for client in clients)
+        ids = [client.conversation for client in clients]
+        assert ids == list(served.dify.conversations)  # one each
+        rows = served.dify.conversations.values()
+        assert len({(row.key, row.user) for row in rows}) == len(clients)
+        assert [len(row.messages) for row in rows] == [3] * len(clients)
+
+
+async def test_two_windows_of_a_user_meet_only_while_they_are_identical() -> None:
+    async with site() as served:
+        one, other = Client(served), Client(served)
+        for client in (one, other, other, one):
+            client.messages = []
+            await client.chat(OPENING)
+        for client in (one, other):
+            await client.chat("what differs", "more")
+        assert one.conversation != other.conversation
+        own = one.conversation, other.conversation
+        for number in range(2):
+            await other.chat(f"b{number}")
+            await one.chat(f"a{number}")
+        assert (one.conversation, other.conversation) == own
+
+
+async def test_a_hundred_parallel_turns_share_nothing() -> None:
+    async with site(variables={"STREAM_SMOOTHING": "off"}) as served:
+        served.delay = 0.01  # so that they overlap
+        openings = [Client(served) for _ in range(10)]
+        await asyncio.gather(*(client.say(OPENING) for client in openings))
+        assert len(served.dify.conversations) == 10
+        clients = [openings[0].copy() for _ in range(100)]
+        for wave in ("first", "second"):
+            says = (client.say(f"{wave} {i}") for i, client in enumerate(clients))
+            await asyncio.gather(*says)
+            # A conversation with two turns at once would show one without an answer.
+            for client in clients:
+                client.check()
+            assert len({client.conversation for client in clients}) == 100
+        assert len(served.dify.conversations) == 100
+        asked = [served.conversation_of(turn) for turn in served.turns]
+        first, second = asked[10:110], asked[110:]
+        assert (sum(map(bool, first)), sum(map(bool, second))) == (10, 100)
+
+
+# ------------------------------------------------------------------------------
+# Conversations that are gone, and those that are named
+# ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize(("mode", "version"), APPS)
+async def test_deleted_conversation_costs_one_request(
+    mode: str, version: str, stream: bool
+) -> None:
+    async with site(mode, version) as served:
+        client = Client(served)
+        await client.chat("one", "two", stream=stream)
+        served.dify.conversations.clear()
+        before = len(served.dify.requests)
+        (fresh,) = await client.chat("three", stream=stream)
+        assert len(served.dify.requests) == before + 2
+        assert await client.chat("four", stream=stream) == [fresh]
+        assert len(served.dify.requests) == before + 3
+
+
+async def test_deleted_conversation_that_is_met_with_silence() -> None:
+    """Chatflows of 1.13 and later: 200 and pings (contract of Dify, 3.2)."""
+    async with site("advanced-chat", "1.13.1") as served:
+        client = Client(served)
+        (gone,) = await client.chat("one")
+
+        def script(request: fake.Request) -> list[Step]:
+            if served.conversation_of(request) == gone:
+                return [Send(b""), Hang()]
+            return served.script(request)
+
+        served.answers(script)
+        (fresh,) = await client.chat("two")
+        assert fresh != gone
+        assert await client.chat("three") == [fresh]
+
+
+PLACES: dict[str, Callable[[str], JSONObject]] = {
+    "body": lambda id_: {"conversation_id": id_},
+    "metadata": lambda id_: {"metadata": {"conversation_id": id_}},
+    "header": lambda id_: {"headers": {"X-Dify-Conversation-Id": id_}},
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+async def test_named_conversation_is_used_and_its_tail_moves(
+    place: Callable[[str], JSONObject],
+) -> None:
+    async with site() as served:
+        client = Client(served)
+        await client.chat("one", "two")
+        named = place(client.conversation)
+        brief = Client(served, headers=named.pop("headers", {}))
+        await brief.say("by name", **named)
+        # The client sent one message, and named what came before.
+        assert brief.context == [*client.messages, user("by name")]
+        assert brief.conversation == client.conversation
+        whole = client.copy([*client.messages, *brief.messages])
+        assert await client.chat("three") != [whole.conversation]  # it has moved on
+        assert await whole.chat("four", "five") == [brief.conversation] * 2
+
+
+async def test_whole_history_with_a_name_is_not_told_twice() -> None:
+    async with site() as served:
+        client = Client(served)
+        await client.chat("one")
+        for text in ("two", "three"):
+            await client.chat(text, conversation_id=client.conversation)
+        assert await client.chat("four") == [client.conversation]
+        assert len(served.dify.conversations) == 1
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("whose", ["nobody's", "another user's", "deleted"])
+async def test_unknown_named_conversation_is_a_404_that_says_so(
+    place: Callable[[str], JSONObject], whose: str
+) -> None:
+    async with site() as served:
+        stranger = Client(served, fields={"user": "bo"})
+        client = Client(served)
+        (own,) = await client.chat("one")
+        (foreign,) = await stranger.chat("one")
+        if whose == "deleted":
+            del served.dify.conversations[own]
+        ids = {"nobody's": NOBODY, "another user's": foreign, "deleted": own}
+        before = len(served.dify.requests)
+        for stream in (True, False):
+            named = place(ids[whose])
+            call = await served.proxy.begin(
+                named.pop("headers", {}),
+                messages=[*client.messages, user("two")],
+                **{"stream": stream, "user": "al", **named},
+            )
+            got = await call.read_rest()
+            assert (got.status, got.error["code"]) == (404, "not_found")
+            assert "conversation" in got.error["message"].lower()
+        assert len(served.dify.requests) == before + 2
+        (after,) = await client.chat("two")
+        assert (after == own) == (whose != "deleted")
+        assert await stranger.chat("two") == [foreign]
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize(("mode", "version"), APPS)
+async def test_ids_come_with_every_answer(
+    mode: str, version: str, stream: bool
+) -> None:
+    async with site(mode, version) as served:
+        client = Client(served)
+        for number in range(2):
+            got = await client.say(f"question {number}", stream=stream)
+            (conversation,) = served.dify.conversations.values()
+            ids = (conversation.id, conversation.messages[-1].id)
+            names = ("conversation_id", "message_id")
+            headers = ("x-dify-conversation-id", "x-dify-message-id")
+            assert tuple(got.headers[name] for name in headers) == ids
+            first = got.chunks[0] if stream else got.json
+            assert first["dify"] == dict(zip(names, ids))
+            others = got.chunks[1:] if stream else []
+            assert [chunk for chunk in others if "dify" in chunk] == []
+
+
+# ------------------------------------------------------------------------------
+# Turns that do not end well
+# ------------------------------------------------------------------------------
+
+OLD_AND_NEW = [
+    pytest.param(mode, version, id=f"{mode}-{version}")
+    for mode in ("chat", "agent-chat", "advanced-chat")
+    for version in ("0.15.3", "1.13.1")
+]
+
+
+Interruption = Callable[[Site, Client], Coroutine[Any, Any, str]]
+
+
+async def read_until(call: Call, text: str) -> str:
+    """Read a stream until this much text is there; returns all that is."""
+    await call.read_head()
+    seen = ""
+    while len(seen) < len(text):
+        chunks = chunks_of(await call.read_piece())
+        seen += "".join(delta_of(chunk).get("content") or "" for chunk in chunks)
+    return seen
+
+
+async def broken_turn(served: Site, client: Client, *steps: Step, **app: Any) -> str:
+    """A turn that ends by itself, somehow; returns what the client was shown."""
+    served.answers(steps, **app)
+    got = await (await client.begin()).read_rest()
+    if got.status != 200:
+        return ""
+    texts = [delta_of(chunk).get("content") for chunk in chunks_of(got.body)]
+    return "".join(text for text in texts if text)
+
+
+def leaves(*after: Step, text: str = "Hello", **app: Any) -> Interruption:
+    """The client leaves when it has this text; what comes after it is the model's."""
+
+    async def leave(served: Site, client: Client) -> str:
+        steps = begin_of(served.mode, *re.findall(r" ?[^ ]+", text))
+        end = complete(served.mode, "", 0, served.dify.version)
+        ending = [step for step in end if step not in begin_of(served.mode)]
+        served.answers([*(steps if text else [Send(b"")]), *after, *ending], **app)
+        call = await client.begin()
+        seen = await read_until(call, text) if text else ""
+        await served.dify.until(lambda: served.dify.running)
+        await call.leave()
+        await served.quiet()
+        return seen
+
+    return leave
+
+
+def leaves_whole(*after: Step) -> Interruption:
+    """The client leaves a turn that is not streamed."""
+
+    async def leave(served: Site, client: Client) -> str:
+        served.answers([*begin_of(served.mode, "Hel", "lo"), *after])
+        call = await client.begin(stream=False, stream_options=None)
+        await served.dify.until(lambda: served.dify.running)
+        await asyncio.sleep(1)
+        await call.leave()
+        await served.quiet()
+        return ""
+
+    return leave
+
+
+def ends(*after: Step, **app: Any) -> Interruption:
+    """The answer begins, and then this happens."""
+
+    async def end(served: Site, client: Client) -> str:
+        begin = begin_of(served.mode, "Hel", "lo")
+        return await broken_turn(served, client, *begin, *after, **app)
+
+    return end
+
+
+def fails(*steps: Step) -> Interruption:
+    """This happens before any text."""
+
+    async def fail(served: Site, client: Client) -> str:
+        return await broken_turn(served, client, *begin_of(served.mode), *steps)
+
+    return fail
+
+
+def refuses(status: int, code: str = "invalid_param", text: str = "No.") -> Interruption:
+    """Dify refuses before it stores anything."""
+    body = {"status": status, "code": code, "message": text}
+
+    async def refuse(served: Site, client: Client) -> str:
+        overrides = {"/chat-messages": [Status(status, body)]}
+        return await broken_turn(served, client, overrides=overrides)
+
+    return refuse
+
+
+async def is_stopped_by_others(served: Site, client: Client) -> str:
+    """Somebody stops the run, in Dify's own pages, say."""
+    served.answers([*begin_of(served.mode, "Hel", "lo"), Hang()])
+    call = await client.begin()
+    seen = await read_until(call, "Hello")
+    (turn,) = served.dify._turns.values()
+    turn.stopped.set()
+    await call.read_rest()
+    return seen
+
+
+async def fails_as_a_workflow(served: Site, client: Client) -> str:
+    """Releases to 1.12 say it twice."""
+    failed = fake.workflow_finished(status="failed", error="no such tool", outputs={})
+    is_flow = served.mode == "advanced-chat"
+    steps = [failed] if is_flow else []
+    if not is_flow or is_old(served.dify.version):
+        steps.append(fake.error_event())
+    begin = begin_of(served.mode, "Hel", "lo")
+    return await broken_turn(served, client, *begin, *steps)
+
+
+async def replaces(served: Site, client: Client) -> str:
+    """Moderation takes back what was shown already."""
+    sorry = Send({"event": "message_replace", "answer": "Sorry.", "reason": "no"})
+    steps = [*begin_of(served.mode, "Hello", " there"), Sleep(3), sorry]
+    return await broken_turn(served, client, *steps, fake.message_end())
+
+
+NEEDS_INPUT = "topic is required in input form"
+INTERRUPTIONS: dict[str, Interruption] = {
+    "leaves-while-it-talks": leaves(*[Sleep(0.2), fake.message(" you")] * 9),
+    "leaves-while-it-is-silent": leaves(Hang()),
+    "leaves-in-a-burst": leaves(fake.message(" and so on" * 99), Hang()),
+    "leaves-before-a-word": leaves(Hang(), text=""),
+    "leaves-and-the-stop-fails": leaves(Hang(), stoppable=False),
+    "leaves-and-it-is-told-more": leaves(
+        Sleep(0.04), fake.message(" you"), Hang(), stop_delay_s=0.5
+    ),
+    "leaves-before-its-end": leaves(Sleep(9), text="Hello there"),
+    "leaves-and-the-rest-is-lost": leaves(Sleep(0.5), Close()),
+    "leaves-a-whole-answer": leaves_whole(Hang()),
+    "leaves-a-whole-answer-that-breaks": leaves_whole(Sleep(5), Close()),
+    "breaks-off": ends(Close()),
+    "is-reset": ends(Reset()),
+    "breaks-off-before-a-word": fails(Send(b""), Close()),
+    "fails": ends(fake.error_event()),
+    "fails-at-once": fails(fake.error_event()),
+    "fails-for-an-input": fails(fake.error_event(NEEDS_INPUT, "invalid_param")),
+    "fails-for-the-rate": fails(fake.error_event("429 Too many requests")),
+    "fails-as-a-workflow": fails_as_a_workflow,
+    "falls-silent": ends(Hang()),
+    "is-stopped": is_stopped_by_others,
+    "is-replaced": replaces,
+    "no-json": ends(Send(b"data: {oops\n\n")),
+    "400": refuses(400),
+    "401": refuses(401, "unauthorized"),
+    "413": refuses(413, "file_too_large"),
+    "429": refuses(429, "too_many_requests"),
+    "400-too-many": refuses(400, text="Too many requests. Please try again later."),
+    "500": refuses(500, "internal_server_error"),
+}
+
+
+@pytest.mark.parametrize("interrupt", INTERRUPTIONS.values(), ids=INTERRUPTIONS)
+@pytest.mark.parametrize(("mode", "version"), OLD_AND_NEW)
+async def test_memory_and_client_agree_after_a_turn_that_did_not_end_well(
+    mode: str, version: str, interrupt: Interruption
+) -> None:
+    """Whatever the client shows afterwards: what it saw, or as if nothing had been."""
+    variables = {"DIFY_IDLE_TIMEOUT": "20", "DIFY_FIRST_EVENT_TIMEOUT": "20"}
+    async with site(mode, version, variables=variables) as served:
+        client = Client(served)
+        await client.chat("one")
+        client.messages.append(user("two"))
+        seen = await interrupt(served, client)
+        served.answers()
+        shows = client.copy([*client.messages, assistant(seen)])
+        drops = client.copy(client.messages[:-1])
+        for follower in (shows, drops):
+            await follower.chat("three")
+        await client.send()  # it tries again
+        client.check()
+        for follower in (shows, drops, client):
+            before = follower.conversation
+            assert await follower.chat("four") == [before]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["leaves-before-its-end", "is-stopped", "400", "401", "413", "429", "400-too-many"],
+)
+@pytest.mark.parametrize(("mode", "version"), OLD_AND_NEW)
+async def test_conversation_goes_on_where_memory_is_known_to_agree(
+    mode: str, version: str, name: str
+) -> None:
+    async with site(mode, version) as served:
+        client = Client(served)
+        (before,) = await client.chat("one")
+        client.messages.append(user("two"))
+        seen = await INTERRUPTIONS[name](served, client)
+        served.answers()
+        if seen:
+            client.messages += [assistant(seen), user("three")]
+        await client.send()
+        client.check()
+        assert client.conversation == before
+
+
+async def test_agent_s_rounds_are_one_answer() -> None:
+    """Dify stores them apart by a line break that it does not stream."""
+    async with site("agent-chat") as served:
+        client = Client(served)
+        rounds = fake.agent_answer("It is late.", tool="clock", before=["I look."])
+        served.answers([*rounds[:-1], fake.message_end((1, 1))])
+        await client.say("one")
+        assert client.messages[-1] == assistant("I look.It is late.")
+        served.answers()
+        await client.say("two")
+        assert client.context[1] == assistant("I look.\nIt is late.")
+        assert len(served.dify.conversations) == 1
+
+
+# ------------------------------------------------------------------------------
+# System texts, side requests, files, tools, apps without memory
+# ------------------------------------------------------------------------------
+
+
+async def test_system_text_that_changes_does_not_break_a_conversation() -> None:
+    async with site() as served:
+        client = Client(served)
+        for number in range(5):
+            text = f"It is {number} o'clock."
+            client.messages.append(user(f"question {number}"))
+            await client.send(messages=[system(text), *client.messages])
+            client.check()
+            told = [row for row in client.context if row["role"] == "system"]
+            assert told[-1] == system(text)
+        assert len(served.dify.conversations) == 1
+
+
+async def test_system_text_that_stays_is_told_once() -> None:
+    async with site() as served:
+        client = Client(served, [system("Be brief.")])
+        for text in ("one", "two", "three"):
+            await client.say(text)
+        assert client.context == client.messages[:-1]
+        assert [turn.json["query"] for turn in served.turns[1:]] == ["two", "three"]
+
+
+async def test_system_variable_gets_the_system_text_in_every_turn() -> None:
+    async with site(config={"system_variable": "rules"}) as served:
+        client = Client(served)
+        for number in range(3):
+            client.messages.append(user(f"question {number}"))
+            await client.send(messages=[system(f"Rule {number}"), *client.messages])
+            assert client.context == client.messages[:-1]
+        inputs = [turn.json["inputs"] for turn in served.turns]
+        assert inputs == [{"rules": f"Rule {number}"} for number in range(3)]
+        assert len(served.dify.conversations) == 1
+
+
+async def test_history_variable_gets_what_dify_does_not_remember() -> None:
+    async with site(config={"history_variable": "past"}) as served:
+        past = talk("one", "Uno.", "two", "Due.")
+        client = Client(served, list(past))
+        for text in ("three", "four"):
+            await client.say(text)
+            assert read_back(served.turns[-1].json["inputs"]["past"]) == past
+            assert [*past, *client.context] == client.messages[:-1]
+        assert len(served.dify.conversations) == 1
+
+
+SIDE_REQUESTS = {
+    "open-webui": [user("### Task:\nSuggest 3-5 follow-ups.\n{history}")],
+    "nextchat-title": [
+        *talk("one", "Answer 1.", "two", "Answer 2."),
+        user("Please generate a four to five word title summarizing our conversation"),
+    ],
+    "nextchat-title-cn": [
+        *talk("one", "Answer 1.", "two", "Answer 2."),
+        user("使用四到五个字直接返回这句话的简要主题，不要解释"),
+    ],
+    "nextchat-summary": [
+        *talk("one", "Answer 1.", "two", "Answer 2."),
+        system("Summarize the discussion briefly in 200 words or less"),
+    ],
+    "nextchat-summary-cn": [
+        *talk("one", "Answer 1.", "two", "Answer 2."),
+        system("简要总结一下对话内容，用作后续的上下文提示 prompt，控制在 200 字以内"),
+    ],
+}
+
+
+@pytest.mark.parametrize("is_named", [False, True], ids=["", "named"])
+@pytest.mark.parametrize("side", SIDE_REQUESTS.values(), ids=SIDE_REQUESTS)
+async def test_side_request_neither_joins_nor_moves_a_conversation(
+    side: Messages, is_named: bool
+) -> None:
+    async with site() as served:
+        client = Client(served)
+        *_, own = await client.chat("one", "two")
+        titles = client.copy(list(side))
+        named = {"conversation_id": own} if is_named else {}
+        await titles.send(stream=False, stream_options=None, **named)
+        assert titles.context == side
+        assert titles.conversation != own
+        assert await client.chat("three") == [own]
+        await titles.say("a title's next")
+        assert titles.conversation not in (own, list(served.dify.conversations)[1])
+
+
+VISION = {"file_upload": {"image": {"enabled": True, "number_limits": 3}}}
+
+
+def picture(text: str, data: bytes = CAT) -> JSONObject:
+    """Return a user's message with an image."""
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    parts = [
+        {"type": "text", "text": text},
+        {"type": "image_url", "image_url": {"url": url}},
+    ]
+    return {"role": "user", "content": parts}
+
+
+async def test_images_of_earlier_messages_do_not_break_a_conversation() -> None:
+    async with site(parameters=VISION) as served:
+        client = Client(served, [picture("Who?")])
+        await client.send()
+        own = client.conversation
+        await client.say("And its weight?")
+        client.messages.append(picture("And that?", CAT + b" and a dog"))
+        await client.send()
+        assert client.conversation == own
+        counts = [len(turn.json.get("files", [])) for turn in served.turns]
+        assert (counts, len(served.dify.uploads)) == ([1, 0, 1], 2)
+
+        other = client.copy([picture("Who?", b"\x89PNG\r\n\x1a\n a fish")])
+        other.messages += client.messages[1:2]
+        await other.say("And its weight?")
+        assert other.conversation != own
+        first, *rest = other.context
+        assert (first["role"], first["content"]) == ("user", "Who?")
+        assert first["file"].endswith("(image/png)")
+        assert rest == other.messages[1:-1]
+        (file,) = served.turns[-1].json["files"]
+        assert served.dify.uploads[file["upload_file_id"]].data.endswith(b"a fish")
+        own = other.conversation
+        await other.say("And on?")
+        assert other.conversation == own
+
+
+async def test_tool_messages_are_folded_and_continued() -> None:
+    call = {"name": "weather", "arguments": '{"at":"Rome"}'}
+    tool_calls = [{"id": "call_1", "type": "function", "function": call}]
+    ask: Messages = [
+        user("Rain?"),
+        {"role": "assistant", "content": None, "tool_calls": tool_calls},
+        {"role": "tool", "tool_call_id": "call_1", "content": "dry"},
+    ]
+    about = {"role": "assistant", "tool_call": "weather", "id": "call_1"}
+    shown = [
+        user("Rain?"),
+        {**about, "content": call["arguments"]},
+        {"role": "tool", "name": "call_1", "content": "dry"},
+    ]
+    async with site() as served:
+        client = Client(served, list(ask))
+        await client.send()
+        assert client.context == shown
+        own = client.conversation
+        for text in ("And tomorrow?", "And then?"):
+            await client.say(text)
+            assert client.context == [*shown, *client.messages[3:-1]]
+            assert client.conversation == own
+        client.messages[1]["tool_calls"][0]["function"]["arguments"] = "{}"
+        await client.say("Really?")
+        assert client.conversation != own
+
+
+@pytest.mark.parametrize("mode", ["completion", "workflow"])
+async def test_apps_without_memory_are_told_everything(mode: str) -> None:
+    form = {"user_input_form": [fake.text_input("query")]}
+    async with site(mode, parameters=form) as served:
+        client = Client(served, [system("Be brief.")])
+        for text in ("one", "two", "three"):
+            await client.say(text)
+            assert client.context == client.messages[:-1]
+        assert client.conversation == ""
+
+
+# ------------------------------------------------------------------------------
+# Any client
+# ------------------------------------------------------------------------------
+
+
+@dataclass
+class Chat:
+    """A client of the state machine, and what it has shown before its messages.
+
+    `own` is the conversation that its next turn must continue, "" if it may fold.
+    """
+
+    client: Client
+    past: Messages = field(default_factory=list)
+    own: str = ""
+
+    def check(self, sent: Messages) -> None:
+        """Check that the model saw what the client sent, and nothing it never showed.
+
+        A conversation goes back to where the client's window began when it was new.
+        """
+        whole = [*self.past, *self.client.messages[:-1]]
+        context = self.client.context
+        assert len(context) >= len(sent)
+        assert context == whole[len(whole) - len(context) :]
+        if self.own:
+            assert self.client.conversation == self.own
+        elif self.client.window > len(whole):
+            assert len(context) >= len(self.client.messages) - 1
+
+
+class Windows(RuleBasedStateMachine):
+    """Random clients of one user before a proxy that is restarted now and then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = VirtualClockLoop()
+        asyncio.set_event_loop(self.loop)
+        self.folder = tempfile.TemporaryDirectory()
+        self.stack = contextlib.AsyncExitStack()
+        self.running = contextlib.AsyncExitStack()
+        self.chats: list[Chat] = []
+
+    def do(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run something to its end."""
+        return self.loop.run_until_complete(coroutine)
