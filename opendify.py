@@ -5684,7 +5684,8 @@ def _is_allowed(origin: str, host: str, allowed: Sequence[str]) -> bool:
     if "*" in allowed or origin in allowed:
         return True
     if scheme in ("http", "https"):
-        return is_loopback(host_name(rest)) or rest == host
+        is_one = re.fullmatch(r"[\w.:\[\]-]+", rest, re.ASCII) is not None
+        return is_one and (is_loopback(host_name(rest)) or rest == host)
     return scheme in _APP_SCHEMES and bool(rest)
 
 

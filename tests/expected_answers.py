@@ -6,7 +6,7 @@ answer to /chat-messages, /completion-messages and /workflows/run, sorted by fil
 exchange; `tests/replay.py` gives the bytes.
 """
 
-# ruff: noqa: E501, RUF001
+# ruff: noqa: E501
 
 from __future__ import annotations
 

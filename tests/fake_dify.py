@@ -219,10 +219,7 @@ def agent_answer(
 
 
 def chatflow_answer(
-    *pieces: str,
-    order: str = "old",
-    delay: float = 0,
-    usage: tuple[int, int] = (14, 8),
+    *pieces: str, order: str = "old", delay: float = 0, usage: tuple[int, int] = (14, 8)
 ) -> list[Step]:
     """Return the answer of a chatflow: start, llm and answer nodes.
 
@@ -1319,11 +1316,7 @@ class FakeDify:
             answer.event({"event": "ping"})
 
     def _stop(
-        self,
-        connection: _Connection,
-        request: Request,
-        app: App,
-        match: re.Match[str],
+        self, connection: _Connection, request: Request, app: App, match: re.Match[str]
     ) -> None:
         """Answer a stop, and stop the turn if it is this user's and app's."""
         _check_json_and_user(request)
@@ -1510,7 +1503,7 @@ def _check_json_and_user(request: Request) -> None:
         raise _crash()
     if not request.json.get("user"):
         raise _Refused(400, "invalid_param", "Arg user must be provided.")
-    if len(request.user) > 255:  # noqa: PLR2004 - the width of Dify's column
+    if len(request.user) > 255:
         raise _crash()
 
 
@@ -1561,7 +1554,7 @@ def _field_errors(body: Event, app: App) -> dict[str, str]:
 def _pydantic(text: str, code: str, value: Any) -> str:
     """Return an error in the words of the library that Dify uses from 1.11 on."""
     shown = repr(value)
-    if len(shown) > 50:  # noqa: PLR2004 - pydantic's own limit
+    if len(shown) > 50:
         shown = f"{shown[:25]}...{shown[-24:]}"
     return (
         f"  {text} [type={code}, input_value={shown}, "

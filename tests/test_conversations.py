@@ -703,7 +703,8 @@ def test_attributes_cannot_be_left() -> None:
 
 
 def test_a_history_variable_takes_the_history_as_long_as_dify_has_not_got_it() -> None:
-    options = {"history_variable": "past", "system_variable": "persona"}
+    options: dict[str, Any] = {"history_variable": "past"}
+    options["system_variable"] = "persona"
     request = ask(*chat("u1", "a1", "u2"), system="Be brief.")
     plan = plan_turn(request, SCOPE, None, **options)
     past = (
@@ -1051,7 +1052,7 @@ def test_nothing_is_dropped(
 ) -> None:
     request = ask(*messages, system=system)
     tail = Tail(SCOPE, "c") if is_old else None
-    options = {"history_variable": "past"} if in_variable else {}
+    options: dict[str, Any] = {"history_variable": "past"} if in_variable else {}
     plan = plan_turn(request, SCOPE, tail, **options)
     said = plan.query + str(plan.inputs.get("past", ""))
     _, new = split_turn(request)

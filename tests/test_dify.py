@@ -62,7 +62,7 @@ def joined(parts: list[Part], kind: type[Text] | type[Reasoning]) -> str:
             text = ""
         elif isinstance(part, Replace) and kind is Text:
             text = part.text
-        elif isinstance(part, kind):
+        elif isinstance(part, (Text, Reasoning)) and type(part) is kind:
             text += part.text
     return text
 
@@ -242,8 +242,10 @@ def test_nothing_longer_than_the_longest_tag_is_held_back() -> None:
 
 
 SCRAPS = st.sampled_from(
-    ["<think>", "</think>", "<", ">", "/", "think", "\n", "a", "é", "&lt;", "&", "<p>"]
-    + [MARKER, DETAILS, "</details>", "```", "< think >", "<thin", "</thi"]
+    [
+        *("<think>", "</think>", "<", ">", "/", "think", "\n", "a", "é", "&lt;", "&"),
+        *(MARKER, DETAILS, "</details>", "```", "< think >", "<thin", "</thi", "<p>"),
+    ]
 )
 
 
@@ -322,21 +324,9 @@ def test_megabytes_that_nobody_reads_are_not_parsed() -> None:
             | st.dictionaries(
                 st.sampled_from(
                     [
-                        "data",
-                        "answer",
-                        "metadata",
-                        "usage",
-                        "outputs",
-                        "files",
-                        "status",
-                    ]
-                    + [
-                        "retriever_resources",
-                        "text",
-                        "error",
-                        "message",
-                        "actions",
-                        "id",
+                        *("data", "answer", "metadata", "usage", "outputs", "files"),
+                        *("status", "retriever_resources", "text", "error", "message"),
+                        *("actions", "id"),
                     ]
                 ),
                 inner,
