@@ -11,7 +11,6 @@ import asyncio
 import base64
 import contextlib
 import copy
-import itertools
 import json
 import os
 import re
@@ -32,7 +31,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
-    invariant,
     rule,
     run_state_machine_as_test,
 )
@@ -176,7 +174,7 @@ class Site:
         await self.dify.until(lambda: not self.dify.running)
         for call in self.proxy.asked:
             await call.leave()
-        while own_tasks():
+        while own_tasks():  # noqa: ASYNC110 - nothing tells when the last one ends
             await asyncio.sleep(0.1)
 
 
@@ -474,46 +472,51 @@ async def test_two_processes_share_a_file(tmp_path: Path) -> None:
 async def test_tail_is_recorded_before_the_client_sees_the_end(stream: bool) -> None:
     """A client's next request may reach another process at once.
 
-    The wall clock is read for each record: nothing of the end may have arrived then.
+    The clock is asked for each record: what has the client got by then?
     """
-    with contextlib.closing(socket.socket()) as client:
-        arrived = []
+    arrived: list[bytes] = []
+    with socket.socket() as client:
 
         def wall_clock() -> float:
             with contextlib.suppress(OSError):
                 arrived.append(client.recv(1 << 16, socket.MSG_PEEK))
             return 1700000000.0
 
-        async with FakeDify() as dify:
+        async with FakeDify() as dify, proxy_with_clock(dify, wall_clock) as port:
             dify.app(KEY, script=fake.chat_answer("Hello"))
-            options = settings_of(dify, "chat", STREAM_SMOOTHING="off")
-            table, _ = opendify.open_conversations("memory", 1e6)
-            upstream = opendify.Dify(options, asyncio.open_connection)
-            handlers = opendify.Handlers(
-                options, upstream, table, lambda: "a1", wall_clock
-            )
-            server = opendify.Server(handlers, lambda: "req_1")
-            ((_, port),) = await server.listen("127.0.0.1", 0)
+            client.connect(("127.0.0.1", port))
             client.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", port))
             value = {"model": "m", "stream": stream, "messages": [user("Hi")]}
             body = json.dumps(value)
-            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
-            client.send(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            head = f"POST /chat/completions HTTP/1.1\r\nContent-Length: {len(body)}"
+            client.send(f"{head}\r\nHost: localhost\r\n\r\n{body}".encode())
             await dify.until(lambda: dify.contexts and not dify.running)
+            await asyncio.sleep(1)
             end = b"[DONE]" if stream else b"Hello"
-            while not any(end in data for data in arrived[-1:]):
-                await asyncio.sleep(0.1)
-                arrived.append(client.recv(1 << 16, socket.MSG_PEEK))
-                assert len(arrived) < 50
-            assert len(table) == 1
+            assert end in client.recv(1 << 16)
             client.close()
-            assert await server.drain()
-            upstream.close()
-            table.close()
-    *before, _ = arrived
-    assert not any(end in data for data in before[:1])
-    assert sum(end in data for data in arrived) == 1
+    assert [data for data in arrived if end in data] == []
+
+
+@contextlib.asynccontextmanager
+async def proxy_with_clock(
+    dify: FakeDify, wall_clock: Callable[[], float]
+) -> AsyncIterator[int]:
+    """Give the port of a proxy that asks this clock; it must record one turn."""
+    options = settings_of(dify, "chat", STREAM_SMOOTHING="off")
+    table, _ = opendify.open_conversations("memory", 1e6)
+    upstream = opendify.Dify(options, asyncio.open_connection)
+    handlers = opendify.Handlers(options, upstream, table, lambda: "a1", wall_clock)
+    server = opendify.Server(handlers, lambda: "req_1")
+    ((_, port),) = await server.listen("127.0.0.1", 0)
+    try:
+        yield port
+        assert await server.drain()
+        assert len(table) == 1
+    finally:
+        await server.drain(0)
+        upstream.close()
+        table.close()
 
 
 # ------------------------------------------------------------------------------
@@ -856,7 +859,9 @@ def fails(*steps: Step) -> Interruption:
     return fail
 
 
-def refuses(status: int, code: str = "invalid_param", text: str = "No.") -> Interruption:
+def refuses(
+    status: int, code: str = "invalid_param", text: str = "No."
+) -> Interruption:
     """Dify refuses before it stores anything."""
     body = {"status": status, "code": code, "message": text}
 
@@ -897,16 +902,23 @@ async def replaces(served: Site, client: Client) -> str:
 
 
 NEEDS_INPUT = "topic is required in input form"
-INTERRUPTIONS: dict[str, Interruption] = {
+# After these the memory is known to agree with the client: the conversation goes on.
+KEPT = {
+    "leaves-before-its-end": leaves(Sleep(9), text="Hello there"),
+    "is-stopped": is_stopped_by_others,
+}
+LOST: dict[str, Interruption] = {
     "leaves-while-it-talks": leaves(*[Sleep(0.2), fake.message(" you")] * 9),
     "leaves-while-it-is-silent": leaves(Hang()),
     "leaves-in-a-burst": leaves(fake.message(" and so on" * 99), Hang()),
     "leaves-before-a-word": leaves(Hang(), text=""),
+    "leaves-before-the-first-word": leaves(
+        *[Sleep(2), fake.message("Hello"), Hang()], text=""
+    ),
     "leaves-and-the-stop-fails": leaves(Hang(), stoppable=False),
     "leaves-and-it-is-told-more": leaves(
         Sleep(0.04), fake.message(" you"), Hang(), stop_delay_s=0.5
     ),
-    "leaves-before-its-end": leaves(Sleep(9), text="Hello there"),
     "leaves-and-the-rest-is-lost": leaves(Sleep(0.5), Close()),
     "leaves-a-whole-answer": leaves_whole(Hang()),
     "leaves-a-whole-answer-that-breaks": leaves_whole(Sleep(5), Close()),
@@ -919,59 +931,52 @@ INTERRUPTIONS: dict[str, Interruption] = {
     "fails-for-the-rate": fails(fake.error_event("429 Too many requests")),
     "fails-as-a-workflow": fails_as_a_workflow,
     "falls-silent": ends(Hang()),
-    "is-stopped": is_stopped_by_others,
     "is-replaced": replaces,
     "no-json": ends(Send(b"data: {oops\n\n")),
+    "500": refuses(500, "internal_server_error"),
+}
+REFUSED = {
     "400": refuses(400),
     "401": refuses(401, "unauthorized"),
     "413": refuses(413, "file_too_large"),
     "429": refuses(429, "too_many_requests"),
     "400-too-many": refuses(400, text="Too many requests. Please try again later."),
-    "500": refuses(500, "internal_server_error"),
 }
 
 
-@pytest.mark.parametrize("interrupt", INTERRUPTIONS.values(), ids=INTERRUPTIONS)
+@pytest.mark.parametrize("name", [*KEPT, *LOST])
 @pytest.mark.parametrize(("mode", "version"), OLD_AND_NEW)
 async def test_memory_and_client_agree_after_a_turn_that_did_not_end_well(
-    mode: str, version: str, interrupt: Interruption
-) -> None:
-    """Whatever the client shows afterwards: what it saw, or as if nothing had been."""
-    variables = {"DIFY_IDLE_TIMEOUT": "20", "DIFY_FIRST_EVENT_TIMEOUT": "20"}
-    async with site(mode, version, variables=variables) as served:
-        client = Client(served)
-        await client.chat("one")
-        client.messages.append(user("two"))
-        seen = await interrupt(served, client)
-        served.answers()
-        shows = client.copy([*client.messages, assistant(seen)])
-        drops = client.copy(client.messages[:-1])
-        for follower in (shows, drops):
-            await follower.chat("three")
-        await client.send()  # it tries again
-        client.check()
-        for follower in (shows, drops, client):
-            before = follower.conversation
-            assert await follower.chat("four") == [before]
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["leaves-before-its-end", "is-stopped", "400", "401", "413", "429", "400-too-many"],
-)
-@pytest.mark.parametrize(("mode", "version"), OLD_AND_NEW)
-async def test_conversation_goes_on_where_memory_is_known_to_agree(
     mode: str, version: str, name: str
 ) -> None:
-    async with site(mode, version) as served:
+    """Whatever the client shows afterwards: what it saw, or as if nothing had been."""
+    variables = {"DIFY_IDLE_TIMEOUT": "9", "DIFY_FIRST_EVENT_TIMEOUT": "9"}
+    async with site(mode, version, variables=variables) as served:
         client = Client(served)
         (before,) = await client.chat("one")
         client.messages.append(user("two"))
-        seen = await INTERRUPTIONS[name](served, client)
+        seen = await {**KEPT, **LOST}[name](served, client)
         served.answers()
-        if seen:
-            client.messages += [assistant(seen), user("three")]
-        await client.send()
+        shows = client.copy([*client.messages, assistant(seen)])
+        drops = client.copy(client.messages[:-1])
+        assert (await shows.chat("three") == [before]) == (name in KEPT)
+        await drops.chat("three")
+        await client.send()  # it tries again
+        client.check()
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("refuse", REFUSED.values(), ids=REFUSED)
+async def test_conversation_goes_on_after_a_refusal(
+    refuse: Interruption, stream: bool
+) -> None:
+    async with site() as served:
+        client = Client(served)
+        (before,) = await client.chat("one", stream=stream)
+        client.messages.append(user("two"))
+        assert await refuse(served, client) == ""
+        served.answers()
+        await client.send(stream=stream)
         client.check()
         assert client.conversation == before
 
@@ -1165,42 +1170,222 @@ async def test_apps_without_memory_are_told_everything(mode: str) -> None:
 
 @dataclass
 class Chat:
-    """A client of the state machine, and what it has shown before its messages.
+    """A client of the state machine.
 
-    `own` is the conversation that its next turn must continue, "" if it may fold.
+    `past` is what it showed before its messages and no longer does. `own` is the
+    conversation that its next turn must continue, "" if it may fold.
     """
 
     client: Client
     past: Messages = field(default_factory=list)
     own: str = ""
 
-    def check(self, sent: Messages) -> None:
-        """Check that the model saw what the client sent, and nothing it never showed.
+    @property
+    def shown(self) -> Messages:
+        """What it shows."""
+        return self.client.messages
 
-        A conversation goes back to where the client's window began when it was new.
+    def check(self) -> None:
+        """Check what the model saw against what the client shows.
+
+        It must be all of it; but a conversation goes back to where the client's window
+        began when it was new.
         """
-        whole = [*self.past, *self.client.messages[:-1]]
+        whole = [*self.past, *self.shown[:-1]]
         context = self.client.context
+        sent = self.shown[:-1][-self.client.window :]
+        assert context == whole[max(0, len(whole) - len(context)) :]
         assert len(context) >= len(sent)
-        assert context == whole[len(whole) - len(context) :]
         if self.own:
             assert self.client.conversation == self.own
-        elif self.client.window > len(whole):
-            assert len(context) >= len(self.client.messages) - 1
+
+    def has_turned(self) -> None:
+        """Note that a turn has ended well: the next one continues it."""
+        answers = [row for row in self.shown if row["role"] == "assistant"]
+        is_own = answers[-1]["content"] != GREETING
+        self.own = self.client.conversation if is_own else ""
+
+
+CHATS = st.integers(0, 3)
+SAID = st.sampled_from([OPENING, OPENING, "go on", "and"])
+STREAM = st.booleans()
+BREAKS = ["leaves-while-it-talks", "leaves-in-a-burst", "leaves-before-its-end"]
+BREAKS += ["leaves-and-the-stop-fails", "leaves-a-whole-answer", "breaks-off", "fails"]
+BREAKS += ["leaves-and-it-is-told-more", "is-stopped", "is-reset", "429", "500"]
 
 
 class Windows(RuleBasedStateMachine):
     """Random clients of one user before a proxy that is restarted now and then."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    @initialize(
+        app=st.sampled_from([row.values for row in OLD_AND_NEW]),
+        windows=st.tuples(*[st.sampled_from([1000, 1000, 5, 4])] * 4),
+        in_file=st.booleans(),
+    )
+    def begin(
+        self, app: tuple[str, str], windows: tuple[int, ...], in_file: bool
+    ) -> None:
         self.loop = VirtualClockLoop()
-        asyncio.set_event_loop(self.loop)
         self.folder = tempfile.TemporaryDirectory()
-        self.stack = contextlib.AsyncExitStack()
-        self.running = contextlib.AsyncExitStack()
-        self.chats: list[Chat] = []
+        self.dify = FakeDify(version=app[1])
+        self.do(self.dify.__aenter__())
+        self.site = Site(self.dify, app[0])
+        self.in_file = in_file
+        store = str(Path(self.folder.name, "table.db")) if in_file else "memory"
+        self.settings = settings_of(
+            self.dify, app[0], STREAM_SMOOTHING="off", CONVERSATION_STORE=store
+        )
+        self.start()
+        self.chats = [Chat(Client(self.site, window=window)) for window in windows]
 
     def do(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run something to its end."""
         return self.loop.run_until_complete(coroutine)
+
+    def start(self) -> None:
+        self.stack = contextlib.AsyncExitStack()
+        self.do(self.stack.enter_async_context(self.site.serve(self.settings)))
+
+    def teardown(self) -> None:
+        if not hasattr(self, "loop"):
+            return
+        self.do(self.stack.aclose())
+        self.do(self.dify.__aexit__())
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+        self.loop.close()
+        self.folder.cleanup()
+
+    # Turns...
+
+    @rule(i=CHATS, texts=st.lists(SAID, min_size=1, max_size=3), stream=STREAM)
+    def talk(self, i: int, texts: list[str], stream: bool) -> None:
+        chat = self.chats[i]
+        for text in texts:
+            self.do(chat.client.say(text, stream=stream))
+            chat.check()
+            chat.has_turned()
+
+    @rule(i=CHATS, j=CHATS, text=SAID, stream=STREAM)
+    def talk_at_once(self, i: int, j: int, text: str, stream: bool) -> None:
+        """Two turns that overlap."""
+
+        async def both() -> None:
+            says = [self.chats[n].client.say(text, stream=stream) for n in {i, j}]
+            await asyncio.gather(*says)
+
+        self.site.delay = 0.01
+        self.do(both())
+        self.site.delay = 0
+        for n in {i, j}:
+            self.chats[n].check()
+            self.chats[n].has_turned()
+
+    @rule(
+        i=CHATS,
+        text=SAID,
+        name=st.sampled_from(BREAKS),
+        shows=st.sampled_from(["what it saw", "the question", "nothing"]),
+    )
+    def is_interrupted(self, i: int, text: str, name: str, shows: str) -> None:
+        chat = self.chats[i]
+        chat.shown.append(user(text))
+        turn = {**KEPT, **LOST, **REFUSED}[name]
+        seen = self.do(turn(self.site, chat.client))
+        self.site.answers()
+        if shows == "what it saw" and seen:
+            chat.shown.append(assistant(seen))
+        elif shows == "nothing":
+            chat.shown.pop()
+        chat.own = ""
+
+    @rule(i=CHATS, text=SAID)
+    def is_cut_by_a_restart(self, i: int, text: str) -> None:
+        chat = self.chats[i]
+        chat.shown.append(user(text))
+        begin = begin_of(self.site.mode, "Hel", "lo")
+        self.site.answers([*begin, Hang()])
+        call = self.do(chat.client.begin())
+        seen = self.do(read_until(call, "Hello"))
+        self.do(self.site.proxy.server.drain(0))
+        self.site.answers()
+        chat.shown.append(assistant(seen))
+        chat.own = ""
+        self.restart()
+
+    @rule()
+    def restart(self) -> None:
+        self.do(self.stack.aclose())
+        self.start()
+        for chat in self.chats:
+            chat.own = chat.own if self.in_file else ""
+
+    @rule(i=CHATS)
+    def delete_in_dify(self, i: int) -> None:
+        gone = self.chats[i].client.conversation
+        self.dify.conversations.pop(gone, None)
+        for chat in self.chats:
+            if chat.own == gone:
+                chat.own = ""
+
+    # What clients do between turns...
+
+    @rule(i=CHATS, j=CHATS)
+    def branch(self, i: int, j: int) -> None:
+        chat, window = self.chats[i], self.chats[j].client.window
+        if i != j:
+            copied = chat.client.copy()
+            copied.window = window
+            self.chats[j] = Chat(copied, list(chat.past))
+            chat.own = ""
+
+    @rule(i=CHATS, at=st.integers(0, 9), text=SAID, goes_on=st.booleans())
+    def edit(self, i: int, at: int, text: str, goes_on: bool) -> None:
+        chat = self.chats[i]
+        if at < len(chat.shown):
+            chat.shown[at]["content"] = f"{text}, {chat.shown[at]['content']}"
+            if not goes_on:
+                del chat.shown[at + 1 :]
+            chat.own = ""
+
+    @rule(i=CHATS, stream=STREAM)
+    def regenerate(self, i: int, stream: bool) -> None:
+        chat = self.chats[i]
+        chat.own = ""
+        while chat.shown and chat.shown[-1]["role"] == "assistant":
+            chat.shown.pop()
+        if chat.shown:
+            self.do(chat.client.send(stream=stream))
+            chat.check()
+            chat.has_turned()
+
+    @rule(i=CHATS, at=st.integers(1, 6), size=st.integers(1, 2))
+    def delete(self, i: int, at: int, size: int) -> None:
+        chat = self.chats[i]
+        if at + size < len(chat.shown):
+            del chat.shown[at : at + size]
+            chat.own = ""
+
+    @rule(i=CHATS, kept=st.integers(0, 5))
+    def cut(self, i: int, kept: int) -> None:
+        """It shows the last messages only, as after a summary that is not shown."""
+        chat = self.chats[i]
+        at = max(0, len(chat.shown) - kept)
+        chat.past += chat.shown[:at]
+        del chat.shown[:at]
+        if at and kept < 4:
+            chat.own = ""
+        if not chat.shown:
+            chat.past = []
+
+
+@pytest.mark.parametrize("run", range(RUNS))
+def test_the_model_sees_what_the_client_shows(run: int) -> None:
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        Windows,
+        settings=settings(
+            max_examples=40,
+            stateful_step_count=20,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

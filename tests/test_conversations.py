@@ -1121,6 +1121,7 @@ class Clients(RuleBasedStateMachine):
             str(Path(self.folder.name, "table.db")) if self.in_file else ":memory:"
         )
         self.stores: list[Conversations] = []
+        self.chats: list[Chat] = []
         self.restart()
         self.chats = [Chat(SCOPES[i == 3], window) for i, window in enumerate(windows)]
         self.dify: dict[str, tuple[bytes, list[Message]]] = {}
@@ -1279,6 +1280,13 @@ class Clients(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
+        """A table in memory dies with its process, and so do the turns of that."""
+        if not self.in_file:
+            for chat in self.chats:
+                if chat.turn and self.running(chat.turn.name) == 1:
+                    self.end(chat, answer("OK"))
+            if any(chat.turn for chat in self.chats):
+                return
         for store in self.stores:
             store.close()
         self.stores = [Conversations(self.path, WEEK) for _ in range(1 + self.in_file)]
