@@ -39,6 +39,7 @@ import base64
 import binascii
 import bisect
 import contextlib
+import copy
 import dataclasses
 import difflib
 import functools
@@ -3810,33 +3811,46 @@ def origin_of(url: str) -> Origin:
 
 
 @contextlib.contextmanager
-def _as_proxy_errors(origin: Origin) -> Iterator[None]:
+def _as_proxy_errors(origin: Origin, cure: str = "") -> Iterator[None]:
     """Turn what sockets, TLS and HTTP raise into errors that say what to do."""
-    where = f"{origin.scheme}://{origin.host}:{origin.port}"
     try:
         yield
-    except ssl.SSLCertVerificationError as error:
-        raise ConfigurationFault(
-            f"The certificate of {where} is not trusted ({error.verify_message}). If "
-            "it is of a private authority, name that authority's file in DIFY_CA_FILE."
-        ) from error
-    except ssl.SSLError as error:
-        raise UpstreamFailed(
+    except _WIRE_ERRORS as error:
+        raise _proxy_error(origin, error, cure) from error
+
+
+def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError:
+    """What to do about an error of sockets, TLS or HTTP."""
+    cure = cure or "check DIFY_API_BASE"
+    where = f"{origin.scheme}://{origin.host}:{origin.port}"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        is_for_another = error.verify_code in (62, 64)  # X509_V_ERR_…_MISMATCH
+        cure = (
+            "Name the host that it is for in DIFY_API_BASE."
+            if is_for_another
+            else "If it is of a private authority, name that one's file in DIFY_CA_FILE."
+        )
+        reason = error.verify_message
+        return ConfigurationFault(f"The certificate of {where} fails: {reason}. {cure}")
+    if isinstance(error, ssl.SSLError):
+        return UpstreamFailed(
             f"TLS with {where} failed ({error.reason or error}); check the scheme and "
             "the port of DIFY_API_BASE."
-        ) from error
-    except socket.gaierror as error:
-        raise UpstreamFailed(
-            f"The host name {origin.host!r} can't be resolved; check DIFY_API_BASE."
-        ) from error
-    except asyncio.TimeoutError as error:
-        raise UpstreamTimeout(
-            f"{where} does not accept connections in time."
-        ) from error
-    except (OSError, ConnectionBroken) as error:
-        raise UpstreamFailed(f"No connection with {where}: {error}.") from error
-    except (h11.RemoteProtocolError, MalformedHTTP, HeadTooLarge) as error:
-        raise UpstreamFailed(f"{where} does not speak proper HTTP: {error}") from error
+        )
+    if isinstance(error, socket.gaierror):
+        return UpstreamFailed(f"The host name of {where} can't be resolved; {cure}.")
+    if isinstance(error, asyncio.TimeoutError):
+        return UpstreamTimeout(f"{where} does not accept connections in time.")
+    if isinstance(error, (OSError, ConnectionBroken)):
+        return UpstreamFailed(f"No connection with {where} ({error}); {cure}.")
+    return UpstreamFailed(f"{where} does not speak proper HTTP: {error}")
+
+
+_WIRE_ERRORS = (OSError, asyncio.TimeoutError, ConnectionBroken) + (
+    h11.RemoteProtocolError,
+    MalformedHTTP,
+    HeadTooLarge,
+)
 
 
 class UpstreamResponse:
@@ -3868,8 +3882,10 @@ class UpstreamResponse:
 
     async def read(self) -> bytes:
         """The next bytes of the body; b"" at its end."""
-        with _as_proxy_errors(self._origin):
+        try:  # a context manager would cost 3% of an event
             data = await self._wire.read_body(self._body)
+        except _WIRE_ERRORS as error:
+            raise _proxy_error(self._origin, error) from error
         if self._body.is_complete:
             self._release()
         return data
@@ -4025,7 +4041,7 @@ class Pool:
         now = asyncio.get_running_loop().time()
         failed_at, error = self._failed.get(origin, (-inf, None))
         if error and now - failed_at < CIRCUIT_S:
-            raise error
+            raise copy.copy(error)
         task = asyncio.ensure_future(self._open_in_time(origin))
         opening = self._opening.setdefault(origin, set())
         opening.add(task)
@@ -4034,11 +4050,12 @@ class Pool:
         except asyncio.CancelledError:
             failed_at, error = self._failed.get(origin, (-inf, None))
             if error and failed_at >= now:
-                raise error from None  # another attempt failed
+                raise copy.copy(error) from None  # another attempt failed
             task.cancel()
             raise
         except ProxyError as error:
-            self._failed[origin] = (asyncio.get_running_loop().time(), error)
+            failed_at = asyncio.get_running_loop().time()
+            self._failed[origin] = (failed_at, copy.copy(error))  # without its frames
             for other in opening - {task}:
                 other.cancel()
             raise
@@ -4046,7 +4063,10 @@ class Pool:
             opening.discard(task)
 
     async def _open_in_time(self, origin: Origin) -> Wire:
-        with _as_proxy_errors(origin):
+        proxy = proxy_for(origin, self.settings)
+        name = f"{origin.scheme.upper()}_PROXY"
+        cure = f"check {name}: {proxy.host}:{proxy.port}" if proxy else ""
+        with _as_proxy_errors(origin, cure):
             opening = self._open_streams(origin)
             timeout_s = self.settings.dify_connect_timeout
             return Wire(*await asyncio.wait_for(opening, timeout_s))
@@ -4516,7 +4536,8 @@ class Dify:
         proxy = proxy_for(origin, self._pool.settings)
         if proxy and origin.scheme == "http":  # RFC 9112, section 3.2.2
             target = f"http://{host}:{origin.port}{target}"
-            fields.append(("Proxy-Authorization", proxy.authorization))
+            if proxy.authorization:
+                fields.append(("Proxy-Authorization", proxy.authorization))
         head = encode_head(f"{method} {target} HTTP/1.1", fields)
         response = await self._pool.request(origin, head + body, timeout_s)
         if response.status < 300:
@@ -4552,6 +4573,11 @@ class Dify:
                 f"Dify redirects ({response.status}) to "
                 f"{response.headers.get('location', 'nowhere')!r}; set DIFY_API_BASE "
                 "to where the API really is."
+            )
+        if response.status < 300:
+            return ConfigurationFault(
+                f"What DIFY_API_BASE leads to answers {response.status}, but without an "
+                "event stream; it must be like https://host/v1."
             )
         return without_key(error_from_body(response.status, content), app)
 
@@ -5104,6 +5130,7 @@ class Handlers:
         if exchange.name_in_path:
             body["model"] = _decoded_name(exchange.name_in_path, await self._models())
         chat = parse_chat_request(body)
+        del body  # an answer may take minutes, and the question may be long
         app = await self._app(chat.ask.model)
         exchange.model = chat.ask.model  # known by now: it labels metrics
         envelope = Envelope(
@@ -5167,7 +5194,8 @@ class Handlers:
             raise ConnectionBroken("the client left before the answer began")
         parts = turn.first_parts
         while parts:
-            sink.begin(turn.ids)
+            if not exchange.reply.status:
+                sink.begin(turn.ids)
             sink.put(parts)
             await exchange.reply.drain()
             parts = await turn.stream.read()
