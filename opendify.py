@@ -14,21 +14,22 @@ One chat turn:
     client -> Server -> OpenAI -> Conversations -> Dify -> Upstream -> Dify's server
     client <- Server <- OpenAI <- Pacer <- Dify <- SSE <- Upstream <---- Dify's server
 
-The rooms, in reading order. Each uses only those above it; 1-8 are pure.
+The rooms, in reading order. Each uses only those above it; 1-9 are pure.
 
      1. Settings       every setting, its default and its meaning
      2. Errors         what can go wrong, as OpenAI says it
      3. SSE            bytes to events, events to bytes
      4. Turn           the hub: what is asked, what is answered, in nobody's dialect
-     5. Dify           questions to Dify requests, Dify events to answer parts
-     6. OpenAI         OpenAI requests to questions, answer parts to chunks and objects
-     7. Conversations  which Dify conversation a request continues
-     8. Pacer          when each piece of text is due
-     9. Wire           HTTP/1.1 over asyncio streams, both roles
-    10. Upstream       the connection pool and the Dify client
-    11. Handlers       the routes, one coroutine each
-    12. Server         connections, the error boundary, shutdown
-    13. Command line   arguments, logging, signals, main()
+     5. Calls          tools and output formats, in words
+     6. Dify           questions to Dify requests, Dify events to answer parts
+     7. OpenAI         OpenAI requests to questions, answer parts to chunks and objects
+     8. Conversations  which Dify conversation a request continues
+     9. Pacer          when each piece of text is due
+    10. Wire           HTTP/1.1 over asyncio streams, both roles
+    11. Upstream       the connection pool and the Dify client
+    12. Handlers       the routes, one coroutine each
+    13. Server         connections, the error boundary, shutdown
+    14. Command line   arguments, logging, signals, main()
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ log = logging.getLogger("opendify")
 
 CHAT_MODES = ("chat", "agent-chat", "advanced-chat", "agent")
 APP_MODES = (*CHAT_MODES, "completion", "workflow")
+TOOLS_PLACES = ("prompt", "inputs", "off")
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -123,7 +125,8 @@ class AppSettings:
     """One Dify app, as far as the operator described it.
 
     Empty texts mean "find out": the base from DIFY_API_BASE, the mode from Dify, the
-    variables by their names.
+    variables by their names. `tools` says where the words about a client's tools go:
+    into the prompt, into the app's input `tools`, or nowhere.
     """
 
     key: str = field(repr=False)
@@ -135,6 +138,7 @@ class AppSettings:
     system_variable: str = ""
     history_variable: str = ""
     smoothing: bool | None = None
+    tools: str = "prompt"
 
 
 def _setting(default: Any, meaning: str, least: float | None = None) -> Any:
@@ -362,6 +366,8 @@ def _parse_app(name: str, value: Any, problems: list[str]) -> AppSettings:
         elif not isinstance(entry, _APP_TYPES.get(key, str)):
             wanted = _APP_TYPES.get(key, str).__name__
             problems.append(f"the {key} of {name!r} must be of type {wanted}")
+    if described.get("tools", "prompt") not in TOOLS_PLACES:
+        problems.append(f"the tools of {name!r} must be {' or '.join(TOOLS_PLACES)}")
     if described.get("mode", "") not in ("", *APP_MODES):
         problems.append(f"the mode of {name!r} must be one of {', '.join(APP_MODES)}")
     return AppSettings(**{key: described[key] for key in known if key in described})
@@ -511,6 +517,12 @@ class ConfigurationFault(UpstreamFailed):
     retry = False
 
 
+class Unsatisfied(UpstreamFailed):
+    """The app's answer is not what the request demands, even after a second try."""
+
+    retry = False
+
+
 class UpstreamTimeout(ProxyError):
     """Dify is too slow."""
 
@@ -656,8 +668,8 @@ def encode_comment(text: str) -> bytes:
 # 4. Turn
 # ==============================================================================
 #
-# The hub. What is asked and what is answered, in nobody's dialect: room 5 (Dify) and
-# room 6 (OpenAI) meet only here, so a new app mode works on every surface at once,
+# The hub. What is asked and what is answered, in nobody's dialect: room 6 (Dify) and
+# room 7 (OpenAI) meet only here, so a new app mode works on every surface at once,
 # and a new surface with every app.
 #
 #     OpenAI request -> Ask -> Dify request        Dify events -> parts -> OpenAI chunks
@@ -702,6 +714,27 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Tool:
+    """A function of the client's that the app may call; `parameters` is JSON Schema."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """How the answer is written: kind "text", "json_object" or "json_schema".
+
+    `name` and `schema` say more of a json_schema; an empty schema allows any JSON.
+    """
+
+    kind: str = "text"
+    name: str = ""
+    schema: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Ask:
     """What a client wants of an app, whichever API it came by.
 
@@ -716,6 +749,10 @@ class Ask:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     user: str = ""
     conversation_id: str = ""
+    tools: tuple[Tool, ...] = ()  # that may be called
+    tool_mode: str = "auto"  # or "none" or "required"
+    output: OutputFormat = OutputFormat()
+    stops: tuple[str, ...] = ()
 
 
 # The parts of an answer, in the order in which they come: reasoning and text mixed,
@@ -794,11 +831,922 @@ class Failure:
     error: ProxyError
 
 
-Part = Union[Text, Reasoning, Replace, Recast, Media, Citations, Usage, Finish, Failure]
+Part = Union[
+    Text, Reasoning, Replace, Recast, ToolCall, Media, Citations, Usage, Finish, Failure
+]
 
 
 # ==============================================================================
-# 5. Dify
+# 5. Calls
+# ==============================================================================
+#
+# Tools and output formats, for apps that know of neither: what the app is told, in
+# words, and how its answer is read. Knows nothing of Dify, and of OpenAI only how a
+# request names tools and formats.
+#
+#     <tool_call>\n{"name": "f", "arguments": {…}}\n</tool_call>  ->  ToolCall(…)
+#
+# One way to write calls is asked for; every other one that models fall into is read:
+#
+# (1) A call names a tool of the request, and its arguments are an object. All else is
+#     text, to the character; a list is calls only if each of its items is.
+# (2) Text goes on at once. Held back is what may become a marker, and then a block
+#     that begins as calls do, until it is certain what it is.
+# (3) JSON without a marker is a call only where one can stand: at the start of a line
+#     or after ":", "." and the like, not quoted, not within other JSON. A code block
+#     must hold calls alone, else it is text, whatever it holds.
+# (4) What is read does not depend on how the text was cut into parts.
+
+_MODES = {
+    **{"auto": "auto", "none": "none", "required": "required"},
+    **{"any": "required", "tool": "required", "function": "required"},
+}
+_TOOLS_TEXT = """\
+You can call the tools below. They are run for you: you only write the call.
+
+<tools>
+{tools}
+</tools>
+
+To call a tool, write a block like this, with the tool's name and its arguments, a \
+JSON object that fits the tool's parameters:
+
+<tool_call>
+{{"name": "<name>", "arguments": {{<arguments>}}}}
+</tool_call>
+
+For several calls write several blocks. Stop after the last one: the results come in \
+the next message. Never make up a result, and call no tool that is not listed. """
+_RULES = {
+    "auto": "If you need no tool, answer as usual, without such a block.",
+    "required": "This time you must call a tool: write nothing but the blocks.",
+}
+_NO_TOOLS_TEXT = "Do not call a tool this time: answer in words."
+_FORMAT_TEXT = """\
+Write your final answer as JSON and nothing else: {what}, without an introduction, an \
+explanation or a code fence."""
+_SCHEMA_TEXT = " It must be valid against this JSON Schema:\n\n"
+_RETRY_TEXTS = {
+    "tool_choice": "Your last answer calls no tool, but it must. {reason} Write the "
+    "<tool_call> block and nothing else.",
+    "response_format": "Your last answer is not the JSON that was asked for: {reason}. "
+    "Write the whole JSON again, corrected, and nothing else.",
+}
+
+# How calls are written: our way (Hermes', Qwen's), then Anthropic's, DeepSeek's, GLM's,
+# Mistral's, Llama's, Kimi's, and that of a history that was folded into a query.
+_MARKERS = (
+    *(
+        "<tool_call",
+        "<tools>",
+        "<tool_use>",
+        "<function_call",
+        "<function=",
+        "<invoke ",
+    ),
+    *("<function ", "<antml:", "<｜DSML｜", "<｜tool▁call", "<|tool_call", "<message "),
+    *("<|python_tag|>", "[TOOL_CALLS]", "```"),
+)
+_BEGINNINGS = {
+    marker[:size] for marker in (*_MARKERS, "[ARGS]") for size in range(1, len(marker))
+}
+_LONGEST = max(map(len, _MARKERS))
+_CONTEXT_CHARS = 80  # before JSON, that tell whether a call can stand there
+_MAX_PIECE_CHARS = 4096  # read at once: what follows a marker is copied for each
+_MAX_REREAD = 16_384  # of a block that was none after all; the rest is text then
+_TOKEN = re.compile(
+    r"""(?P<space>[\s;,}\]]+)
+    |(?P<opener><(?:antml:|｜DSML｜)?(?:tool_calls?|tools|tool_use|function_calls?)>
+        |<[|｜][^<>|｜]{1,40}(?<!end)(?<!_id)[|｜]>|\[TOOL_CALLS\]|\[ARGS\]
+        |<(?:(?:antml:|｜DSML｜)?(?:invoke|function|tool_call)(?:=|\ +name\ *=\ *)["']?
+        |message\s[^<>]*?\btool_call=")(?P<name>[\w.-]+)["']?[^<>]*>)
+    |(?P<parameter>
+        <(?P<tag>(?:antml:|｜DSML｜)?parameter)(?:=|\ +name\ *=\ *)
+            ["']?(?P<key>[\w.-]+)[^<>]*>
+        |<arg_key>\s*(?P<arg_key>[^<>]+?)\s*</arg_key>\s*<(?P<arg_tag>arg_value)>)
+    |(?P<closer></(?:antml:|｜DSML｜)?(?:tool_calls?|tools|tool_use|function_calls?|function
+        |invoke|message)>|<[|｜][^<>|｜]{1,40}[|｜]>)
+    |(?P<fence>```[\w-]*[ \t]*)
+    |(?P<json>[\[{])
+    |(?P<word>[\w.-]+(?::\d*)?)""",
+    re.VERBOSE,
+)
+_UNFINISHED = re.compile(  # tokens that may be whole when more text comes
+    r"<[^<>]{0,200}\Z|<arg_key>[^<>]*(?:</?[^<>]*(?:>\s*)?){0,2}\Z"
+)
+_FENCES = ("", "json", "json5", "jsonc", "xml", "tool_call", "tool_calls", "tool_code")
+_QUOTES = ("`", '"', "'", "“", "‘", "「", "\\")
+_LEADS = tuple(":.!?*：。！？")
+_HEAD = re.compile(  # of JSON: its first key, and how the value of that one begins
+    r"(?:\[\s{0,40})?(?:\{\s{0,40}[\"']?(?P<key>\w*)[\"']?\s{0,8}"
+    r"(?::\s{0,40}(?P<value>[\[{]|[\"'][\w.-]*)?(?P<closed>[\"'])?)?)?"
+)
+_NAMES = ("name", "tool", "tool_name", "function", "function_name", "recipient_name")
+_ARGUMENTS = ("arguments", "args", "parameters", "params", "input", "tool_input")
+_INNER = (
+    *("tool_calls", "function_calls", "tool_uses", "calls"),
+    *("tool_call", "function_call", "function", "tool"),
+)
+_CALL_KEYS = {*_NAMES, *_ARGUMENTS, "id", "type", "call_id", "tool_call_id", "index"}
+_FIRST_VALUES = {"type": ("function", "tool_call", "tool_use"), "id": ("call_",)}
+_FIRST_KEYS = (*_NAMES, *_INNER, *_FIRST_VALUES, "arguments")
+_SIGN = re.compile(r"\\.|[\"'{}\[\]<`]", re.DOTALL)
+_DEPTHS = {"{": 1, "[": 1, "}": -1, "]": -1}
+_OBJECT = re.compile(r"\{\s*[\"}]")
+_OBJECT_OR_ARRAY = re.compile(r"\{\s*[\"}]|\[\s*[\"{\[\]\dtfn-]")
+_MAYBE_JSON = re.compile(r"[\[{]\s*\Z")
+_PAIRS = {"{": "}", "[": "]"}
+_ESCAPE = re.compile(r"\\.|[\"\\]", re.DOTALL)
+_SLOPPY = re.compile(
+    r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\b(?:True|False|None)\b"
+    r"|\b[^\W\d][\w$-]*(?=\s*:)|,(?=\s*(?:[}\]]|\Z))|[{}\[\]]",
+    re.DOTALL,
+)
+_WORDS = {"True": "true", "False": "false", "None": "null", ",": ""}
+_MAX_CHECKS = 50_000  # of one answer, a third of a second; what is left may pass
+_MAX_PROBLEMS, _MAX_RULE_CHARS = 5, 200  # are told to the app
+_NO_SENSE = (TypeError, AttributeError, ValueError, LookupError, ArithmeticError)
+_MAX_PATTERN_CHARS = 200
+
+_Calls = list[tuple[str, dict[str, Any]]]
+
+
+# What is asked...
+
+
+def parse_tools(body: Mapping[str, Any]) -> tuple[tuple[Tool, ...], str]:
+    """(tools that may be called, "auto", "none" or "required"), of either generation.
+
+    Tools of other types than function are ignored, as clients expect.
+
+    Raises:
+        BadRequest: a tool must be called that there is not.
+    """
+    rows = body.get("tools") or body.get("functions") or []
+    if not isinstance(rows, list):
+        raise _refused("tools", "invalid_type", "it must be an array.")
+    tools = [tool for row in rows for tool in _parse_tool(row)]
+    field_name = "tool_choice" if body.get("tool_choice") else "function_call"
+    mode, names = _parse_choice(body.get(field_name) or "auto")
+    if mode not in _MODES:
+        problem = f"{mode!r} is none of auto, none, required, a tool, allowed_tools."
+        raise _refused(field_name, "invalid_value", problem)
+    if names:
+        tools = [tool for tool in tools if tool.name in names]
+    if _MODES[mode] == "required" and not tools:
+        problem = "it asks for a call of a function that is not in `tools`."
+        raise _refused(field_name, "invalid_value", problem)
+    if not tools:
+        return (), "auto"
+    return (() if mode == "none" else tuple(tools)), _MODES[mode]
+
+
+def _refused(field_name: str, code: str, problem: str) -> BadRequest:
+    message = f"Invalid value for '{field_name}': {problem}"
+    return BadRequest(message, param=field_name, code=code)
+
+
+def _function(row: Any) -> dict[str, Any]:
+    """The function of a tool or a choice: nested (Chat) or flat (Responses, legacy)."""
+    row = row if isinstance(row, dict) else {}
+    nested = row.get("function")
+    return nested if isinstance(nested, dict) else row
+
+
+def _parse_tool(row: Any) -> list[Tool]:
+    """The row's tool, none for what is no function."""
+    function = _function(row)
+    name, kind = function.get("name"), row.get("type") if function else ""
+    if not isinstance(name, str) or not name or kind not in (None, "function"):
+        return []
+    schema = function.get("parameters")
+    description = str(function.get("description") or "")
+    return [Tool(name, description, schema if isinstance(schema, dict) else {})]
+
+
+def _parse_choice(choice: Any) -> tuple[str, list[Any]]:
+    """(its mode as it is written, the names to choose from; none for all)."""
+    if not isinstance(choice, dict):
+        return str(choice), []
+    kind = choice.get("type")
+    if kind == "allowed_tools":
+        allowed = choice.get("allowed_tools")
+        allowed = allowed if isinstance(allowed, dict) else choice
+        names = [_function(row).get("name") for row in allowed.get("tools") or []]
+        return str(allowed.get("mode") or "auto"), names
+    name = _function(choice).get("name")
+    if kind in (None, "function", "tool") and name:
+        return "required", [name]
+    return (kind if kind in _MODES else "auto"), []  # else a hosted tool
+
+
+def parse_output_format(body: Mapping[str, Any]) -> OutputFormat:
+    """What `response_format` (Chat) or `text.format` (Responses) asks for.
+
+    Raises:
+        BadRequest: of a kind that nobody knows, or without a schema.
+    """
+    text, where = body.get("text"), "response_format"
+    row = body.get(where) or (text.get("format") if isinstance(text, dict) else None)
+    kind = row.get("type", "text") if isinstance(row, dict) else row or "text"
+    if kind == "text":
+        return OutputFormat()
+    if kind == "json_object":
+        return OutputFormat(kind, schema={"type": "object"})
+    if kind != "json_schema" or not isinstance(row, dict):
+        problem = "it must be text, json_object or json_schema."
+        raise _refused(f"{where}.type", "invalid_value", problem)
+    row = row.get("json_schema") or row
+    schema = row.get("schema") if isinstance(row, dict) else None
+    if not isinstance(schema, dict):
+        problem = "it must hold a JSON Schema, an object."
+        raise _refused(f"{where}.json_schema.schema", "invalid_type", problem)
+    if row.get("description"):
+        schema = {"description": row["description"], **schema}
+    return OutputFormat(kind, str(row.get("name") or ""), schema)
+
+
+# What the app is told...
+
+
+def describe_tools(tools: Sequence[Tool], mode: str) -> str:
+    """The words for the app, "" if there is nothing to say; from `parse_tools`."""
+    if not tools:
+        return _NO_TOOLS_TEXT if mode == "none" else ""
+    rows = [json.dumps(dataclasses.asdict(t), ensure_ascii=False) for t in tools]
+    return _TOOLS_TEXT.format(tools="\n".join(rows)) + _RULES[mode]
+
+
+def describe_call(call: ToolCall) -> str:
+    """A call as the app is to write it, for the history of a conversation."""
+    name = json.dumps(call.name, ensure_ascii=False)
+    arguments = call.arguments.strip() or "{}"
+    return f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
+
+
+def describe_format(output: OutputFormat) -> str:
+    """The words for the app, "" for plain text."""
+    if output.kind == "text":
+        return ""
+    what = "one JSON object" if output.schema.get("type") == "object" else "one value"
+    what += f" ({output.name})" if output.name else ""
+    if output.kind == "json_object":
+        return _FORMAT_TEXT.format(what=what)
+    schema = json.dumps(output.schema, ensure_ascii=False)
+    return _FORMAT_TEXT.format(what=what) + _SCHEMA_TEXT + schema
+
+
+def retry_text(kind: str, reason: str) -> str:
+    """The words of the one further try; `kind` is the request's field not satisfied."""
+    return _RETRY_TEXTS[kind].format(reason=reason)
+
+
+# What it answers: calls...
+
+
+class CallReader:
+    """Finds the tool calls in an answer; other parts go through, in order.
+
+    Call `feed` with parts as they come, then `close`, which may be called again.
+    `calls` counts the calls so far. White space before the first call, between calls
+    and after the last one is dropped where no text is with it.
+    """
+
+    def __init__(self, tools: Iterable[Tool], new_id: Callable[[], str]) -> None:
+        self.calls = 0
+        self._tools = {tool.name: tool for tool in tools}
+        self._new_id = new_id
+        self._text = ""  # that is not given on yet
+        self._block: _Block | None = None  # what the text begins with
+        self._is_code = False
+        self._tail = ""  # of what was given on: the context of a marker
+        self._blank: str | None = ""  # white space after a call; None after text
+
+    def feed(self, parts: Iterable[Part]) -> list[Part]:
+        """The parts that are certain now."""
+        done: list[Part] = []
+        for part in parts:
+            if isinstance(part, Text):
+                for at in range(0, len(part.text), _MAX_PIECE_CHARS):
+                    piece = part.text[at : at + _MAX_PIECE_CHARS]
+                    self._read(done, piece, is_last=False)
+            else:
+                done += [*self.close(), part]
+        return done
+
+    def close(self) -> list[Part]:
+        """What is still held back, as if no more text came."""
+        done: list[Part] = []
+        self._read(done, "", is_last=True)
+        if self._blank and not self.calls:
+            done.append(Text(self._blank))
+            self._blank = None
+        return done
+
+    def _read(self, done: list[Part], text: str, *, is_last: bool) -> None:
+        self._text += text
+        step = True
+        while self._text and step:
+            if self._block:
+                step = self._read_block(done, self._block, is_last)
+            elif self._is_code:
+                step = self._read_code(done, is_last)
+            else:
+                step = self._read_plain(done, is_last)
+
+    def _read_plain(self, done: list[Part], is_last: bool) -> bool:
+        """Give the text on up to a marker; whether there is more to do."""
+        text = self._text
+        for found in re.finditer(r"[<\[{`]", text):
+            at = found.start()
+            if text[at : at + _LONGEST] in _BEGINNINGS and not is_last:
+                self._give(done, at)
+                return False
+            if self._may_be_call(text, at):
+                self._give(done, at)
+                self._block = _Block(self._tools)
+                return True
+        self._give(done, len(text))
+        return False
+
+    def _may_be_call(self, text: str, at: int) -> bool:
+        """Whether a marker or JSON stands here, where a call can stand."""
+        before = self._tail + text[max(at - _CONTEXT_CHARS, 0) : at]
+        if text.startswith(_MARKERS, at):
+            return text[at] != "<" or not before.endswith(_QUOTES)
+        line = before.rpartition("\n")[2].rstrip(" \t")
+        return text[at] in "[{" and (not line or line.endswith(_LEADS))
+
+    def _read_code(self, done: list[Part], is_last: bool) -> bool:
+        """Give the text on up to the end of the code block."""
+        end = self._text.find("```")
+        self._is_code = end < 0
+        if end < 0:
+            self._give(done, len(self._text if is_last else self._text.rstrip("`")))
+        else:
+            self._give(done, end + 3)
+        return not self._is_code
+
+    def _read_block(self, done: list[Part], block: _Block, is_last: bool) -> bool:
+        is_over = block.read(self._text, is_last=is_last)
+        for name, arguments in block.calls:
+            text = json.dumps(arguments, ensure_ascii=False)
+            done.append(ToolCall(self._new_id(), name, text))
+            self.calls += 1
+            self._tail = self._blank = ""
+        block.calls.clear()
+        if is_over:
+            self._block = None
+            self._text = self._text[block.taken :]
+            if not block.taken:
+                self._is_code = self._text.startswith("```")
+                first = 3 if self._is_code else 1
+                self._give(done, first if block.reach < _MAX_REREAD else block.reach)
+        return is_over
+
+    def _give(self, done: list[Part], size: int) -> None:
+        """Give so much of the text on, but not white space beside calls."""
+        text, self._text = self._text[:size], self._text[size:]
+        self._tail = (self._tail + text)[-_CONTEXT_CHARS:]
+        if self._blank is not None:
+            text = self._blank + text
+            self._blank = None if text.strip() else text
+        if not text or self._blank is not None:
+            return
+        last = done[-1] if done else None
+        if isinstance(last, Text) and len(last.text) < _MAX_PIECE_CHARS:
+            done[-1] = Text(last.text + text)
+        else:
+            done.append(Text(text))
+
+
+class _Block:
+    """Text that begins as calls do, read token by token as it grows.
+
+    `calls` are those certain so far, `taken` is how much of the text is theirs.
+    """
+
+    def __init__(self, tools: Mapping[str, Tool]) -> None:
+        self.calls: _Calls = []
+        self.taken = 0
+        self._tools = tools
+        self._text, self._at, self._is_last = "", 0, False
+        self._is_tagged = self._is_fenced = False
+        self._is_open = False  # something began after the last call
+        self._pending: _Calls = []  # of a code block that may hold other things
+        self._name = ""
+        self._given: dict[str, Any] = {}
+        self._value = _ValueEnd()
+
+    def read(self, text: str, *, is_last: bool) -> bool:
+        """Go on with the whole text so far; whether the block is over."""
+        self._text, self._is_last = text, is_last
+        while self._at < len(text):
+            step = self._step()
+            if not step:
+                return is_last or step is False
+        if is_last:
+            if self._given:
+                self._finish([(self._name, self._given)], self._at)
+            self._commit()
+            if self.taken and not self._name:
+                self.taken = self._at  # markup without anything in it
+        return is_last
+
+    @property
+    def reach(self) -> int:
+        """How far it has looked."""
+        return max(self._at, self._value.reach)
+
+    # Each step returns True for a token taken, None for one that needs more text, and
+    # False for what is no part of calls...
+
+    def _step(self) -> bool | None:
+        token = _TOKEN.match(self._text, self._at)
+        if self._text[self._at : self._at + _LONGEST] in _BEGINNINGS:
+            token = token if self._is_last else None
+        elif not token and not _UNFINISHED.match(self._text, self._at):
+            return False
+        if not token:
+            return None
+        step: bool | None = getattr(self, f"_take_{token.lastgroup}")(token)
+        return step
+
+    def _take_space(self, token: re.Match[str]) -> bool:
+        self._at = token.end()
+        return True
+
+    def _take_opener(self, token: re.Match[str]) -> bool:
+        if self._given and token["name"]:  # the call before it was not closed
+            self._finish([(self._name, self._given)], self._at)
+        self._is_tagged, self._is_open = not self._is_fenced, True
+        self._name, self._at = token["name"] or self._name, token.end()
+        return not token["name"] or self._name in self._tools
+
+    def _take_word(self, token: re.Match[str]) -> bool | None:
+        """The tool's name, bare: `functions.get_weather:0`."""
+        word = token[0]
+        name = re.sub(r"\Afunctions\.|:\d*\Z", "", word)
+        known = [*self._tools, "functions."]
+        if not self._is_tagged or self._name:
+            return False
+        if token.end() == len(self._text) and not self._is_last:
+            return None if any(k.startswith((name, word)) for k in known) else False
+        self._at = token.end()
+        self._name = name if name in self._tools else ""
+        return bool(self._name) or word == "function"  # "function" leads DeepSeek's
+
+    def _take_parameter(self, token: re.Match[str]) -> bool | None:
+        closer = f"</{token['tag'] or token['arg_tag']}>"
+        end = self._text.find(closer, token.end())
+        if end < 0 or not self._name:
+            return None if self._name else False
+        key, text = token["key"] or token["arg_key"], self._text[token.end() : end]
+        text = re.sub(r"\A\n|\n\Z", "", text)
+        self._given[key] = _typed(self._tools[self._name], key, text)
+        self._at = end + len(closer)
+        return True
+
+    def _take_closer(self, token: re.Match[str]) -> bool:
+        if self._name:
+            self._finish([(self._name, self._given)], token.end())
+        self._at = token.end()
+        if self.taken and not self._is_open:
+            self.taken = self._at
+        return True
+
+    def _take_fence(self, token: re.Match[str]) -> bool | None:
+        if token.end() == len(self._text) and not self._is_last:
+            return None
+        language, start = token[0].strip("` \t").lower(), self._at
+        self._at = token.end()
+        if self._is_tagged or not start:
+            self._is_fenced = not self._is_tagged
+            return language in _FENCES
+        if self._is_fenced and not language:
+            self._commit()
+        return False
+
+    def _take_json(self, _token: re.Match[str]) -> bool | None:
+        begins = bool(self._name) or self._begins_call()
+        if not begins:
+            return begins
+        end = self._value.find(self._text, self._at)
+        if not end and not self._is_last:
+            return None
+        end = end or len(self._text)
+        if not self._is_tagged and not self._is_fenced:
+            stands = self._stands_alone(self._text[end:])
+            if not stands:
+                return stands
+        try:
+            calls = self._calls_in(parse_sloppy_json(self._text[self._at : end]))
+        except ValueError:
+            return False
+        self._finish(calls, end)
+        return True
+
+    def _begins_call(self) -> bool | None:
+        """Whether JSON begins as a call does, None while that is open."""
+        head = cast("re.Match[str]", _HEAD.match(self._text, self._at))
+        key, value = head["key"] or "", head["value"]
+        is_open = head.end() == len(self._text)
+        if not value:
+            is_open = is_open and any(known.startswith(key) for known in _FIRST_KEYS)
+            return None if is_open else False
+        if value in "[{":
+            return key in (*_INNER, "arguments")
+        values = _FIRST_VALUES.get(key, tuple(self._tools) if key in _NAMES else ())
+        said = value[1:6] if key == "id" else value[1:].replace("functions.", "", 1)
+        if said in values and (head["closed"] or key == "id"):
+            return True
+        is_open = is_open and not head["closed"]
+        known = (*values, "functions.")
+        return None if is_open and any(v.startswith(said) for v in known) else False
+
+    def _stands_alone(self, rest: str) -> bool | None:
+        """Whether JSON followed by this is not part of other JSON, or of a sentence."""
+        if not rest.strip():
+            return self._is_last or None
+        return bool(re.match(r"\s*(?:[{\[<`]|\n\s*[^\s,\]}])", rest))
+
+    def _calls_in(self, value: Any) -> _Calls:
+        """The calls that a value makes; raises ValueError if it is not only calls."""
+        if self._name:
+            return [(self._name, _arguments(value))]
+        if isinstance(value, list) and value:
+            return [call for row in value for call in self._calls_in(row)]
+        if not isinstance(value, dict):
+            raise ValueError
+        inner = [value[k] for k in _INNER if isinstance(value.get(k), (dict, list))]
+        if inner:
+            return self._calls_in(inner[0])
+        names = [value[key] for key in _NAMES if isinstance(value.get(key), str)]
+        name = names[0].rpartition("functions.")[2] if names else ""
+        given = [value[key] for key in _ARGUMENTS if key in value]
+        if not given and self._is_tagged:
+            given = [{}]
+        if name not in self._tools or not given or value.keys() - _CALL_KEYS:
+            raise ValueError
+        return [(name, _arguments(given[0]))]
+
+    def _finish(self, calls: _Calls, end: int) -> None:
+        self._pending += calls
+        self._name, self._given, self._value = "", {}, _ValueEnd()
+        self._at, self._is_open = end, False
+        if not self._is_fenced:
+            self._commit()
+
+    def _commit(self) -> None:
+        if self._pending:
+            self.calls += self._pending
+            self._pending, self.taken = [], self._at
+
+
+def _arguments(given: Any) -> dict[str, Any]:
+    """A call's arguments from an object, JSON text or nothing; else ValueError."""
+    if isinstance(given, str) and given.strip():
+        given = parse_sloppy_json(given)
+    value: dict[str, Any] = {} if given in (None, "") else given
+    if not isinstance(value, dict) or {"type", "properties"} <= value.keys():
+        raise ValueError  # the latter describes a tool
+    return value
+
+
+def _typed(tool: Tool, key: str, text: str) -> Any:
+    """A parameter written as an element: JSON, unless a string is due."""
+    properties = tool.parameters.get("properties")
+    schema = properties.get(key) if isinstance(properties, dict) else None
+    if isinstance(schema, dict) and schema.get("type") == "string":
+        return text
+    try:
+        return parse_json_text(text)
+    except ValueError:
+        return text
+
+
+# ... sloppy JSON...
+
+
+def parse_json_text(text: str, *, strict: bool = True) -> Any:
+    """The value of JSON text, or ValueError; `strict` allows no raw line breaks."""
+    try:
+        return json.loads(text, strict=strict, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_sloppy_json(text: str) -> Any:
+    """The value of JSON text that may need one repair, or ValueError.
+
+    Mended are single quotes, names without quotes, Python's words, commas too many,
+    braces missing at the end, line breaks and stray backslashes in strings.
+    """
+    try:
+        return parse_json_text(text, strict=False)
+    except ValueError:
+        return parse_json_text(_mended(text), strict=False)
+
+
+def _mended(text: str) -> str:
+    opened: list[str] = []
+
+    def mend(match: re.Match[str]) -> str:
+        piece = match[0]
+        if piece in _PAIRS:
+            opened.append(_PAIRS[piece])
+        elif piece in "}]":
+            del opened[-1:]
+        elif piece[0] in "\"'":
+            return '"' + _ESCAPE.sub(_mended_escape, piece[1:-1]) + '"'
+        else:
+            return _WORDS.get(piece, f'"{piece}"')
+        return piece
+
+    return _SLOPPY.sub(mend, text) + "".join(reversed(opened))
+
+
+def _mended_escape(match: re.Match[str]) -> str:
+    sign = match[0]
+    if sign == "\\'":
+        return "'"
+    return sign if sign[1:] and sign[1] in '"\\/bfnrtu' else "\\" + sign
+
+
+class _ValueEnd:
+    """Finds the end of a JSON value, sloppy ones included, in text that grows.
+
+    `reach` is how far it has looked.
+    """
+
+    def __init__(self) -> None:
+        self.reach = self._end = self._depth = 0
+        self._quote = ""
+
+    def find(self, text: str, start: int) -> int:
+        """Where the value that begins at `start` ends, 0 for not yet."""
+        if self._end:
+            return self._end
+        for sign in _SIGN.finditer(text, max(self.reach, start)):
+            self.reach = sign.end()
+            if self._is_last(sign[0]):
+                # A tag or a fence where JSON has none: braces are missing.
+                self._end = sign.start() if sign[0] in "<`" else sign.end()
+                return self._end
+        self.reach = max(self.reach, len(text) - 1)
+        return 0
+
+    def _is_last(self, sign: str) -> bool:
+        if self._quote:
+            self._quote = "" if sign == self._quote else self._quote
+            return False
+        if sign in "\"'":
+            self._quote = sign
+        self._depth += _DEPTHS.get(sign, 0)
+        return sign in "<`" or (sign in "}]" and self._depth <= 0)
+
+
+# ... where it must end...
+
+
+class StopReader:
+    """Cuts an answer before the first of some texts; other parts go through.
+
+    First is what is complete first, as for a model that stops there. Once `is_cut`,
+    the app can be told to stop.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.is_cut = False
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+
+    def feed(self, parts: Iterable[Part]) -> list[Part]:
+        """The parts that are certain now."""
+        done: list[Part] = []
+        for part in parts:
+            if isinstance(part, Text):
+                done += self._cut(part.text)
+            elif not (self.is_cut and isinstance(part, (Reasoning, Media, ToolCall))):
+                done += [*self.close(), part]
+        return done
+
+    def close(self) -> list[Part]:
+        """What is still held back, as if no more text came."""
+        held, self._held = self._held, ""
+        return [Text(held)] if held else []
+
+    def _cut(self, text: str) -> list[Part]:
+        if self.is_cut:
+            return []
+        text = self._held + text
+        found = [(text.find(stop), stop) for stop in self._stops]
+        ends = [(at + len(stop), at) for at, stop in found if at >= 0]
+        self.is_cut = bool(ends)
+        if ends:
+            size, self._held = min(ends)[1], ""
+        else:
+            size = min(_begun_at(text, stop) for stop in self._stops or [""])
+            self._held = text[size:]
+        return [Text(text[:size])] if size else []
+
+
+def _begun_at(text: str, stop: str) -> int:
+    """Where the text's end begins that may become `stop`; its length if nowhere."""
+    first = max(len(text) - len(stop) + 1, 0)
+    starts = (at for at in range(first, len(text)) if stop.startswith(text[at:]))
+    return next(starts, len(text))
+
+
+# ... and JSON...
+
+
+class JsonReader:
+    """Passes on the JSON in an answer, without fences and talk; other parts as well.
+
+    `text` is the JSON so far, "" until one has begun. Whether it is whole and valid,
+    `json_problem` tells at the end.
+    """
+
+    def __init__(self, output: OutputFormat) -> None:
+        self.text = ""
+        is_object = output.schema.get("type") == "object"
+        self._start = _OBJECT if is_object else _OBJECT_OR_ARRAY
+        self._held = ""
+        self._value = _ValueEnd()
+        self._is_over = False
+
+    def feed(self, parts: Iterable[Part]) -> list[Part]:
+        """The parts that are certain now."""
+        done: list[Part] = []
+        for part in parts:
+            if not isinstance(part, Text):
+                done.append(part)
+            elif more := self._read(part.text):
+                done.append(Text(more))
+        return done
+
+    def _read(self, text: str) -> str:
+        if self._is_over:
+            return ""
+        self._held += text
+        if not self.text:
+            start = self._start.search(self._held) or _MAYBE_JSON.search(self._held)
+            self._held = self._held[start.start() :] if start else ""
+            if not start or start.re is _MAYBE_JSON:
+                return ""
+        end = self._value.find(self._held, 0)
+        self._is_over = bool(end)
+        before, self.text = self.text, self._held[: end or None]
+        return self.text[len(before) :]
+
+
+def extract_json(text: str, output: OutputFormat) -> tuple[str | None, str]:
+    """(the valid JSON text in a whole answer or None, what is wrong with it)."""
+    reader = JsonReader(output)
+    reader.feed([Text(text)])
+    source = reader.text or text.strip()
+    if not reader.text and "{" in text:
+        text = text[text.index("{") :]
+        source = text[: _ValueEnd().find(text, 0) or None]
+    try:
+        parse_json_text(source)
+    except ValueError:
+        with contextlib.suppress(ValueError):
+            source = json.dumps(parse_sloppy_json(source), ensure_ascii=False)
+    problem = json_problem(source, output)
+    return (None if problem else source), problem
+
+
+def json_problem(text: str, output: OutputFormat) -> str:
+    """What is wrong with JSON text, "" if it is what was asked for."""
+    if not text:
+        return "there is no JSON in it"
+    try:
+        value = parse_json_text(text)
+    except ValueError as error:
+        return f"it is not valid JSON, {error}"
+    return "; ".join(schema_problems(value, output.schema))
+
+
+def schema_problems(value: Any, schema: Mapping[str, Any]) -> list[str]:
+    """What breaks the schema, the first few; a schema without sense forbids nothing."""
+    problems: list[str] = []
+    found = _Checker(schema).check(value, schema, "$")
+    with contextlib.suppress(RecursionError, re.error, *_NO_SENSE):
+        for problem in found:
+            problems.append(problem)
+            if len(problems) == _MAX_PROBLEMS:
+                break
+    return problems
+
+
+class _Checker:
+    """Checks values against a JSON Schema: what OpenAI's strict mode knows of it."""
+
+    def __init__(self, root: Mapping[str, Any]) -> None:
+        self._root = root
+        self._checks = 0
+
+    def check(self, value: Any, schema: Any, at: str) -> Iterator[str]:
+        """What is wrong with the value at this place."""
+        self._checks += 1
+        if self._checks > _MAX_CHECKS:
+            raise RecursionError
+        if schema is False:
+            yield f"{at} is not allowed"
+        if not isinstance(schema, dict) or (value is None and schema.get("nullable")):
+            return
+        for keyword, limit in schema.items():
+            if not self._holds(keyword, limit, value, at):
+                rule = json.dumps(limit, ensure_ascii=False)
+                yield f"{at} breaks {keyword} {rule[:_MAX_RULE_CHARS]}"
+        for item, inner, place in self._inner(value, schema, at):
+            yield from self.check(item, inner, place)
+
+    def _holds(self, keyword: str, limit: Any, value: Any, at: str) -> bool:
+        if keyword in ("anyOf", "oneOf"):
+            return any(not next(self.check(value, one, at), "") for one in limit)
+        return keyword not in _HOLDS or _HOLDS[keyword](value, limit)
+
+    def _inner(
+        self, value: Any, schema: Any, at: str
+    ) -> Iterator[tuple[Any, Any, str]]:
+        """The values that other schemas are for, within this one or elsewhere."""
+        if "$ref" in schema:
+            target: Any = self._root
+            for step in schema["$ref"].split("/")[1:]:
+                target = target.get(step.replace("~1", "/").replace("~0", "~"), {})
+            yield value, target, at
+        for one in schema.get("allOf", ()):
+            yield value, one, at
+        if isinstance(value, dict):
+            known = schema.get("properties", {})
+            others = schema.get("additionalProperties")
+            for name, item in value.items():
+                yield item, known.get(name, others), f"{at}.{name}"
+        elif isinstance(value, list):
+            first, others = schema.get("prefixItems", ()), schema.get("items")
+            for index, item in enumerate(value):
+                inner = first[index] if index < len(first) else others
+                yield item, inner, f"{at}[{index}]"
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    if isinstance(value, bool):
+        return bool(kind == "boolean")
+    if kind == "integer" and isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, _TYPES.get(kind, ()))
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _matches(value: Any, pattern: str) -> bool:
+    """Whether text matches; patterns that may keep the server busy hold always."""
+    repeats = len(re.findall(r"[*+?]|\{\d*,", pattern)) - pattern.startswith("^")
+    is_nested = re.search(r"\)[*+?{]|\\[1-9]|\(\?", pattern)
+    if not isinstance(value, str) or len(value) > _MAX_PATTERN_CHARS:
+        return True
+    return bool(repeats > 2 or is_nested or re.search(pattern, value))
+
+
+_TYPES: Mapping[str, Any] = {
+    **{"string": str, "object": dict, "array": list, "null": type(None)},
+    **{"integer": int, "number": (int, float)},
+}
+_HOLDS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "type": lambda value, kinds: any(
+        _is_a(kind, value) for kind in (kinds if isinstance(kinds, list) else [kinds])
+    ),
+    "enum": lambda value, allowed: any(_is_same(value, one) for one in allowed),
+    "const": _is_same,
+    "required": lambda value, names: not _is_a("object", value) or {*names} <= {*value},
+    "pattern": _matches,
+    "minimum": lambda value, limit: not _is_a("number", value) or value >= limit,
+    "maximum": lambda value, limit: not _is_a("number", value) or value <= limit,
+    "exclusiveMinimum": lambda value, limit: (
+        not _is_a("number", value) or value > limit
+    ),
+    "exclusiveMaximum": lambda value, limit: (
+        not _is_a("number", value) or value < limit
+    ),
+    "multipleOf": lambda value, step: not _is_a("number", value) or value % step == 0,
+    "minLength": lambda value, limit: not _is_a("string", value) or len(value) >= limit,
+    "maxLength": lambda value, limit: not _is_a("string", value) or len(value) <= limit,
+    "minItems": lambda value, limit: not _is_a("array", value) or len(value) >= limit,
+    "maxItems": lambda value, limit: not _is_a("array", value) or len(value) <= limit,
+}
+
+
+# ==============================================================================
+# 6. Dify
 # ==============================================================================
 #
 # Dify's dialect, both ways: what an app is and wants, questions to request bodies for
@@ -1807,7 +2755,7 @@ def _objects(value: Any) -> list[dict[str, Any]]:
 
 
 # ==============================================================================
-# 6. OpenAI
+# 7. OpenAI
 # ==============================================================================
 #
 # OpenAI's dialect, both ways: requests to an Ask, answer parts to chunks and whole
@@ -1816,6 +2764,7 @@ def _objects(value: Any) -> list[dict[str, Any]]:
 # arguments. Knows nothing of Dify, sockets or keys.
 
 MAX_USER_CHARS = 200  # Dify keeps the end user's name in a column of 255
+MAX_STOPS, MAX_CHOICES = 4, 8
 _FINGERPRINT = "fp_opendify"
 _CREATIVE_ROLES = {"developer": "system", "function": "tool"}
 _ROLES = ("system", "user", "assistant", "tool")
@@ -1849,6 +2798,8 @@ class ChatRequest:
     ask: Ask
     stream: bool = False
     include_usage: bool = False
+    n: int = 1
+    is_legacy: bool = False  # calls are answered as `function_call`
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:
@@ -1872,37 +2823,92 @@ def parse_chat_request(body: Mapping[str, Any]) -> ChatRequest:
     Raises:
         BadRequest: a required field is missing, or one has the wrong type.
     """
+    model = parse_model(body)
+    stream, options = body.get("stream"), body.get("stream_options")
+    if stream not in (None, True, False):
+        raise _bad_type("stream", "true or false")
+    system, messages = _parse_messages(body.get("messages"))
+    tools, tool_mode = parse_tools(body)
+    metadata = body.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    conversation_id = body.get("conversation_id") or metadata.get("conversation_id")
+    ask = Ask(
+        model=model,
+        messages=messages,
+        system=system,
+        inputs=_parse_inputs(body.get("inputs"), metadata.get("inputs")),
+        user=_parse_user(body),
+        conversation_id=conversation_id if isinstance(conversation_id, str) else "",
+        tools=tools,
+        tool_mode=tool_mode,
+        output=parse_output_format(body),
+        stops=_parse_stops(body.get("stop")),
+    )
+    include_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+    is_legacy = bool(body.get("functions")) and not body.get("tools")
+    n = _parse_n(body.get("n"))
+    return ChatRequest(ask, bool(stream), include_usage, n, is_legacy)
+
+
+def parse_model(body: Mapping[str, Any]) -> str:
+    """The model that a request names."""
     model = body.get("model")
     if model is None or model == "":
         raise _missing("model")
     if not isinstance(model, str):
         raise _bad_type("model", "a string")
-    rows = body.get("messages")
+    return model
+
+
+def _parse_messages(rows: Any) -> tuple[str, tuple[Message, ...]]:
+    """(the system text that opens the messages, all others)."""
     if rows is None or rows == []:
         raise _missing("messages")
     if not isinstance(rows, list):
         raise _bad_type("messages", "an array")
-    stream = body.get("stream")
-    if stream not in (None, True, False):
-        raise _bad_type("stream", "true or false")
     messages = [_parse_message(row, f"messages[{i}]") for i, row in enumerate(rows)]
+    messages = _with_tool_names(messages)
     opening = 0
     while opening < len(messages) and messages[opening].role == "system":
         opening += 1
-    metadata = body.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else {}
-    conversation_id = body.get("conversation_id") or metadata.get("conversation_id")
-    options = body.get("stream_options")
-    ask = Ask(
-        model=model,
-        messages=tuple(messages[opening:]),
-        system="\n\n".join(row.text for row in messages[:opening] if row.text.strip()),
-        inputs=_parse_inputs(body.get("inputs"), metadata.get("inputs")),
-        user=_parse_user(body),
-        conversation_id=conversation_id if isinstance(conversation_id, str) else "",
+    system = [row.text for row in messages[:opening] if row.text.strip()]
+    return "\n\n".join(system), tuple(messages[opening:])
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    """A legacy request: one question for each choice, and what each repeats."""
+
+    asks: tuple[Ask, ...]
+    echoes: tuple[str, ...]
+    stream: bool = False
+    include_usage: bool = False
+
+
+def parse_completion_request(body: Mapping[str, Any]) -> CompletionRequest:
+    """The body of `POST /completions`: each prompt, n times, is a question."""
+    prompt = body.get("prompt")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not prompts:
+        raise _missing("prompt")
+    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
+        raise _bad_value("prompt", "token ids can't be sent to an app; send text.")
+    if body.get("suffix"):
+        raise BadRequest(
+            "Unsupported parameter: 'suffix'; an app can't write between two texts.",
+            param="suffix",
+            code="unsupported_parameter",
+        )
+    rows = {**body, "messages": [{"role": "user", "content": ""}]}
+    chat = parse_chat_request({**rows, "tools": None, "response_format": None})
+    each = [prompt for prompt in prompts for _ in range(chat.n)]
+    if len(each) > MAX_CHOICES:
+        raise _bad_value("prompt", f"there may be {MAX_CHOICES} choices at most.")
+    asks = [replace(chat.ask, messages=(Message("user", text),)) for text in each]
+    echoes = [text if body.get("echo") else "" for text in each]
+    return CompletionRequest(
+        tuple(asks), tuple(echoes), chat.stream, chat.include_usage
     )
-    include_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-    return ChatRequest(ask, bool(stream), include_usage)
 
 
 def end_user(asked: str, forwarded: str, key: str) -> str:
@@ -1943,6 +2949,36 @@ def _bad_value(field_name: str, problem: str) -> BadRequest:
         param=field_name,
         code="invalid_value",
     )
+
+
+def _with_tool_names(messages: list[Message]) -> list[Message]:
+    """Tool results by the names of their tools, instead of the ids of their calls."""
+    names = {call.id: call.name for row in messages for call in row.tool_calls}
+    return [
+        replace(row, name=names[row.name])
+        if row.role == "tool" and row.name in names
+        else row
+        for row in messages
+    ]
+
+
+def _parse_stops(stop: Any) -> tuple[str, ...]:
+    stops = [stop] if isinstance(stop, str) else stop or []
+    if not isinstance(stops, list) or not all(isinstance(row, str) for row in stops):
+        raise _bad_type("stop", "a string or an array of strings")
+    if len(stops) > MAX_STOPS:
+        raise _bad_value("stop", f"there may be {MAX_STOPS} at most.")
+    return tuple(filter(None, stops))
+
+
+def _parse_n(n: Any) -> int:
+    if n is None:
+        return 1
+    if not isinstance(n, int) or isinstance(n, bool):
+        raise _bad_type("n", "a whole number")
+    if not 1 <= n <= MAX_CHOICES:
+        raise _bad_value("n", f"it must be from 1 to {MAX_CHOICES}.")
+    return n
 
 
 def _parse_inputs(direct: Any, in_metadata: Any) -> dict[str, Any]:
@@ -2075,7 +3111,10 @@ _FILE_PARTS: Mapping[str, Callable[[Mapping[str, Any], str], Attachment]] = {
 def _attachment(source: str, name: str, stem: str, where: str) -> Attachment:
     """A file from an http(s) URL, a data URL or bare base64."""
     if re.match(r"https?://", source, re.IGNORECASE):
-        path = re.sub(r"(?is)\Ahttps?://[^/?#]*|[?#].*", "", source)
+        try:
+            path = urllib.parse.urlsplit(source).path
+        except ValueError:
+            raise _bad_value(where, "the URL is malformed.") from None
         name = name or urllib.parse.unquote(path.rpartition("/")[2])
         family = f"{stem}/*" if stem in ("image", "audio") else ""
         return Attachment(_plain_name(name or stem, ""), family, url=source)
@@ -2162,6 +3201,7 @@ class Answer:
     """A whole answer, collected part by part."""
 
     def __init__(self) -> None:
+        self.calls: list[ToolCall] = []
         self._ends: dict[type, Any] = {}  # the parts that come once, at the end
         self._texts: list[str] = []
         self._reasonings: list[str] = []
@@ -2203,6 +3243,8 @@ class Answer:
             self._texts = [part.text]
         elif isinstance(part, Recast):
             self._texts, self._reasonings = [], self._reasonings + self._texts
+        elif isinstance(part, ToolCall):
+            self.calls.append(part)
         else:
             self._ends[type(part)] = part
 
@@ -2216,52 +3258,97 @@ def media_text(media: Media, *, is_first: bool) -> str:
 
 
 def chat_completion(
-    envelope: Envelope, answer: Answer, extra: Mapping[str, Any]
+    envelope: Envelope,
+    answers: Sequence[Answer],
+    extra: Mapping[str, Any],
+    *,
+    is_legacy: bool = False,
 ) -> dict[str, Any]:
     """The whole object of a chat completion; `extra` are further keys of it."""
-    message: dict[str, Any] = {
-        "role": "assistant",
-        "content": answer.text,
-        "refusal": None,
-    }
-    if answer.reasoning:
-        message["reasoning_content"] = answer.reasoning
-    message.update(_cited(answer.citations, len(answer.text)))
-    choice = {
-        "index": 0,
-        "message": message,
-        "logprobs": None,
-        "finish_reason": answer.finish_reason,
-    }
+    choices = [
+        {
+            "index": index,
+            "message": _message(answer, is_legacy),
+            "logprobs": None,
+            "finish_reason": _finish_reason(
+                answer.finish_reason, answer.calls, is_legacy
+            ),
+        }
+        for index, answer in enumerate(answers)
+    ]
     return {
         "id": envelope.id,
         "object": "chat.completion",
         "created": envelope.created,
         "model": envelope.model,
         "system_fingerprint": _FINGERPRINT,
-        "choices": [choice],
-        "usage": _usage_object(answer.usage),
+        "choices": choices,
+        "usage": _usage_object(sum_usage(answer.usage for answer in answers)),
         **extra,
     }
 
 
-class ChatStream:
-    """Writes the chunks of one streamed chat completion as SSE.
+def _message(answer: Answer, is_legacy: bool) -> dict[str, Any]:
+    text = answer.text
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if answer.calls:
+        message["content"] = text or None
+        calls = [_call_object(call) for call in answer.calls]
+        if is_legacy:
+            message["function_call"] = calls[0]["function"]
+        else:
+            message["tool_calls"] = calls
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    message.update(_cited(answer.citations, len(text)))
+    return message
 
-    Call `begin`, then `encode` for each part, in order; Finish, or `fail`, ends the
-    stream with [DONE]. Text and Reasoning are written from a template: `dumps` of a
-    whole chunk costs twenty times as much.
+
+def _call_object(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _finish_reason(reason: str, calls: Sequence[ToolCall], is_legacy: bool) -> str:
+    if reason != "stop" or not calls:
+        return reason
+    return "function_call" if is_legacy else "tool_calls"
+
+
+def sum_usage(usages: Iterable[Usage]) -> Usage:
+    """The tokens of several answers together."""
+    rows = list(usages)
+    prompt = sum(row.prompt_tokens for row in rows)
+    return Usage(prompt, sum(row.completion_tokens for row in rows))
+
+
+class ChatStream:
+    """Writes the chunks of one choice of a streamed chat completion as SSE.
+
+    Call `begin`, then `encode` for each part, in order, then `end`; or `fail`. Text and
+    Reasoning are written from a template: `dumps` of a whole chunk costs twenty times
+    as much.
     """
 
-    def __init__(self, envelope: Envelope, *, include_usage: bool) -> None:
+    def __init__(
+        self,
+        envelope: Envelope,
+        *,
+        include_usage: bool,
+        index: int = 0,
+        is_legacy: bool = False,
+    ) -> None:
+        self.usage = Usage()
         self._envelope = envelope
         self._usage_key = {"usage": None} if include_usage else {}
+        self._index = index
+        self._is_legacy = is_legacy
         head, _, tail = self._chunk({"@": 0}, None).partition(b'{"@":0}')
         self._text = (head + b'{"content":', b"}" + tail)
         self._reasoning = (head + b'{"reasoning_content":', b"}" + tail)
         self._chars = 0
+        self._calls: list[ToolCall] = []
         self._citations: tuple[Mapping[str, Any], ...] = ()
-        self._usage = Usage()
 
     def begin(self, extra: Mapping[str, Any]) -> bytes:
         """The first chunk: the role, and `extra` keys beside the standard ones."""
@@ -2277,24 +3364,41 @@ class ChatStream:
         if isinstance(part, Reasoning):
             head, tail = self._reasoning
             return head + json_string(part.text) + tail
+        if isinstance(part, ToolCall):
+            return self._call(part)
         if isinstance(part, Citations):
             self._citations = part.resources
         elif isinstance(part, Usage):
-            self._usage = part
+            self.usage = part
         elif isinstance(part, Finish):
-            return self._end(part.reason)
+            reason = _finish_reason(part.reason, self._calls, self._is_legacy)
+            return self._chunk(_cited(self._citations, self._chars), reason)
         return b""
+
+    def end(self, usage: Usage) -> bytes:
+        """The end of the stream, once all its choices are finished."""
+        if not self._usage_key:
+            return _DONE
+        return self._chunk(None, None, {"usage": _usage_object(usage)}) + _DONE
 
     def fail(self, error: ProxyError) -> bytes:
         """The end of a stream that can't be finished: no finish_reason, ever."""
         return encode_event(json_bytes(error_body(error))) + _DONE
 
-    def _end(self, reason: str) -> bytes:
-        end = self._chunk(_cited(self._citations, self._chars), reason)
-        if self._usage_key:
-            usage = {"usage": _usage_object(self._usage)}
-            end += self._chunk(None, None, usage)
-        return end + _DONE
+    def _call(self, call: ToolCall) -> bytes:
+        """Two chunks: which tool, and with what. Legacy clients know but one call."""
+        index = len(self._calls)
+        self._calls.append(call)
+        named = {"name": call.name, "arguments": ""}
+        given = {"arguments": call.arguments}
+        if self._is_legacy:
+            deltas = [{"function_call": named}, {"function_call": given}][
+                : 2 * (not index)
+            ]
+            return b"".join(self._chunk(delta, None) for delta in deltas)
+        opening = {"index": index, "id": call.id, "type": "function", "function": named}
+        rows = [opening, {"index": index, "function": given}]
+        return b"".join(self._chunk({"tool_calls": [row]}, None) for row in rows)
 
     def _chunk(
         self,
@@ -2303,7 +3407,7 @@ class ChatStream:
         extra: Mapping[str, Any] | None = None,
     ) -> bytes:
         choice = {
-            "index": 0,
+            "index": self._index,
             "delta": delta,
             "logprobs": None,
             "finish_reason": finish_reason,
@@ -2319,6 +3423,81 @@ class ChatStream:
             **(extra or {}),
         }
         return encode_event(json_bytes(chunk))
+
+
+class CompletionStream:
+    """The same for a choice of the legacy API: `POST /completions`."""
+
+    def __init__(
+        self, envelope: Envelope, *, include_usage: bool, index: int, echo: str
+    ) -> None:
+        self.usage = Usage()
+        self._envelope = envelope
+        self._usage_key = {"usage": None} if include_usage else {}
+        self._index = index
+        self._echo = echo
+
+    def begin(self, extra: Mapping[str, Any]) -> bytes:
+        """The first chunk: the prompt, if it is to be repeated."""
+        return self._chunk(self._echo, None, extra)
+
+    def encode(self, part: Part) -> bytes:
+        """The chunk that a part becomes; b"" for one that this API has no word for."""
+        if isinstance(part, Text):
+            return self._chunk(part.text, None)
+        if isinstance(part, Finish):
+            return self._chunk("", part.reason)
+        if isinstance(part, Usage):
+            self.usage = part
+        return b""
+
+    def end(self, usage: Usage) -> bytes:
+        """The end of the stream, once all its choices are finished."""
+        if not self._usage_key:
+            return _DONE
+        chunk = {**_completion(self._envelope, []), "usage": _usage_object(usage)}
+        return encode_event(json_bytes(chunk)) + _DONE
+
+    def fail(self, error: ProxyError) -> bytes:
+        """The end of a stream that can't be finished."""
+        return encode_event(json_bytes(error_body(error))) + _DONE
+
+    def _chunk(
+        self, text: str, reason: str | None, extra: Mapping[str, Any] | None = None
+    ) -> bytes:
+        choices = [_completion_choice(self._index, text, reason)]
+        chunk = _completion(self._envelope, choices)
+        return encode_event(json_bytes({**chunk, **self._usage_key, **(extra or {})}))
+
+
+def text_completion(
+    envelope: Envelope,
+    answers: Sequence[Answer],
+    echoes: Sequence[str],
+    extra: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The whole object of a legacy completion."""
+    choices = [
+        _completion_choice(index, echo + answer.text, answer.finish_reason)
+        for index, (answer, echo) in enumerate(zip(answers, echoes))
+    ]
+    usage = sum_usage(answer.usage for answer in answers)
+    value = _completion(envelope, choices)
+    return {**value, "usage": _usage_object(usage), **extra}
+
+
+def _completion(envelope: Envelope, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "id": envelope.id,
+        "object": "text_completion",
+        "created": envelope.created,
+        "model": envelope.model,
+        "choices": choices,
+    }
+
+
+def _completion_choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
+    return {"text": text, "index": index, "logprobs": None, "finish_reason": reason}
 
 
 def models_list(models: Iterable[tuple[str, str]], created: int) -> dict[str, Any]:
@@ -2400,7 +3579,7 @@ def _url_of(resource: Mapping[str, Any]) -> str:
 
 
 # ==============================================================================
-# 7. Conversations
+# 8. Conversations
 # ==============================================================================
 #
 # Which Dify conversation a request continues. OpenAI's clients send their history each
@@ -2677,7 +3856,7 @@ def fold(
     rows: list[tuple[str, str]] = []
     for message in messages:
         is_carried = any(message is row for row in carried)
-        rows += _elements(message, "file" if is_carried else "file_not_included")
+        rows.append(_element(message, "file" if is_carried else "file_not_included"))
     if not rows:
         return ""
     texts = [beside, *(text for _, text in rows)]
@@ -2687,18 +3866,12 @@ def fold(
     return "\n".join(f"<{tag}{about}>\n{text}\n</{tag}>" for about, text in rows)
 
 
-def _elements(message: Message, file_key: str) -> list[tuple[str, str]]:
-    """(attributes, text) of a message, and of each of its tool calls."""
-    role, files = message.role, _file_names(message)
-    rows = [
-        (_attributes(role=role, name=message.name, **{file_key: files}), message.text)
-    ]
-    if message.tool_calls and not message.text and not files:
-        rows = []
-    for call in message.tool_calls:
-        about = _attributes(role=role, tool_call=call.name, id=call.id)
-        rows.append((about, call.arguments))
-    return rows
+def _element(message: Message, file_key: str) -> tuple[str, str]:
+    """(attributes, text) of a message; its calls are written as the app writes them."""
+    files = {file_key: _file_names(message)}
+    texts = [message.text, *map(describe_call, message.tool_calls)]
+    about = _attributes(role=message.role, name=message.name, **files)
+    return about, "\n".join(text for text in texts if text)
 
 
 def _attributes(**values: str) -> str:
@@ -2810,10 +3983,12 @@ class Conversations:
         rows, _ = self._run(f"{_MATCH} AND chain = ? LIMIT 1", *key, window.chain)
         if not rows and _is_clear(history):
             near, _ = self._run(f"{_MATCH} LIMIT {_MAX_CANDIDATES + 1}", *key)
-            rows = [row for row in near if window.ends(Tail(scope, *row))]
-            chains = {row[1] for row in rows}
-            if len(chains) > 1 or len(near) > _MAX_CANDIDATES:
+            if len(near) > _MAX_CANDIDATES:
                 return None
+            near = [row for row in near if row[3].endswith(window.digests)]
+            if len({row[1] for row in near}) > 1:
+                return None
+            rows = [row for row in near if window.ends(Tail(scope, *row))]
         return Tail(scope, *rows[0]) if rows else None
 
     def _take_by_id(self, named: Tail, now: float) -> Tail:
@@ -2885,7 +4060,7 @@ def open_conversations(store: str, ttl_s: float) -> tuple[Conversations, str]:
 
 
 # ==============================================================================
-# 8. Pacer
+# 9. Pacer
 # ==============================================================================
 #
 # Says when each piece of streamed text is due, so that text which arrives in
@@ -3135,7 +4310,7 @@ def _is_tied(text: str, at: int) -> bool:
 
 
 # ==============================================================================
-# 9. Wire
+# 10. Wire
 # ==============================================================================
 #
 # HTTP/1.1 over asyncio streams, both roles (RFC 9112). h11 reads and writes every
@@ -3721,7 +4896,7 @@ class Reply:
 
 
 # ==============================================================================
-# 10. Upstream
+# 11. Upstream
 # ==============================================================================
 #
 # The way to Dify: connections that are kept and reused, TLS that is always verified,
@@ -3828,7 +5003,7 @@ def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError
         cure = (
             "Name the host that it is for in DIFY_API_BASE."
             if is_for_another
-            else "If it is of a private authority, name that one's file in DIFY_CA_FILE."
+            else "If a private authority signed it, name its file in DIFY_CA_FILE."
         )
         reason = error.verify_message
         return ConfigurationFault(f"The certificate of {where} fails: {reason}. {cure}")
@@ -3838,7 +5013,9 @@ def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError
             "the port of DIFY_API_BASE."
         )
     if isinstance(error, socket.gaierror):
-        return UpstreamFailed(f"The host name of {where} can't be resolved; {cure}.")
+        return UpstreamFailed(
+            f"The host name {origin.host!r} can't be resolved; {cure}."
+        )
     if isinstance(error, asyncio.TimeoutError):
         return UpstreamTimeout(f"{where} does not accept connections in time.")
     if isinstance(error, (OSError, ConnectionBroken)):
@@ -3846,10 +5023,9 @@ def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError
     return UpstreamFailed(f"{where} does not speak proper HTTP: {error}")
 
 
-_WIRE_ERRORS = (OSError, asyncio.TimeoutError, ConnectionBroken) + (
-    h11.RemoteProtocolError,
-    MalformedHTTP,
-    HeadTooLarge,
+_WIRE_ERRORS = (
+    *(OSError, asyncio.TimeoutError, ConnectionBroken),
+    *(h11.RemoteProtocolError, MalformedHTTP, HeadTooLarge),
 )
 
 
@@ -4291,8 +5467,12 @@ def _too_silent() -> ProxyError:
     )
 
 
+class NoFirstEvent(UpstreamTimeout):
+    """Dify accepted a turn, and then nothing happened."""
+
+
 def _too_late() -> ProxyError:
-    return UpstreamTimeout(
+    return NoFirstEvent(
         "Dify accepted the request, but its run did not begin in time "
         "(DIFY_FIRST_EVENT_TIMEOUT)."
     )
@@ -4576,19 +5756,19 @@ class Dify:
             )
         if response.status < 300:
             return ConfigurationFault(
-                f"What DIFY_API_BASE leads to answers {response.status}, but without an "
+                f"What DIFY_API_BASE leads to answers {response.status}, but with no "
                 "event stream; it must be like https://host/v1."
             )
         return without_key(error_from_body(response.status, content), app)
 
 
 # ==============================================================================
-# 11. Handlers
+# 12. Handlers
 # ==============================================================================
 #
 # The routes, one coroutine each: a request in, a reply out. Finds the app, checks the
 # key, runs a turn and drives the pacer. Catches nothing that the error boundary of
-# room 12 can answer. Never touches sockets and h11.
+# room 13 can answer. Never touches sockets and h11.
 #
 # One turn:  parse -> plan -> open -> (read -> put -> drain)* -> settle
 #            the client leaves -> stop, read on, then settle or forget
@@ -4662,8 +5842,8 @@ def _label(value: object) -> str:
 class Exchange:
     """One request and its reply, and what the log will say of them.
 
-    `fail` writes an error as the end of a reply that has begun; `on_leave` is called
-    when the client leaves before the reply is complete.
+    `fail` writes an error as the end of a reply that has begun; the tasks `waiting`
+    are cancelled when the client leaves before the reply is complete.
     """
 
     reply: Reply
@@ -4674,7 +5854,7 @@ class Exchange:
     body: bytes = b""
     started_at: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     fail: Callable[[ProxyError], bytes] | None = None
-    on_leave: Callable[[], Any] | None = None
+    waiting: set[asyncio.Task[Any]] = field(default_factory=set)
     has_left: bool = False
     error: ProxyError | None = None  # that it ended with
     body_bytes: int = 0
@@ -4687,8 +5867,8 @@ class Exchange:
     def leave(self) -> None:
         """The client has gone; what serves it is interrupted if it wants to be."""
         self.has_left = True
-        if self.on_leave:
-            self.on_leave()
+        for task in self.waiting:
+            task.cancel()
 
 
 @functools.lru_cache(maxsize=64)
@@ -4742,7 +5922,7 @@ class Outlet:
     def __init__(
         self,
         exchange: Exchange,
-        stream: ChatStream,
+        stream: ChatStream | CompletionStream,
         pacer: Pacer | None,
         metrics: Metrics,
     ) -> None:
@@ -4753,6 +5933,8 @@ class Outlet:
         self._pacer = pacer
         self._paced: type[Text] | type[Reasoning] = Text  # what the pacer holds
         self._sent: list[str] = []
+        self.calls: list[ToolCall] = []
+        self.has_begun = False
         self._has_text = False
         self._finish = Finish()
         self._opening = b""  # that is not written yet
@@ -4777,6 +5959,8 @@ class Outlet:
         if not self._reply.status:
             self._exchange.fail = self._stream.fail
             self._reply.start(200, [*_SSE_HEADERS, *id_headers(ids)])
+        if not self.has_begun:
+            self.has_begun = True
             self._opening = self._stream.begin({"dify": dict(ids)} if ids else {})
 
     def put(self, parts: Sequence[Part]) -> None:
@@ -4794,7 +5978,7 @@ class Outlet:
         self._write(b"".join(out))
 
     async def finish(self) -> None:
-        """Let go what the pacer holds, evenly, and end the reply."""
+        """Let go what the pacer holds, evenly."""
         if self._pacer:
             self._pacer.close(self._loop.time())
             self._on_due()
@@ -4802,7 +5986,11 @@ class Outlet:
                 self._drained = self._loop.create_future()
                 await self._drained
         self.close()
-        self._reply.end(self._opening + self._stream.encode(self._finish))
+
+    def end(self) -> bytes:
+        """What is left to be sent: the last chunk."""
+        opening, self._opening = self._opening, b""
+        return opening + self._stream.encode(self._finish)
 
     def close(self) -> None:
         """Stop the timers; nothing is written any more."""
@@ -4831,6 +6019,9 @@ class Outlet:
         if isinstance(part, Finish):
             self._finish = part
             return b""
+        if isinstance(part, ToolCall):
+            self.calls.append(part)
+            return self._flush() + self._stream.encode(part)
         return self._stream.encode(part)
 
     def _rest_of(self, text: str) -> str:
@@ -4895,10 +6086,10 @@ class Outlet:
 
     def _on_beat(self) -> None:
         """Dify is silent: begin without it, then keep the connection alive."""
-        if not self._reply.status:
+        if not self.has_begun:
             self.begin({})
             self._write(b"")
-        elif self._loop.time() - self._written_at >= KEEP_ALIVE_S:
+        elif self._loop.time() >= self._written_at + KEEP_ALIVE_S:
             self._write(encode_comment("keep-alive"))
         next_at = self._written_at + KEEP_ALIVE_S
         self._beat = self._loop.call_at(next_at, self._on_beat)
@@ -4907,44 +6098,142 @@ class Outlet:
 class Collector:
     """A whole answer, with the same methods as an Outlet."""
 
-    def __init__(self, exchange: Exchange, envelope: Envelope) -> None:
-        self._exchange = exchange
-        self._envelope = envelope
-        self._answer = Answer()
-        self._ids: Mapping[str, str] = {}
-
     is_behind = False  # it holds nothing back
+    has_begun = False  # so that it gets the latest ids
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.answer = Answer()
+        self.ids: Mapping[str, str] = {}
+        self._exchange = exchange
 
     @property
     def text(self) -> str:
         """The answer's text so far."""
-        return self._answer.text
+        return self.answer.text
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """The answer's tool calls so far."""
+        return self.answer.calls
 
     def begin(self, ids: Mapping[str, str]) -> None:
         """Dify has accepted."""
-        self._ids = ids
+        self.ids = ids
 
     def put(self, parts: Sequence[Part]) -> None:
         """Take parts in; raises the error of a Failure."""
         for part in parts:
             if isinstance(part, Media):
-                link = media_text(part, is_first=not self._answer.text)
-                self._answer.add(Text(link))
+                link = media_text(part, is_first=not self.answer.text)
+                self.answer.add(Text(link))
             else:
-                self._answer.add(part)
-        if not self._exchange.first_text_at and self._answer.text:
+                self.answer.add(part)
+        if not self._exchange.first_text_at and self.answer.text:
             self._exchange.first_text_at = asyncio.get_running_loop().time()
 
     async def finish(self) -> None:
-        """Send the answer."""
-        ids = self._ids
-        self._exchange.text_chars = len(self._answer.text)
-        extra = {"dify": dict(ids)} if ids else {}
-        value = chat_completion(self._envelope, self._answer, extra)
-        self._exchange.reply.send(json_response(value, id_headers(ids)))
+        """Nothing is held back."""
+        self._exchange.text_chars += len(self.answer.text)
+
+    def end(self) -> bytes:
+        """Nothing is left to be sent but the whole."""
+        return b""
 
     def close(self) -> None:
         """Nothing to stop."""
+
+
+class Reading:
+    """Reads an answer as its request demands: calls, stops, JSON.
+
+    Parts go in as Dify's app makes them, and come out as the client is to get them.
+    `problem` says, when the answer is over, why it will not do; `is_cut`, that a stop
+    was found and the app need not go on.
+    """
+
+    def __init__(self, ask: Ask, new_id: Callable[[], str], *, is_whole: bool) -> None:
+        self.problem = ""
+        self.is_cut = False
+        self._ask = ask
+        self._calls = CallReader(ask.tools, lambda: f"call_{new_id()[:24]}")
+        self._stop = StopReader(ask.stops)
+        self._json: JsonReader | None = None
+        self._is_json = ask.output.kind != "text"
+        if self._is_json and not is_whole:
+            self._json = JsonReader(ask.output)
+        self._is_plain = not (ask.tools or ask.stops or self._is_json)
+        self._held: list[Part] = []  # until it is certain that the answer will do
+        self._said: list[str] = []
+
+    @property
+    def said(self) -> str:
+        """The answer as the app wrote it."""
+        return "".join(self._said)
+
+    def feed(self, parts: list[Part]) -> list[Part]:
+        """The parts that are certain now."""
+        if self._is_plain:
+            return parts
+        self._said += [part.text for part in parts if isinstance(part, Text)]
+        ready = self._calls.feed(parts) if self._ask.tools else parts
+        ready = self._stop.feed(ready) if self._ask.stops else ready
+        if self._json:
+            ready = self._json.feed(ready)
+        if self._stop.is_cut and not self.is_cut:
+            self.is_cut = True
+            ready = [*ready, Usage(), Finish()]
+        self._held += ready
+        if any(isinstance(part, Finish) for part in ready):
+            self._judge()
+            if self.problem:
+                return []
+        elif self._is_open and not any(isinstance(part, Failure) for part in ready):
+            return self._release((Reasoning,))
+        return self._release(())
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether the answer may still turn out not to do."""
+        needs_call = self._ask.tool_mode == "required" and not self._calls.calls
+        return needs_call or (self._is_json and not self._json)
+
+    def _release(self, kinds: tuple[type, ...]) -> list[Part]:
+        """What is held, of these kinds or of all."""
+        ready = [part for part in self._held if not kinds or isinstance(part, kinds)]
+        self._held = [part for part in self._held if part not in ready] if kinds else []
+        return ready
+
+    def _judge(self) -> None:
+        """The answer is over: will it do?"""
+        if self._calls.calls:
+            return
+        if self._ask.tool_mode == "required":
+            names = ", ".join(tool.name for tool in self._ask.tools)
+            self.problem = f"Call {names}."
+        elif self._json:
+            self.problem = json_problem(self._json.text, self._ask.output)
+            if self.problem and self._json.text:
+                raise unsatisfied(self._ask, self.problem)
+        elif self._is_json:
+            texts = [part.text for part in self._held if isinstance(part, Text)]
+            text, self.problem = extract_json("".join(texts), self._ask.output)
+            rest = [part for part in self._held if not isinstance(part, Text)]
+            self._held = [Text(text or ""), *rest]
+
+
+def unsatisfied(ask: Ask, reason: str) -> Unsatisfied:
+    """The error after the second try."""
+    if ask.tool_mode == "required":
+        return Unsatisfied(
+            f"The app called no tool, although one was required. {reason}",
+            param="tool_choice",
+            code="tool_choice_unsatisfied",
+        )
+    return Unsatisfied(
+        f"The app's answer is not the JSON that was asked for: {reason}.",
+        param="response_format",
+        code="response_format_unsatisfied",
+    )
 
 
 def id_headers(ids: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -5131,22 +6420,87 @@ class Handlers:
             body["model"] = _decoded_name(exchange.name_in_path, await self._models())
         chat = parse_chat_request(body)
         del body  # an answer may take minutes, and the question may be long
-        app = await self._app(chat.ask.model)
-        exchange.model = chat.ask.model  # known by now: it labels metrics
-        envelope = Envelope(
-            f"chatcmpl-{self._new_id()}", int(self._wall_clock()), chat.ask.model
+        envelope = self._envelope("chatcmpl", chat.ask.model)
+
+        def stream(index: int) -> ChatStream:
+            return ChatStream(
+                envelope,
+                include_usage=chat.include_usage,
+                index=index,
+                is_legacy=chat.is_legacy,
+            )
+
+        def whole(answers: list[Answer], extra: Mapping[str, Any]) -> dict[str, Any]:
+            return chat_completion(envelope, answers, extra, is_legacy=chat.is_legacy)
+
+        asks = [chat.ask] * chat.n
+        await self._answer_all(exchange, asks, stream if chat.stream else None, whole)
+
+    async def completions(self, exchange: Exchange) -> None:
+        """`POST /completions`, the legacy API."""
+        body = parse_json_object(exchange.body)
+        exchange.body = b""
+        if exchange.name_in_path:
+            body["model"] = _decoded_name(exchange.name_in_path, await self._models())
+        asked = parse_completion_request(body)
+        envelope = self._envelope("cmpl", asked.asks[0].model)
+
+        def stream(index: int) -> CompletionStream:
+            return CompletionStream(
+                envelope,
+                include_usage=asked.include_usage,
+                index=index,
+                echo=asked.echoes[index],
+            )
+
+        def whole(answers: list[Answer], extra: Mapping[str, Any]) -> dict[str, Any]:
+            return text_completion(envelope, answers, asked.echoes, extra)
+
+        streams = stream if asked.stream else None
+        await self._answer_all(exchange, asked.asks, streams, whole)
+
+    async def not_served(self, exchange: Exchange) -> None:
+        """Endpoints of OpenAI's that no Dify app has anything for."""
+        raise NotFound(
+            f"{exchange.request.path} is not served: Dify apps have no embeddings, "
+            "moderation or image endpoints. Ask a model provider for those directly."
         )
-        sink: Outlet | Collector
-        if chat.stream:
-            stream = ChatStream(envelope, include_usage=chat.include_usage)
-            pacer = self._pacer(exchange, app)
-            sink = Outlet(exchange, stream, pacer, self.metrics)
-        else:
-            sink = Collector(exchange, envelope)
+
+    def _envelope(self, prefix: str, model: str) -> Envelope:
+        return Envelope(f"{prefix}-{self._new_id()}", int(self._wall_clock()), model)
+
+    async def _answer_all(
+        self,
+        exchange: Exchange,
+        asks: Sequence[Ask],
+        stream: Callable[[int], ChatStream | CompletionStream] | None,
+        whole: Callable[[list[Answer], Mapping[str, Any]], dict[str, Any]],
+    ) -> None:
+        """Answer each question as one choice, all at once, streamed or whole."""
+        app = await self._app(asks[0].model)
+        exchange.model = asks[0].model  # known by now: it labels metrics
+        streams = [stream(index) for index in range(len(asks))] if stream else []
+        sinks: list[Outlet | Collector] = [
+            Outlet(exchange, row, self._pacer(exchange, app), self.metrics)
+            for row in streams
+        ] or [Collector(exchange) for _ in asks]
         try:
-            await self._run_turn(exchange, app, chat.ask, sink)
+            ends = await _all_of(
+                self._run_turn(exchange, app, ask, sink, joins=len(asks) == 1)
+                for ask, sink in zip(asks, sinks)
+            )
         finally:
-            sink.close()
+            for sink in sinks:
+                sink.close()
+        if streams:
+            usage = sum_usage(row.usage for row in streams)
+            exchange.reply.end(b"".join(ends) + streams[0].end(usage))
+            return
+        collectors = [sink for sink in sinks if isinstance(sink, Collector)]
+        ids = collectors[0].ids
+        extra = {"dify": dict(ids)} if ids else {}
+        value = whole([sink.answer for sink in collectors], extra)
+        exchange.reply.send(json_response(value, id_headers(ids)))
 
     def _pacer(self, exchange: Exchange, app: AppSettings) -> Pacer | None:
         """The delay buffer, unless the operator or the request switched it off."""
@@ -5163,51 +6517,93 @@ class Handlers:
     # Turns...
 
     async def _run_turn(
-        self, exchange: Exchange, app: AppSettings, ask: Ask, sink: Outlet | Collector
-    ) -> None:
-        """One turn from the question to the end of the answer."""
-        turn = await self._open_turn(exchange, app, ask)
-        task = cast("asyncio.Task[None]", asyncio.current_task())
-        is_stored = False
+        self,
+        exchange: Exchange,
+        app: AppSettings,
+        ask: Ask,
+        sink: Outlet | Collector,
+        *,
+        joins: bool,
+    ) -> bytes:
+        """One turn, and another one if its answer will not do; returns the last bytes.
+
+        Args:
+            exchange: whose client waits.
+            app: that is asked.
+            ask: the question.
+            sink: where the answer goes.
+            joins: whether the turn may continue a conversation, and be continued.
+        """
+        asked = with_words(ask, app.tools)
+        reading = await self._run_once(exchange, app, asked, sink, joins)
+        if reading.problem:
+            kind = "tool_choice" if ask.tool_mode == "required" else "response_format"
+            said = Message("assistant", reading.said)
+            words = Message("user", retry_text(kind, reading.problem))
+            asked = replace(asked, messages=(*asked.messages, said, words))
+            reading = await self._run_once(exchange, app, asked, sink, joins=False)
+            if reading.problem:
+                raise unsatisfied(ask, reading.problem)
+        return sink.end()
+
+    async def _run_once(
+        self,
+        exchange: Exchange,
+        app: AppSettings,
+        ask: Ask,
+        sink: Outlet | Collector,
+        joins: bool,
+    ) -> Reading:
+        """Ask, and carry the answer to the sink; the reading says if it will do."""
+        turn = await self._open_turn(exchange, app, ask, joins)
+        is_whole = isinstance(sink, Collector)
+        reading = Reading(ask, self._new_id, is_whole=is_whole)
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        is_stored, was_there = False, not exchange.has_left
         try:
-            exchange.on_leave = task.cancel
-            await self._pass_on(exchange, turn, sink)
-            is_stored = turn.stream.answer.is_as_sent
+            exchange.waiting.add(task)
+            await self._pass_on(exchange, turn, sink, reading)
+            is_fit = joins and not (reading.problem or reading.is_cut)
+            is_stored = turn.stream.answer.is_as_sent and is_fit
         except (asyncio.CancelledError, ConnectionBroken):
-            exchange.on_leave = None
+            exchange.waiting.discard(task)
             sink.close()  # nobody reads any more
-            is_stored = await self._stop(turn) and not sink.is_behind
+            has_all = was_there and joins and not sink.is_behind
+            is_stored = await self._stop(turn) and has_all
             raise
         finally:
-            exchange.on_leave = None
+            exchange.waiting.discard(task)
             if turn.stream.is_given_up and turn.stream.answer.task_id:
                 self._dify.run_beside(self._stop(turn))
             else:
                 turn.stream.close()
-            self._settle(turn, sink.text if is_stored else None)
+            self._settle(turn, sink if is_stored else None)
+        return reading
 
     async def _pass_on(
-        self, exchange: Exchange, turn: Turn, sink: Outlet | Collector
+        self, exchange: Exchange, turn: Turn, sink: Outlet | Collector, reading: Reading
     ) -> None:
         """Carry the answer from Dify to the client."""
         if exchange.has_left:
             raise ConnectionBroken("the client left before the answer began")
         parts = turn.first_parts
         while parts:
-            if not exchange.reply.status:
+            if not sink.has_begun:
                 sink.begin(turn.ids)
-            sink.put(parts)
+            sink.put(reading.feed(parts))
             await exchange.reply.drain()
-            parts = await turn.stream.read()
-        await sink.finish()
+            turn.stream.is_given_up = turn.stream.is_given_up or reading.is_cut
+            parts = [] if reading.is_cut else await turn.stream.read()
+        if not reading.problem:
+            await sink.finish()
 
-    def _settle(self, turn: Turn, text: str | None) -> None:
-        """Record where the conversation stands; without text nobody knows."""
+    def _settle(self, turn: Turn, sink: Outlet | Collector | None) -> None:
+        """Record where the conversation stands; without a sink nobody knows."""
         answer = turn.stream.answer
-        if text is None or not answer.conversation_id:
+        if sink is None or not answer.conversation_id:
             self._conversations.forget(turn.plan.tail)
         else:
-            said = Message("assistant", text)
+            said = Message("assistant", sink.text, tool_calls=tuple(sink.calls))
             tail = turn.plan.finish(answer.conversation_id, said)
             self._conversations.put(tail, self._wall_clock())
 
@@ -5225,7 +6621,9 @@ class Handlers:
         finally:
             stream.close()
 
-    async def _open_turn(self, exchange: Exchange, app: AppSettings, ask: Ask) -> Turn:
+    async def _open_turn(
+        self, exchange: Exchange, app: AppSettings, ask: Ask, joins: bool
+    ) -> Turn:
         """Send the question to Dify, until it begins to answer."""
         headers = exchange.request.headers
         forwarded = urllib.parse.unquote(headers.get("x-openwebui-user-id", ""))
@@ -5233,36 +6631,35 @@ class Handlers:
         explicit = ask.conversation_id or headers.get("x-dify-conversation-id", "")
         if explicit != ask.conversation_id:
             ask = replace(ask, conversation_id=explicit)
-        question = Question(app, ask, user, scope_of(app.key, user), exchange.id)
+        scope = scope_of(app.key, user)
+        question = Question(app, ask, user, scope, exchange.id, joins)
         try:
             return await self._ask(question)
         except MissingInput as error:
-            self._give_back(question.tail)
+            self._let_go(question, error)
             form = await self._dify.form_of(app, anew=True)
             message = f"{error.message}. {describe_inputs(form)}"
             raise BadRequest(message, param="inputs") from error
         except BaseException as error:
-            nothing_ran = isinstance(error, (BadRequest, ConfigurationFault))
-            if nothing_ran and not isinstance(error, ConversationGone):
-                self._give_back(question.tail)
-            else:
-                self._conversations.forget(question.tail)
+            self._let_go(question, error)
             raise
 
     async def _ask(self, question: Question) -> Turn:
         """Ask, and again where Dify shows that a conversation or a mode is wrong."""
         mode = await self._dify.mode_of(question.app)
-        if mode in CHAT_MODES:
+        if mode in CHAT_MODES and question.joins:
             now = self._wall_clock()
             question.tail = self._conversations.take(question.ask, question.scope, now)
         for _ in range(MAX_TRIES):
             try:
                 return await self._try_turn(question, mode)
-            except ConversationGone:
-                if question.ask.conversation_id or not question.tail:
+            except (ConversationGone, NoFirstEvent) as error:
+                # Chatflows from 1.13 on met a lost conversation with silence.
+                is_lost = isinstance(error, ConversationGone) or mode == "advanced-chat"
+                if question.ask.conversation_id or not (question.tail and is_lost):
                     raise
                 self._conversations.forget(question.tail)
-                question.tail = None
+                question.tail, question.is_accepted = None, False
             except WrongMode:
                 corrected = await self._dify.correct_mode(question.app)
                 if corrected == mode:
@@ -5270,9 +6667,13 @@ class Handlers:
                 mode = corrected
         raise UpstreamFailed("Dify contradicts itself about this app's mode.")
 
-    def _give_back(self, tail: Tail | None) -> None:
-        if tail:
-            self._conversations.put(tail, self._wall_clock())
+    def _let_go(self, question: Question, error: BaseException) -> None:
+        """The turn did not begin: its conversation stays as it was, if nothing ran."""
+        is_refused = isinstance(error, _REFUSALS) and not question.is_accepted
+        if is_refused and not isinstance(error, ConversationGone) and question.tail:
+            self._conversations.put(question.tail, self._wall_clock())
+        else:
+            self._conversations.forget(question.tail)
 
     async def _try_turn(self, question: Question, mode: str) -> Turn:
         """One attempt; raises what Dify says before its first word."""
@@ -5289,6 +6690,7 @@ class Handlers:
         )
         request = await self._request_for(question, plan, mode)
         stream = await self._dify.open_turn(app, mode, request)
+        question.is_accepted = True
         try:
             parts = await stream.read()
             if parts and isinstance(parts[0], Failure):
@@ -5341,7 +6743,9 @@ class Question:
     user: str
     scope: bytes
     trace_id: str
+    joins: bool
     tail: Tail | None = None
+    is_accepted: bool = False  # Dify has begun to answer: it may remember the question
     uploads: dict[int, str] = field(default_factory=dict)  # by the id() of the file
 
 
@@ -5367,6 +6771,48 @@ class Turn:
         return {name: id_ for name, id_ in ids.items() if id_}
 
 
+def with_words(ask: Ask, place: str) -> Ask:
+    """The question with the words about its tools and its output's format.
+
+    Args:
+        ask: the question.
+        place: of the words about tools, one of TOOLS_PLACES.
+    """
+    if place == "off" and ask.tools:
+        if ask.tool_mode == "required":
+            raise BadRequest(
+                "Tools are switched off for this model.",
+                param="tool_choice",
+                code="unsupported_parameter",
+            )
+        ask = replace(ask, tools=())
+    tools = describe_tools(ask.tools, ask.tool_mode) if place != "off" else ""
+    words = [describe_format(ask.output)]
+    if place == "inputs" and tools:
+        ask = replace(ask, inputs={**ask.inputs, "tools": tools})
+    else:
+        words.insert(0, tools)
+    if not any(words):
+        return ask
+    texts = [text for text in (ask.system, *words) if text]
+    return replace(ask, system="\n\n".join(texts))
+
+
+async def _all_of(coroutines: Iterable[Coroutine[Any, Any, bytes]]) -> list[bytes]:
+    """All results; when one fails, the others are cancelled and waited for."""
+    rows = list(coroutines)
+    if len(rows) == 1:
+        return [await rows[0]]
+    tasks = [asyncio.ensure_future(row) for row in rows]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
 def _decoded_name(raw: str, models: Iterable[str]) -> str:
     """A model's name from a path: percent-encoded, or form-encoded by old clients."""
     form = urllib.parse.unquote_plus(raw)
@@ -5382,8 +6828,16 @@ def _no_such_model(model: str, models: Iterable[str]) -> ProxyError:
 
 
 Handler = Callable[[Exchange], Awaitable[None]]
+# What Dify says before anything runs.
+_REFUSALS = (BadRequest, ConfigurationFault, RateLimited, QuotaExceeded)
+NOT_SERVED = (
+    *("embeddings", "moderations"),
+    *("images/generations", "images/edits", "images/variations"),
+)
 ROUTES: Mapping[str, Mapping[str, Callable[[Handlers, Exchange], Awaitable[None]]]] = {
     "chat/completions": {"POST": Handlers.chat_completions},
+    "completions": {"POST": Handlers.completions},
+    **{endpoint: {"POST": Handlers.not_served} for endpoint in NOT_SERVED},
     "models": {"GET": Handlers.list_models},
     "models/": {"GET": Handlers.get_model},
     "health": {"GET": Handlers.health},
@@ -5394,7 +6848,7 @@ OPEN_ENDPOINTS = ("health", "ready")
 
 
 # ==============================================================================
-# 12. Server
+# 13. Server
 # ==============================================================================
 #
 # Accepts connections and runs their requests one after another; the only place that
@@ -5755,7 +7209,7 @@ async def _settled(
 
 
 # ==============================================================================
-# 13. Command line
+# 14. Command line
 # ==============================================================================
 #
 # Arguments, the env file, logging, signals, the self-check and the demo app. The only

@@ -614,18 +614,20 @@ def test_names_calls_results_and_files_are_folded() -> None:
             </message>
             <message role="assistant">
             I look it up.
-            </message>
-            <message role="assistant" tool_call="look" id="c1">
-            {"at": "cat"}
+            <tool_call>
+            {"name": "look", "arguments": {"at": "cat"}}
+            </tool_call>
             </message>
             <message role="tool" name="c1">
             a cat
             </message>
-            <message role="assistant" tool_call="weigh" id="c2">
-            {}
-            </message>
-            <message role="assistant" tool_call="pet" id="c3">
-            {}
+            <message role="assistant">
+            <tool_call>
+            {"name": "weigh", "arguments": {}}
+            </tool_call>
+            <tool_call>
+            {"name": "pet", "arguments": {}}
+            </tool_call>
             </message>
             <message role="tool" name="c2">
             4 kg

@@ -635,7 +635,8 @@ def events(data: bytes) -> list[JSONObject]:
 def streamed(*parts: Part, include_usage: bool = False, **extra: Any) -> bytes:
     """Return the stream that parts become."""
     stream = ChatStream(ENVELOPE, include_usage=include_usage)
-    return stream.begin(extra) + b"".join(stream.encode(part) for part in parts)
+    data = stream.begin(extra) + b"".join(stream.encode(part) for part in parts)
+    return data + stream.end(stream.usage)
 
 
 def joined(chunks: list[JSONObject], key: str = "content") -> str:
@@ -649,6 +650,7 @@ def test_stream_to_the_byte() -> None:
     data = stream.begin({"dify": {"message_id": "x"}})
     for piece in (Reasoning("Hm"), Text("Hé\n\u2028"), Usage(3, 4), Finish("stop")):
         data += stream.encode(piece)
+    data += stream.end(stream.usage)
     head = (
         'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":17,'
         '"model":"m","system_fingerprint":"fp_opendify",'
@@ -709,6 +711,7 @@ def test_odd_model_name_is_repeated_as_it_is() -> None:
     name = 'a"b\\c {"@":0}\u2028应用'
     stream = ChatStream(Envelope("chatcmpl-1", 1, name), include_usage=False)
     data = stream.begin({}) + stream.encode(Text("x")) + stream.encode(Finish())
+    data += stream.end(stream.usage)
     assert {chunk["model"] for chunk in events(data)} == {name}
 
 
@@ -771,7 +774,7 @@ def whole(*parts: Part, **extra: Any) -> JSONObject:
     answer = Answer()
     for row in parts:
         answer.add(row)
-    data = opendify.json_bytes(opendify.chat_completion(ENVELOPE, answer, extra))
+    data = opendify.json_bytes(opendify.chat_completion(ENVELOPE, [answer], extra))
     value: JSONObject = json.loads(data)
     validate("CreateChatCompletionResponse", value)
     return value

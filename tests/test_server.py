@@ -81,7 +81,7 @@ class Stage:
     async def wait(self, _: Handlers, exchange: Exchange) -> None:
         """Answer when the gate opens, or end when the client leaves."""
         task = cast("asyncio.Task[None]", asyncio.current_task())
-        exchange.on_leave = task.cancel
+        exchange.waiting.add(task)
         self.entered.set()
         try:
             await self.gate.wait()
@@ -94,7 +94,7 @@ class Stage:
         self.begin(exchange)
         await exchange.reply.drain()
         task = cast("asyncio.Task[None]", asyncio.current_task())
-        exchange.on_leave = task.cancel
+        exchange.waiting.add(task)
         self.entered.set()
         try:
             await self.gate.wait()

@@ -1,0 +1,1258 @@
+"""Tool calls, output formats and stop strings, as models write them."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from itertools import count
+from typing import Any, Union
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opendify import (
+    BadRequest,
+    CallReader,
+    Citations,
+    Finish,
+    JsonReader,
+    OutputFormat,
+    Part,
+    Reasoning,
+    StopReader,
+    Text,
+    Tool,
+    ToolCall,
+    Usage,
+    describe_call,
+    describe_format,
+    describe_tools,
+    extract_json,
+    json_problem,
+    parse_output_format,
+    parse_tools,
+    retry_text,
+    schema_problems,
+)
+
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer"},
+        "hourly": {"type": "boolean"},
+        "tags": {"type": "array", "items": {"type": "string"}},
+    },
+    "required": ["city"],
+}
+FILE = {
+    "type": "object",
+    "properties": {"path": {"type": "string"}, "content": {"type": "string"}},
+}
+TOOLS = (
+    Tool("get_weather", "The weather of a city.", WEATHER),
+    Tool("get_time", "The time.", {"type": "object", "properties": {}}),
+    Tool("search", "", {"type": "object", "properties": {"query": {"type": "string"}}}),
+    Tool("write_file", "", FILE),
+)
+PARIS = {"city": "Paris"}
+Expected = Union[str, tuple[str, dict[str, Any]]]
+
+
+def reader() -> CallReader:
+    numbers = count(1)
+    return CallReader(TOOLS, lambda: f"call_{next(numbers)}")
+
+
+def read(*pieces: str) -> list[Part]:
+    """The parts of an answer that comes in these pieces, its texts joined."""
+    calls = reader()
+    parts: list[Part] = []
+    for piece in pieces:
+        parts += calls.feed([Text(piece)])
+    return joined(parts + calls.close())
+
+
+def joined(parts: list[Part]) -> list[Part]:
+    whole: list[Part] = []
+    for part in parts:
+        if isinstance(part, Text) and whole and isinstance(whole[-1], Text):
+            whole[-1] = Text(whole[-1].text + part.text)
+        else:
+            whole.append(part)
+    return whole
+
+
+def parts_of(expected: list[Expected]) -> list[Part]:
+    numbers = count(1)
+    return [
+        Text(row)
+        if isinstance(row, str)
+        else ToolCall(
+            f"call_{next(numbers)}", row[0], json.dumps(row[1], ensure_ascii=False)
+        )
+        for row in expected
+    ]
+
+
+CALL = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
+PARIS_CALL: list[Expected] = [("get_weather", PARIS)]
+SAMPLES: dict[str, tuple[str, list[Expected]]] = {
+    # What is asked for.
+    "ours": (f"<tool_call>\n{CALL}\n</tool_call>", PARIS_CALL),
+    "ours-one-line": (f"<tool_call>{CALL}</tool_call>", PARIS_CALL),
+    "ours-prose-before": (
+        f"Let me check.\n\n<tool_call>\n{CALL}\n</tool_call>\n",
+        ["Let me check.\n\n", *PARIS_CALL],
+    ),
+    "ours-prose-same-line": (
+        f"Let me check. <tool_call>{CALL}</tool_call>",
+        ["Let me check. ", *PARIS_CALL],
+    ),
+    "ours-prose-after": (
+        f"<tool_call>\n{CALL}\n</tool_call>\n\nI will tell you soon.",
+        [*PARIS_CALL, "\n\nI will tell you soon."],
+    ),
+    "ours-blank-before": (f"\n\n<tool_call>{CALL}</tool_call>\n\n", PARIS_CALL),
+    "ours-two": (
+        f'<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n{{"name": "search", '
+        '"arguments": {"query": "a } b"}}\n</tool_call>',
+        [*PARIS_CALL, ("search", {"query": "a } b"})],
+    ),
+    "ours-two-in-one-block": (
+        f"<tool_call>\n{CALL}\n{CALL}\n</tool_call>",
+        PARIS_CALL * 2,
+    ),
+    "ours-list-in-block": (f"<tool_call>[{CALL}, {CALL}]</tool_call>", PARIS_CALL * 2),
+    "ours-prose-between": (
+        f"<tool_call>{CALL}</tool_call>\nAnd the time:\n"
+        '<tool_call>{"name": "get_time", "arguments": {}}</tool_call>',
+        [*PARIS_CALL, "\nAnd the time:\n", ("get_time", {})],
+    ),
+    "no-arguments": ('<tool_call>{"name": "get_time"}</tool_call>', [("get_time", {})]),
+    "null-arguments": (
+        '<tool_call>{"name": "get_time", "arguments": null}</tool_call>',
+        [("get_time", {})],
+    ),
+    "empty-text-arguments": (
+        '<tool_call>{"name": "get_time", "arguments": ""}</tool_call>',
+        [("get_time", {})],
+    ),
+    "arguments-as-text": (
+        r'<tool_call>{"name": "get_weather", "arguments": "{\"city\": \"Paris\"}"}'
+        "</tool_call>",
+        PARIS_CALL,
+    ),
+    "arguments-first": (
+        '<tool_call>{"arguments": {"city": "Paris"},'
+        ' "name": "get_weather"}</tool_call>',
+        PARIS_CALL,
+    ),
+    "with-id": (
+        '<tool_call>{"id": "call_9", "name": "get_weather", "arguments": '
+        '{"city": "Paris"}}</tool_call>',
+        PARIS_CALL,
+    ),
+    "cjk": (
+        '我来查一下。\n<tool_call>\n{"name": "get_weather", "arguments": '
+        '{"city": "北京"}}\n</tool_call>',
+        ["我来查一下。\n", ("get_weather", {"city": "北京"})],
+    ),
+    "escapes": (
+        '<tool_call>{"name": "write_file", "arguments": {"path": "a\\\\b", '
+        '"content": "x = {\\"a\\": [1]}\\n</tool_call> \\u4e2d"}}</tool_call>',
+        [
+            (
+                "write_file",
+                {"path": "a\\b", "content": 'x = {"a": [1]}\n</tool_call> 中'},
+            )
+        ],
+    ),
+    # Sloppy and broken.
+    "no-closing-tag": (f"<tool_call>\n{CALL}", PARIS_CALL),
+    "no-closing-tag-text-after": (
+        f"<tool_call>\n{CALL}\nDone.",
+        [*PARIS_CALL, "\nDone."],
+    ),
+    "no-opening-tag": (f"{CALL}\n</tool_call>", PARIS_CALL),
+    "opening-tag-twice": (f"<tool_call>\n{CALL}\n<tool_call>", PARIS_CALL),
+    "plural-tag": (f"<tool_calls>\n{CALL}\n</tool_calls>", PARIS_CALL),
+    "plural-around-singular": (
+        f"<tool_calls><tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>"
+        "</tool_calls>",
+        PARIS_CALL * 2,
+    ),
+    "tools-tag": (f"<tools>\n{CALL}\n</tools>", PARIS_CALL),
+    "function-call-tag": (f"<function_call>{CALL}</function_call>", PARIS_CALL),
+    "fence-in-tag": (f"<tool_call>\n```json\n{CALL}\n```\n</tool_call>", PARIS_CALL),
+    "tag-in-fence": (f"```xml\n<tool_call>\n{CALL}\n</tool_call>\n```", PARIS_CALL),
+    "missing-brace": (f"<tool_call>\n{CALL[:-1]}\n</tool_call>", PARIS_CALL),
+    "missing-braces-at-end": (f"<tool_call>{CALL[:-2]}", PARIS_CALL),
+    "one-brace-too-many": (f"<tool_call>{CALL}}}</tool_call>", PARIS_CALL),
+    "trailing-commas": (
+        '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris",},}'
+        "</tool_call>",
+        PARIS_CALL,
+    ),
+    "single-quotes": (
+        "<tool_call>{'name': 'get_weather', 'arguments': {'city': 'L\\'Aquila', "
+        "'hourly': True, 'tags': None}}</tool_call>",
+        [("get_weather", {"city": "L'Aquila", "hourly": True, "tags": None})],
+    ),
+    "single-quotes-with-double-inside": (
+        "<tool_call>{'name': 'search', 'arguments': {'query': 'say \"hi\"'}}"
+        "</tool_call>",
+        [("search", {"query": 'say "hi"'})],
+    ),
+    "unquoted-keys": (
+        '<tool_call>{name: "get_weather", arguments: {city: "Paris", days: 1e1}}'
+        "</tool_call>",
+        [("get_weather", {"city": "Paris", "days": 10.0})],
+    ),
+    "raw-line-break": (
+        '<tool_call>{"name": "write_file", "arguments": {"path": "a", "content": '
+        '"one\ntwo\tthree"}}</tool_call>',
+        [("write_file", {"path": "a", "content": "one\ntwo\tthree"})],
+    ),
+    "stray-backslash": (
+        r'<tool_call>{"name": "write_file", "arguments": {"path": "C:\Users\d", '
+        r'"content": "a"}}</tool_call>'.replace(r"\U", r"\W"),
+        [("write_file", {"path": r"C:\Wsers\d", "content": "a"})],
+    ),
+    # Bare and fenced JSON.
+    "bare": (CALL, PARIS_CALL),
+    "bare-pretty": (json.dumps(json.loads(CALL), indent=4), PARIS_CALL),
+    "bare-after-prose": (
+        f"I will look that up.\n\n{CALL}\n",
+        ["I will look that up.\n\n", *PARIS_CALL],
+    ),
+    "bare-after-colon": (f"Tool call: {CALL}", ["Tool call: ", *PARIS_CALL]),
+    "bare-after-cjk": (f"好的，我来查询：{CALL}", ["好的，我来查询：", *PARIS_CALL]),
+    "bare-lines": (f"{CALL}\n{CALL}", PARIS_CALL * 2),
+    "bare-list": (f"[{CALL}, {CALL}]", PARIS_CALL * 2),
+    "bare-tool-args": (
+        '{"tool": "get_weather", "args": {"city": "Paris"}}',
+        PARIS_CALL,
+    ),
+    "bare-parameters": (
+        '{"name": "get_weather", "parameters": {"city": "Paris"}}',
+        PARIS_CALL,
+    ),
+    "bare-type-first": (
+        '{"type": "function", "name": "get_weather", "parameters": {"city": "Paris"}}',
+        PARIS_CALL,
+    ),
+    "bare-openai": (
+        '{"type": "function", "function": {"name": "get_weather", "arguments": '
+        r'"{\"city\": \"Paris\"}"}}',
+        PARIS_CALL,
+    ),
+    "bare-openai-list": (
+        '{"tool_calls": [{"id": "call_x", "type": "function", "function": {"name": '
+        r'"get_weather", "arguments": "{\"city\": \"Paris\"}"}}]}',
+        PARIS_CALL,
+    ),
+    "bare-openai-id-first": (
+        '[{"id": "call_x", "type": "function", "function": {"name": "get_weather", '
+        '"arguments": {"city": "Paris"}}}]',
+        PARIS_CALL,
+    ),
+    "bare-function-call": (
+        '{"function_call": {"name": "get_weather", "arguments": {"city": "Paris"}}}',
+        PARIS_CALL,
+    ),
+    "bare-parallel": (
+        '{"tool_uses": [{"recipient_name": "functions.get_weather", "parameters": '
+        '{"city": "Paris"}}]}',
+        PARIS_CALL,
+    ),
+    "bare-missing-brace": (CALL[:-1], PARIS_CALL),
+    "fenced": (f"```json\n{CALL}\n```", PARIS_CALL),
+    "fenced-no-language": (f"```\n{CALL}\n```\n", PARIS_CALL),
+    "fenced-tool-call": (f"```tool_call\n{CALL}\n```", PARIS_CALL),
+    "fenced-two": (f"```json\n{CALL}\n{CALL}\n```", PARIS_CALL * 2),
+    "fenced-list": (f"```json\n[\n  {CALL},\n  {CALL}\n]\n```", PARIS_CALL * 2),
+    "fenced-not-closed": (f"```json\n{CALL}\n", PARIS_CALL),
+    "fences-two": (f"```json\n{CALL}\n```\n\n```json\n{CALL}\n```", PARIS_CALL * 2),
+    "fenced-prose-around": (
+        f"I'll call:\n```json\n{CALL}\n```\nPlease wait.",
+        ["I'll call:\n", *PARIS_CALL, "\nPlease wait."],
+    ),
+    # Other dialects.
+    "invoke": (
+        '<function_calls>\n<invoke name="get_weather">\n<parameter name="city">Paris'
+        '</parameter>\n<parameter name="days">3</parameter>\n</invoke>\n'
+        "</function_calls>",
+        [("get_weather", {"city": "Paris", "days": 3})],
+    ),
+    "invoke-two": (
+        '<function_calls><invoke name="get_weather">'
+        '<parameter name="city">12</parameter>'
+        '<parameter name="tags">["a"]</parameter></invoke><invoke name="get_time">'
+        "</invoke></function_calls>",
+        [("get_weather", {"city": "12", "tags": ["a"]}), ("get_time", {})],
+    ),
+    "invoke-alone": (
+        '<invoke name="write_file"><parameter name="path">a.html</parameter>'
+        '<parameter name="content">\n<b>x</b>\n{"name": 1}\n</parameter></invoke>',
+        [("write_file", {"path": "a.html", "content": '<b>x</b>\n{"name": 1}'})],
+    ),
+    "qwen-coder": (
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
+        "<parameter=hourly>\ntrue\n</parameter>\n</function>\n</tool_call>",
+        [("get_weather", {"city": "Paris", "hourly": True})],
+    ),
+    "llama-function": (
+        '<function=get_weather>{"city": "Paris"}</function>',
+        PARIS_CALL,
+    ),
+    "llama-python-tag": (
+        '<|python_tag|>{"name": "get_weather", '
+        '"parameters": {"city": "Paris"}}<|eom_id|>',
+        PARIS_CALL,
+    ),
+    "glm": (
+        "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>北京</arg_value>\n"
+        "<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>",
+        [("get_weather", {"city": "北京", "days": 2})],
+    ),
+    "deepseek-v3": (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n"
+        '```json\n{"city": "Paris"}\n```<｜tool▁'
+        "call▁end｜>\n<｜tool▁call▁begin｜>function"
+        "<｜tool▁sep｜>get_time\n```json\n{}\n`"
+        "``<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        [*PARIS_CALL, ("get_time", {})],
+    ),
+    "deepseek-v31": (
+        "查一下：<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>"
+        '{"city": "杭州"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+        ["查一下：", ("get_weather", {"city": "杭州"})],
+    ),
+    "deepseek-dsml": (
+        "<｜DSML｜function_calls>\n<｜DSML｜invoke "
+        'name="get_weather">\n<｜DSML｜parameter '
+        'name="city" string="true">Paris</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+        "</｜DSML｜function_calls>",
+        PARIS_CALL,
+    ),
+    "kimi": (
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0"
+        '<|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|>'
+        "<|tool_calls_section_end|>",
+        PARIS_CALL,
+    ),
+    "mistral": (f"[TOOL_CALLS][{CALL}]", PARIS_CALL),
+    "mistral-names": (
+        '[TOOL_CALLS]get_weather{"city": "Paris"}[TOOL_CALLS]get_time[ARGS]{}',
+        [*PARIS_CALL, ("get_time", {})],
+    ),
+    "folded-history": (
+        '<message role="assistant" tool_call="get_weather" id="call_1">\n'
+        '{"city": "Paris"}\n</message>',
+        PARIS_CALL,
+    ),
+    "functions-prefix": (
+        '{"name": "functions.get_weather", "arguments": {"city": "Paris"}}',
+        PARIS_CALL,
+    ),
+    "invoke-not-closed": (
+        '<invoke name="search"><parameter name="query">a</parameter>\n'
+        '<invoke name="get_weather">\n<parameter name="city">Paris</parameter>',
+        [("search", {"query": "a"}), *PARIS_CALL],
+    ),
+    "granite": (f"<|tool_call|>[{CALL}]", PARIS_CALL),
+}
+TEXTS = {
+    "wrong-name": '<tool_call>{"name": "rm", "arguments": {}}</tool_call>',
+    "wrong-name-longer": '<tool_call>{"name": "get_weathers",'
+    ' "arguments": {}}</tool_call>',
+    "wrong-name-bare": '{"name": "Alice", "arguments": {"x": 1}}',
+    "wrong-name-invoke": '<invoke name="rm"><parameter name="a">1</parameter></invoke>',
+    "one-of-list-wrong": f'[{CALL}, {{"name": "rm", "arguments": {{}}}}]',
+    "one-of-list-wrong-pretty": f'[\n  {CALL},\n  {{"name": "'
+    f'rm", "arguments": {{}}}}\n]',
+    "arguments-no-object": '<tool_call>{"name": "search", '
+    '"arguments": [1]}</tool_call>',
+    "arguments-broken-text": '<tool_call>{"name": "search", '
+    '"arguments": "x"}</tool_call>',
+    "cut-in-string": '<tool_call>{"name": "write_file", "arguments": {"content": "ab',
+    "cut-in-parameter": '<invoke name="search"><parameter name="query">ab',
+    "empty-tag": "<tool_call></tool_call> is how a call begins",
+    "tag-in-prose": "Models write <tool_call> before a call.",
+    "tag-in-backticks": f"Write `<tool_call>{CALL}</tool_call>` to call.",
+    "tag-in-quotes": f'It says "<tool_call>{CALL}</tool_call>".',
+    "json-in-backticks": f"Write `{CALL}` to call.",
+    "json-in-sentence": f"An object such as {CALL} is a call.",
+    "json-then-sentence": f"{CALL} would be a call.",
+    "json-in-json": f'{{"example": {CALL}}}',
+    "json-in-pretty-json": f'{{\n  "calls_made": [\n    {CALL}\n  ]\n}}',
+    "json-assigned": f"call = {CALL}\n",
+    "python-block": f"```python\ncall = {CALL}\nrun(\n{CALL}\n)\n```",
+    "bash-block": f"```bash\ncurl -d '{CALL}' x\n```\nThat is it.",
+    "markdown-block": f"```markdown\n<tool_call>\n{CALL}\n</tool_call>\n```",
+    "json-block-and-more": f"```json\n{CALL}\n// that is a call\n```",
+    "json-block-of-other": '```json\n{"name": "Bob", "age": 3}\n```\nOK',
+    "definition": '{"name": "search", "description": "x", "parameters": {}}',
+    "definition-openai": '{"type": "function", "function": {"name": "search", '
+    '"parameters": {"type": "object", "properties": {}}}}',
+    "definition-short": '{"name": "search", "parameters": {"type": "object", '
+    '"properties": {"query": {"type": "string"}}}}',
+    "name-only": '{"name": "search"}',
+    "result": '{"name": "search", "arguments": {}, "result": 3}',
+    "not-json": "{name} and [tool_calls] and {tool: and <invoke name",
+    "unfinished": '{"name": "sea',
+    "marker-begun": "a <tool_c",
+    "react": 'Thought: look\nAction: search\nAction Input: {"query": "x"}',
+    "checkboxes": "- [ ] one\n- [x] two [link](http://a/b) [1][2]",
+    "generics": "Map<String, List<tool_call>> m; a < b; <function foo>; x <invoke> y",
+    "blank": " \n ",
+    "cjk": "「<tool_call>」是标记。{“name”: “search”}",
+    "mistral-word": "[TOOL_CALLS] is Mistral's marker",
+    "deepseek-word": "<｜tool▁calls▁begin｜> is a token",
+}
+
+
+def sample_table() -> list[Any]:
+    rows = [pytest.param(*row, id=name) for name, row in SAMPLES.items()]
+    return rows + [
+        pytest.param(text, [text], id=f"text-{name}") for name, text in TEXTS.items()
+    ]
+
+
+def test_samples_are_many() -> None:
+    assert len(SAMPLES) >= 60
+
+
+@pytest.mark.parametrize("text, expected", sample_table())
+def test_answer_is_read_as_calls_and_text(text: str, expected: list[Expected]) -> None:
+    assert read(text) == parts_of(expected)
+
+
+@pytest.mark.parametrize("text, expected", sample_table())
+def test_answer_is_read_the_same_however_it_is_cut(
+    text: str, expected: list[Expected]
+) -> None:
+    wanted = parts_of(expected)
+    assert read(*text) == wanted
+    for at in range(1, len(text)):
+        assert read(text[:at], text[at:]) == wanted, at
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_call_after_prose_is_read(name: str) -> None:
+    text, expected = SAMPLES[name]
+    got = read(f"Well.\n{text.lstrip()}")
+    wanted = ["Well.\n", *expected]
+    assert got == joined(parts_of(wanted))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_call_after_call_is_read(name: str) -> None:
+    text, expected = SAMPLES[name]
+    first = f"<tool_call>{CALL}</tool_call>"
+    assert read(f"{first}\n{text}") == parts_of([*PARIS_CALL, *lead(expected)])
+
+
+def lead(expected: list[Expected]) -> list[Expected]:
+    """After a call the line break before text belongs to the text."""
+    first = expected[0]
+    return [f"\n{first}", *expected[1:]] if isinstance(first, str) else expected
+
+
+def test_other_parts_keep_their_order_and_end_what_is_held() -> None:
+    calls = reader()
+    parts: list[Part] = [
+        Reasoning("hm"),
+        Text("a <tool_"),
+        Reasoning("hm"),
+        Text(CALL[:-1]),
+        Usage(1, 2),
+        Finish(),
+    ]
+    got = calls.feed(parts) + calls.close()
+    wanted = [Reasoning("hm"), Text("a <tool_"), Reasoning("hm"), Text(CALL[:-1])]
+    assert joined(got) == [*wanted, Usage(1, 2), Finish()]
+    assert calls.calls == 0
+    got = calls.feed([Reasoning("hm"), Text(f"\n{CALL[:-1]}"), Usage(1, 2), Finish()])
+    call = ToolCall("call_1", "get_weather", '{"city": "Paris"}')
+    assert joined(got) == [Reasoning("hm"), Text("\n"), call, Usage(1, 2), Finish()]
+    assert calls.calls == 1
+
+
+def test_call_comes_with_its_last_character() -> None:
+    calls = reader()
+    text = f"<tool_call>\n{CALL}"
+    assert calls.feed([Text(text[:-1])]) == []
+    call = ToolCall("call_1", "get_weather", '{"city": "Paris"}')
+    assert calls.feed([Text(text[-1])]) == [call]
+
+
+def test_described_call_is_read_back() -> None:
+    call = ToolCall("call_1", "search", '{"query": "\\"<tool_call>中\\n"}')
+    assert read(describe_call(call)) == [call]
+
+
+# Ordinary text...
+
+
+SCRAPS = (
+    "The quick brown fox: it jumps over 3 < 4 dogs, and 5 > 2 cats.",
+    "今天天气很好。我们去公园吧！“好的”，他说：「走」。",
+    'Set `{"name": "search"}` in `config.json`'
+    ", or [see the docs](https://a.b/c?d[]=1).",
+    '{"name": "Ada", "age": 36, "tags": ["a", "b"], "nested": {"name": "x"}}',
+    '[{"id": 1, "type": "user"}, {"id": 2, "type": "admin"}]',
+    '[{"type": "function", "async": true}, {"function": 1}]',
+    '{\n  "tool": "hammer",\n  "args": ["--fast"]\n}',
+    '{"function": "f(x) = x^2", "domain": [0, 1]}',
+    '{"tools": [{"name": "search", "description": "finds", "parameters": {}}]}',
+    '```json\n{"name": "opendify", "version": "1.0", "scripts": {"test": "x"}}\n```',
+    "```python\ndef get_weather(city):\n    return {'name': city}[\"name\"]\n```",
+    '```bash\nfor f in *.py; do [ -f "$f" ] && echo "{$f}"; done\n```',
+    '```xml\n<tools>\n  <tool name="saw"/>\n</tools>\n```',
+    "```\nplain block with <invoke> and [TOOL_\n```",
+    '```html\n<div class="a"><p>{{ name }}</p>'
+    "</div>\n<script>f({a: [1]})</script>\n```",
+    "<details><summary>More</summary>\n\nText "
+    "with <b>bold</b> &amp; <br/>.\n</details>",
+    "Use <function name> or <tool> tags; Map<String, List<Integer>> m = new Foo<>();",
+    "SELECT name FROM tools WHERE args = '{\"a\": 1}' AND id IN (1, 2);",
+    "- [ ] todo\n- [x] done\n1. {first}\n2. [second]",
+    "| a | b |\n|---|---|\n| `{` | `[` |",
+    "$\\\\frac{a}{b} \\\\in [0, 1]$ and \\\\{x : x < 1\\\\}",
+    "if (a[i] < b[j] && c) { name: 'x' } else { tool = 1; }",
+    "f\"{name!r:>{width}}\" and {'name': 'Bob'} and {name: 1}",
+    "<!-- comment --> <invoker/> <functional> <toolbox> <messages> <message/>",
+    '<message from="a">hi</message> <function name="f">x</function>',
+    "``double ` tick`` and ```inline``` fences, and ~~~\ntildes\n~~~",
+    'Thought: I should search.\nAction: search\nAction Input: {"query": "x"}',
+    "search and get_weather are tools. get_weather(city='Paris') is a call.",
+    "name: search\narguments:\n  query: x",
+    "{" * 5 + "}" * 5 + "[" * 5 + "]" * 5,
+    "<|endoftext|> <|im_start|>user <｜begin▁of▁sentence｜> [INST] [/INST] [TOOL]",
+    "\x00\u2028\ud83d\udc4d👍🏽 café ﷽",
+    "<svg><function/></svg> <parameter name='x'>1</parameter> </invoke> </tool_call>",
+)
+JOINTS = ("\n", "\n\n", " ", "", "\n> ", "\n\n\t", "：", ": ")
+
+
+def paragraphs(number: int) -> list[str]:
+    chance = random.Random(7)
+    return [
+        "".join(
+            chance.choice(SCRAPS) + chance.choice(JOINTS)
+            for _ in range(chance.randint(1, 6))
+        )
+        for _ in range(number)
+    ]
+
+
+def test_ordinary_text_stays_text_to_the_character() -> None:
+    for text in paragraphs(1000):
+        assert read(text) == [Text(text)]
+
+
+def test_ordinary_text_stays_text_however_it_is_cut() -> None:
+    chance = random.Random(8)
+    for text in paragraphs(1000):
+        at, pieces = 0, []
+        while at < len(text):
+            size = chance.choice((1, 1, 2, 3, 5, 8, 40))
+            pieces.append(text[at : at + size])
+            at += size
+        assert read(*pieces) == [Text(text)]
+
+
+def test_ordinary_text_is_hardly_held_back() -> None:
+    """Nothing is, but a beginning of a marker, or of JSON with a call's first key."""
+    for text in paragraphs(300):
+        calls, given = reader(), 0
+        for at, character in enumerate(text, 1):
+            for part in calls.feed([Text(character)]):
+                assert isinstance(part, Text)
+                given += len(part.text)
+            assert at - given <= 100, text[given:at]
+
+
+@pytest.mark.parametrize("text", ["Hello", "Hello, 世界. It is 5 > 3.", "a\nb\n"])
+def test_plain_text_goes_on_at_once(text: str) -> None:
+    calls = reader()
+    for character in text:
+        assert calls.feed([Text(character)]) == [Text(character)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                *"{}[]<>`\"':,\n a",
+                CALL,
+                "<tool_call>",
+                "</tool_call>",
+                "```",
+                "```json\n",
+                "name",
+                "get_weather",
+                "<invoke name=",
+                "[TOOL_CALLS]",
+                '<parameter name="a">',
+                "</parameter>",
+                "<function=search>",
+                "\\\\",
+            ]
+        ),
+        max_size=25,
+    )
+)
+def test_any_text_reads_the_same_however_it_is_cut(words: list[str]) -> None:
+    text = "".join(words)
+    whole = read(text)
+    assert read(*text) == whole
+    assert read(*words) == whole
+    if not any(isinstance(part, ToolCall) for part in whole):
+        assert whole == ([Text(text)] if text else [])
+
+
+@pytest.mark.parametrize(
+    "content", ["x = {'a': \"b\"} # <tag> \\n" * 2000, "word " * 20_000, "\\" * 50_000]
+)
+def test_long_arguments_take_no_quadratic_time(content: str) -> None:
+    call = json.dumps({"name": "write_file", "arguments": {"content": content}})
+    text = f"<tool_call>{call}</tool_call>"
+    started = time.perf_counter()
+    (part,) = read(*(text[at : at + 4] for at in range(0, len(text), 4)))
+    assert isinstance(part, ToolCall)
+    assert json.loads(part.arguments) == {"content": content}
+    assert time.perf_counter() - started < 3
+
+
+def test_long_parameter_takes_no_quadratic_time() -> None:
+    content = "<b>word</b> " * 10_000
+    text = f'<invoke name="write_file"><parameter name="content">{content}</parameter>'
+    started = time.perf_counter()
+    (part,) = read(*(text[at : at + 4] for at in range(0, len(text), 4)), "</invoke>")
+    assert isinstance(part, ToolCall)
+    assert json.loads(part.arguments) == {"content": content}
+    assert time.perf_counter() - started < 3
+
+
+def test_hostile_answers_take_no_quadratic_time() -> None:
+    call = '{"name": "search", "arguments": {"query": '
+    for text in (f"\n{call}" * 3_000, ":{" * 50_000, "<tool_call" * 10_000):
+        started = time.perf_counter()
+        assert read(text) == [Text(text)]
+        assert read(f'<tool_call>{call}"{text}') == [Text(f'<tool_call>{call}"{text}')]
+        assert time.perf_counter() - started < 4
+
+
+# Stop strings...
+
+
+def cut(stops: list[str], *pieces: str) -> tuple[list[Part], bool]:
+    stop = StopReader(stops)
+    parts: list[Part] = []
+    for piece in pieces:
+        parts += stop.feed([Text(piece)])
+    return joined(parts + stop.close()), stop.is_cut
+
+
+@pytest.mark.parametrize(
+    "stops, text, before",
+    [
+        pytest.param(["Observation:"], "a\nObservation: b", "a\n", id="plain"),
+        pytest.param(["\n\n"], "a\nb\n\nc", "a\nb", id="overlap"),
+        pytest.param(["aab"], "aaab", "a", id="self-overlap"),
+        pytest.param(["cd", "bcde"], "abcdef", "ab", id="complete-first"),
+        pytest.param(["c", "abc"], "abc", "", id="same-end-longest"),
+        pytest.param(["中文"], "说中国中文吧", "说中国", id="cjk"),
+        pytest.param(["END", "", "STOP"], "go STOP END", "go ", id="several"),
+        pytest.param(["a"], "a", "", id="at-once"),
+    ],
+)
+def test_answer_is_cut_before_the_first_stop(
+    stops: list[str], text: str, before: str
+) -> None:
+    wanted = ([Text(before)] if before else [], True)
+    assert cut(stops, text) == wanted
+    assert cut(stops, *text) == wanted
+    for at in range(1, len(text)):
+        assert cut(stops, text[:at], text[at:]) == wanted
+
+
+@pytest.mark.parametrize("stops", [["xyz"], ["Observation:", "\n\n\n"], [], [""]])
+def test_answer_without_stop_is_whole(stops: list[str]) -> None:
+    text = "a\n\nObservatio\n Obs xy"
+    assert cut(stops, text) == ([Text(text)], False)
+    assert cut(stops, *text) == ([Text(text)], False)
+
+
+def test_stop_holds_back_partial_matches_only() -> None:
+    stop = StopReader(["</end>"])
+    got = [stop.feed([Text(piece)]) for piece in ("a<", "/e", "b </", "end> c", "d")]
+    assert got == [[Text("a")], [], [Text("</eb ")], [], []]
+    assert stop.is_cut
+
+
+def test_parts_after_the_stop_are_dropped_but_the_last_ones() -> None:
+    stop = StopReader(["X"])
+    call = ToolCall("c", "f", "{}")
+    parts: list[Part] = [Reasoning("r"), Text("aX"), Text("b"), call, Reasoning("r")]
+    got = stop.feed([*parts, Citations(()), Usage(1, 1), Finish()])
+    assert got == [Reasoning("r"), Text("a"), Citations(()), Usage(1, 1), Finish()]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=4),
+    st.text("abc", max_size=20),
+)
+def test_stop_is_that_of_a_model_that_stops_there(stops: list[str], text: str) -> None:
+    ends = [n for n in range(len(text) + 1) if text[:n].endswith(tuple(stops))]
+    wanted = text
+    if ends:
+        longest = max(len(s) for s in stops if text[: ends[0]].endswith(s))
+        wanted = text[: ends[0] - longest]
+    assert cut(stops, *text) == ([Text(wanted)] if wanted else [], bool(ends))
+    assert cut(stops, text) == cut(stops, *text)
+
+
+# JSON...
+
+
+ANY = OutputFormat("json_object", schema={"type": "object"})
+PERSON = OutputFormat(
+    "json_schema",
+    "person",
+    {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    },
+)
+LIST = OutputFormat(
+    "json_schema", "list", {"type": "array", "items": {"type": "integer"}}
+)
+WORD = OutputFormat("json_schema", "word", {"type": "string"})
+ADA = '{"name": "Ada", "age": 36}'
+
+
+@pytest.mark.parametrize(
+    "text, output, found",
+    [
+        pytest.param(ADA, PERSON, ADA, id="bare"),
+        pytest.param(f" \n{ADA}\n", PERSON, ADA, id="blanks"),
+        pytest.param(f"```json\n{ADA}\n```", PERSON, ADA, id="fence"),
+        pytest.param(f"```\n{ADA}\n```\nHope it helps!", PERSON, ADA, id="fence-talk"),
+        pytest.param(
+            f"Here is {{the}} JSON:\n\n{ADA}\n\nBye {{x}}", PERSON, ADA, id="talk"
+        ),
+        pytest.param(f"当然：{ADA}。", PERSON, ADA, id="cjk"),
+        pytest.param(
+            '{"a": "}]{", "b": [{}]} {', ANY, '{"a": "}]{", "b": [{}]}', id="nested"
+        ),
+        pytest.param("{}", ANY, "{}", id="empty"),
+        pytest.param("[1, 2]", LIST, "[1, 2]", id="array"),
+        pytest.param("See:\n[\n 1]", LIST, "[\n 1]", id="array-talk"),
+        pytest.param('"yes"', WORD, '"yes"', id="scalar"),
+        pytest.param('{"a": 1,}', ANY, '{"a": 1}', id="comma"),
+        pytest.param("```\n{'a': True}\n```", ANY, '{"a": true}', id="python"),
+        pytest.param('{"a": "x\ny"}', ANY, '{"a": "x\\ny"}', id="raw-line-break"),
+        pytest.param('{"a": {"b": [1', ANY, '{"a": {"b": [1]}}', id="not-closed"),
+    ],
+)
+def test_json_is_found_in_answer(text: str, output: OutputFormat, found: str) -> None:
+    assert extract_json(text, output) == (found, "")
+
+
+@pytest.mark.parametrize(
+    "text, output, problem",
+    [
+        pytest.param("", ANY, "there is no JSON in it", id="empty"),
+        pytest.param(
+            '{"name": "Ada"}', PERSON, '$ breaks required ["name", "age"]', id="missing"
+        ),
+        pytest.param(
+            '{"name": 1, "age": 1.5, "x": 0}',
+            PERSON,
+            '$.name breaks type "string"; $.age '
+            'breaks type "integer"; $.x is not allowed',
+            id="several",
+        ),
+        pytest.param("[1]", ANY, '$ breaks type "object"', id="array"),
+    ],
+)
+def test_json_that_breaks_the_schema_is_none(
+    text: str, output: OutputFormat, problem: str
+) -> None:
+    assert extract_json(text, output) == (None, problem)
+
+
+@pytest.mark.parametrize("text", ["I can't do that.", "{ a", '{"a": NaN}', "{]"])
+def test_answer_that_is_not_json_is_none(text: str) -> None:
+    json_text, problem = extract_json(text, ANY)
+    assert json_text is None
+    assert problem.startswith("it is not valid JSON")
+
+
+def test_json_nested_without_end_is_none() -> None:
+    assert extract_json("[" * 100_000, ANY)[0] is None
+    assert extract_json('{"a":' * 100_000, ANY)[0] is None
+
+
+def stream(output: OutputFormat, *pieces: str) -> list[Part]:
+    json_reader = JsonReader(output)
+    parts = [part for piece in pieces for part in json_reader.feed([Text(piece)])]
+    assert json_reader.text == "".join(p.text for p in parts if isinstance(p, Text))
+    return parts
+
+
+@pytest.mark.parametrize(
+    "text, output, found",
+    [
+        pytest.param(f"```json\n{ADA}\n```", PERSON, ADA, id="fence"),
+        pytest.param(f"Sure {{name}}:\n{ADA} ok {{}}", PERSON, ADA, id="talk"),
+        pytest.param("[1] is: [ 1, [2]]", ANY, "", id="none"),
+        pytest.param('x [\n {"a": "\\"]"}] y', LIST, '[\n {"a": "\\"]"}]', id="array"),
+    ],
+)
+def test_json_is_streamed_without_what_is_around(
+    text: str, output: OutputFormat, found: str
+) -> None:
+    wanted = [Text(found)] if found else []
+    assert joined(stream(output, text)) == wanted
+    assert joined(stream(output, *text)) == wanted
+    for at in range(1, len(text)):
+        assert joined(stream(output, text[:at], text[at:])) == wanted
+
+
+def test_json_is_streamed_as_soon_as_it_is_certain() -> None:
+    got = stream(PERSON, "```json\n{", '"na', 'me": ', '"Ada"', "}\n", "```")
+    assert got == [Text('{"na'), Text('me": '), Text('"Ada"'), Text("}")]
+
+
+def test_other_parts_pass_the_json_reader() -> None:
+    parts: list[Part] = [Reasoning("r"), Text("x"), Usage(1, 1), Finish()]
+    assert JsonReader(ANY).feed(parts) == [Reasoning("r"), Usage(1, 1), Finish()]
+
+
+# The validator, against the one everybody uses...
+
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 3),
+    st.sampled_from([0.5, 1.0]),
+    st.sampled_from(["", "a", "ab", "2024"]),
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    ),
+    max_leaves=6,
+)
+TYPES = ("string", "number", "integer", "boolean", "null", "object", "array")
+simple = st.one_of(
+    st.sampled_from(TYPES).map(lambda kind: {"type": kind}),
+    st.lists(st.sampled_from(TYPES), min_size=1, max_size=3, unique=True).map(
+        lambda kinds: {"type": kinds}
+    ),
+    st.lists(scalars, min_size=1, max_size=3).map(lambda rows: {"enum": rows}),
+    scalars.map(lambda one: {"const": one}),
+    st.sampled_from(
+        [
+            {},
+            True,
+            False,
+            {"minimum": 1},
+            {"maximum": 1},
+            {"exclusiveMinimum": 0},
+            {"exclusiveMaximum": 2},
+            {"multipleOf": 2},
+            {"minLength": 1},
+            {"maxLength": 1},
+            {"minItems": 1},
+            {"maxItems": 1},
+            {"pattern": "^[a-z]+$"},
+            {"pattern": "\\d{4}"},
+            {"$ref": "#/$defs/tree"},
+            {"$ref": "#/$defs/a~1b"},
+            {"format": "email", "title": "x"},
+        ]
+    ),
+)
+schemas = st.recursive(
+    simple,
+    lambda inner: st.one_of(
+        st.builds(
+            lambda properties, required, others: {
+                "type": "object",
+                "properties": properties,
+                "required": required,
+                "additionalProperties": others,
+            },
+            st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+            st.lists(st.sampled_from("abc"), max_size=2, unique=True),
+            st.one_of(st.booleans(), inner),
+        ),
+        inner.map(lambda one: {"type": "array", "items": one}),
+        st.builds(
+            lambda first, rest: {"prefixItems": first, "items": rest},
+            st.lists(inner, min_size=1, max_size=2),
+            inner,
+        ),
+        st.lists(inner, min_size=1, max_size=2).map(lambda rows: {"anyOf": rows}),
+        st.lists(inner, min_size=1, max_size=2).map(lambda rows: {"allOf": rows}),
+    ),
+    max_leaves=5,
+)
+DEFS = {
+    "tree": {
+        "type": "object",
+        "properties": {"a": {"anyOf": [{"$ref": "#/$defs/tree"}, {"type": "null"}]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    },
+    "a/b": {"type": ["integer", "string"]},
+}
+
+
+@settings(max_examples=400, deadline=None)
+@given(values, schemas)
+def test_validator_agrees_with_jsonschema(value: Any, schema: Any) -> None:
+    root = {"anyOf": [schema], "$defs": DEFS}
+    oracle = jsonschema.Draft202012Validator(root)
+    assert (not schema_problems(value, root)) == oracle.is_valid(value)
+
+
+@pytest.mark.parametrize(
+    "value, schema, problems",
+    [
+        pytest.param(None, {"type": "string", "nullable": True}, [], id="nullable"),
+        pytest.param(1, {"oneOf": [{"type": "integer"}]}, [], id="one-of"),
+        pytest.param(
+            {"a": [{"b": 1}]},
+            {"properties": {"a": {"items": {"properties": {"b": {"type": "string"}}}}}},
+            ['$.a[0].b breaks type "string"'],
+            id="path",
+        ),
+        pytest.param("c", {"enum": ["a", 1]}, ['$ breaks enum ["a", 1]'], id="enum"),
+        pytest.param(9, {"maximum": 5}, ["$ breaks maximum 5"], id="limit"),
+        pytest.param("1", {"pattern": "^a"}, ['$ breaks pattern "^a"'], id="pattern"),
+        pytest.param(
+            1,
+            {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            ['$ breaks anyOf [{"type": "string"}, {"type": "null"}]'],
+            id="any-of",
+        ),
+        pytest.param(
+            [1] * 9,
+            {"items": {"type": "null"}},
+            [f'$[{n}] breaks type "null"' for n in range(5)],
+            id="first-few",
+        ),
+        pytest.param(1, {"$ref": "#"}, [], id="endless"),
+        pytest.param(1, {"$ref": "#/$defs/x"}, [], id="unresolved"),
+        pytest.param({}, {"required": 3}, [], id="no-sense"),
+        pytest.param("a" * 40 + "b", {"pattern": "^(a+)+$"}, [], id="slow-pattern"),
+        pytest.param("a" * 40 + "b", {"pattern": "("}, [], id="broken-pattern"),
+    ],
+)
+def test_problems_say_what_and_where(
+    value: Any, schema: dict[str, Any], problems: list[str]
+) -> None:
+    assert schema_problems(value, schema) == problems
+
+
+def test_validator_takes_no_exponential_time() -> None:
+    both = {"anyOf": [{"items": {"$ref": "#"}}, {"items": {"$ref": "#"}}], "not": {}}
+    schema = {**both, "type": "array"}
+    value: Any = 1
+    for _ in range(40):
+        value = [value]
+    started = time.perf_counter()
+    schema_problems(value, schema)
+    assert time.perf_counter() - started < 2
+
+
+# What is asked, and the words...
+
+
+def chat_tool(name: str) -> dict[str, Any]:
+    return {
+        "type": "function",
+        "function": {"name": name, "parameters": {"type": "object"}},
+    }
+
+
+A, B = (Tool(name, "", {"type": "object"}) for name in "ab")
+BOTH = {"tools": [chat_tool("a"), chat_tool("b")]}
+
+
+@pytest.mark.parametrize(
+    "body, expected",
+    [
+        pytest.param({}, ((), "auto"), id="nothing"),
+        pytest.param({"tools": None, "tool_choice": None}, ((), "auto"), id="nulls"),
+        pytest.param({"tools": [], "tool_choice": "auto"}, ((), "auto"), id="empty"),
+        pytest.param(
+            {"tools": [], "tool_choice": "none"}, ((), "auto"), id="none-of-none"
+        ),
+        pytest.param(BOTH, ((A, B), "auto"), id="chat"),
+        pytest.param({**BOTH, "tool_choice": "none"}, ((), "none"), id="none"),
+        pytest.param(
+            {**BOTH, "tool_choice": "required"}, ((A, B), "required"), id="required"
+        ),
+        pytest.param({**BOTH, "tool_choice": "any"}, ((A, B), "required"), id="any"),
+        pytest.param(
+            {**BOTH, "tool_choice": {"type": "function", "function": {"name": "b"}}},
+            ((B,), "required"),
+            id="named",
+        ),
+        pytest.param(
+            {**BOTH, "tool_choice": {"type": "function", "name": "b"}},
+            ((B,), "required"),
+            id="named-responses",
+        ),
+        pytest.param(
+            {
+                **BOTH,
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {"mode": "required", "tools": [chat_tool("a")]},
+                },
+            },
+            ((A,), "required"),
+            id="allowed",
+        ),
+        pytest.param(
+            {
+                **BOTH,
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "mode": "auto",
+                    "tools": [
+                        {"type": "function", "name": "a"},
+                        {"type": "web_search"},
+                    ],
+                },
+            },
+            ((A,), "auto"),
+            id="allowed-responses",
+        ),
+        pytest.param(
+            {
+                "functions": [{"name": "a", "parameters": {"type": "object"}}],
+                "function_call": {"name": "a"},
+            },
+            ((A,), "required"),
+            id="legacy",
+        ),
+        pytest.param(
+            {
+                "tools": [
+                    {"type": "function", "name": "a", "parameters": {"type": "object"}}
+                ]
+            },
+            ((A,), "auto"),
+            id="responses",
+        ),
+        pytest.param(
+            {
+                "tools": [
+                    {"type": "web_search"},
+                    {"type": "custom", "name": "c"},
+                    1,
+                    None,
+                    {},
+                    {"type": "namespace", "tools": []},
+                    {"type": "function", "function": None},
+                ],
+                "tool_choice": {"type": "web_search"},
+            },
+            ((), "auto"),
+            id="other-types",
+        ),
+        pytest.param(
+            {
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {
+                            "name": "a",
+                            "parameters": None,
+                            "description": None,
+                        },
+                    }
+                ]
+            },
+            ((Tool("a"),), "auto"),
+            id="bare-function",
+        ),
+    ],
+)
+def test_tools_are_parsed(body: dict[str, Any], expected: Any) -> None:
+    assert parse_tools(body) == expected
+
+
+@pytest.mark.parametrize(
+    "body, param, code",
+    [
+        pytest.param({"tools": "a"}, "tools", "invalid_type", id="type"),
+        pytest.param(
+            {"tool_choice": "required"}, "tool_choice", "invalid_value", id="no-tools"
+        ),
+        pytest.param(
+            {**BOTH, "tool_choice": "maybe"}, "tool_choice", "invalid_value", id="mode"
+        ),
+        pytest.param(
+            {**BOTH, "tool_choice": {"type": "function", "function": {"name": "c"}}},
+            "tool_choice",
+            "invalid_value",
+            id="unknown",
+        ),
+        pytest.param(
+            {**BOTH, "function_call": {"name": "c"}},
+            "function_call",
+            "invalid_value",
+            id="legacy",
+        ),
+    ],
+)
+def test_tools_are_refused(body: dict[str, Any], param: str, code: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        parse_tools(body)
+    assert (caught.value.param, caught.value.code) == (param, code)
+
+
+@pytest.mark.parametrize(
+    "body, expected",
+    [
+        pytest.param({}, OutputFormat(), id="nothing"),
+        pytest.param(
+            {"response_format": None, "text": None}, OutputFormat(), id="nulls"
+        ),
+        pytest.param({"response_format": {"type": "text"}}, OutputFormat(), id="text"),
+        pytest.param({"text": {"verbosity": "low"}}, OutputFormat(), id="verbosity"),
+        pytest.param({"response_format": {"type": "json_object"}}, ANY, id="object"),
+        pytest.param(
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {
+                        "name": "person",
+                        "strict": True,
+                        "schema": PERSON.schema,
+                    },
+                }
+            },
+            PERSON,
+            id="chat",
+        ),
+        pytest.param(
+            {
+                "text": {
+                    "format": {
+                        "type": "json_schema",
+                        "name": "person",
+                        "schema": PERSON.schema,
+                        "description": None,
+                    }
+                }
+            },
+            PERSON,
+            id="responses",
+        ),
+        pytest.param(
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {
+                        "name": "a",
+                        "description": "b",
+                        "schema": {"type": "object"},
+                    },
+                }
+            },
+            OutputFormat("json_schema", "a", {"description": "b", "type": "object"}),
+            id="description",
+        ),
+    ],
+)
+def test_output_format_is_parsed(body: dict[str, Any], expected: OutputFormat) -> None:
+    assert parse_output_format(body) == expected
+
+
+@pytest.mark.parametrize(
+    "row, param",
+    [
+        pytest.param({"type": "grammar"}, "response_format.type", id="kind"),
+        pytest.param(
+            {"type": "json_schema"},
+            "response_format.json_schema.schema",
+            id="no-schema",
+        ),
+        pytest.param(
+            {"type": "json_schema", "json_schema": {"name": "a", "schema": "b"}},
+            "response_format.json_schema.schema",
+            id="text-schema",
+        ),
+        pytest.param(
+            {"type": "json_schema", "json_schema": "b"},
+            "response_format.json_schema.schema",
+            id="text",
+        ),
+        pytest.param(7, "response_format.type", id="number"),
+    ],
+)
+def test_output_format_is_refused(row: Any, param: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        parse_output_format({"response_format": row})
+    assert caught.value.param == param
+
+
+def test_words_say_which_tools_there_are() -> None:
+    words = describe_tools([Tool("f", "Does f.", {"type": "object"})], "auto")
+    row = '{"name": "f", "description": "Does f.", "parameters": {"type": "object"}}'
+    assert f"<tools>\n{row}\n</tools>" in words
+    assert words.endswith("answer as usual, without such a block.")
+    assert describe_tools(TOOLS, "required").endswith("write nothing but the blocks.")
+    assert describe_tools((), "auto") == ""
+    assert (
+        describe_tools((), "none") == "Do not call a tool this time: answer in words."
+    )
+
+
+def test_words_are_not_read_as_calls() -> None:
+    """Models repeat their instructions when they are asked for them."""
+    words = describe_tools(TOOLS, "auto")
+    assert read(words) == [Text(words)]
+
+
+def test_words_say_which_format_is_due() -> None:
+    assert describe_format(OutputFormat()) == ""
+    assert describe_format(ANY) == (
+        "Write your final answer as JSON and nothing else: one JSON object, without an "
+        "introduction, an explanation or a code fence."
+    )
+    words = describe_format(PERSON)
+    assert words.endswith(json.dumps(PERSON.schema))
+    assert "(person)" in words
+
+
+def test_words_of_the_further_try_hold_the_reason() -> None:
+    for kind in ("tool_choice", "response_format"):
+        assert "BECAUSE" in retry_text(kind, "BECAUSE")
+
+
+def test_json_problem_is_strict() -> None:
+    assert json_problem(ADA, PERSON) == ""
+    assert json_problem("{'a': 1}", ANY).startswith("it is not valid JSON")

@@ -1,0 +1,644 @@
+"""The life of the whole program: load that stalls, signals, settings that change under
+it, clocks that jump, descriptors that run out; and what it tells about itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import tracemalloc
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from fake_dify import FakeDify, Hang, Send, Sleep, Status, chat_answer, message
+from test_faults import understand
+from test_upstream import HEAD, chunk, event, free_port, raw_server, read_request
+
+from opendify import Dify, Handlers, Server, open_conversations, parse_settings
+
+SOURCE = Path(__file__).resolve().parent.parent / "opendify.py"
+KEY = "app-key-of-the-tests"
+HI = [{"role": "user", "content": "Hi"}]
+MIB = 2**20
+
+
+def chat(model: str = "m", *fields: str, **more: Any) -> bytes:
+    body = json.dumps({"model": model, "messages": HI, **more}).encode()
+    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: localhost", *fields]
+    lines += [f"Content-Length: {len(body)}", "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+def get(path: str, *fields: str) -> bytes:
+    lines = [f"GET {path} HTTP/1.1", "Host: localhost", "Connection: close", *fields]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+async def talk(port: int, data: bytes) -> bytes:
+    """All that comes back until the server closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(data)
+        return await asyncio.wait_for(reader.read(), 20)
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def ask(port: int, model: str = "m", *fields: str, stream: bool = False) -> Any:
+    """The outcome of one turn on a connection of its own."""
+    data = await talk(port, chat(model, "Connection: close", *fields, stream=stream))
+    return understand(data, stream=stream)[0]
+
+
+def status_of(data: bytes) -> int:
+    return int(data.split()[1])
+
+
+# ------------------------------------------------------------------------------
+# In this process
+# ------------------------------------------------------------------------------
+
+
+class Front:
+    """A proxy in this process."""
+
+    def __init__(self, port: int, handlers: Handlers) -> None:
+        self.port = port
+        self.handlers = handlers
+
+
+@contextlib.asynccontextmanager
+async def proxying(
+    base: str, wall_clock: Callable[[], float] = lambda: 1.8e9, **variables: str
+) -> AsyncIterator[Front]:
+    models = {"MODEL_CONFIG": json.dumps({"m": {"key": KEY, "mode": "chat"}})}
+    settings = parse_settings({**models, "DIFY_API_BASE": base, **variables})
+    conversations, _ = open_conversations("memory", 3600)
+    dify = Dify(settings, asyncio.open_connection)
+    ids = itertools.count(1)
+    handlers = Handlers(
+        settings, dify, conversations, lambda: str(next(ids)), wall_clock=wall_clock
+    )
+    server = Server(handlers, lambda: f"req_{next(ids)}")
+    ((_, port),) = await server.listen("127.0.0.1", 0)
+    try:
+        yield Front(port, handlers)
+    finally:
+        await asyncio.sleep(0.01)
+        await server.drain(0)
+        dify.close()
+        conversations.close()
+        await asyncio.sleep(0.01)
+
+
+# ------------------------------------------------------------------------------
+# Backpressure
+# ------------------------------------------------------------------------------
+
+PIECE = chunk(event("message", answer="x" * 60_000))
+PIECES = 100 * MIB // 60_000
+
+
+class Flood:
+    """An upstream that answers 100 MB as fast as they are taken, to who asks twice."""
+
+    def __init__(self) -> None:
+        self.taken = 0  # pieces of the flood that went out
+        self.is_begun = asyncio.Event()
+
+    async def serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        while True:
+            request = await read_request(reader)
+            if b"flood" not in request:
+                writer.write(HEAD + chunk(event("message", answer="Hello")))
+                end = event("message_end", metadata={})
+                writer.write(chunk(end) + b"0\r\n\r\n")
+                continue
+            writer.write(HEAD)
+            for _ in range(PIECES):
+                writer.write(PIECE)
+                await writer.drain()
+                self.taken += 1
+                self.is_begun.set()
+
+    async def stands_still(self) -> None:
+        """Wait until nothing more is taken."""
+        await self.is_begun.wait()
+        before = -1
+        while self.taken != before:
+            before = self.taken
+            await asyncio.sleep(0.15)  # real time: the kernel's buffers fill
+
+
+@pytest.mark.real_clock
+@pytest.mark.parametrize("smoothing", ["on", "off"])
+async def test_client_that_stops_reading_holds_little_and_slows_nobody(
+    smoothing: str,
+) -> None:
+    flood = Flood()
+    server = raw_server(flood.serve)
+    async with server as base, proxying(base, STREAM_SMOOTHING=smoothing) as front:
+        assert (await ask(front.port)).end == "finish"  # all is loaded
+        loop = asyncio.get_running_loop()
+        tracemalloc.start()
+        before, _ = tracemalloc.get_traced_memory()
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+            sock.setblocking(False)
+            await loop.sock_connect(sock, ("127.0.0.1", front.port))
+            await loop.sock_sendall(sock, chat(user="flood", stream=True))
+            await flood.stands_still()
+            held, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert flood.taken < PIECES / 2, "nobody reads, yet all is taken"
+            assert held - before < MIB
+            assert peak - before < 4 * MIB
+            began = loop.time()
+            outcomes = await asyncio.gather(
+                *(ask(front.port, stream=bool(n % 2)) for n in range(20))
+            )
+            assert {outcome.end for outcome in outcomes} == {"finish"}
+            assert loop.time() - began < 2
+            stood_at = flood.taken
+            for _ in range(300):  # it reads again: the answer goes on
+                await loop.sock_recv(sock, 65_536)
+            assert flood.taken > stood_at
+
+
+# ------------------------------------------------------------------------------
+# Clocks that jump
+# ------------------------------------------------------------------------------
+
+
+async def test_wall_clock_that_jumps_does_no_harm() -> None:
+    times = iter([1.8e9, 1.7e9, 2.5e9, 0.0, 1.8e9, 4e9])
+    at = 1.8e9
+
+    def wall_clock() -> float:
+        return at
+
+    async with FakeDify() as dify, proxying(dify.base, wall_clock) as front:
+        dify.app(KEY, memory=True, script=chat_answer("Hello there, how are you?"))
+        for jump in times:
+            at = jump
+            for stream in (True, False):
+                outcome = await ask(front.port, stream=stream)
+                assert outcome == (200, "Hello there, how are you?", "finish")
+
+
+async def test_loop_that_stood_still_finishes_its_streams() -> None:
+    """A machine that slept, or a process that was stopped: all timers are late."""
+    async with FakeDify() as dify, proxying(dify.base) as front:
+        steps = [message("one "), Sleep(1), message("two "), Sleep(1)]
+        dify.app(KEY, script=[*steps, *chat_answer("three")])
+        asking = asyncio.ensure_future(ask(front.port, stream=True))
+        await asyncio.sleep(0.5)
+        loop: Any = asyncio.get_running_loop()
+        loop.jumping.now += 3
+        assert await asking == (200, "one two three", "finish")
+
+
+# ------------------------------------------------------------------------------
+# What it tells about itself
+# ------------------------------------------------------------------------------
+
+METRICS = """
+opendify_requests_total opendify_requests_in_flight opendify_first_text_seconds
+opendify_request_seconds opendify_upstream_errors_total opendify_bytes_total
+opendify_conversations opendify_pacer_lag_seconds
+""".split()
+SAMPLE = re.compile(
+    r'[a-z_]+(?:\{[a-z]+="[^"\n]*"(?:,[a-z]+="[^"\n]*")*\})? [0-9.e+-]+'
+)
+
+
+def samples_of(data: bytes) -> dict[str, float]:
+    """Prometheus' text: every line is a comment or a sample, none twice."""
+    top, _, body = data.decode().partition("\r\n\r\n")
+    assert "Content-Type: text/plain; version=0.0.4" in top
+    assert body.endswith("\n")
+    lines = [line for line in body.splitlines() if not line.startswith("# ")]
+    assert all(SAMPLE.fullmatch(line) for line in lines), body
+    samples = {
+        line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines
+    }
+    assert len(samples) == len(lines)
+    return samples
+
+
+async def test_metrics_tell_what_happened() -> None:
+    async with FakeDify() as dify, proxying(dify.base) as front:
+        dify.app(KEY, script=chat_answer(*["word "] * 20, delay=0.05))
+        await ask(front.port, stream=True)
+        await ask(front.port)
+        dify.app(KEY, script=[Status(500, "<html>")])
+        await ask(front.port)
+        dify.app(KEY, script=[Hang()])
+        asking = asyncio.ensure_future(ask(front.port))
+        await dify.until(lambda: dify.running)
+        data = await talk(front.port, get("/metrics"))
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await dify.until(lambda: not dify.running)
+    samples = samples_of(data)
+    for name in METRICS:
+        assert re.search(
+            rf"(?m)^# TYPE {name} (counter|gauge|histogram)$", data.decode()
+        )
+    route = 'opendify_requests_total{route="chat/completions",model="m",status='
+    assert samples[route + '"200"}'] == 2
+    assert samples[route + '"502"}'] == 1
+    assert samples['opendify_upstream_errors_total{kind="upstream_error"}'] == 1
+    assert samples["opendify_requests_in_flight"] == 2  # it and the hanging one
+    assert samples["opendify_first_text_seconds_count"] == 2
+    assert samples['opendify_request_seconds_bucket{le="+Inf"}'] == 3
+    assert samples['opendify_bytes_total{direction="out"}'] > 1000
+    assert samples['opendify_bytes_total{direction="in"}'] > 200
+    assert samples['opendify_pacer_lag_seconds_bucket{le="0.5"}'] > 5
+
+
+async def test_histograms_are_cumulative() -> None:
+    async with FakeDify() as dify, proxying(dify.base) as front:
+        for delay in (0, 0.2, 2):
+            dify.app(KEY, script=chat_answer("x", delay=delay))
+            await ask(front.port, stream=True)
+        samples = samples_of(await talk(front.port, get("/metrics")))
+    prefix = "opendify_first_text_seconds_bucket"
+    values = [value for name, value in samples.items() if name.startswith(prefix)]
+    assert values == sorted(values)
+    assert values[-1] == samples["opendify_first_text_seconds_count"] == 3
+    assert 2.2 <= samples["opendify_first_text_seconds_sum"] < 2.5
+
+
+async def test_metrics_need_a_key_where_keys_are_configured() -> None:
+    async with proxying("http://127.0.0.1:9/v1", VALID_API_KEYS="k") as front:
+        assert status_of(await talk(front.port, get("/metrics"))) == 401
+        right = get("/metrics", "Authorization: Bearer k")
+        assert status_of(await talk(front.port, right)) == 200
+
+
+async def test_health_and_readiness_need_no_key() -> None:
+    async with FakeDify() as dify, proxying(dify.base, VALID_API_KEYS="k") as front:
+        dify.app(KEY, overrides={"/info": [Status(500, "<html>")]})
+        assert status_of(await talk(front.port, get("/health"))) == 200
+        assert status_of(await talk(front.port, get("/ready"))) == 502
+        dify.app(KEY)
+        assert status_of(await talk(front.port, get("/ready"))) == 200
+        asked = len(dify.requests)
+        assert status_of(await talk(front.port, get("/ready"))) == 200
+        assert len(dify.requests) == asked, "it has answered lately"
+        await asyncio.sleep(3600)
+        assert status_of(await talk(front.port, get("/ready"))) == 200
+        assert len(dify.requests) > asked
+        head = get("/ready").replace(b"GET", b"HEAD")
+        assert status_of(await talk(front.port, head)) == 200
+
+
+# ------------------------------------------------------------------------------
+# As a process
+# ------------------------------------------------------------------------------
+
+
+class Process:
+    """A running `python opendify.py`, and all that it says."""
+
+    def __init__(self, process: asyncio.subprocess.Process, folder: Path) -> None:
+        self.process = process
+        self.folder = folder
+        self.port = 0
+        self.output = b""
+        self.log: list[str] = []
+        self.changed = asyncio.Event()
+        self._reading = asyncio.ensure_future(self._read_log())
+
+    async def _read_log(self) -> None:
+        assert self.process.stderr
+        while line := await self.process.stderr.readline():
+            self.log.append(line.decode().rstrip("\n"))
+            self.changed.set()
+
+    async def until_logged(self, words: str) -> str:
+        """Wait for a line of the log."""
+        while True:
+            for line in self.log:
+                if words in line:
+                    return line
+            self.changed.clear()
+            await asyncio.wait_for(self.changed.wait(), 10)
+
+    async def end(self, number: int | None = signal.SIGTERM) -> int:
+        """Send a signal, and wait for the end; returns the status."""
+        if number is not None and self.process.returncode is None:
+            self.process.send_signal(number)
+        assert self.process.stdout
+        self.output += await self.process.stdout.read()
+        await self._reading
+        return await asyncio.wait_for(self.process.wait(), 15)
+
+    def write_env(self, **variables: str) -> None:
+        """Replace .env, as editors do."""
+        new = self.folder / ".env.new"
+        lines = [f"{name}='{value}'\n" for name, value in variables.items()]
+        new.write_text("".join(lines), encoding="utf-8")
+        new.replace(self.folder / ".env")
+
+
+@contextlib.asynccontextmanager
+async def running(
+    folder: Path, *arguments: str, limit: str = "", **variables: str
+) -> AsyncIterator[Process]:
+    """The program on a free port; `limit` is a shell command that goes before it."""
+    program = [sys.executable, str(shutil.copy(SOURCE, folder)), "--port", "0"]
+    program += arguments
+    if limit:
+        program = ["sh", "-c", f'{limit}; exec "$@"', "sh", *program]
+    lines = [f"{name}='{value}'\n" for name, value in variables.items()]
+    (folder / ".env").write_text("".join(lines), encoding="utf-8")
+    kept = ("PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "HOME", "LANG")
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    process = await asyncio.create_subprocess_exec(
+        *program,
+        cwd=folder,
+        env={**environment, "NO_PROXY": "*", "PYTHONIOENCODING": "utf-8"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    running_ = Process(process, folder)
+    assert process.stdout
+    try:
+        running_.output = await process.stdout.readline()
+        found = re.search(rb":(\d+)/v1\s*$", running_.output)
+        if found:
+            running_.port = int(found[1])
+        yield running_
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await running_.end(None)
+
+
+def models(*names: str) -> str:
+    return json.dumps({name: {"key": KEY, "mode": "chat"} for name in names})
+
+
+@pytest.mark.real_clock
+async def test_signal_lets_answers_end_and_takes_no_more(tmp_path: Path) -> None:
+    async with FakeDify() as dify:
+        gate = asyncio.Event()
+        dify.app(
+            KEY, script=lambda _: [message("Hel"), _wait(gate), *chat_answer("lo")]
+        )
+        settings = {"MODEL_CONFIG": models("m"), "DIFY_API_BASE": dify.base}
+        async with running(tmp_path, **settings) as server:
+            idle = await asyncio.open_connection("127.0.0.1", server.port)
+            asked = await asyncio.open_connection("127.0.0.1", server.port)
+            asked[1].write(chat())
+            streaming = asyncio.ensure_future(ask(server.port, stream=True))
+            await dify.until(lambda: dify.running == 2)
+            server.process.send_signal(signal.SIGTERM)
+            assert await idle[0].read() == b""  # closed at once
+            with pytest.raises(OSError):
+                await asyncio.open_connection("127.0.0.1", server.port)
+            gate.set()
+            answer = await asked[0].read()
+            assert b"\r\nConnection: close\r\n" in answer
+            assert b'"content":"Hello"' in answer
+            assert await streaming == (200, "Hello", "finish")
+            for _, writer in (idle, asked):
+                writer.close()
+            assert await server.end(None) == 0
+
+
+def _wait(gate: asyncio.Event) -> Any:
+    from fake_dify import Wait  # noqa: PLC0415 - one use
+
+    return Wait(gate)
+
+
+@pytest.mark.real_clock
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_second_signal_ends_at_once(tmp_path: Path, number: int) -> None:
+    async with FakeDify() as dify:
+        dify.app(KEY, script=[message("Hel"), Hang()])
+        settings = {"MODEL_CONFIG": models("m"), "DIFY_API_BASE": dify.base}
+        async with running(tmp_path, **settings) as server:
+            asking = asyncio.ensure_future(talk(server.port, chat(stream=True)))
+            await dify.until(lambda: dify.running)
+            server.process.send_signal(number)
+            await server.until_logged("stopping")
+            assert await asyncio.wait_for(server.end(number), 2) == 1
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            assert not [line for line in server.log if "Traceback" in line]
+
+
+@pytest.mark.real_clock
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--host", "192.0.2.1"], "192.0.2.1"),
+        (["--host", "999.1.1.1"], "999.1.1.1"),
+        (["--host", "::1%nowhere"], "::1%nowhere"),
+        (["--host", "no host"], "no host"),
+    ],
+)
+async def test_host_that_is_not_ours_is_one_line_and_status_1(
+    tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    async with running(tmp_path, *arguments, MODEL_CONFIG=models("m")) as server:
+        assert await server.end(None) == 1
+        (line,) = [line for line in server.log if "can't listen" in line]
+        assert words in line
+        assert not [line for line in server.log if "Traceback" in line]
+
+
+@pytest.mark.real_clock
+async def test_port_in_use_is_one_line_and_status_1(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        variables = {"MODEL_CONFIG": models("m"), "LOG_FORMAT": "json"}
+        async with running(tmp_path, "--port", port, **variables) as server:
+            assert await server.end(None) == 1
+            assert len([line for line in server.log if port in line]) == 1
+
+
+@pytest.mark.real_clock
+async def test_settings_change_under_load(tmp_path: Path) -> None:
+    """Good ones are taken, bad ones are told once, and no request notices."""
+    async with FakeDify() as dify:
+        dify.app(KEY, script=chat_answer("Hel", "lo", delay=0.01))
+        base = {"DIFY_API_BASE": dify.base}
+        one = {"MODEL_CONFIG": models("m"), **base}
+        two = {"MODEL_CONFIG": models("m", "other"), **base}
+        async with running(tmp_path, **one) as server:
+            stop = asyncio.Event()
+
+            async def load(stream: bool) -> int:
+                count = 0
+                while not stop.is_set():
+                    outcome = await ask(server.port, stream=stream)
+                    assert outcome == (200, "Hello", "finish")
+                    count += 1
+                return count
+
+            async def has(model: str, wanted: bool) -> None:
+                while ((await ask(server.port, model)).status == 200) != wanted:
+                    await asyncio.sleep(0.05)  # it looks once a second
+
+            loads = [asyncio.ensure_future(load(bool(n % 2))) for n in range(4)]
+            await has("other", False)
+            server.write_env(**two)
+            await has("other", True)
+            server.write_env(**one, SERVER_PORT="many")
+            await server.until_logged("SERVER_PORT")
+            assert (await ask(server.port, "other")).status == 200  # all stays
+            (tmp_path / ".env").unlink()
+            server.write_env(**one)
+            await has("other", False)
+            stop.set()
+            assert min(await asyncio.gather(*loads)) > 5
+            assert len([line for line in server.log if "SERVER_PORT" in line]) == 1
+            assert await server.end() == 0
+
+
+@pytest.mark.real_clock
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+async def test_descriptors_exhausted_is_logged_once_and_over_when_they_are_back(
+    tmp_path: Path,
+) -> None:
+    async with FakeDify() as dify:
+        dify.app(KEY, script=chat_answer("Hello"))
+        settings = {"MODEL_CONFIG": models("m"), "DIFY_API_BASE": dify.base}
+        async with running(tmp_path, limit="ulimit -n 40", **settings) as server:
+            held = [
+                await asyncio.open_connection("127.0.0.1", server.port)
+                for _ in range(60)
+            ]
+            held[0][1].write(get("/health"))  # who is in is served
+            assert status_of(await held[0][0].read()) == 200
+            await server.until_logged("descriptors")
+            for _, writer in held:
+                writer.close()
+            outcome = await ask(server.port)  # waits till accepting goes on
+            assert outcome == (200, "Hello", "finish")
+            assert len([line for line in server.log if "descriptors" in line]) == 1
+            assert len(server.log) < 20
+            assert not [line for line in server.log if "Traceback" in line]
+            assert await server.end() == 0
+
+
+# ------------------------------------------------------------------------------
+# Logs
+# ------------------------------------------------------------------------------
+
+SECRETS = {
+    "app key": "app-planted-key-1",
+    "client key": "sk-planted-client-2",
+    "wrong key": "sk-planted-wrong-3",
+    "question": "planted question 4",
+    "answer": "planted answer 5",
+    "system": "planted system 6",
+    "file": "planted file 7",
+    "user": "planted-user-8",
+    "query string": "planted-query-9",
+    "header": "planted-header-10",
+}
+
+
+@pytest.mark.real_clock
+@pytest.mark.parametrize("log_format", ["json", "text"])
+async def test_logs_and_errors_hold_no_secrets(tmp_path: Path, log_format: str) -> None:
+    """The scenarios of this suite at DEBUG; in JSON, every line is an object."""
+    planted = {name: secret.encode() for name, secret in SECRETS.items()}
+    key = SECRETS["client key"]
+    messages = [
+        {"role": "system", "content": SECRETS["system"]},
+        {"role": "user", "content": SECRETS["question"]},
+    ]
+    asked = {"messages": messages, "user": SECRETS["user"]}
+    right, wrong = f"Authorization: Bearer {key}", f"api-key: {SECRETS['wrong key']}"
+    header = f"X-Planted: {SECRETS['header']}"
+    echo = f"{SECRETS['app key']} is wrong"
+    refusal = {"code": "invalid_param", "message": echo, "status": 400}
+    denied = {"code": "unauthorized", "message": echo, "status": 401}
+    scripts: list[Any] = [
+        chat_answer(SECRETS["answer"]),
+        [message(SECRETS["answer"]), Send(b"data: {planted answer 5\n\n")],
+        [message(SECRETS["answer"]), Send({"event": "error", "message": echo})],
+        [Status(400, refusal)],
+        [Status(401, denied)],
+        [Status(502, f"<html>{echo}</html>")],
+    ]
+    async with FakeDify() as dify:
+        settings = {
+            "MODEL_CONFIG": json.dumps(
+                {"m": {"key": SECRETS["app key"], "mode": "chat"}, "dead": dead_app()}
+            ),
+            "DIFY_API_BASE": dify.base,
+            "VALID_API_KEYS": key,
+            "LOG_LEVEL": "DEBUG",
+            "LOG_FORMAT": log_format,
+            "MODEL_CONFIGG": "an unknown variable is a warning",
+            "HTTP_PROXY": "http://me:planted-password@127.0.0.1:9",
+        }
+        async with running(tmp_path, **settings) as server:
+            received = []
+            for script in scripts:
+                dify.app(SECRETS["app key"], script=script)
+                for stream in (True, False):
+                    close = "Connection: close"
+                    data = chat("m", right, header, close, **asked, stream=stream)
+                    received.append(await talk(server.port, data))
+            query = f"/v1/models?api-key={SECRETS['query string']}"
+            for data in (
+                chat("m", wrong, "Connection: close", **asked),
+                chat("dead", right, "Connection: close", **asked),
+                chat("none", right, "Connection: close", **asked),
+                chat(
+                    "m",
+                    right,
+                    "Connection: close",
+                    messages=[{"content": 1}, *messages],
+                ),
+                chat("m", right, "Connection: close", **asked)[:-9] + b"planted 9",
+                get(query),
+                get(query, right),
+                get("/metrics", right),
+                b"GET / HTTP/1.1\r\nA\x00: planted file 7\r\n\r\n",
+            ):
+                received.append(await talk(server.port, data))
+            assert await server.end() == 0
+    log = "\n".join(server.log).encode() + server.output
+    assert len(server.log) > 20
+    for name, secret in planted.items():
+        assert secret not in log, name
+    assert b"planted" not in log
+    errors = [data for data in received if planted["answer"] not in data]
+    assert len(errors) > 10
+    for data in errors:
+        assert b"planted" not in data.replace(b"planted system 6", b"")
+    if log_format == "json":
+        for line in server.log:
+            row = json.loads(line)
+            assert {"time", "level", "message"} <= set(row)
+
+
+def dead_app() -> dict[str, str]:
+    base = f"http://127.0.0.1:{free_port()}/v1"
+    return {"key": SECRETS["app key"], "mode": "chat", "base": base}
