@@ -43,6 +43,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import errno
 import functools
 import hashlib
 import hmac
@@ -830,6 +831,40 @@ class Failure:
 
     error: ProxyError
 
+
+class KeptText:
+    """Text that grows, remembered as far as it is of use: up to MAX_KEPT_CHARS.
+
+    A longer answer streams on, but it can't be recovered, and its conversation is not
+    remembered: that would hold megabytes for each stream.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0  # characters, whether they are kept or not
+        self._pieces: list[str] = []
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether `text` is all of it."""
+        return self.size <= MAX_KEPT_CHARS
+
+    @property
+    def text(self) -> str:
+        """What is kept; nothing, once it is too much."""
+        return "".join(self._pieces)
+
+    def add(self, text: str) -> None:
+        """Some more of it."""
+        self.size += len(text)
+        self._pieces.append(text)
+        if not self.is_whole:
+            self._pieces.clear()
+        elif len(self._pieces) > _MAX_PIECES:
+            self._pieces = [self.text]
+
+
+MAX_KEPT_CHARS = 128 * 1024
+_MAX_PIECES = 256  # each costs 50 bytes beside its characters
 
 Part = Union[
     Text, Reasoning, Replace, Recast, ToolCall, Media, Citations, Usage, Finish, Failure
@@ -2049,7 +2084,7 @@ def dify_request(
 
 def stop_path(mode: str, task_id: str) -> str:
     """Where a running turn is stopped."""
-    task = urllib.parse.quote(task_id, safe="")
+    task = urllib.parse.quote(task_id, safe="", errors="replace")
     if mode == "workflow":
         return f"/workflows/tasks/{task}/stop"
     return f"{_PATHS.get(mode, '/chat-messages')}/{task}/stop"
@@ -2324,7 +2359,7 @@ class AnswerReader:
         self._show_process = show_process
         self._splitter = ReasoningSplitter()
         self._half = ""  # the first half of a surrogate pair
-        self._answer: list[str] = []  # the text as Dify sent it
+        self._answer = KeptText()  # as Dify sent it
         self._reasoned_in: object = None  # the block that reasoning was last added to
         self._thoughts: dict[str, str] = {}  # snapshots by id
         self._files: dict[str, Media] = {}
@@ -2385,7 +2420,8 @@ class AnswerReader:
     @property
     def can_recover(self) -> bool:
         """Whether something came, of an answer that Dify stores."""
-        return bool(self._answer and self.conversation_id and self.message_id)
+        has_text = self._answer.size and self._answer.is_whole
+        return bool(has_text and self.conversation_id and self.message_id)
 
     def recover(self, answer: str) -> list[Part]:
         """The rest of a broken answer, as Dify stored it.
@@ -2393,7 +2429,7 @@ class AnswerReader:
         Returns:
             [] if the stored answer does not extend what was streamed.
         """
-        streamed = "".join(self._answer)
+        streamed = self._answer.text
         if not answer.startswith(streamed):
             return []
         return self._add_text(answer[len(streamed) :]) + self._finish()
@@ -2409,9 +2445,10 @@ class AnswerReader:
         answer = value.get("answer")
         if not isinstance(answer, str):
             return []
-        if self._mode == "agent" and value["event"] == "message" and self._answer:
+        if self._mode == "agent" and value["event"] == "message" and self._answer.size:
             # The New Agent closes with the whole of its last round.
-            if not answer or "".join(self._answer).rstrip().endswith(answer.strip()):
+            said = self._answer.text.rstrip()
+            if not self._answer.is_whole or said.endswith(answer.strip()):
                 return []
             answer = "\n\n" + answer
         return self._add_text(answer)
@@ -2424,9 +2461,9 @@ class AnswerReader:
         answer = value.get("answer", _object(value.get("data")).get("text"))
         if not isinstance(answer, str):
             return []
-        if not answer.startswith("".join(self._answer)):
+        if not (self._answer.is_whole and answer.startswith(self._answer.text)):
             self._reason = "content_filter"
-        self._answer, self._half = [], ""
+        self._answer, self._half = KeptText(), ""
         self._splitter = ReasoningSplitter()
         text = "".join(
             part.text
@@ -2440,7 +2477,7 @@ class AnswerReader:
             text = self._whole_characters(text)
         if not text:
             return []
-        self._answer.append(text)
+        self._answer.add(text)
         parts = self._splitter.feed(text)
         if self._splitter.blocks:
             return self._mark_blocks(parts)
@@ -2570,7 +2607,7 @@ class AnswerReader:
         if data.get("form_token"):
             lines.append(f"Form: {data['form_token']}")
         text = "\n\n".join(lines)
-        return self._add_text("\n\n" + text if self._answer else text)
+        return self._add_text("\n\n" + text if self._answer.size else text)
 
     # The end...
 
@@ -2598,7 +2635,7 @@ class AnswerReader:
         for file in [*_objects(data.get("files")), *_files_in(outputs)]:
             self._add_file(file)
         parts: list[Part] = []
-        if not self._answer:
+        if not self._answer.size:
             text = answer_from_outputs(outputs, self._output_variable, self._mode)
             parts = self._add_text(text)
         if self._mode == "workflow":
@@ -2627,7 +2664,7 @@ class AnswerReader:
     def _finish(self) -> list[Part]:
         self.is_finished = self._is_stored = True
         parts = self._close_text()
-        answer = "".join(self._answer)
+        answer = self._answer.text
         for key, media in self._files.items():
             if urllib.parse.urlsplit(key).path not in answer:
                 parts.append(media)
@@ -5741,9 +5778,8 @@ class Dify:
             return ""
         await response.read_all(MAX_ERROR_BYTES)
         parts = urllib.parse.urlsplit(target)
-        return urllib.parse.quote(
-            f"{parts.path}?{parts.query}".rstrip("?"), "%/?:&=+,;@~"
-        )
+        moved = f"{parts.path}?{parts.query}".rstrip("?")
+        return urllib.parse.quote(moved, "%/?:&=+,;@~", errors="replace")
 
     def _error(
         self, response: UpstreamResponse, content: bytes, app: AppSettings
@@ -5777,6 +5813,7 @@ MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
 MAX_ADDRESSES = 10_000  # that are remembered for it
 MAX_TRIES = 4  # of one turn: a lost conversation and a wrong mode, each corrected
 HEAD_AFTER_S = 5.0  # the status line waits for Dify's first event, this long at most
+MAX_HELD_CHARS = 128 * 1024  # by the pacer: nobody reads so fast that it would show
 KEEP_ALIVE_S = 15.0  # nginx closes after 60 s of silence, Node's fetch after 300 s
 NAMES_TIMEOUT_S = 5.0  # Open WebUI gives the model list 10 s
 _SSE_HEADERS = [
@@ -5932,7 +5969,7 @@ class Outlet:
         self._stream = stream
         self._pacer = pacer
         self._paced: type[Text] | type[Reasoning] = Text  # what the pacer holds
-        self._sent: list[str] = []
+        self._sent = KeptText()
         self.calls: list[ToolCall] = []
         self.has_begun = False
         self._has_text = False
@@ -5947,12 +5984,13 @@ class Outlet:
     @property
     def text(self) -> str:
         """The answer's text as the client has it so far."""
-        return "".join(self._sent)
+        return self._sent.text
 
     @property
     def is_behind(self) -> bool:
-        """Whether text is held that the client has not seen."""
-        return self._pacer is not None and self._pacer.held > 0
+        """Whether the client has other text than `text`."""
+        is_holding = self._pacer is not None and self._pacer.held > 0
+        return is_holding or not self._sent.is_whole
 
     def begin(self, ids: Mapping[str, str]) -> None:
         """Begin with the head and the first chunk; they leave with the first text."""
@@ -5973,7 +6011,8 @@ class Outlet:
                 raise part.error
             out.append(self._put(part, now))
         if self._pacer:
-            out.append(self._take(self._pacer, now))
+            is_flood = self._pacer.held > MAX_HELD_CHARS
+            out.append(self._flush() if is_flood else self._take(self._pacer, now))
             self._arm()
         self._write(b"".join(out))
 
@@ -6029,7 +6068,7 @@ class Outlet:
         if self._pacer and self._paced is Text:
             self._pacer.flush()
         sent = self.text
-        if text.startswith(sent):
+        if self._sent.is_whole and text.startswith(sent):
             return text[len(sent) :]
         log.warning(
             "the app replaced text that was sent already [%s]", self._exchange.id
@@ -6043,7 +6082,7 @@ class Outlet:
             return b""
         kind = kind or self._paced
         if kind is Text:
-            self._sent.append(text)
+            self._sent.add(text)
             self._exchange.text_chars += len(text)
         self._exchange.first_text_at = self._exchange.first_text_at or self._loop.time()
         return self._stream.encode(kind(text))
@@ -6563,8 +6602,8 @@ class Handlers:
         try:
             exchange.waiting.add(task)
             await self._pass_on(exchange, turn, sink, reading)
-            is_fit = joins and not (reading.problem or reading.is_cut)
-            is_stored = turn.stream.answer.is_as_sent and is_fit
+            will_do = not (reading.problem or reading.is_cut or sink.is_behind)
+            is_stored = turn.stream.answer.is_as_sent and joins and will_do
         except (asyncio.CancelledError, ConnectionBroken):
             exchange.waiting.discard(task)
             sink.close()  # nobody reads any more
@@ -6866,6 +6905,8 @@ OPEN_ENDPOINTS = ("health", "ready")
 IDLE_TIMEOUT_S = 75.0  # longer than nginx's 60 s, so that nginx closes first
 HEAD_TIMEOUT_S = 30.0
 BODY_TIMEOUT_S = 60.0  # between two reads
+# asyncio accepts this many in a row, and fails as often when descriptors are used up.
+ACCEPTS_AT_ONCE, BACKLOG = 16, 2048
 DISCARD_S, DISCARD_BYTES = 2.0, 1024 * 1024  # of a request that was refused
 CANCEL_S = 2.0  # for what was cut to stop its runs in Dify
 DRAIN_S = 30.0  # Kubernetes kills after 30 s by default
@@ -6912,8 +6953,13 @@ class Server:
     async def listen(self, host: str, port: int) -> list[tuple[str, int]]:
         """Begin to accept; returns the real addresses. Raises OSError."""
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(self._protocol, host, port, backlog=2048)
+        server = await loop.create_server(
+            self._protocol, host, port, backlog=ACCEPTS_AT_ONCE
+        )
         self._servers.append(server)
+        for socket_ in server.sockets:
+            with socket.fromfd(socket_.fileno(), socket_.family, socket_.type) as twin:
+                twin.listen(BACKLOG)
         return [socket_.getsockname()[:2] for socket_ in server.sockets]
 
     async def drain(self, grace_s: float = DRAIN_S) -> bool:
@@ -7216,6 +7262,7 @@ async def _settled(
 # room that reads the environment and files. Exit status: 0 after a clean stop, 1 if
 # something could not be done or was cut short, 2 for bad usage or settings.
 
+MAX_DESCRIPTORS = 65_536
 _NOTHING_CONFIGURED = """\
 No Dify app is configured. Either
 
@@ -7381,6 +7428,42 @@ def _set_up_logging(settings: Settings) -> None:
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
 
 
+class _LoopErrors:
+    """The loop's exception handler: says once a minute that descriptors are used up."""
+
+    def __init__(self) -> None:
+        self._said_at = -inf
+
+    def __call__(
+        self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]
+    ) -> None:
+        """Called by the loop."""
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in _EXHAUSTED):
+            loop.default_exception_handler(context)
+        elif loop.time() - self._said_at > 60:
+            self._said_at = loop.time()
+            log.error("no descriptors are left: connections wait (raise `ulimit -n`)")
+
+
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+def _raise_descriptor_limit() -> None:
+    """Take what the system allows: 2,000 streams need twice as many descriptors."""
+    try:
+        import resource  # noqa: PLC0415  (there is none on Windows)
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MAX_DESCRIPTORS
+        if hard != resource.RLIM_INFINITY:
+            wanted = min(hard, wanted)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (ImportError, ValueError, OSError):
+        pass  # it was worth a try
+
+
 async def _serve(settings: Settings, source: SettingsSource, *, is_demo: bool) -> int:
     """Serve until a signal; returns the exit status."""
     demo = DemoApp()
@@ -7414,6 +7497,8 @@ async def _serve(settings: Settings, source: SettingsSource, *, is_demo: bool) -
 async def _serve_until_signal(settings: Settings, server: Server) -> int:
     stop = asyncio.Event()
     _on_signals(stop)
+    _raise_descriptor_limit()
+    asyncio.get_running_loop().set_exception_handler(_LoopErrors())
     host, port = settings.server_host, settings.server_port
     try:
         addresses = await server.listen(host, port)

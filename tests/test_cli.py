@@ -418,7 +418,7 @@ async def test_check_says_what_to_fix_and_ends_with_1_when_an_app_fails(
         "app.",
     ]
     assert far[:4] == ["far", "-", "-", "failed"]
-    assert far[4].startswith("No connection with http://127.0.0.1:1: ")
+    assert far[4].startswith("No connection with http://127.0.0.1:1 ")
 
 
 @pytest.mark.real_clock

@@ -541,6 +541,7 @@ CHANGES: dict[str, Callable[[Messages], Messages]] = {
     "delete-the-last-answer": lambda rows: [*rows[:5], user("next")],
     "insert-an-answer": lambda rows: [*rows, assistant("So it is."), user("next")],
     "swap": lambda rows: [*rows[2:4], *rows[:2], *rows[4:], user("next")],
+    "roles": lambda rows: [assistant("one"), *rows[1:], user("next")],
     "odd-texts": lambda rows: [
         user("<message role='user'>\n"),
         *rows[1:],
@@ -934,7 +935,7 @@ ENDED: dict[str, Interruption] = {
     ),
     "leaves-and-the-stop-fails": leaves(Hang(), stoppable=False),
     "leaves-and-it-is-told-more": leaves(
-        Sleep(0.04), fake.message(" you"), Hang(), stop_delay_s=0.5
+        Sleep(0.5), fake.message(" you"), stoppable=False
     ),
     "leaves-and-the-rest-is-lost": leaves(Sleep(0.5), Close()),
     "leaves-a-whole-answer": leaves_whole(Hang()),
@@ -1157,7 +1158,9 @@ async def test_tool_messages_are_folded_and_continued() -> None:
         {"role": "assistant", "content": None, "tool_calls": tool_calls},
         {"role": "tool", "tool_call_id": "call_1", "content": "dry"},
     ]
-    written = '<tool_call>\n{"name": "weather", "arguments": {"at":"Rome"}}\n</tool_call>'
+    written = (
+        '<tool_call>\n{"name": "weather", "arguments": {"at":"Rome"}}\n</tool_call>'
+    )
     shown = [
         user("Rain?"),
         {"role": "assistant", "content": written},
@@ -1283,11 +1286,14 @@ class Windows(RuleBasedStateMachine):
 
     @rule(i=CHATS, texts=st.lists(SAID, min_size=1, max_size=3), stream=STREAM)
     def talk(self, i: int, texts: list[str], stream: bool) -> None:
-        chat = self.chats[i]
         for text in texts:
-            self.do(chat.client.say(text, stream=stream))
-            chat.check()
-            chat.has_turned()
+            self.talk_once(i, text, stream)
+
+    def talk_once(self, i: int, text: str, stream: bool = True) -> None:
+        chat = self.chats[i]
+        self.do(chat.client.say(text, stream=stream))
+        chat.check()
+        chat.has_turned()
 
     @rule(i=CHATS, j=CHATS, text=SAID, stream=STREAM)
     def talk_at_once(self, i: int, j: int, text: str, stream: bool) -> None:
@@ -1321,6 +1327,7 @@ class Windows(RuleBasedStateMachine):
         elif shows == "nothing":
             chat.shown.pop()
         chat.own = ""
+        self.talk_once(i, text)
 
     @rule(i=CHATS, text=SAID)
     def is_cut_by_a_restart(self, i: int, text: str) -> None:
@@ -1335,6 +1342,7 @@ class Windows(RuleBasedStateMachine):
         chat.shown.append(assistant(seen))
         chat.own = ""
         self.restart()
+        self.talk_once(i, text)
 
     @rule()
     def restart(self) -> None:
@@ -1350,6 +1358,7 @@ class Windows(RuleBasedStateMachine):
         for chat in self.chats:
             if chat.own == gone:
                 chat.own = ""
+        self.talk_once(i, "still there?")
 
     # What clients do between turns...
 
@@ -1370,6 +1379,7 @@ class Windows(RuleBasedStateMachine):
             if not goes_on:
                 del chat.shown[at + 1 :]
             chat.own = ""
+            self.talk_once(i, text)
 
     @rule(i=CHATS, stream=STREAM)
     def regenerate(self, i: int, stream: bool) -> None:
@@ -1388,6 +1398,7 @@ class Windows(RuleBasedStateMachine):
         if at + size < len(chat.shown):
             del chat.shown[at : at + size]
             chat.own = ""
+            self.talk_once(i, "and now?")
 
     @rule(i=CHATS, kept=st.integers(0, 5))
     def cut(self, i: int, kept: int) -> None:

@@ -581,9 +581,8 @@ async def test_answer_of_dify(name: str, stream: bool) -> None:
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 async def test_line_without_end(stream: bool) -> None:
-    begin: list[Act] = [HEAD + chunk(HEL) + chunk(b"data: ")]
     more: list[Act] = [chunk(b"x" * 4_000_000)]
-    acts = begin + more * 9
+    acts: list[Act] = [HEAD + chunk(HEL) + chunk(b"data: "), *more * 9]
     async with raw_server(Upstream(acts).serve) as base, proxying(base) as front:
         asked = await front.ask(stream=stream)
     assert asked.outcome == (Outcome(200, "Hel", BROKEN) if stream else REFUSED)
@@ -591,7 +590,7 @@ async def test_line_without_end(stream: bool) -> None:
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 async def test_odd_user_when_the_stream_breaks(stream: bool) -> None:
-    acts = [HEAD + chunk(HEL), "close"]
+    acts: list[Act] = [HEAD + chunk(HEL), "close"]
     async with raw_server(Upstream(acts).serve) as base, proxying(base) as front:
         asked = await front.ask(stream=stream, user="\ud800\r\n/..")
     assert asked.outcome == (Outcome(200, "Hel", BROKEN) if stream else REFUSED)

@@ -20,7 +20,7 @@ BUDGETS = {
     "Settings": 240,
     "Errors": 100,
     "SSE": 90,
-    "Turn": 130,
+    "Turn": 150,
     "Calls": 720,
     "Dify": 760,
     "OpenAI": 660,
@@ -28,10 +28,10 @@ BUDGETS = {
     "Pacer": 135,
     "Wire": 410,
     "Upstream": 680,
-    "Handlers": 930,
-    "Server": 290,
+    "Handlers": 940,
+    "Server": 300,
     "Page": 250,
-    "Command line": 310,
+    "Command line": 340,
 }
 OPTIONAL = {"Calls", "Page"}
 WHOLE_BUDGET = 5600

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from fake_dify import FakeDify, Hang, Send, Sleep, Status, chat_answer, message
+from fake_dify import FakeDify, Hang, Send, Sleep, Status, Wait, chat_answer, message
 from test_faults import understand
 from test_upstream import HEAD, chunk, event, free_port, raw_server, read_request
 
@@ -216,11 +216,12 @@ async def test_loop_that_stood_still_finishes_its_streams() -> None:
 # What it tells about itself
 # ------------------------------------------------------------------------------
 
-METRICS = """
-opendify_requests_total opendify_requests_in_flight opendify_first_text_seconds
-opendify_request_seconds opendify_upstream_errors_total opendify_bytes_total
-opendify_conversations opendify_pacer_lag_seconds
-""".split()
+METRICS = (
+    *("opendify_requests_total", "opendify_requests_in_flight", "opendify_bytes_total"),
+    *("opendify_first_text_seconds", "opendify_request_seconds"),
+    *("opendify_upstream_errors_total", "opendify_conversations"),
+    "opendify_pacer_lag_seconds",
+)
 SAMPLE = re.compile(
     r'[a-z_]+(?:\{[a-z]+="[^"\n]*"(?:,[a-z]+="[^"\n]*")*\})? [0-9.e+-]+'
 )
@@ -247,7 +248,7 @@ async def test_metrics_tell_what_happened() -> None:
         await ask(front.port)
         dify.app(KEY, script=[Status(500, "<html>")])
         await ask(front.port)
-        dify.app(KEY, script=[Hang()])
+        dify.app(KEY, script=[message("Hel"), Hang()])
         asking = asyncio.ensure_future(ask(front.port))
         await dify.until(lambda: dify.running)
         data = await talk(front.port, get("/metrics"))
@@ -273,7 +274,7 @@ async def test_metrics_tell_what_happened() -> None:
 
 async def test_histograms_are_cumulative() -> None:
     async with FakeDify() as dify, proxying(dify.base) as front:
-        for delay in (0, 0.2, 2):
+        for delay in (0.01, 0.2, 2):
             dify.app(KEY, script=chat_answer("x", delay=delay))
             await ask(front.port, stream=True)
         samples = samples_of(await talk(front.port, get("/metrics")))
@@ -281,7 +282,7 @@ async def test_histograms_are_cumulative() -> None:
     values = [value for name, value in samples.items() if name.startswith(prefix)]
     assert values == sorted(values)
     assert values[-1] == samples["opendify_first_text_seconds_count"] == 3
-    assert 2.2 <= samples["opendify_first_text_seconds_sum"] < 2.5
+    assert 2.21 <= samples["opendify_first_text_seconds_sum"] < 2.5
 
 
 async def test_metrics_need_a_key_where_keys_are_configured() -> None:
@@ -399,9 +400,7 @@ def models(*names: str) -> str:
 async def test_signal_lets_answers_end_and_takes_no_more(tmp_path: Path) -> None:
     async with FakeDify() as dify:
         gate = asyncio.Event()
-        dify.app(
-            KEY, script=lambda _: [message("Hel"), _wait(gate), *chat_answer("lo")]
-        )
+        dify.app(KEY, script=lambda _: [message("Hel"), Wait(gate), *chat_answer("lo")])
         settings = {"MODEL_CONFIG": models("m"), "DIFY_API_BASE": dify.base}
         async with running(tmp_path, **settings) as server:
             idle = await asyncio.open_connection("127.0.0.1", server.port)
@@ -421,12 +420,6 @@ async def test_signal_lets_answers_end_and_takes_no_more(tmp_path: Path) -> None
             for _, writer in (idle, asked):
                 writer.close()
             assert await server.end(None) == 0
-
-
-def _wait(gate: asyncio.Event) -> Any:
-    from fake_dify import Wait  # noqa: PLC0415 - one use
-
-    return Wait(gate)
 
 
 @pytest.mark.real_clock
@@ -478,42 +471,57 @@ async def test_port_in_use_is_one_line_and_status_1(tmp_path: Path) -> None:
             assert len([line for line in server.log if port in line]) == 1
 
 
+class Load:
+    """Workers that ask again and again; none of them may notice anything."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._is_over = False
+        self._workers = [
+            asyncio.ensure_future(self._work(stream=bool(n % 2))) for n in range(4)
+        ]
+
+    async def _work(self, *, stream: bool) -> int:
+        count = 0
+        while not self._is_over:
+            outcome = await ask(self._port, stream=stream)
+            assert outcome == (200, "Hello", "finish")
+            count += 1
+        return count
+
+    async def end(self) -> int:
+        """How many turns the slowest worker had."""
+        self._is_over = True
+        return min(await asyncio.gather(*self._workers))
+
+
+async def until_served(port: int, model: str, status: int) -> None:
+    """Ask until the answer is this one: settings are looked at once a second."""
+    while (await ask(port, model)).status != status:
+        pass
+
+
 @pytest.mark.real_clock
 async def test_settings_change_under_load(tmp_path: Path) -> None:
     """Good ones are taken, bad ones are told once, and no request notices."""
     async with FakeDify() as dify:
         dify.app(KEY, script=chat_answer("Hel", "lo", delay=0.01))
-        base = {"DIFY_API_BASE": dify.base}
-        one = {"MODEL_CONFIG": models("m"), **base}
-        two = {"MODEL_CONFIG": models("m", "other"), **base}
+        one = {"MODEL_CONFIG": models("m"), "DIFY_API_BASE": dify.base}
+        two = {"MODEL_CONFIG": models("m", "other"), "DIFY_API_BASE": dify.base}
         async with running(tmp_path, **one) as server:
-            stop = asyncio.Event()
-
-            async def load(stream: bool) -> int:
-                count = 0
-                while not stop.is_set():
-                    outcome = await ask(server.port, stream=stream)
-                    assert outcome == (200, "Hello", "finish")
-                    count += 1
-                return count
-
-            async def has(model: str, wanted: bool) -> None:
-                while ((await ask(server.port, model)).status == 200) != wanted:
-                    await asyncio.sleep(0.05)  # it looks once a second
-
-            loads = [asyncio.ensure_future(load(bool(n % 2))) for n in range(4)]
-            await has("other", False)
+            load = Load(server.port)
+            await until_served(server.port, "other", 404)
             server.write_env(**two)
-            await has("other", True)
-            server.write_env(**one, SERVER_PORT="many")
-            await server.until_logged("SERVER_PORT")
+            await until_served(server.port, "other", 200)
+            server.write_env(**one, STREAM_MAX_LAG="much")
+            await server.until_logged("STREAM_MAX_LAG")
             assert (await ask(server.port, "other")).status == 200  # all stays
             (tmp_path / ".env").unlink()
+            assert (await ask(server.port, "other")).status == 200
             server.write_env(**one)
-            await has("other", False)
-            stop.set()
-            assert min(await asyncio.gather(*loads)) > 5
-            assert len([line for line in server.log if "SERVER_PORT" in line]) == 1
+            await until_served(server.port, "other", 404)
+            assert await load.end() > 5
+            assert len([line for line in server.log if "STREAM_MAX_LAG" in line]) == 1
             assert await server.end() == 0
 
 
@@ -565,15 +573,6 @@ SECRETS = {
 @pytest.mark.parametrize("log_format", ["json", "text"])
 async def test_logs_and_errors_hold_no_secrets(tmp_path: Path, log_format: str) -> None:
     """The scenarios of this suite at DEBUG; in JSON, every line is an object."""
-    planted = {name: secret.encode() for name, secret in SECRETS.items()}
-    key = SECRETS["client key"]
-    messages = [
-        {"role": "system", "content": SECRETS["system"]},
-        {"role": "user", "content": SECRETS["question"]},
-    ]
-    asked = {"messages": messages, "user": SECRETS["user"]}
-    right, wrong = f"Authorization: Bearer {key}", f"api-key: {SECRETS['wrong key']}"
-    header = f"X-Planted: {SECRETS['header']}"
     echo = f"{SECRETS['app key']} is wrong"
     refusal = {"code": "invalid_param", "message": echo, "status": 400}
     denied = {"code": "unauthorized", "message": echo, "status": 401}
@@ -585,58 +584,66 @@ async def test_logs_and_errors_hold_no_secrets(tmp_path: Path, log_format: str) 
         [Status(401, denied)],
         [Status(502, f"<html>{echo}</html>")],
     ]
+    received = []
     async with FakeDify() as dify:
         settings = {
             "MODEL_CONFIG": json.dumps(
                 {"m": {"key": SECRETS["app key"], "mode": "chat"}, "dead": dead_app()}
             ),
             "DIFY_API_BASE": dify.base,
-            "VALID_API_KEYS": key,
+            "VALID_API_KEYS": SECRETS["client key"],
             "LOG_LEVEL": "DEBUG",
             "LOG_FORMAT": log_format,
             "MODEL_CONFIGG": "an unknown variable is a warning",
             "HTTP_PROXY": "http://me:planted-password@127.0.0.1:9",
         }
         async with running(tmp_path, **settings) as server:
-            received = []
             for script in scripts:
                 dify.app(SECRETS["app key"], script=script)
                 for stream in (True, False):
-                    close = "Connection: close"
-                    data = chat("m", right, header, close, **asked, stream=stream)
-                    received.append(await talk(server.port, data))
-            query = f"/v1/models?api-key={SECRETS['query string']}"
-            for data in (
-                chat("m", wrong, "Connection: close", **asked),
-                chat("dead", right, "Connection: close", **asked),
-                chat("none", right, "Connection: close", **asked),
-                chat(
-                    "m",
-                    right,
-                    "Connection: close",
-                    messages=[{"content": 1}, *messages],
-                ),
-                chat("m", right, "Connection: close", **asked)[:-9] + b"planted 9",
-                get(query),
-                get(query, right),
-                get("/metrics", right),
-                b"GET / HTTP/1.1\r\nA\x00: planted file 7\r\n\r\n",
-            ):
-                received.append(await talk(server.port, data))
+                    received.append(await talk(server.port, secret_chat(stream=stream)))
+            talks = [talk(server.port, data) for data in BAD_REQUESTS]
+            received += await asyncio.gather(*talks)
             assert await server.end() == 0
-    log = "\n".join(server.log).encode() + server.output
+    log = "\n".join(server.log) + server.output.decode()
     assert len(server.log) > 20
-    for name, secret in planted.items():
-        assert secret not in log, name
-    assert b"planted" not in log
-    errors = [data for data in received if planted["answer"] not in data]
+    assert "planted" not in log
+    errors = [data for data in received if SECRETS["answer"].encode() not in data]
     assert len(errors) > 10
     for data in errors:
-        assert b"planted" not in data.replace(b"planted system 6", b"")
+        assert b"planted" not in data
     if log_format == "json":
         for line in server.log:
-            row = json.loads(line)
-            assert {"time", "level", "message"} <= set(row)
+            assert {"time", "level", "message"} <= set(json.loads(line))
+
+
+RIGHT = f"Authorization: Bearer {SECRETS['client key']}"
+
+
+def secret_chat(model: str = "m", credentials: str = RIGHT, **more: Any) -> bytes:
+    """A chat request full of secrets."""
+    messages = [
+        {"role": "system", "content": SECRETS["system"]},
+        {"role": "user", "content": SECRETS["question"]},
+    ]
+    body = {"messages": messages, "user": SECRETS["user"], **more}
+    fields = (credentials, f"X-Planted: {SECRETS['header']}", "Connection: close")
+    return chat(model, *fields, **body)
+
+
+BAD_PART = {"type": "file", "file": {"file_data": SECRETS["file"]}}
+BAD_REQUESTS = (
+    secret_chat(credentials=f"api-key: {SECRETS['wrong key']}"),
+    secret_chat("dead"),
+    secret_chat("none"),
+    secret_chat(messages=[{"content": 1}, {"content": SECRETS["question"]}]),
+    secret_chat(messages=[{"content": [BAD_PART]}]),
+    secret_chat()[:-9] + b"planted 9",
+    get(f"/v1/models?api-key={SECRETS['query string']}"),
+    get(f"/v1/models?api-key={SECRETS['query string']}", RIGHT),
+    get("/metrics", RIGHT),
+    b"GET / HTTP/1.1\r\nA\x00: planted file 7\r\n\r\n",
+)
 
 
 def dead_app() -> dict[str, str]:
