@@ -1228,6 +1228,10 @@ class Chat:
         if self.own and (len(answers) > 1 or len(sent) == len(whole)):
             assert self.client.conversation == self.own
 
+    def is_sent(self, at: int) -> bool:
+        """Tell whether the next request holds this message: others nobody can see."""
+        return len(self.shown) + 1 - self.client.window <= at < len(self.shown)
+
     def has_turned(self) -> None:
         """Note that a turn has ended well: the next one continues it."""
         answers = [row for row in self.shown if row["role"] == "assistant"]
@@ -1374,7 +1378,7 @@ class Windows(RuleBasedStateMachine):
     @rule(i=CHATS, at=st.integers(0, 9), text=SAID, goes_on=st.booleans())
     def edit(self, i: int, at: int, text: str, goes_on: bool) -> None:
         chat = self.chats[i]
-        if at < len(chat.shown):
+        if chat.is_sent(at):
             chat.shown[at]["content"] = f"{text}, {chat.shown[at]['content']}"
             if not goes_on:
                 del chat.shown[at + 1 :]
@@ -1395,7 +1399,7 @@ class Windows(RuleBasedStateMachine):
     @rule(i=CHATS, at=st.integers(1, 6), size=st.integers(1, 2))
     def delete(self, i: int, at: int, size: int) -> None:
         chat = self.chats[i]
-        if at + size < len(chat.shown):
+        if chat.is_sent(at - 1) and chat.is_sent(at + size):
             del chat.shown[at : at + size]
             chat.own = ""
             self.talk_once(i, "and now?")

@@ -1028,7 +1028,7 @@ async def test_no_proxy_names_what_is_reached_directly(
         async def connect(host: str, port: int, **options: Any) -> Any:
             asked_for.append((host, port))
             address = ("127.0.0.1", port_of(here))
-            options.pop("happy_eyeballs_delay")
+            options.pop("happy_eyeballs_delay", None)
             return await asyncio.open_connection(*address, **options)
 
         url = f"http://127.0.0.1:{port_of(here)}"
