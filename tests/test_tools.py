@@ -1287,7 +1287,7 @@ async def test_unknown_path(path: str) -> None:
 # ------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def fields_of(name: str) -> tuple[str, ...]:
     """Return the fields of a request, from OpenAI's own schema."""
     document = json.loads(Path(FILE).read_text(encoding="utf-8"))

@@ -795,15 +795,16 @@ async def test_connecting_has_a_limit() -> None:
     assert now() == 7
 
 
-LATE = Outcome("", "UpstreamTimeout", 504)
+NO_HEAD = Outcome("", "UpstreamTimeout", 504)
+LATE = Outcome("", "NoFirstEvent", 504)
 SILENT = Outcome("Hello", "UpstreamTimeout", 504, retry=False)
 
 
 @pytest.mark.parametrize(
     ("script", "ping_s", "expected", "seconds"),
     [
-        pytest.param([Hang()], NEVER, LATE, 50, id="no-head"),
-        pytest.param([Raw(HEAD[:9]), Hang()], NEVER, LATE, 50, id="half-a-head"),
+        pytest.param([Hang()], NEVER, NO_HEAD, 50, id="no-head"),
+        pytest.param([Raw(HEAD[:9]), Hang()], NEVER, NO_HEAD, 50, id="half-a-head"),
         pytest.param([Send(b""), Hang()], NEVER, LATE, 50, id="head-at-once"),
         pytest.param([Hang()], 10, LATE, 50, id="head-with-late-pings"),
         pytest.param([PING, Hang()], 10, LATE, 50, id="head-with-early-pings"),
