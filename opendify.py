@@ -972,6 +972,7 @@ _UNFINISHED = re.compile(  # tokens that may be whole when more text comes
 _FENCES = ("", "json", "json5", "jsonc", "xml", "tool_call", "tool_calls", "tool_code")
 _QUOTES = ("`", '"', "'", "“", "‘", "「", "\\")
 _LEADS = tuple(":.!?*：。！？")
+_QUOTED_MARKER = re.compile(r"[`\"'“‘「\\]<[^<>]{1,40}>\s*\Z")
 _HEAD = re.compile(  # of JSON: its first key, and how the value of that one begins
     r"(?:\[\s{0,40})?(?:\{\s{0,40}[\"']?(?P<key>\w*)[\"']?\s{0,8}"
     r"(?::\s{0,40}(?P<value>[\[{]|[\"'][\w.-]*)?(?P<closed>[\"'])?)?)?"
@@ -1210,7 +1211,9 @@ class CallReader:
         if text.startswith(_MARKERS, at):
             return text[at] != "<" or not before.endswith(_QUOTES)
         line = before.rpartition("\n")[2].rstrip(" \t")
-        return text[at] in "[{" and (not line or line.endswith(_LEADS))
+        if text[at] not in "[{" or _QUOTED_MARKER.search(before):
+            return False
+        return not line or line.endswith(_LEADS)
 
     def _read_code(self, done: list[Part], is_last: bool) -> bool:
         """Give the text on up to the end of the code block."""
@@ -2802,6 +2805,10 @@ def _objects(value: Any) -> list[dict[str, Any]]:
 
 MAX_USER_CHARS = 200  # Dify keeps the end user's name in a column of 255
 MAX_STOPS, MAX_CHOICES = 4, 8
+_CHAT_ONLY = (
+    *("tools", "tool_choice", "functions", "function_call", "response_format"),
+    *("text", "modalities"),
+)
 _FINGERPRINT = "fp_opendify"
 _CREATIVE_ROLES = {"developer": "system", "function": "tool"}
 _ROLES = ("system", "user", "assistant", "tool")
@@ -2864,6 +2871,9 @@ def parse_chat_request(body: Mapping[str, Any]) -> ChatRequest:
     stream, options = body.get("stream"), body.get("stream_options")
     if stream not in (None, True, False):
         raise _bad_type("stream", "true or false")
+    modalities = body.get("modalities")
+    if isinstance(modalities, list) and "audio" in modalities:
+        raise _bad_value("modalities", "this app can't answer with audio.")
     system, messages = _parse_messages(body.get("messages"))
     tools, tool_mode = parse_tools(body)
     metadata = body.get("metadata")
@@ -2936,8 +2946,9 @@ def parse_completion_request(body: Mapping[str, Any]) -> CompletionRequest:
             param="suffix",
             code="unsupported_parameter",
         )
-    rows = {**body, "messages": [{"role": "user", "content": ""}]}
-    chat = parse_chat_request({**rows, "tools": None, "response_format": None})
+    # The fields that both APIs have; the text of chat would be a Responses format.
+    rows = {name: body[name] for name in body if name not in _CHAT_ONLY}
+    chat = parse_chat_request({**rows, "messages": [{"role": "user", "content": ""}]})
     each = [prompt for prompt in prompts for _ in range(chat.n)]
     if len(each) > MAX_CHOICES:
         raise _bad_value("prompt", f"there may be {MAX_CHOICES} choices at most.")
@@ -5829,7 +5840,8 @@ _SSE_HEADERS = [
 ]
 _PREFIX = re.compile(r"(?:(?:v1|api|openai)(?:/|\Z))+")
 _DEPLOYMENT = re.compile(
-    r"(?:deployments|engines)/(.+?)/((?:v1/)?(?:chat/)?completions|embeddings|models)\Z"
+    r"(?:deployments|engines)/(.+?)/((?:v1/)?(?:chat/)?completions"
+    r"|embeddings|images/\w+|models)\Z"
 )
 
 
@@ -6209,6 +6221,7 @@ class Reading:
         self._is_plain = not (ask.tools or ask.stops or self._is_json)
         self._held: list[Part] = []  # until it is certain that the answer will do
         self._said: list[str] = []
+        self._has_given = False  # text, that can't be taken back
 
     @property
     def said(self) -> str:
@@ -6227,26 +6240,23 @@ class Reading:
         if self._stop.is_cut and not self.is_cut:
             self.is_cut = True
             ready = [*ready, Usage(), Finish()]
+        if self._is_open and not any(
+            isinstance(part, (Finish, Failure)) for part in ready
+        ):
+            self._held += [row for row in ready if not isinstance(row, Reasoning)]
+            return [row for row in ready if isinstance(row, Reasoning)]
         self._held += ready
         if any(isinstance(part, Finish) for part in ready):
             self._judge()
-            if self.problem:
-                return []
-        elif self._is_open and not any(isinstance(part, Failure) for part in ready):
-            return self._release((Reasoning,))
-        return self._release(())
+        held, self._held = [] if self.problem else self._held, []
+        self._has_given |= any(isinstance(part, Text) for part in held)
+        return held
 
     @property
     def _is_open(self) -> bool:
         """Whether the answer may still turn out not to do."""
         needs_call = self._ask.tool_mode == "required" and not self._calls.calls
         return needs_call or (self._is_json and not self._json)
-
-    def _release(self, kinds: tuple[type, ...]) -> list[Part]:
-        """What is held, of these kinds or of all."""
-        ready = [part for part in self._held if not kinds or isinstance(part, kinds)]
-        self._held = [part for part in self._held if part not in ready] if kinds else []
-        return ready
 
     def _judge(self) -> None:
         """The answer is over: will it do?"""
@@ -6257,7 +6267,7 @@ class Reading:
             self.problem = f"Call {names}."
         elif self._json:
             self.problem = json_problem(self._json.text, self._ask.output)
-            if self.problem and self._json.text:
+            if self.problem and self._has_given:
                 raise unsatisfied(self._ask, self.problem)
         elif self._is_json:
             texts = [part.text for part in self._held if isinstance(part, Text)]
@@ -6585,8 +6595,11 @@ class Handlers:
             kind = "tool_choice" if ask.tool_mode == "required" else "response_format"
             said = Message("assistant", reading.said)
             words = Message("user", retry_text(kind, reading.problem))
-            asked = replace(asked, messages=(*asked.messages, said, words))
-            reading = await self._run_once(exchange, app, asked, sink, joins=False)
+            # What came before in a conversation that is named, Dify alone knows.
+            goes_on = joins and bool(_named_conversation(ask, exchange))
+            before = () if goes_on else (*asked.messages, said)
+            asked = replace(asked, messages=(*before, words))
+            reading = await self._run_once(exchange, app, asked, sink, joins=goes_on)
             if reading.problem:
                 raise unsatisfied(ask, reading.problem)
         return sink.end()
@@ -6633,9 +6646,11 @@ class Handlers:
             raise ConnectionBroken("the client left before the answer began")
         parts = turn.first_parts
         while parts:
-            if not sink.has_begun:
+            ready = reading.feed(parts)
+            # Until something is certain, an error can still be a status.
+            if ready and not (sink.has_begun or isinstance(ready[0], Failure)):
                 sink.begin(turn.ids)
-            sink.put(reading.feed(parts))
+            sink.put(ready)
             await exchange.reply.drain()
             turn.stream.is_given_up = turn.stream.is_given_up or reading.is_cut
             parts = [] if reading.is_cut else await turn.stream.read()
@@ -6673,7 +6688,7 @@ class Handlers:
         headers = exchange.request.headers
         forwarded = urllib.parse.unquote(headers.get("x-openwebui-user-id", ""))
         user = end_user(ask.user, forwarded, client_key(headers))
-        explicit = ask.conversation_id or headers.get("x-dify-conversation-id", "")
+        explicit = _named_conversation(ask, exchange)
         if explicit != ask.conversation_id:
             ask = replace(ask, conversation_id=explicit)
         scope = scope_of(app.key, user)
@@ -6814,6 +6829,12 @@ class Turn:
             "message_id": answer.message_id,
         }
         return {name: id_ for name, id_ in ids.items() if id_}
+
+
+def _named_conversation(ask: Ask, exchange: Exchange) -> str:
+    """The conversation that a request names, "" if none."""
+    headers = exchange.request.headers
+    return ask.conversation_id or headers.get("x-dify-conversation-id", "")
 
 
 def with_words(ask: Ask, place: str) -> Ask:

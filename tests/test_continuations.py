@@ -1288,7 +1288,7 @@ class Windows(RuleBasedStateMachine):
 
     # Turns...
 
-    @rule(i=CHATS, texts=st.lists(SAID, min_size=1, max_size=3), stream=STREAM)
+    @rule(i=CHATS, texts=st.lists(SAID, min_size=1, max_size=2), stream=STREAM)
     def talk(self, i: int, texts: list[str], stream: bool) -> None:
         for text in texts:
             self.talk_once(i, text, stream)

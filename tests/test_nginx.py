@@ -113,14 +113,17 @@ async def site(folder: Path, base: str) -> AsyncIterator[Site]:
     settings = {
         "MODEL_CONFIG": json.dumps({"m": {"key": KEY, "mode": "chat"}}),
         "DIFY_API_BASE": base,
+        "STREAM_SMOOTHING": "off",  # a text arrives as it was sent
     }
     folders = [folder / name for name in ("one", "two", "nginx")]
     for each in folders:
         each.mkdir()
-    async with running(folders[0], **settings) as one:
-        async with running(folders[1], **settings) as two:
-            async with nginx_before(folders[2], (one.port, two.port)) as port:
-                yield Site(port, (one, two), folders[2])
+    async with contextlib.AsyncExitStack() as stack:
+        one = await stack.enter_async_context(running(folders[0], **settings))
+        two = await stack.enter_async_context(running(folders[1], **settings))
+        nginx = nginx_before(folders[2], (one.port, two.port))
+        port = await stack.enter_async_context(nginx)
+        yield Site(port, (one, two), folders[2])
 
 
 class Answer:
