@@ -29,7 +29,8 @@ The rooms, in reading order. Each uses only those above it; 1-9 are pure.
     11. Upstream       the connection pool and the Dify client
     12. Handlers       the routes, one coroutine each
     13. Server         connections, the error boundary, shutdown
-    14. Command line   arguments, logging, signals, main()
+    14. Page           a playground and the clients' settings at /
+    15. Command line   arguments, logging, signals, main()
 """
 
 from __future__ import annotations
@@ -5938,6 +5939,8 @@ def find_endpoint(path: str) -> tuple[str, str]:
         /openai/deployments/m/chat/completions         ("chat/completions", "m")
         /v1/models/team%2Fapp                          ("models/", "team%2Fapp")
     """
+    if path == "/":
+        return path, ""
     tail = re.sub(r"/{2,}", "/", path).strip("/")
     tail = tail[_prefix_length(tail) :]
     name = ""
@@ -5990,6 +5993,8 @@ class Outlet:
         self._sent = KeptText()
         self.calls: list[ToolCall] = []
         self.has_begun = False
+        lag_header = exchange.request.headers.get("x-opendify-lag")
+        self._tells_lag = lag_header == "on"
         self._has_text = False
         self._finish = Finish()
         self._opening = b""  # that is not written yet
@@ -6111,6 +6116,8 @@ class Outlet:
         text = pacer.take(now)
         if text and came_at is not None:
             self._metrics.observe("opendify_pacer_lag_seconds", now - came_at)
+            if self._tells_lag:
+                return encode_comment(f"lag {now - came_at:.3f}") + self._encode(text)
         return self._encode(text)
 
     def _flush(self) -> bytes:
@@ -6413,6 +6420,20 @@ class Handlers:
         app_name = self._dify.known_name(models[name])
         value = model_object(name, app_name, self._created)
         exchange.reply.send(json_response(value))
+
+    async def list_apps(self, exchange: Exchange) -> None:
+        """`GET /apps`: how each app does just now, for the page."""
+        models = await self._models()
+        rows = await asyncio.gather(*map(self._app_row, models, models.values()))
+        exchange.reply.send(json_response({"object": "list", "data": rows}))
+
+    async def _app_row(self, model: str, app: AppSettings) -> dict[str, str]:
+        try:
+            info = await self._dify.call(app, "GET", "/info")
+            mode = await self._dify.mode_of(app)
+        except ProxyError as error:
+            return {"id": model, "error": error.message}
+        return {"id": model, "name": str(info.get("name") or ""), "mode": mode}
 
     async def ready(self, exchange: Exchange) -> None:
         """`GET /ready`: an app has answered lately, or answers now."""
@@ -6900,17 +6921,18 @@ NOT_SERVED = (
     *("embeddings", "moderations"),
     *("images/generations", "images/edits", "images/variations"),
 )
-ROUTES: Mapping[str, Mapping[str, Callable[[Handlers, Exchange], Awaitable[None]]]] = {
+ROUTES: dict[str, Mapping[str, Callable[[Handlers, Exchange], Awaitable[None]]]] = {
     "chat/completions": {"POST": Handlers.chat_completions},
     "completions": {"POST": Handlers.completions},
     **{endpoint: {"POST": Handlers.not_served} for endpoint in NOT_SERVED},
     "models": {"GET": Handlers.list_models},
     "models/": {"GET": Handlers.get_model},
+    "apps": {"GET": Handlers.list_apps},
     "health": {"GET": Handlers.health},
     "ready": {"GET": Handlers.ready},
     "metrics": {"GET": Handlers.show_metrics},
 }
-OPEN_ENDPOINTS = ("health", "ready")
+OPEN_ENDPOINTS = ("/", "health", "ready")
 
 
 # ==============================================================================
@@ -7286,7 +7308,277 @@ async def _settled(
 
 
 # ==============================================================================
-# 14. Command line
+# 14. Page
+# ==============================================================================
+#
+# What a browser shows at /: the apps, the settings of clients, and a playground. No
+# external resource, and a policy that names its style and its script by their hashes.
+# What comes from elsewhere becomes text, links and images by DOM calls, never HTML.
+# The script is a client as any other; X-OpenDify-Lag lets it see comments `: lag 0.1`.
+
+_STYLE = """
+:root { color-scheme: light; --page: light-dark(#f4f6f5, #101415); --card:
+light-dark(#fff, #191f20); --text: light-dark(#1b2422, #e5ebe9); --soft:
+light-dark(#56635f, #9fada9); --line: light-dark(#dce3e0, #2d3739); --edge:
+light-dark(#7f8c88, #6f7d79); --good: light-dark(#0b6b5b, #5ed1b9); --warm:
+light-dark(#a8480a, #f2ad62); --bad: light-dark(#b3261e, #ff9d92) }
+:root:has(#theme:checked) { color-scheme: dark } * { box-sizing: border-box; margin: 0;
+padding: 0; font: inherit; color: inherit } [hidden] { display: none !important } body {
+background: var(--page); color: var(--text); max-width: 84rem; margin: auto; padding: 0
+1rem 2rem; overflow-wrap: anywhere; font: 1rem/1.6 system-ui, "Noto Sans CJK SC",
+"Microsoft YaHei", sans-serif } h1, h2, b, dd { font-weight: 600 } h1 { font-size:
+1.4rem; padding: 1.1rem 0 } h2, dd { font-size: 1.1rem } .bar, label { display: flex;
+flex-wrap: wrap; gap: .5rem .9rem; align-items: center } label { flex-wrap: nowrap; gap:
+.5rem; min-width: 0 } .bar > :first-child { margin-right: auto } small, dt, .bar button,
+pre, code { font-size: .85rem; font-weight: 400 } small, #hint, details { color:
+var(--soft) } p small, section small { display: block } main { display: grid; gap:
+1.25rem; align-items: start } #door, section { min-width: 0; background: var(--card);
+border: 1px solid var(--line); border-radius: .9rem; padding: 1.25rem; display: grid;
+gap: .9rem; align-content: start } #door { margin-bottom: 1.25rem; justify-content:
+start } button, select, textarea, input { border: 1px solid var(--edge); border-radius:
+.55rem; background: var(--card); padding: .35rem .7rem; min-width: 0; accent-color:
+var(--good) } button { cursor: pointer } .main { background: var(--good); color:
+var(--card); padding: .6rem 1.2rem } :focus-visible { outline: 3px solid var(--good);
+outline-offset: 2px } a { color: var(--good) } code, pre { font-family: ui-monospace,
+Menlo, Consolas, monospace } pre, .user, svg { background: var(--page); border-radius:
+.55rem; padding: .6rem .9rem } pre, .user, .text { white-space: pre-wrap } #apps {
+max-height: 22rem; overflow: auto; display: grid; gap: .6rem; list-style: none } #apps
+li, details, .error, dl div { padding-left: .8rem; border-left: 4px solid var(--line) }
+#apps .good, #pieces { border-color: var(--good) } #apps .bad { border-color: var(--bad)
+} .bad small, .error { color: var(--bad) } #lag { border-color: var(--warm) } #log {
+height: 25rem; overflow: auto; display: flex; flex-direction: column-reverse } #talk {
+display: grid; gap: 1rem; margin-bottom: auto; padding: .2rem } .user { justify-self:
+end; max-width: 85% } .answer { display: grid; gap: .6rem } img { display: block;
+max-width: 100%; max-height: 20rem; border-radius: .55rem } #ask { display: flex; gap:
+.6rem; align-items: end } #ask label { flex: 1; display: grid; gap: .2rem } svg { width:
+100%; height: 7rem; padding: 0 } path { fill: none; vector-effect: non-scaling-stroke;
+stroke-width: 2 } #bars { fill: var(--good); opacity: .5 } #lags { stroke: var(--warm) }
+#first { stroke: var(--soft); stroke-dasharray: 4 4 } select { max-width: 9rem } label
+span { flex: none } dl { display: flex; flex-wrap: wrap; gap: .75rem 1.2rem;
+font-variant-numeric: tabular-nums } #said { position: absolute; width: 1px; height:
+1px; overflow: hidden; clip-path: inset(50%) } @media (min-width: 60rem) { main { grid:
+auto 1fr / 23rem 1fr } #play { grid-area: 1 / 2 / 3 } }
+"""
+_BODY = """
+<!doctype html><html lang="en" data-key="@KEY@"><head><meta charset="utf-8"> <meta
+name="viewport" content="width=device-width, initial-scale=1"> <link rel="icon"
+href="data:,"><title>OpenDify</title><style>@STYLE@</style></head> <body><header
+class="bar"><h1>OpenDify <small>@VERSION@</small></h1><label> <input id="theme"
+type="checkbox"><span data-zh="深色">Dark</span></label></header> <form id="door"
+class="bar" hidden><label><span data-zh="API 密钥">API key</span> <input id="key"
+type="password" autocomplete="off" required></label><button data-zh="继续">Go on
+</button></form><main> <section aria-labelledby="h1"><div class="bar"><h2 id="h1"
+data-zh="应用">Apps</h2> <button id="again" data-zh="重新检查">Check
+again</button></div> <ul id="apps" tabindex="0" aria-labelledby="h1"
+aria-live="polite"></ul></section> <section id="play" aria-labelledby="h2"><div
+class="bar"> <h2 id="h2" data-zh="试用">Playground</h2> <label><span
+data-zh="模型">Model</span> <select id="model"></select></label><label> <input
+id="smooth" type="checkbox" checked><span data-zh="平滑输出">Smoothing</span></label>
+<button id="clear" data-zh="新对话">New chat</button></div> <div id="log" role="log"
+aria-live="off" tabindex="0" aria-labelledby="h2"><div id="talk"> <p id="hint"
+data-zh="按 Enter 发送，Shift+Enter 换行，Esc 停止。">Enter sends, Shift+Enter breaks
+the line, Esc stops.</p></div></div> <form id="ask"><label><small
+data-zh="消息">Message</small><textarea id="text" rows="2"></textarea></label><button
+id="send" class="main" data-zh="发送">Send</button></form> <svg viewBox="0 0 600 100"
+preserveAspectRatio="none" aria-hidden="true"> <path id="bars"/><path id="lags"/><path
+id="first"/></svg><dl> <div><dt data-zh="首字时间">First text</dt><dd
+id="n0"></dd></div> <div id="pieces"><dt data-zh="每秒段数">Pieces/s</dt><dd
+id="n1"></dd></div> <div id="lag"><dt data-zh="平滑延迟">Lag</dt><dd
+id="n2"></dd></div></dl></section> <section aria-labelledby="h3"><h2 id="h3"
+data-zh="连接客户端">Connect a client</h2> <div class="bar"><div><small
+data-zh="接口地址">Base URL</small><code id="base"></code></div> <button
+data-copy="base" data-zh="复制">Copy</button></div><div class="bar"><label> <span
+data-zh="客户端">Client</span> <select id="client"></select></label> <button
+data-copy="settings" data-zh="复制">Copy</button></div><pre id="settings"></pre>
+</section></main><p id="said" role="status"></p> <script
+type="module">@SCRIPT@</script></body></html>
+"""
+_SCRIPT = r"""
+const $ = (id) => document.getElementById(id), now = () => performance.now() / 1000;
+const base = new URL("v1", location.href).href, root = document.documentElement;
+const zh = navigator.language.startsWith("zh"), talk = $("talk"), hint = $("hint");
+const say = (english, chinese) => zh ? chinese : english;
+const CLIENTS = { "Open WebUI": "OPENAI_API_BASE_URL=<v1>\nOPENAI_API_KEY=<key>",
+  LobeChat: "OPENAI_PROXY_URL=<v1>\nOPENAI_API_KEY=<key>\nOPENAI_MODEL_LIST=-all,+<id>",
+  NextChat: "BASE_URL=<host>\nOPENAI_API_KEY=<key>\nCUSTOM_MODELS=-all,+<id>",
+  "Cherry Studio": "API Host: <host>\nAPI Key: <key>\nModel ID: <id>",
+  Chatbox: "API Mode: OpenAI\nAPI Host: <host>\nAPI Key: <key>\nModel: <id>",
+  Continue: `name: OpenDify\nversion: 1.0.0\nschema: v1\nmodels:\n  - name: <json>
+    model: <json>\n    provider: openai\n    apiBase: <v1>\n    apiKey: "<key>"`,
+  "openai-python": 'client = OpenAI(base_url="<v1>", api_key="<key>")',
+  curl: `curl <v1>/chat/completions -H 'Authorization: Bearer <key>' \\
+  -H 'Content-Type: application/json' -d '{"model": <json>,
+  "messages": [{"role": "user", "content": "Hello"}]}'` };
+const LINK = /(!?)\[((?:\\.|[^\]\\])*)\]\((https?:\/\/[^\s)]+|data:image\/[^\s)]+)\)/;
+let key = sessionStorage.getItem("api-key"), past = [], run = { pieces: [], lags: [] };
+const make = (tag, content, fields) => {
+  const node = Object.assign(document.createElement(tag), fields);
+  return node.append(...[content].flat().filter(Boolean)), node;
+};
+const link = (text, href) => make(href ? "a" : "b", text, { href, target: "_blank" });
+const render = (raw) => raw.split(LINK).map((part, i, { [i - 2]: sign, [i - 1]: to }) =>
+  i % 4 < 3 ? i % 4 ? "" : part : sign ? make("img", [], { alt: to, src: part }) :
+    link(to.replace(/\\(.)/g, "$1") || part, part));
+const fault = (error, ...facts) => Error([error?.message, ...facts,
+  error?.code || error?.type].filter(Boolean).join(" · "));
+const told = ({ name, message }) => name !== "TypeError" ? message :
+  say("OpenDify can't be reached.", "无法连接 OpenDify。");
+async function call(path, options = {}) {
+  if (key) options.headers = { ...options.headers, Authorization: `Bearer ${key}` };
+  const response = await fetch(base + path, options);
+  if (response.ok) return response;
+  $("door").hidden &&= response.status !== 401;
+  const { error } = await response.json().catch(() => ({}));
+  throw fault(error, `HTTP ${response.status}`, response.headers.get("x-request-id"));
+}
+const list = async (path) => (await (await call(path)).json()).data;
+async function load() {
+  $("door").hidden = key || !root.dataset.key;
+  if (!$("door").hidden) return $("key").focus();
+  try {
+    const ids = (await list("/models")).map(({ id }) => id);
+    $("model").replaceChildren(...ids.map((id) => make("option", id)));
+    showSettings(), showApps(ids.map((id) => ({ id }))), showApps(await list("/apps"));
+  } catch (error) { $("apps").replaceChildren(make("li", told(error))); }
+}
+const showApps = (apps) => $("apps").replaceChildren(...apps.map((app) => {
+  const { id, name, mode, error } = app, className = error ? "bad" : mode && "good";
+  const is = mode ? say("ready", "正常") : say("checking…", "检查中…");
+  const facts = error || [name !== id && name, mode, is].filter(Boolean).join(" · ");
+  return make("li", [make("b", id), make("small", facts)], { className });
+}), apps.length ? "" : say("No app is configured.", "没有配置应用。"));
+function showSettings() {
+  const id = $("model").value || "MODEL", secret = root.dataset.key || "any";
+  const values = { v1: base, host: base.slice(0, -3), id, json: JSON.stringify(id) };
+  $("settings").textContent = CLIENTS[$("client").value].replace(/<(\w+)>/g,
+    (all, name) => values[name] || secret);
+}
+function draw() { // bars: pieces per second; line: lag; dashes: the first text
+  const { pieces, lags, from, end } = run, counts = {}, last = pieces.length - 1;
+  const x = 600 / Math.max(5, end || now() - from || 0), top = Math.min;
+  for (const at of pieces) counts[at * 4 | 0] = (counts[at * 4 | 0] || 0) + 1;
+  const plot = (id, paths) => $(id).setAttribute("d", paths.join(""));
+  plot("bars", Object.entries(counts).map(([at, count]) =>
+    `M${at / 4 * x} 100v${-top(count * 6, 98)}h${x / 4 - 1}V100z`));
+  plot("lags", lags.map(([at, s], i) => "ML"[+!!i] + [at * x, 98 - top(s, .5) * 190]));
+  plot("first", pieces.slice(0, 1).map((at) => `M${at * x} 0V100`));
+  const lag = lags.reduce((sum, row) => sum + row[1], 0) / (lags.length || 1);
+  $("n0").textContent = last < 0 ? "–" : pieces[0].toFixed(2) + " s";
+  $("n1").textContent = last < 0 ? "–" : (last / (pieces[last] - pieces[0]) | 0) || 1;
+  $("n2").textContent = last < 0 ? "–" : lag.toFixed(2) + " s";
+}
+async function* eventsOf(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = "", got; !(got = await reader.read()).done;) {
+    const events = (rest + got.value).split("\n\n");
+    rest = events.pop(); yield* events;
+  }
+}
+async function chat(question) {
+  const text = make("div", [], { className: "text" }), thought = text.cloneNode();
+  const thinking = make("details", [make("summary", say("Thinking", "思考")), thought]);
+  const answer = make("div", [thinking, text], { className: "answer" });
+  hint.remove(), talk.append(make("div", question, { className: "user" }), answer);
+  const messages = [...past, { role: "user", content: question }];
+  const body = JSON.stringify({ model: $("model").value, messages, stream: true });
+  const headers = { "Content-Type": "application/json", "X-OpenDify-Lag": "on",
+    "X-OpenDify-Smoothing": $("smooth").checked ? "on" : "off" };
+  const mine = run = { pieces: [], lags: [], from: now(), stop: new AbortController() };
+  let end, said = "", timer = setInterval(draw, 100), clock = () => now() - mine.from;
+  $("send").textContent = say("Stop", "停止"), thinking.hidden = thinking.open = true;
+  try {
+    const options = { method: "POST", headers, body, signal: mine.stop.signal };
+    for await (const event of eventsOf(await call("/chat/completions", options))) {
+      if (event.startsWith(": lag ")) mine.lags.push([clock(), +event.slice(6)]);
+      if (!event.startsWith("data: {")) continue;
+      const { error, choices: [choice] = [] } = JSON.parse(event.slice(6));
+      if (error) throw fault(error);
+      const { content, reasoning_content: reasoning } = choice.delta;
+      if (content || reasoning) mine.pieces.push(clock());
+      if (reasoning) thinking.hidden = false, thought.append(reasoning);
+      if (content) thinking.open &&= said > "", said += content, text.append(content);
+      if (choice.finish_reason) end = choice.delta;
+    }
+    if (!end) throw Error(say("The answer broke off.", "回答中断了。"));
+    past = [...messages, { role: "assistant", content: said }];
+    text.replaceChildren(...render(said)), $("said").textContent = said;
+    const links = (end.annotations || []).map((row) => row.url_citation);
+    const sources = (end.citations || []).map(({ title, document_name, content }) => {
+      const name = title || document_name, to = links.find((x) => x.title === name);
+      return make("p", [link(name, to?.url), make("small", content)]);
+    });
+    sources.unshift(make("summary", say("Sources", "引用来源")));
+    if (sources[1]) answer.append(make("details", sources));
+  } catch (error) {
+    answer.append(make("p", told(error), { className: "error", role: "alert" }));
+    $("text").value ||= question;
+  }
+  clearInterval(timer), mine.end = clock(), mine.stop = undefined, draw();
+  $("send").textContent = say("Send", "发送");
+}
+const stop = () => run.stop?.abort(Error(say("Stopped.", "已停止。")));
+if (zh) for (const node of document.querySelectorAll("[data-zh]"))
+  node.textContent = node.dataset.zh;
+for (const button of document.querySelectorAll("[data-copy]")) button.onclick = () => {
+  getSelection().selectAllChildren($(button.dataset.copy));
+  document.execCommand("copy"); // since plain http has no `navigator.clipboard`
+  $("said").textContent = button.textContent = say("Copied", "已复制");
+};
+$("ask").onsubmit = (event) => {
+  const question = $("text").value.trim();
+  event.preventDefault();
+  if (run.stop) return stop();
+  if (question) $("text").value = "", chat(question);
+};
+$("text").onkeydown = (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault(), run.stop || $("ask").requestSubmit();
+};
+$("door").onsubmit = (event) => {
+  event.preventDefault(), sessionStorage.setItem("api-key", key = $("key").value);
+  load();
+};
+onkeydown = (event) => { if (event.key === "Escape") stop(); };
+$("clear").onclick = () => { stop(), past = [], talk.replaceChildren(hint); };
+$("model").onchange = $("client").onchange = showSettings, $("again").onclick = load;
+$("theme").checked = matchMedia("(prefers-color-scheme: dark)").matches;
+$("client").append(...Object.keys(CLIENTS).map((name) => make("option", name)));
+root.lang = say("en", "zh-CN"), $("base").textContent = base, draw(), load();
+"""
+
+
+def _hash_of(text: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+_POLICY = (
+    f"default-src 'none'; style-src {_hash_of(_STYLE)}; script-src {_hash_of(_SCRIPT)}"
+    "; connect-src 'self'; img-src https: http: data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+)
+
+
+async def show_page(handlers: Handlers, exchange: Exchange) -> None:
+    """`GET /`; the page asks for a key at once if it will need one."""
+    key = "YOUR-KEY" if handlers.settings.valid_api_keys else ""
+    text = _BODY.replace("@KEY@", key).replace("@VERSION@", __version__)
+    text = text.replace("@STYLE@", _STYLE).replace("@SCRIPT@", _SCRIPT)
+    headers = [
+        ("Content-Type", "text/html; charset=utf-8"),
+        ("Content-Security-Policy", _POLICY),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Referrer-Policy", "no-referrer"),
+        ("Cache-Control", "no-cache"),
+    ]
+    exchange.reply.send(Response(200, text.encode(), headers))
+
+
+ROUTES["/"] = {"GET": show_page}
+
+
+# ==============================================================================
+# 15. Command line
 # ==============================================================================
 #
 # Arguments, the env file, logging, signals, the self-check and the demo app. The only

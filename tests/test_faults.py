@@ -22,6 +22,7 @@ from typing import Any, Callable, NamedTuple, Union
 
 import pytest
 from fake_dify import FakeDify, chat_answer
+from schemas import FINISH_REASONS
 from test_upstream import (
     END,
     HEAD,
@@ -175,7 +176,7 @@ def _understand_whole(status: int, value: dict[str, Any]) -> tuple[Outcome, str]
         assert (error["type"] == "server_error") == (status >= 500)
         return Outcome(status, "", str(error["code"])), error["message"]
     (choice,) = value["choices"]
-    assert choice["finish_reason"] in ("stop", "length")
+    assert choice["finish_reason"] in FINISH_REASONS
     return Outcome(200, choice["message"]["content"], "finish"), ""
 
 

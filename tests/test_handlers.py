@@ -336,7 +336,7 @@ def test_endpoint_is_found_by_the_tail(path: str, endpoint: str, name: str) -> N
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/chat", "/v1/chat/completionsx", "/v1/x", "/v1x/models"]
+    "path", ["/v1", "/v1/chat", "/v1/chat/completionsx", "/v1/x", "/v1x/models"]
 )
 async def test_unknown_path_is_a_json_404(path: str) -> None:
     async with proxy() as served:

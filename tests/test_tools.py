@@ -608,7 +608,30 @@ async def test_conversation_goes_on_after_a_second_try() -> None:
         messages = history_of(first.message, result)
         got = await served.chat(tools=TOOLS, messages=messages)
     assert choices_of(got) == [Choice("It is sunny.", [], "stop")]
-    assert query(served).rstrip().endswith(SUNNY) or SUNNY in query(served)
+    assert OSLO in query(served) and SUNNY in query(served)
+
+
+async def test_second_try_is_stopped_when_the_client_leaves() -> None:
+    answers: list[list[fake.Step]] = [
+        fake.chat_answer("No."),
+        [fake.message("Well"), Hang()],
+    ]
+    async with proxy(lambda _: answers.pop(0)) as served:
+        fields: JSONObject = {"tools": TOOLS, "tool_choice": "required"}
+        call = await served.begin(stream=True, **fields)
+        await served.dify.until(lambda: len(served.turns) == 2)
+        await asyncio.sleep(1)
+        await call.leave()
+        await served.dify.until(lambda: not served.dify.running)
+        await served.dify.until(lambda: not served.dify.open_connections)
+    assert [row.effective for row in served.dify.stops] == [True]
+
+
+async def test_app_that_fails_is_not_asked_once_more() -> None:
+    async with proxy(FAILURE) as served:
+        got = await served.chat(tools=TOOLS, tool_choice="required")
+    assert (got.status, got.error["code"]) == (502, "completion_request_error")
+    assert len(served.turns) == 1
 
 
 # Where the words go...

@@ -1,0 +1,565 @@
+"""The page at /: its policy and its size; in a browser, what one sees and does.
+
+The tests in a browser need the package `playwright` and a Chromium (Debian's
+`chromium`, or the one named by CHROMIUM); without them they are skipped. Those of
+accessibility need `axe-core-python`, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import html.parser
+import importlib
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shutil
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from dataclasses import dataclass, field
+from email.message import Message
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fake_dify as fake
+import opendify
+import pytest
+from fake_dify import FakeDify
+
+JSONObject = dict[str, Any]
+PATIENCE_MS = 10_000
+MOST_BYTES = 16_000  # loads at once over any line
+CLIENT_KEY = "sk-client"
+PICTURE = "https://files.example/cat.png"
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6"
+    "kgAAAABJRU5ErkJggg=="
+)
+EVIL = "<img src=x onerror=alert(1)> [x](javascript:alert(1))"
+SOURCE = {
+    "position": 1,
+    "dataset_name": "Handbook",
+    "document_name": "leave.pdf",
+    "score": 0.87,
+    "content": "Thirty days a year.",
+    "doc_metadata": {"link": "https://docs.example/leave"},
+}
+
+
+# ------------------------------------------------------------------------------
+# A server, in a thread of its own: the browser's driver has this one
+# ------------------------------------------------------------------------------
+
+
+def answer(request: fake.Request) -> list[fake.Step]:
+    """Return what the app says to a question."""
+    query = request.json["query"]
+    words = [f"word{number} " for number in range(12)]
+    if "rich" in query:
+        return [
+            fake.message("<think>First I think.</think>"),
+            fake.message(f"See [the handbook](https://docs.example/a) {EVIL}"),
+            fake.message(f"\n\n![a cat]({PICTURE})"),
+            fake.message_end(resources=[SOURCE]),
+        ]
+    if "refuse" in query:
+        body = {"code": "invalid_param", "message": "no such input", "status": 400}
+        return [fake.Status(400, body)]
+    if "break" in query:
+        return [fake.message("Half an"), fake.error_event("the model fell over")]
+    if "hang" in query:
+        return [fake.message("And then"), fake.Hang()]
+    return fake.chat_answer(*words, delay=0.03)
+
+
+@dataclass
+class Site:
+    """A running OpenDify and the fake Dify behind it."""
+
+    dify: FakeDify
+    url: str
+
+
+@contextlib.asynccontextmanager
+async def serving(variables: Mapping[str, str]) -> AsyncIterator[Site]:
+    """Serve a site: the model `desk` answers, `gone` has a wrong key."""
+    async with FakeDify() as dify:
+        dify.app("app-good", name="Helpdesk", mode="chat", script=answer)
+        models = json.dumps({"desk": "app-good", "gone": "app-bad"})
+        given = {"MODEL_CONFIG": models, "DIFY_API_BASE": dify.base}
+        settings = opendify.parse_settings({**given, **variables})
+        client = opendify.Dify(settings, asyncio.open_connection)
+        table, _ = opendify.open_conversations("memory", 60)
+        ids = map(str, itertools.count())
+        handlers = opendify.Handlers(settings, client, table, lambda: next(ids))
+        server = opendify.Server(handlers, lambda: f"req_{next(ids)}")
+        ((_, port),) = await server.listen("127.0.0.1", 0)
+        try:
+            yield Site(dify, f"http://127.0.0.1:{port}/")
+        finally:
+            await server.drain(0)
+            client.close()
+            table.close()
+
+
+@contextlib.contextmanager
+def running_site(**variables: str) -> Iterator[Site]:
+    """Give a site; its loop runs in another thread."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def run(step: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(step, loop).result(10)
+
+    async def start() -> Any:
+        return serving(variables)
+
+    context = run(start())
+    try:
+        yield run(context.__aenter__())
+        run(context.__aexit__(None, None, None))
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    """Give a site that asks for no key."""
+    with running_site() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Site]:
+    """Give a site that wants a key."""
+    with running_site(VALID_API_KEYS=CLIENT_KEY) as made:
+        yield made
+
+
+class Got(NamedTuple):
+    """A response."""
+
+    status: int
+    headers: Message
+    text: str
+
+
+def get(url: str, method: str = "GET") -> Got:
+    """Return the response to a request."""
+    request = urllib.request.Request(url, method=method)
+    try:
+        with urllib.request.urlopen(request) as response:
+            return Got(response.status, response.headers, response.read().decode())
+    except urllib.error.HTTPError as error:
+        with error:
+            return Got(error.code, error.headers, error.read().decode())
+
+
+# ------------------------------------------------------------------------------
+# Without a browser
+# ------------------------------------------------------------------------------
+
+
+class Outline(html.parser.HTMLParser):
+    """What a page holds: texts of styles and scripts, addresses, attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.blocks: list[tuple[str, str]] = []
+        self.addresses: list[str] = []
+        self.attributes: list[str] = []
+        self._tag = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._tag = tag
+        for name, value in attrs:
+            self.attributes.append(name)
+            if name in ("src", "href", "action", "srcset", "data", "formaction"):
+                self.addresses.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        if self._tag in ("style", "script"):
+            self.blocks.append((self._tag, data))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._tag = ""
+
+
+def hash_of(text: str) -> str:
+    """Return the source expression of an inline text."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def test_policy_allows_exactly_what_the_page_holds(site: Site) -> None:
+    got = get(site.url)
+    (_, style), (_, script) = Outline(got.text).blocks
+    policy = got.headers["content-security-policy"].split("; ")
+    assert dict(row.split(" ", 1) for row in policy) == {
+        "default-src": "'none'",
+        "script-src": hash_of(script),
+        "style-src": hash_of(style),
+        "connect-src": "'self'",
+        "img-src": "https: http: data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'",
+    }
+
+
+def test_page_comes_with_safe_headers(site: Site) -> None:
+    got = get(site.url)
+    names = ("content-type", "x-content-type-options", "referrer-policy")
+    assert [got.status, *(got.headers[name] for name in names)] == [
+        200,
+        "text/html; charset=utf-8",
+        "nosniff",
+        "no-referrer",
+    ]
+
+
+def test_page_needs_nothing_from_elsewhere(site: Site) -> None:
+    text = get(site.url).text
+    outline = Outline(text)
+    assert outline.addresses == ["data:,"]
+    assert [n for n in outline.attributes if n == "style" or n.startswith("on")] == []
+    assert re.findall(r"https?://[\w.-]+|@import|url\(", text) == []
+
+
+def test_script_writes_no_html(site: Site) -> None:
+    (_, (_, script)) = Outline(get(site.url).text).blocks
+    banned = (
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|Function\("
+    )
+    assert re.findall(banned, script) == []
+
+
+def test_head_is_answered_without_the_page(site: Site) -> None:
+    whole, head = get(site.url), get(site.url, "HEAD")
+    assert (head.status, head.text) == (200, "")
+    assert head.headers["content-length"] == str(len(whole.text.encode()))
+
+
+def test_page_is_only_at_the_root(site: Site) -> None:
+    statuses = [get(site.url + path).status for path in ("v1", "v1/", "index.html")]
+    assert statuses == [404, 404, 404]
+
+
+def test_page_is_open_and_apps_are_not_when_keys_are_set(guarded: Site) -> None:
+    statuses = [get(guarded.url + path).status for path in ("", "v1/models", "apps")]
+    assert statuses == [200, 401, 401]
+    assert CLIENT_KEY not in get(guarded.url).text
+
+
+def test_apps_tell_how_they_do(site: Site) -> None:
+    desk, gone = json.loads(get(site.url + "apps").text)["data"]
+    assert desk == {"id": "desk", "name": "Helpdesk", "mode": "chat"}
+    assert (gone["id"], sorted(gone)) == ("gone", ["error", "id"])
+    assert "app-bad" not in gone["error"]
+
+
+def test_page_is_small(site: Site) -> None:
+    assert len(get(site.url).text.encode()) < MOST_BYTES
+
+
+# ------------------------------------------------------------------------------
+# In a browser
+# ------------------------------------------------------------------------------
+
+KEYLESS = {"color_scheme": "light", "locale": "en-US"}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Give a headless Chromium."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = os.environ.get("CHROMIUM") or next(
+        filter(None, map(shutil.which, names)), ""
+    )
+    if not importlib.util.find_spec("playwright"):
+        pytest.skip("the page is tried in a browser where `playwright` is installed")
+    if not found:
+        pytest.skip("the page is tried in a browser where there is a Chromium")
+    api = importlib.import_module("playwright.sync_api")
+    with api.sync_playwright() as driver:
+        made = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+@dataclass
+class Tab:
+    """A page that is open, and what it did besides."""
+
+    page: Any
+    messages: list[str] = field(default_factory=list)  # of the console
+    elsewhere: list[str] = field(default_factory=list)  # requests to other origins
+
+    def ask(self, question: str) -> None:
+        """Ask in the playground, by keyboard."""
+        self.page.focus("#text")
+        self.page.keyboard.type(question)
+        self.page.keyboard.press("Enter")
+
+    def text(self, selector: str) -> str:
+        """Return the text of an element as soon as it has some."""
+        shown = self.page.locator(f"{selector}:not(:empty)").last
+        shown.wait_for(state="attached", timeout=PATIENCE_MS)
+        return str(shown.text_content()).strip()
+
+    def is_done(self) -> None:
+        """Wait for the end of an answer."""
+        sending = self.page.locator("#send", has_text=re.compile("Send|发送"))
+        sending.wait_for(timeout=PATIENCE_MS)
+
+
+@contextlib.contextmanager
+def opened(browser: Any, url: str, **options: Any) -> Iterator[Tab]:
+    """Open a page in a fresh profile."""
+    context = browser.new_context(**{**KEYLESS, **options})
+    tab = Tab(context.new_page())
+    picture = {"content_type": "image/png", "body": PIXEL}
+    context.route("https://files.example/**", lambda route: route.fulfill(**picture))
+    tab.page.on("console", lambda message: tab.messages.append(message.text))
+    tab.page.on("pageerror", lambda error: tab.messages.append(str(error)))
+
+    def note(request: Any) -> None:
+        if not request.url.startswith((url, "data:")):
+            tab.elsewhere.append(request.url)
+
+    tab.page.on("request", note)
+    tab.page.goto(url)
+    try:
+        yield tab
+    finally:
+        context.close()
+
+
+@pytest.fixture
+def tab(browser: Any, site: Site) -> Iterator[Tab]:
+    """Give the page, loaded."""
+    with opened(browser, site.url) as made:
+        made.text("#apps .good")
+        yield made
+
+
+def test_page_loads_silently_and_shows_the_apps(tab: Tab) -> None:
+    rows = [row.split("\n") for row in tab.page.locator("#apps li").all_inner_texts()]
+    assert rows[0] == ["desk", "Helpdesk · chat · ready"]
+    assert (rows[1][0], "MODEL_CONFIG" in rows[1][1]) == ("gone", True)
+    assert (tab.messages, tab.elsewhere) == ([], [])
+
+
+def test_answer_appears_while_it_comes(tab: Tab) -> None:
+    lengths: list[int] = []
+    tab.ask("tell me")
+    while len(lengths) < 2 or lengths[-1] != lengths[-2]:
+        lengths.append(len(tab.text(".answer > .text")))
+        tab.page.wait_for_timeout(80)
+    tab.is_done()
+    assert tab.text(".answer > .text").endswith("word11")
+    assert len(set(lengths)) > 2
+    assert tab.messages == []
+
+
+def test_smoothing_is_switched_and_measured(tab: Tab, site: Site) -> None:
+    seen = {}
+    for name in ("on", "off"):
+        tab.page.set_checked("#smooth", name == "on")
+        tab.ask("tell me")
+        tab.is_done()
+        seen[name] = [tab.text(f"#n{n}") for n in range(3)]
+        drawn = [tab.page.get_attribute(f"#{id_}", "d") for id_ in ("bars", "first")]
+        assert all(drawn)
+        assert bool(tab.page.get_attribute("#lags", "d")) == (name == "on")
+    assert seen["off"][2] == "0.00 s"
+    assert float(seen["on"][2].split()[0]) > 0
+    assert all(re.fullmatch(r"\d\.\d\d s", row[0]) for row in seen.values())
+    assert all(re.fullmatch(r"\d+", row[1]) for row in seen.values())
+
+
+def test_reasoning_files_links_and_sources_are_shown(tab: Tab) -> None:
+    tab.ask("something rich")
+    tab.is_done()
+    assert tab.page.text_content("details .text") == "First I think."
+    link = tab.page.locator(".answer > .text a")
+    assert [(x.text_content(), x.get_attribute("href")) for x in link.all()] == [
+        ("the handbook", "https://docs.example/a")
+    ]
+    picture = tab.page.locator(".answer img")
+    assert (picture.get_attribute("alt"), picture.get_attribute("src")) == (
+        "a cat",
+        PICTURE,
+    )
+    source = tab.page.locator("details").last
+    assert source.locator("summary").text_content() == "Sources"
+    assert source.locator("a").get_attribute("href") == "https://docs.example/leave"
+    assert source.locator("small").text_content() == "Thirty days a year."
+
+
+def test_markup_of_an_answer_is_text(tab: Tab) -> None:
+    tab.ask("something rich")
+    tab.is_done()
+    assert EVIL in tab.page.text_content(".answer > .text")
+    assert (tab.messages, tab.elsewhere) == ([], [PICTURE])
+
+
+def test_question_and_history_are_sent(tab: Tab, site: Site) -> None:
+    before = len(site.dify.requests)
+    for question in ("tell me one", "tell me two"):
+        tab.ask(question)
+        tab.is_done()
+    turns = [row.json for row in site.dify.requests[before:]]
+    asked = [row["query"] for row in turns if "query" in row]
+    assert asked == ["tell me one", "tell me two"]
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [
+        pytest.param(
+            "refuse this", ["no such input", "HTTP 400", "req_"], id="refused"
+        ),
+        pytest.param("break it", ["the model fell over"], id="inside-the-stream"),
+    ],
+)
+def test_error_is_shown_and_the_question_kept(
+    tab: Tab, question: str, words: list[str]
+) -> None:
+    tab.ask(question)
+    shown = tab.text("[role=alert]")
+    assert [word for word in words if word not in shown] == []
+    tab.is_done()
+    assert tab.page.input_value("#text") == question
+
+
+def test_error_is_shown_when_the_server_is_gone(browser: Any) -> None:
+    with running_site() as mine, opened(browser, mine.url) as tab:
+        tab.text("#apps .good")
+        tab.page.context.set_offline(True)
+        tab.ask("tell me")
+        assert tab.text("[role=alert]") == "OpenDify can't be reached."
+
+
+def test_answer_is_stopped_by_escape(tab: Tab) -> None:
+    tab.ask("hang on")
+    tab.page.locator(".answer > .text", has_text="And then").wait_for()
+    assert tab.page.text_content("#send") == "Stop"
+    tab.page.keyboard.press("Escape")
+    assert tab.text("[role=alert]") == "Stopped."
+    tab.is_done()
+
+
+def test_all_is_reached_by_keyboard(tab: Tab) -> None:
+    reached = []
+    for _ in range(16):
+        tab.page.keyboard.press("Tab")
+        here = "document.activeElement.id || document.activeElement.dataset.copy"
+        reached.append(tab.page.evaluate(here))
+    wanted = "theme again apps model smooth clear log text send base client settings"
+    assert [name for name in reached if name][:12] == wanted.split()
+    tab.page.focus("#log")
+    outline = tab.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+
+
+def test_shift_enter_breaks_the_line(tab: Tab) -> None:
+    tab.page.focus("#text")
+    for key in ("a", "Shift+Enter", "b"):
+        tab.page.keyboard.press(key)
+    assert tab.page.input_value("#text") == "a\nb"
+
+
+CLIENTS = [
+    *("Open WebUI", "LobeChat", "NextChat", "Cherry Studio", "Chatbox", "Continue"),
+    *("openai-python", "curl"),
+]
+
+
+def test_settings_of_clients_are_copied(browser: Any, site: Site) -> None:
+    rights = ["clipboard-read", "clipboard-write"]
+    with opened(browser, site.url, permissions=rights) as tab:
+        tab.text("#apps .good")
+        assert tab.page.locator("#client option").all_inner_texts() == CLIENTS
+        for client in CLIENTS:
+            tab.page.select_option("#client", client)
+            tab.page.click("[data-copy=settings]")
+            copied = tab.page.evaluate("navigator.clipboard.readText()")
+            assert copied.strip() == tab.page.text_content("#settings")
+            assert site.url[:-1] in copied
+            assert not re.search(r"<\w+>", copied)
+        tab.page.click("[data-copy=base]")
+        assert tab.page.evaluate("navigator.clipboard.readText()") == site.url + "v1"
+        assert tab.text("#said") == "Copied"
+
+
+def test_key_is_asked_for_and_kept_in_the_tab_only(browser: Any, guarded: Site) -> None:
+    with opened(browser, guarded.url) as tab:
+        assert tab.page.evaluate("document.activeElement.id") == "key"
+        assert (tab.messages, tab.page.locator("#apps li").count()) == ([], 0)
+        tab.page.keyboard.type("wrong")
+        tab.page.keyboard.press("Enter")
+        assert "Incorrect API key" in tab.text("#apps li")
+        tab.page.fill("#key", CLIENT_KEY)
+        tab.page.press("#key", "Enter")
+        tab.text("#apps .good")
+        assert tab.page.is_hidden("#door")
+        kept = tab.page.evaluate("[{...sessionStorage}, {...localStorage}]")
+        assert kept == [{"api-key": CLIENT_KEY}, {}]
+        assert tab.page.context.cookies() == []
+        assert CLIENT_KEY not in tab.page.text_content("#settings")
+        tab.ask("tell me")
+        tab.is_done()
+        assert tab.text(".answer > .text").endswith("word11")
+
+
+LOOKS = [  # every two of them together
+    pytest.param("light", "en-US", 360, id="light-english-phone"),
+    pytest.param("dark", "zh-CN", 360, id="dark-chinese-phone"),
+    pytest.param("light", "zh-CN", 1280, id="light-chinese-desktop"),
+    pytest.param("dark", "en-US", 1280, id="dark-english-desktop"),
+]
+
+
+@pytest.mark.parametrize(("scheme", "locale", "width"), LOOKS)
+def test_looks(browser: Any, site: Site, scheme: str, locale: str, width: int) -> None:
+    """Theme and language are the browser's, nothing is cut off, axe is content."""
+    options = {"color_scheme": scheme, "locale": locale}
+    size = {"width": width, "height": 740}
+    with opened(browser, site.url, viewport=size, **options) as tab:
+        tab.text("#apps .good")
+        assert tab.text("#h2") == {"en-US": "Playground", "zh-CN": "试用"}[locale]
+        assert tab.page.get_attribute("html", "lang") in (locale, locale[:2])
+        tab.ask("something rich")
+        tab.is_done()
+        assert tab.page.evaluate("document.documentElement.scrollWidth") == width
+        assert _complaints(tab) == []
+        first = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        tab.page.click("#theme")
+        then = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        themes = ["rgb(244, 246, 245)", "rgb(16, 20, 21)"]
+        assert [first, then] == (themes if scheme == "light" else themes[::-1])
+        assert _complaints(tab) == []
+
+
+def _complaints(tab: Tab) -> list[str]:
+    """Return what axe finds, if it is installed."""
+    spec = importlib.util.find_spec("axe_core_python")
+    if not spec or not spec.submodule_search_locations:
+        return []
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    tab.page.evaluate((folder / "axe.min.js").read_text(encoding="utf-8"))
+    found = tab.page.evaluate("axe.run()")
+    return [f"{row['id']}: {row['help']}" for row in found["violations"]]
