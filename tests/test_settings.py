@@ -364,6 +364,7 @@ def test_object_value_has_every_field() -> None:
         "system_variable": "s",
         "history_variable": "h",
         "smoothing": False,
+        "tools": "inputs",
     }
     assert set(described) == {row.name for row in dataclasses.fields(AppSettings)}
     base = {"base": "http://dify.local:8080/v1"}
