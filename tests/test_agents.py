@@ -28,6 +28,7 @@ from test_end_to_end import environment
 from test_handlers import Proxy, proxy
 
 JSONObject = dict[str, Any]
+NAMES = {"agents": "openai-agents", "langchain_openai": "langchain-openai"}
 NODE_FOLDER = ROOT / ".cache" / "clients" / "node"
 
 
@@ -98,6 +99,13 @@ async def run(served: Proxy, command: list[str], **options: Any) -> JSONObject:
     return got
 
 
+def need(package: str) -> None:
+    """Skip the test if a package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        name = NAMES.get(package, package)
+        pytest.skip(f"{name} is not installed beside the tests: pip install {name}")
+
+
 async def run_python(
     package: str, script: str, folder: Path
 ) -> tuple[JSONObject, list[fake.Request]]:
@@ -105,8 +113,7 @@ async def run_python(
 
     Skips the test if the package is not installed.
     """
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package.replace('_', '-')} is not installed beside the tests")
+    need(package)
     quiet = {
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "OPENAI_AGENTS_DISABLE_TRACING": "1",
@@ -315,8 +322,7 @@ async def test_langchain_chat_model(tmp_path: Path) -> None:
 
 @pytest.mark.real_clock
 async def test_langchain_agent(tmp_path: Path) -> None:
-    if importlib.util.find_spec("langchain_openai") is None:
-        pytest.skip("langchain-openai is not installed beside the tests")
+    need("langchain_openai")
     got, _ = await run_python("langchain", LANGCHAIN_AGENT, tmp_path)
     streamed = {**ALL_SUNNY, "as-asked": f"I'll look that up.\n\n{SUNNY}"}
     assert got == {"invoked": ALL_SUNNY, "streamed": streamed}

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import os
 import re
 import shlex
+import shutil
+import socket
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
@@ -21,16 +24,26 @@ from dotenv import dotenv_values
 
 import opendify
 from opendify import (
+    NOT_SERVED,
+    OPEN_ENDPOINTS,
     ROUTES,
+    TOOLS_PLACES,
     AppSettings,
     Ask,
+    BadRequest,
     Message,
     ProxyError,
     build_parser,
+    describe_format,
+    describe_tools,
     find_endpoint,
     parse_chat_request,
+    parse_completion_request,
+    parse_output_format,
     parse_settings,
+    parse_tools,
     plan_turn,
+    retry_text,
     setting_rows,
 )
 
@@ -38,8 +51,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = (ROOT / "opendify.py").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf-8")
+SCHEMAS = ROOT / "tests" / "data" / "openai-schemas.json"
 FIRST = ("MODEL_CONFIG", "DIFY_API_BASE", "SERVER_HOST", "SERVER_PORT")
 MADE_BY_USERS = (".env",)
+OF_OTHERS = {"DIFY_API_URL", "DIFY_SSL_VERIFY", "CONVERSATION_MEMORY_MODE"}
 
 
 class Block(NamedTuple):
@@ -147,7 +162,7 @@ def test_every_setting_that_is_named_exists() -> None:
     prefixes = r"DIFY|SERVER|STREAM|CONVERSATION|MAX|LOG|VALID|ALLOWED|SHOW|MODEL"
     named = set(re.findall(rf"\b(?:{prefixes})_[A-Z_]+\b", README))
     assert len(named) > 10
-    assert named <= {variable for variable, _, _ in setting_rows()}
+    assert named - OF_OTHERS <= {variable for variable, _, _ in setting_rows()}
 
 
 # ------------------------------------------------------------------------------
@@ -180,7 +195,8 @@ def test_example_of_model_config_is_a_good_one() -> None:
 
 
 def test_every_block_says_what_it_is() -> None:
-    known = {"sh", "text", "python", "json", "ini"}
+    known = {"sh", "text", "python", "json", "ini", "js", "yaml", "toml"}
+    known |= {"nginx", "caddy", "systemd"}
     assert [block for block in BLOCKS if block.language not in known] == []
     assert README.count("\n```") == 2 * len(BLOCKS)
 
@@ -218,56 +234,331 @@ def test_base_urls_reach_the_endpoint() -> None:
 
 
 def test_limits_are_those_of_the_file() -> None:
-    sentence = re.search(r"Limits that are no settings: [^.]*\.", README)
-    assert sentence
-    assert [float(text) for text in re.findall(r"\d+", sentence[0])] == [
+    numbers = [re.findall(r"\d[\d,]*", row[1]) for row in table("Limit")]
+    given = [int(text.replace(",", "")) for row in numbers for text in row]
+    assert given == [
         opendify.MAX_HEAD_BYTES >> 10,
+        opendify.MAX_FIELDS,
         opendify.HEAD_TIMEOUT_S,
         opendify.BODY_TIMEOUT_S,
         opendify.IDLE_TIMEOUT_S,
+        opendify.WRITE_TIMEOUT_S,
+        opendify.MAX_KEY_FAILURES,
+        opendify.KEY_FAILURES_S,
+        opendify.MAX_CHOICES,
+        opendify.MAX_STOPS,
+        opendify.MAX_USER_CHARS,
+        opendify.MAX_CONVERSATIONS,
+        40,  # MB of memory, as bench_conversations.py tells
         opendify.MAX_EVENT_BYTES >> 20,
+        opendify.CIRCUIT_S,
+        opendify.DRAIN_S,
     ]
     for text in (
         f"for {opendify.HEAD_AFTER_S:g} s at most",
         f"alive every {opendify.KEEP_ALIVE_S:g} s",
         f"for {opendify.DRAIN_S:g} seconds at most",
+        f"end first, for {opendify.DRAIN_S:g} s at most",
         f"beyond\n{opendify.MAX_CONVERSATIONS:,}",
+        f"in the last {opendify.LATELY_S / 60:g} minutes",
+        f"`n` over {opendify.MAX_CHOICES},",
+        f"more than {opendify.MAX_STOPS} strings in `stop`",
+        f"after {opendify._MAX_CHECKS:,} checks",
     ):
         assert text in README
 
 
-NOT_TRANSLATED = README.partition("### What is not\n")[2].partition("\n## ")[0]
-VALUES = {"n": 2, "stop": ["."], "tools": [{"type": "function"}], "logprobs": True}
+# ------------------------------------------------------------------------------
+# The words for tools and formats
+# ------------------------------------------------------------------------------
+
+TOOLS = README.partition("\n### Tools\n")[2].partition("\n### What is not\n")[0]
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}},
+    "required": ["name"],
+}
+WEATHER = {
+    "name": "get_weather",
+    "description": "The weather of a city.",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
+    },
+}
 
 
-def test_fields_that_are_said_to_have_no_effect_have_none() -> None:
-    first = NOT_TRANSLATED.strip().partition("\n- ")[0]
-    fields = re.findall(r"`([a-z_]+)`", first)
-    assert len(fields) > 8
-    messages = [{"role": "user", "content": "Hi"}]
-    plain = {"model": "m", "messages": messages}
-    given = {**plain, **{name: VALUES.get(name, "x") for name in fields}}
-    assert parse_chat_request(given) == parse_chat_request(plain)
+def words_for_tools(choice: str) -> str:
+    tools = [{"type": "function", "function": WEATHER}]
+    return describe_tools(*parse_tools({"tools": tools, "tool_choice": choice}))
 
 
-def test_paths_that_are_said_to_be_missing_are() -> None:
-    paths = re.findall(r"`(/v1/\w+)`", NOT_TRANSLATED)
-    others = [
-        "embeddings",
-        "images/generations",
-        "audio/speech",
-        "files",
-        "moderations",
+def words_for_format(**format_: object) -> str:
+    return describe_format(parse_output_format({"response_format": format_}))
+
+
+def test_words_are_those_that_are_sent() -> None:
+    common = words_for_tools("auto").rpartition("If you need")[0]
+    reason = "Call get_weather."
+    row = {"name": "city", "schema": SCHEMA}
+    assert [block.text[:-1] for block in fenced_blocks(TOOLS)] == [
+        words_for_tools("auto"),
+        words_for_tools("required").partition(common)[2],
+        words_for_tools("none"),
+        retry_text("tool_choice", reason),
+        words_for_format(type="json_object"),
+        words_for_format(type="json_schema", json_schema=row),
+        retry_text("response_format", "$.name is missing"),
     ]
-    assert len(paths) > 1
-    paths += [f"/v1/{path}" for path in others]
-    assert [path for path in paths if find_endpoint(path)[0] in ROUTES] == []
+
+
+def test_places_of_tools_are_those_there_are() -> None:
+    (row,) = [row for row in table("Key") if row[0] == "`tools`"]
+    assert tuple(re.findall(r"`(\w+)`", row[1])) == TOOLS_PLACES
+    assert tuple(re.findall(r'`"(\w+)"`', TOOLS)) == TOOLS_PLACES
+
+
+MARKUP = (
+    '<tool_calls>[{"name": "get_weather", "arguments": {}}]</tool_calls>',
+    '<tools>{"name": "get_weather", "arguments": {}}</tools>',
+    '<tool_use>{"name": "get_weather", "arguments": {}}</tool_use>',
+    '<function_call>{"name": "get_weather", "arguments": {}}</function_call>',
+    "<function=get_weather>{}</function>",
+    '<invoke name="get_weather"></invoke>',
+)
+
+
+@pytest.mark.parametrize("text", MARKUP, ids=[row[:9] for row in MARKUP])
+def test_markup_that_is_said_to_be_read_is(text: str) -> None:
+    assert f"`{text.partition('>')[0].split('get_weather')[0]}" in TOOLS
+    tools, _ = parse_tools({"tools": [WEATHER]})
+    reader = opendify.CallReader(tools, lambda: "call_1")
+    reader.feed([opendify.Text(text)])
+    reader.close()
+    assert reader.calls == 1
+
+
+# ------------------------------------------------------------------------------
+# Requests and endpoints
+# ------------------------------------------------------------------------------
+
+PLAIN = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+CALLED = {"tools": [{"type": "function", "function": WEATHER}]}
+LEGACY = {"functions": [WEATHER]}
+FIELDS = {
+    "model": ({}, {"model": "other"}),
+    "messages": ({}, {"messages": [{"role": "user", "content": "Ho"}]}),
+    "stream": ({}, {"stream": True}),
+    "stream_options": ({}, {"stream_options": {"include_usage": True}}),
+    "user": ({}, {"user": "ada"}),
+    "safety_identifier": ({}, {"safety_identifier": "ada"}),
+    "metadata": ({}, {"metadata": {"inputs": '{"a": 1}'}}),
+    "stop": ({}, {"stop": ["."]}),
+    "n": ({}, {"n": 2}),
+    "tools": ({}, CALLED),
+    "tool_choice": (CALLED, {**CALLED, "tool_choice": "required"}),
+    "functions": ({}, LEGACY),
+    "function_call": (LEGACY, {**LEGACY, "function_call": {"name": "get_weather"}}),
+    "response_format": ({}, {"response_format": {"type": "json_object"}}),
+    "inputs": ({}, {"inputs": {"a": 1}}),
+    "conversation_id": ({}, {"conversation_id": "c1"}),
+}
+
+
+def fields(done: str) -> list[str]:
+    (row,) = [row for row in table("Done") if row[0].startswith(done)]
+    return re.findall(r"`(\w+)`", row[1])
+
+
+@pytest.mark.parametrize("name", fields("honoured"))
+def test_field_that_is_said_to_be_honoured_is(name: str) -> None:
+    without, given = FIELDS[name]
+    asked = [parse_chat_request({**PLAIN, **row}) for row in (without, given)]
+    assert asked[0] != asked[1]
+
+
+@pytest.mark.parametrize("name", fields("ignored"))
+@pytest.mark.parametrize("value", [1, "x", ["x"], {"x": 1}, True], ids=repr)
+def test_field_that_is_said_to_be_ignored_is(name: str, value: object) -> None:
+    assert parse_chat_request({**PLAIN, name: value}) == parse_chat_request(PLAIN)
+
+
+REFUSED: list[dict[str, Any]] = [
+    {"n": opendify.MAX_CHOICES + 1},
+    {"stop": ["."] * (opendify.MAX_STOPS + 1)},
+    {"tool_choice": {"type": "function", "function": {"name": "other"}}, **CALLED},
+    {"response_format": {"type": "yaml"}},
+    {"response_format": {"type": "json_schema"}},
+    {"messages": [{"role": "user", "content": [{"type": "smell"}]}]},
+]
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: next(iter(row)))
+def test_field_that_is_said_to_be_refused_is(row: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest) as raised:
+        parse_chat_request({**PLAIN, **row})
+    assert raised.value.param
+    assert raised.value.param.startswith(next(iter(row)))
+
+
+@pytest.mark.parametrize("row", [{"suffix": "x"}, {"prompt": [1, 2]}], ids=repr)
+def test_legacy_field_that_is_said_to_be_refused_is(row: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest):
+        parse_completion_request({"model": "m", "prompt": "Hi", **row})
+
+
+def test_every_field_of_the_schema_is_named() -> None:
+    document = json.loads(SCHEMAS.read_text(encoding="utf-8"))["$defs"]
+    schemas = [document["CreateChatCompletionRequest"]]
+    known: set[str] = set()
+    for schema in schemas:
+        known |= set(schema.get("properties", {}))
+        for part in schema.get("allOf", []):
+            name = part.get("$ref", "").rpartition("/")[2]
+            schemas.append(document[name] if name else part)
+    assert len(known) > 30
+    assert (
+        known - {*fields("honoured"), *fields("ignored"), *fields("refused")} == set()
+    )
+
+
+def test_table_of_endpoints_has_every_route() -> None:
+    told: set[tuple[str, str]] = set()
+    for methods, path in (row[0][1:-1].rsplit(" ", 1) for row in table("Endpoint")):
+        endpoint = find_endpoint(path)[0] if path != "/" else path
+        told |= {(method, endpoint) for method in re.findall(r"[A-Z]+", methods)}
+    served = {name: row for name, row in ROUTES.items() if name not in NOT_SERVED}
+    assert told == {(method, name) for name, row in served.items() for method in row}
+
+
+def test_endpoints_without_a_key_are_those_of_the_file() -> None:
+    rows = [row[0][1:-1].split()[1][1:] for row in table("Path") if row[2] == "none"]
+    assert {*rows, "/"} == {*OPEN_ENDPOINTS, "/"}
 
 
 def test_paths_that_are_said_to_be_served_are() -> None:
-    paths = re.findall(r"`GET (/[\w/]+)`", PROSE)
+    paths = re.findall(r"`(?:GET|POST) (/[\w/]+)`", PROSE)
     assert len(paths) > 4
-    assert [path for path in paths if find_endpoint(path)[0] not in ROUTES] == []
+    served = ROUTES.keys() - set(NOT_SERVED)
+    assert [path for path in paths if find_endpoint(path)[0] not in served] == []
+
+
+# ------------------------------------------------------------------------------
+# Operation
+# ------------------------------------------------------------------------------
+
+
+def test_metrics_are_those_of_the_file() -> None:
+    rows = {
+        row[0].strip("`"): re.findall(r"`(\w+)`", row[1]) for row in table("Metric")
+    }
+    assert set(rows) == set(re.findall(r'"(opendify_\w+_\w+|opendify_\w+s)"', SOURCE))
+    metrics = opendify.Metrics()
+    for name, labels in rows.items():
+        metrics.count(name, **{label: "x" for label in labels})
+        assert name in metrics.render({})
+
+
+def block_of(language: str, index: int = 0) -> str:
+    return blocks(language)[index].text
+
+
+def test_stops_of_the_recipes_wait_for_open_requests() -> None:
+    least = opendify.DRAIN_S + opendify.CANCEL_S
+    patterns = (
+        r"TimeoutStopSec=(\d+)",
+        r"terminationGracePeriodSeconds: (\d+)",
+        r"--stop-timeout (\d+)",
+    )
+    found = [float(text) for row in patterns for text in re.findall(row, README)]
+    assert len(found) == 3
+    assert min(found) > least
+
+
+def test_body_limit_of_nginx_is_that_of_the_file() -> None:
+    megabytes = parse_settings({}).max_body_mb
+    assert f"client_max_body_size {megabytes}m;" in block_of("nginx")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def run_tool(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def program(name: str) -> str:
+    """Where a program is, if it is; else the test is skipped."""
+    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def test_nginx_takes_its_configuration(tmp_path: Path) -> None:
+    nginx = program("nginx")
+    text = block_of("nginx").replace("listen 80", f"listen 127.0.0.1:{free_port()}")
+    paths = "".join(
+        f"{row}_temp_path {tmp_path}/{row};\n"
+        for row in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    head = f"pid {tmp_path}/pid;\nerror_log {tmp_path}/log;\nevents {{}}\n"
+    path = tmp_path / "nginx.conf"
+    path.write_text(f"{head}http {{\n{paths}{text}}}\n", encoding="utf-8")
+    run_tool(nginx, "-t", "-p", str(tmp_path), "-c", str(path), "-e", f"{tmp_path}/log")
+
+
+def test_caddy_takes_its_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "Caddyfile"
+    path.write_text(block_of("caddy"), encoding="utf-8")
+    run_tool(program("caddy"), "adapt", "--config", str(path), "--validate")
+
+
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    analyze = program("systemd-analyze")
+    path = tmp_path / "opendify.service"
+    text = block_of("systemd").replace("/opt/opendify/.venv/bin/python", sys.executable)
+    path.write_text(text, encoding="utf-8")
+    run_tool(analyze, "verify", str(path))
+
+
+@pytest.mark.parametrize("block", blocks("sh"), ids=block_id)
+def test_shell_block_parses(block: Block) -> None:
+    run_tool(program("sh"), "-n", "-c", block.text)
+
+
+def test_javascript_block_parses(tmp_path: Path) -> None:
+    node = program("node")
+    path = tmp_path / "block.mjs"
+    path.write_text(block_of("js"), encoding="utf-8")
+    run_tool(node, "--check", str(path))
+
+
+def test_manifest_names_what_there_is() -> None:
+    manifest = next(row.text for row in blocks("yaml") if "kind:" in row.text)
+    paths = re.findall(r"path: (/\w+), port: (\d+)", manifest)
+    assert {path[1:] for path, _ in paths} == {"ready", "health"} <= {*OPEN_ENDPOINTS}
+    port = parse_settings({}).server_port
+    ports = re.findall(r"(?:[pP]ort): (\d+)", manifest)
+    assert set(ports) == {"80", str(port)}
+    variables = re.findall(r"name: ([A-Z_]+), value: ([^}]+)\}", manifest)
+    given = parse_settings(dict(variables))
+    assert (given.server_host, given.log_format) == ("0.0.0.0", "json")
+    made = re.findall(r"kubectl create (?:secret generic|configmap) (\w+)", README)
+    used = re.findall(r"(?:secretRef|configMap): \{name: (\w+)\}", manifest)
+    assert sorted(made) == sorted(used)
+    assert "\t" not in manifest
+
+
+def test_place_for_measured_numbers_is_there() -> None:
+    start, end = "<!-- performance -->\n", "\n<!-- /performance -->\n"
+    performance = README.partition("\n## Performance\n")[2].partition("\n## ")[0]
+    assert (README.count(start), README.count(end)) == (1, 1)
+    assert performance.partition(start)[2].partition(end)[0].strip()
 
 
 # ------------------------------------------------------------------------------
@@ -304,7 +595,7 @@ def test_install_line_has_the_dependencies_of_the_file() -> None:
     assert found
     names = [re.split(r"[<>=]", text)[0] for text in json.loads(found[1])]
     lines = re.findall(r"python -m pip install (?!-)([\w -]+?)(?: &&|\n)", README)
-    assert [line.split() for line in lines] == [names] * 3
+    assert [line.split() for line in lines] == [names] * 6
 
 
 def test_first_command_is_one_line_and_the_same_in_both_languages() -> None:
@@ -367,6 +658,7 @@ def test_every_code_that_is_explained_exists() -> None:
 START = [sys.executable, "-X", "utf8"]
 KEPT = ("PATH", "SYSTEMROOT", "LANG", "TMPDIR", "TEMP")
 SHOWN_BASE = "http://127.0.0.1:5000/v1"
+LOG = "log.txt"
 
 
 def pattern(shown: str) -> str:
@@ -378,14 +670,17 @@ def pattern(shown: str) -> str:
 def demo_base(tmp_path: Path) -> Iterator[str]:
     """The demo on a free port: its base URL."""
     command = [*START, str(ROOT / "opendify.py"), "--demo", "--port", "0"]
-    with subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env={name: os.environ[name] for name in KEPT if name in os.environ},
-        encoding="utf-8",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    ) as process:
+    with (
+        (tmp_path / LOG).open("wb") as written,
+        subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={name: os.environ[name] for name in KEPT if name in os.environ},
+            encoding="utf-8",
+            stdout=subprocess.PIPE,
+            stderr=written,
+        ) as process,
+    ):
         try:
             assert process.stdout
             line = process.stdout.readline()
@@ -407,15 +702,38 @@ def run_curl(command: str, base: str) -> str:
         return str(response.read().decode())
 
 
-def test_quick_start_prints_what_it_shows(demo_base: str) -> None:
-    program = block_after("The same in Python", "python").replace(SHOWN_BASE, demo_base)
-    with subprocess.Popen(
-        [*START, "-c", program],
+def run_python(text: str, base: str) -> subprocess.Popen[str]:
+    text = text.replace(SHOWN_BASE, base).replace("my-model", "demo")
+    return subprocess.Popen(
+        [*START, "-c", text],
         env={name: os.environ[name] for name in KEPT if name in os.environ},
         encoding="utf-8",
         stdout=subprocess.PIPE,
-    ) as python:
-        curled = run_curl(block_after("Ask it something", "sh"), demo_base)
-        printed, _ = python.communicate(timeout=20)
-    assert re.fullmatch(pattern(block_after("Ask it something", "text")), curled + "\n")
+    )
+
+
+def logged(line: str) -> str:
+    """A line of the log without what differs each time."""
+    return re.sub(r"\d+", "0", re.sub(r"id=req_\w{32}", "id=", line))
+
+
+def test_quick_start_prints_what_it_shows(demo_base: str, tmp_path: Path) -> None:
+    chat = block_after("The same in Python", "python")
+    extra = block_after("What is particular to Dify goes", "python")
+    with run_python(chat, demo_base) as plain, run_python(extra, demo_base) as other:
+        curled = run_curl(block_after("ask it something", "sh"), demo_base)
+        printed, _ = plain.communicate(timeout=20)
+        assert other.wait(timeout=20) == 0
+    assert re.fullmatch(pattern(block_after("ask it something", "text")), curled + "\n")
     assert printed == block_after("with OpenAI's own\nclient", "text")
+    shown = logged(block_after("as `x-request-id`. Keys", "text").rstrip())
+    lines = (tmp_path / LOG).read_text(encoding="utf-8").splitlines()
+    assert [logged(line) for line in lines].count(shown) == 3
+
+
+def test_log_in_json_is_as_shown(tmp_path: Path) -> None:
+    shown = json.loads(block_after("With `LOG_FORMAT=json` each line", "json"))
+    record = logging.LogRecord("", logging.INFO, "", 0, shown["message"], (), None)
+    written = json.loads(opendify._JsonFormatter().format(record))
+    assert {**written, "time": ""} == {**shown, "time": ""}
+    assert logged(written["time"]) == logged(shown["time"])

@@ -133,9 +133,9 @@ class World:
                 "SHOW_PROCESS": "on",
             }
         )
-        conversations, _ = open_conversations("memory", 3600)
+        self.conversations, _ = open_conversations("memory", 3600)
         self.dify = Dify(settings, self._connect)
-        self.handlers = Handlers(settings, self.dify, conversations, lambda: "id")
+        self.handlers = Handlers(settings, self.dify, self.conversations, lambda: "id")
         self.server = Server(self.handlers, lambda: "req_id")
         self.answer = SSE_HEAD + FINE
         self.cuts: tuple[int, ...] = ()
@@ -207,6 +207,7 @@ class Fuzzed:
 
     async def _end(self) -> None:
         self.world.dify.close()
+        self.world.conversations.close()
         for _ in range(5):
             await asyncio.sleep(0)
         left = asyncio.all_tasks() - {asyncio.current_task()}

@@ -138,10 +138,10 @@ class Flood:
     async def stands_still(self) -> None:
         """Wait until nothing more is taken."""
         await self.is_begun.wait()
-        before = -1
-        while self.taken != before:
-            before = self.taken
-            await asyncio.sleep(0.15)  # real time: the kernel's buffers fill
+        seen = [-1]
+        while seen[-3:] != [self.taken] * 3:
+            seen.append(self.taken)
+            await asyncio.sleep(0.1)  # real time: the kernel's buffers fill
 
 
 @pytest.mark.real_clock
@@ -172,11 +172,10 @@ async def test_client_that_stops_reading_holds_little_and_slows_nobody(
                 *(ask(front.port, stream=bool(n % 2)) for n in range(20))
             )
             assert {outcome.end for outcome in outcomes} == {"finish"}
-            assert loop.time() - began < 2
+            assert loop.time() - began < 5
             stood_at = flood.taken
-            for _ in range(300):  # it reads again: the answer goes on
-                await loop.sock_recv(sock, 65_536)
-            assert flood.taken > stood_at
+            while flood.taken == stood_at:  # it reads again, and the answer goes on
+                assert await loop.sock_recv(sock, 65_536)
 
 
 # ------------------------------------------------------------------------------
