@@ -14,7 +14,7 @@ One chat turn:
     client -> Server -> OpenAI -> Conversations -> Dify -> Upstream -> Dify's server
     client <- Server <- OpenAI <- Pacer <- Dify <- SSE <- Upstream <---- Dify's server
 
-The rooms, in reading order. Each uses only those above it; 1-9 are pure.
+The rooms, in reading order. Each uses only those above it; 1-11 are pure.
 
      1. Settings       every setting, its default and its meaning
      2. Errors         what can go wrong, as OpenAI says it
@@ -23,14 +23,16 @@ The rooms, in reading order. Each uses only those above it; 1-9 are pure.
      5. Calls          tools and output formats, in words
      6. Dify           questions to Dify requests, Dify events to answer parts
      7. OpenAI         OpenAI requests to questions, answer parts to chunks and objects
-     8. Conversations  which Dify conversation a request continues
-     9. Pacer          when each piece of text is due
-    10. Wire           HTTP/1.1 over asyncio streams, both roles
-    11. Upstream       the connection pool and the Dify client
-    12. Handlers       the routes, one coroutine each
-    13. Server         connections, the error boundary, shutdown
-    14. Page           a playground and the clients' settings at /
-    15. Command line   arguments, logging, signals, main()
+     8. Ids            ids that say where in Dify they belong
+     9. Responses      the same for OpenAI's newer API: items, events, objects
+    10. Conversations  which Dify conversation a request continues
+    11. Pacer          when each piece of text is due
+    12. Wire           HTTP/1.1 over asyncio streams, both roles
+    13. Upstream       the connection pool and the Dify client
+    14. Handlers       the routes, one coroutine each
+    15. Server         connections, the error boundary, shutdown
+    16. Page           a playground and the clients' settings at /
+    17. Command line   arguments, logging, signals, main()
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from math import exp, inf, sqrt
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional, Union, cast
+from typing import Any, Callable, NamedTuple, Optional, Protocol, Union, cast
 
 try:
     import h11
@@ -670,8 +672,8 @@ def encode_comment(text: str) -> bytes:
 # 4. Turn
 # ==============================================================================
 #
-# The hub. What is asked and what is answered, in nobody's dialect: room 6 (Dify) and
-# room 7 (OpenAI) meet only here, so a new app mode works on every surface at once,
+# The hub. What is asked and what is answered, in nobody's dialect: Dify and OpenAI's
+# APIs meet only here, so a new app mode works on every surface at once,
 # and a new surface with every app.
 #
 #     OpenAI request -> Ask -> Dify request        Dify events -> parts -> OpenAI chunks
@@ -1862,8 +1864,8 @@ def parse_form(parameters: Mapping[str, Any]) -> AppForm:
                 )
     return AppForm(
         tuple(inputs),
-        _object(parameters.get("file_upload")),
-        _object(parameters.get("system_parameters")),
+        object_of(parameters.get("file_upload")),
+        object_of(parameters.get("system_parameters")),
     )
 
 
@@ -1923,10 +1925,10 @@ def check_files(form: AppForm, files: Sequence[Attachment]) -> None:
         BadRequest: it names the file, and the limit.
     """
     has_fields = any(row.type in _FILE_TYPES for row in form.inputs)
-    images = _object(form.uploads.get("image"))
+    images = object_of(form.uploads.get("image"))
     is_on = form.uploads.get("enabled") or images.get("enabled")
     rules = {**images, **form.uploads} if is_on else {}
-    limit = _count(rules.get("number_limits"))
+    limit = count_of(rules.get("number_limits"))
     for index, file in enumerate(files):
         reason = _size_problem(form, file)
         if not has_fields and not is_on:
@@ -1942,17 +1944,17 @@ def check_files(form: AppForm, files: Sequence[Attachment]) -> None:
 def most_files(form: AppForm) -> int:
     """How many files the app takes with one message."""
     fields = sum(row.type in _FILE_TYPES for row in form.inputs)
-    images = _object(form.uploads.get("image"))
+    images = object_of(form.uploads.get("image"))
     if not (form.uploads.get("enabled") or images.get("enabled")):
         return fields
     rules = {**images, **form.uploads}
-    return _count(rules.get("number_limits")) or 1
+    return count_of(rules.get("number_limits")) or 1
 
 
 def _size_problem(form: AppForm, file: Attachment) -> str:
     kind = file_kind(file.name, file.media_type)
     name = "file" if kind in ("document", "custom") else f"{kind}_file"
-    limit_mb = _count(form.limits.get(f"{name}_size_limit"))
+    limit_mb = count_of(form.limits.get(f"{name}_size_limit"))
     if not limit_mb or len(file.data) <= limit_mb << 20:
         return ""
     return f"it has {len(file.data) / (1 << 20):.1f} MB, the app takes {limit_mb} MB"
@@ -2204,7 +2206,7 @@ def _innermost_message(message: str) -> str:
             inner, _ = json.JSONDecoder().raw_decode(message, start)
         except (ValueError, RecursionError):
             return message
-        found = inner.get("message") or _object(inner.get("error")).get("message")
+        found = inner.get("message") or object_of(inner.get("error")).get("message")
         if not isinstance(found, str) or not found:
             return message
         message, start = found, found.find("{")
@@ -2458,11 +2460,11 @@ class AnswerReader:
         return self._add_text(answer)
 
     def _text_chunk(self, value: dict[str, Any]) -> list[Part]:
-        text = _object(value.get("data")).get("text")
+        text = object_of(value.get("data")).get("text")
         return self._add_text(text) if isinstance(text, str) else []
 
     def _replace(self, value: dict[str, Any]) -> list[Part]:
-        answer = value.get("answer", _object(value.get("data")).get("text"))
+        answer = value.get("answer", object_of(value.get("data")).get("text"))
         if not isinstance(answer, str):
             return []
         if not (self._answer.is_whole and answer.startswith(self._answer.text)):
@@ -2513,7 +2515,7 @@ class AnswerReader:
         return [Reasoning(text)]
 
     def _reasoning_chunk(self, value: dict[str, Any]) -> list[Part]:
-        data = _object(value.get("data"))
+        data = object_of(value.get("data"))
         text = data.get("reasoning")
         block = ("node", data.get("node_id"))
         return self._reason_in(block, text) if isinstance(text, str) else []
@@ -2546,24 +2548,24 @@ class AnswerReader:
         return self._reason_in(block, line)
 
     def _node_started(self, value: dict[str, Any]) -> list[Part]:
-        data = _object(value.get("data"))
+        data = object_of(value.get("data"))
         title = data.get("title") or data.get("node_type")
         return self._process(("step", data.get("id")), f"Step: {title}", title)
 
     def _agent_log(self, value: dict[str, Any]) -> list[Part]:
-        data = _object(value.get("data"))
+        data = object_of(value.get("data"))
         return self._process(
             ("log", data.get("id")), f"{data.get('label')}", data.get("label")
         )
 
     def _node_finished(self, value: dict[str, Any]) -> list[Part]:
-        data = _object(value.get("data"))
-        outputs = _object(data.get("outputs"))
+        data = object_of(value.get("data"))
+        outputs = object_of(data.get("outputs"))
         if data.get("node_type") in _MODEL_NODES:
-            usage = outputs.get("usage") or _object(data.get("process_data")).get(
+            usage = outputs.get("usage") or object_of(data.get("process_data")).get(
                 "usage"
             )
-            more = _usage(_object(usage))
+            more = _usage(object_of(usage))
             self._node_usage = Usage(
                 self._node_usage.prompt_tokens + more.prompt_tokens,
                 self._node_usage.completion_tokens + more.completion_tokens,
@@ -2571,8 +2573,8 @@ class AnswerReader:
         elif (
             data.get("node_type") == "knowledge-retrieval" and self._mode == "workflow"
         ):
-            for row in _objects(outputs.get("result")):
-                source = {**_object(row.get("metadata"))}
+            for row in objects_of(outputs.get("result")):
+                source = {**object_of(row.get("metadata"))}
                 source["content"] = row.get("content")
                 self._resources.append(source)
         return []
@@ -2596,10 +2598,10 @@ class AnswerReader:
             self._files.setdefault(key, media)
 
     def _human_input(self, value: dict[str, Any]) -> list[Part]:
-        data = _object(value.get("data"))
+        data = object_of(value.get("data"))
         actions = [
             str(row.get("title") or row.get("id"))
-            for row in _objects(data.get("actions"))
+            for row in objects_of(data.get("actions"))
         ]
         lines = [
             str(
@@ -2616,27 +2618,27 @@ class AnswerReader:
     # The end...
 
     def _message_end(self, value: dict[str, Any]) -> list[Part]:
-        metadata = _object(value.get("metadata"))
-        self._usage = _usage(_object(metadata.get("usage")))
-        self._resources += _objects(metadata.get("retriever_resources"))
-        for file in _objects(value.get("files")):
+        metadata = object_of(value.get("metadata"))
+        self._usage = _usage(object_of(metadata.get("usage")))
+        self._resources += objects_of(metadata.get("retriever_resources"))
+        for file in objects_of(value.get("files")):
             self._add_file(file)
         parts: list[Part] = []
         if self._reasoned_in is None:
-            for node, text in _object(metadata.get("reasoning")).items():
+            for node, text in object_of(metadata.get("reasoning")).items():
                 parts += self._reason_in(("node", node), str(text or ""))
         return parts + self._finish()
 
     def _workflow_finished(self, value: dict[str, Any]) -> list[Part]:
-        data = _object(value.get("data"))
-        outputs = _object(data.get("outputs"))
-        self._total_tokens = _count(data.get("total_tokens"))
+        data = object_of(value.get("data"))
+        outputs = object_of(data.get("outputs"))
+        self._total_tokens = count_of(data.get("total_tokens"))
         if data.get("status") == "failed":
             text = str(data.get("error") or "the workflow failed")
             return self.fail(error_from_dify(200, "", text, in_run=True))
         if data.get("status") == "stopped":
             self._reason = "length"
-        for file in [*_objects(data.get("files")), *_files_in(outputs)]:
+        for file in [*objects_of(data.get("files")), *_files_in(outputs)]:
             self._add_file(file)
         parts: list[Part] = []
         if not self._answer.size:
@@ -2649,7 +2651,7 @@ class AnswerReader:
 
     def _error(self, value: dict[str, Any]) -> list[Part]:
         code, message = value.get("code"), value.get("message")
-        status = _count(value.get("status")) or 500
+        status = count_of(value.get("status")) or 500
         error = error_from_dify(
             status, str(code or ""), str(message or ""), in_run=True
         )
@@ -2767,11 +2769,11 @@ def _files_in(value: Any) -> list[Mapping[str, Any]]:
 
 def _usage(usage: Mapping[str, Any]) -> Usage:
     return Usage(
-        _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+        count_of(usage.get("prompt_tokens")), count_of(usage.get("completion_tokens"))
     )
 
 
-def _count(value: Any) -> int:
+def count_of(value: Any) -> int:
     """A number of Dify's, which may be text, null or absent."""
     try:
         return max(0, int(value))
@@ -2783,16 +2785,75 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(map(str, value)) if isinstance(value, list) else ()
 
 
-def _object(value: Any) -> dict[str, Any]:
+def object_of(value: Any) -> dict[str, Any]:
+    """The value, {} if it is no object."""
     return value if isinstance(value, dict) else {}
 
 
-def _objects(value: Any) -> list[dict[str, Any]]:
+def objects_of(value: Any) -> list[dict[str, Any]]:
+    """The objects in a list, [] if it is none."""
     return (
         [item for item in value if isinstance(item, dict)]
         if isinstance(value, list)
         else []
     )
+
+
+# What Dify has stored (`GET /messages`)...
+
+
+@dataclass(frozen=True)
+class StoredTurn:
+    """One row of `GET /messages`: a question, and the parts of its answer."""
+
+    conversation_id: str
+    message_id: str
+    created: int
+    question: Message
+    parts: Sequence[Part]
+
+
+def stored_turn(row: Mapping[str, Any], base: str) -> StoredTurn:
+    """A row as parts, by the same reader as a stream.
+
+    {"id", "conversation_id", "query", "answer", "message_files", "retriever_resources",
+    "status", "error", "created_at"}, newer also "message_tokens", "answer_tokens"
+    """
+    files = objects_of(row.get("message_files"))
+    asked = [file for file in files if file.get("belongs_to") == "user"]
+    attachments = tuple(
+        Attachment(
+            name=str(file.get("filename") or file.get("type") or "file"),
+            media_type=str(file.get("mime_type") or ""),
+            url=str(file["url"]),
+        )
+        for file in asked
+        if file.get("url")
+    )
+    return StoredTurn(
+        str(row.get("conversation_id") or ""),
+        str(row.get("id") or ""),
+        count_of(row.get("created_at")),
+        Message("user", str(row.get("query") or ""), attachments=attachments),
+        _stored_parts(row, [file for file in files if file not in asked], base),
+    )
+
+
+def _stored_parts(
+    row: Mapping[str, Any], files: Iterable[Mapping[str, Any]], base: str
+) -> list[Part]:
+    reader = AnswerReader("chat", base)
+    parts = reader._add_text(str(row.get("answer") or ""))
+    if row.get("status") == "error":
+        text = str(row.get("error") or "the run failed")
+        return parts + reader.fail(error_from_dify(200, "", text, in_run=True))
+    for file in files:
+        reader._add_file(file)
+    reader._resources = list(objects_of(row.get("retriever_resources")))
+    reader._usage = Usage(
+        count_of(row.get("message_tokens")), count_of(row.get("answer_tokens"))
+    )
+    return parts + reader._finish()
 
 
 # ==============================================================================
@@ -2868,57 +2929,73 @@ def parse_chat_request(body: Mapping[str, Any]) -> ChatRequest:
     Raises:
         BadRequest: a required field is missing, or one has the wrong type.
     """
-    model = parse_model(body)
-    stream, options = body.get("stream"), body.get("stream_options")
-    if stream not in (None, True, False):
-        raise _bad_type("stream", "true or false")
     modalities = body.get("modalities")
     if isinstance(modalities, list) and "audio" in modalities:
-        raise _bad_value("modalities", "this app can't answer with audio.")
+        raise bad_value("modalities", "this app can't answer with audio.")
+    ask, stream = parse_ask(body), parse_stream(body)
+    options = body.get("stream_options")
     system, messages = _parse_messages(body.get("messages"))
+    stops = _parse_stops(body.get("stop"))
+    ask = replace(ask, system=system, messages=messages, stops=stops)
+    include_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+    is_legacy = bool(body.get("functions")) and not body.get("tools")
+    n = _parse_n(body.get("n"))
+    return ChatRequest(ask, stream, include_usage, n, is_legacy)
+
+
+def parse_ask(body: Mapping[str, Any]) -> Ask:
+    """What all requests say alike: everything but the messages."""
+    model = parse_model(body)
     tools, tool_mode = parse_tools(body)
-    metadata = body.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else {}
+    metadata = object_of(body.get("metadata"))
     conversation_id = body.get("conversation_id") or metadata.get("conversation_id")
-    ask = Ask(
+    return Ask(
         model=model,
-        messages=messages,
-        system=system,
-        inputs=_parse_inputs(body.get("inputs"), metadata.get("inputs")),
-        user=_parse_user(body),
+        messages=(),
+        inputs=parse_inputs(body.get("inputs"), metadata.get("inputs")),
+        user=parse_user(body),
         conversation_id=conversation_id if isinstance(conversation_id, str) else "",
         tools=tools,
         tool_mode=tool_mode,
         output=parse_output_format(body),
-        stops=_parse_stops(body.get("stop")),
     )
-    include_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-    is_legacy = bool(body.get("functions")) and not body.get("tools")
-    n = _parse_n(body.get("n"))
-    return ChatRequest(ask, bool(stream), include_usage, n, is_legacy)
+
+
+def parse_stream(body: Mapping[str, Any]) -> bool:
+    """Whether a request wants its answer as a stream."""
+    stream = body.get("stream")
+    if stream not in (None, True, False):
+        raise bad_type("stream", "true or false")
+    return bool(stream)
+
+
+def opening_length(items: Sequence[object]) -> int:
+    """How many system messages open a history."""
+    at = 0
+    while at < len(items) and getattr(items[at], "role", "") == "system":
+        at += 1
+    return at
 
 
 def parse_model(body: Mapping[str, Any]) -> str:
     """The model that a request names."""
     model = body.get("model")
     if model is None or model == "":
-        raise _missing("model")
+        raise missing_parameter("model")
     if not isinstance(model, str):
-        raise _bad_type("model", "a string")
+        raise bad_type("model", "a string")
     return model
 
 
 def _parse_messages(rows: Any) -> tuple[str, tuple[Message, ...]]:
     """(the system text that opens the messages, all others)."""
     if rows is None or rows == []:
-        raise _missing("messages")
+        raise missing_parameter("messages")
     if not isinstance(rows, list):
-        raise _bad_type("messages", "an array")
-    messages = [_parse_message(row, f"messages[{i}]") for i, row in enumerate(rows)]
-    messages = _with_tool_names(messages)
-    opening = 0
-    while opening < len(messages) and messages[opening].role == "system":
-        opening += 1
+        raise bad_type("messages", "an array")
+    messages = [parse_message(row, f"messages[{i}]") for i, row in enumerate(rows)]
+    messages = with_tool_names(messages)
+    opening = opening_length(messages)
     system = [row.text for row in messages[:opening] if row.text.strip()]
     return "\n\n".join(system), tuple(messages[opening:])
 
@@ -2938,9 +3015,9 @@ def parse_completion_request(body: Mapping[str, Any]) -> CompletionRequest:
     prompt = body.get("prompt")
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not prompts:
-        raise _missing("prompt")
+        raise missing_parameter("prompt")
     if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
-        raise _bad_value("prompt", "token ids can't be sent to an app; send text.")
+        raise bad_value("prompt", "token ids can't be sent to an app; send text.")
     if body.get("suffix"):
         raise BadRequest(
             "Unsupported parameter: 'suffix'; an app can't write between two texts.",
@@ -2952,7 +3029,7 @@ def parse_completion_request(body: Mapping[str, Any]) -> CompletionRequest:
     chat = parse_chat_request({**rows, "messages": [{"role": "user", "content": ""}]})
     each = [prompt for prompt in prompts for _ in range(chat.n)]
     if len(each) > MAX_CHOICES:
-        raise _bad_value("prompt", f"there may be {MAX_CHOICES} choices at most.")
+        raise bad_value("prompt", f"there may be {MAX_CHOICES} choices at most.")
     asks = [replace(chat.ask, messages=(Message("user", text),)) for text in each]
     echoes = [text if body.get("echo") else "" for text in each]
     return CompletionRequest(
@@ -2976,7 +3053,8 @@ def end_user(asked: str, forwarded: str, key: str) -> str:
     return name
 
 
-def _missing(field_name: str) -> BadRequest:
+def missing_parameter(field_name: str) -> BadRequest:
+    """The error for a field that a request lacks."""
     return BadRequest(
         f"Missing required parameter: '{field_name}'.",
         param=field_name,
@@ -2984,7 +3062,8 @@ def _missing(field_name: str) -> BadRequest:
     )
 
 
-def _bad_type(field_name: str, wanted: str) -> BadRequest:
+def bad_type(field_name: str, wanted: str) -> BadRequest:
+    """The error for a field of the wrong type."""
     return BadRequest(
         f"Invalid type for '{field_name}': it must be {wanted}.",
         param=field_name,
@@ -2992,7 +3071,8 @@ def _bad_type(field_name: str, wanted: str) -> BadRequest:
     )
 
 
-def _bad_value(field_name: str, problem: str) -> BadRequest:
+def bad_value(field_name: str, problem: str) -> BadRequest:
+    """The error for a value that a field can't have."""
     return BadRequest(
         f"Invalid value for '{field_name}': {problem}",
         param=field_name,
@@ -3000,7 +3080,7 @@ def _bad_value(field_name: str, problem: str) -> BadRequest:
     )
 
 
-def _with_tool_names(messages: list[Message]) -> list[Message]:
+def with_tool_names(messages: list[Message]) -> list[Message]:
     """Tool results by the names of their tools, instead of the ids of their calls."""
     names = {call.id: call.name for row in messages for call in row.tool_calls}
     return [
@@ -3014,9 +3094,9 @@ def _with_tool_names(messages: list[Message]) -> list[Message]:
 def _parse_stops(stop: Any) -> tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) else stop or []
     if not isinstance(stops, list) or not all(isinstance(row, str) for row in stops):
-        raise _bad_type("stop", "a string or an array of strings")
+        raise bad_type("stop", "a string or an array of strings")
     if len(stops) > MAX_STOPS:
-        raise _bad_value("stop", f"there may be {MAX_STOPS} at most.")
+        raise bad_value("stop", f"there may be {MAX_STOPS} at most.")
     return tuple(filter(None, stops))
 
 
@@ -3024,29 +3104,30 @@ def _parse_n(n: Any) -> int:
     if n is None:
         return 1
     if not isinstance(n, int) or isinstance(n, bool):
-        raise _bad_type("n", "a whole number")
+        raise bad_type("n", "a whole number")
     if not 1 <= n <= MAX_CHOICES:
-        raise _bad_value("n", f"it must be from 1 to {MAX_CHOICES}.")
+        raise bad_value("n", f"it must be from 1 to {MAX_CHOICES}.")
     return n
 
 
-def _parse_inputs(direct: Any, in_metadata: Any) -> dict[str, Any]:
+def parse_inputs(direct: Any, in_metadata: Any) -> dict[str, Any]:
     """The app's inputs: `inputs` as an object, over `metadata.inputs` as JSON text."""
     inputs: dict[str, Any] = {}
     if isinstance(in_metadata, str) and in_metadata:
         try:
             in_metadata = json.loads(in_metadata)
         except (ValueError, RecursionError):
-            raise _bad_value("metadata.inputs", "it is not JSON text.") from None
+            raise bad_value("metadata.inputs", "it is not JSON text.") from None
     for name, value in (("metadata.inputs", in_metadata), ("inputs", direct)):
         if isinstance(value, dict):
             inputs.update(value)
         elif value not in (None, ""):
-            raise _bad_type(name, "an object")
+            raise bad_type(name, "an object")
     return inputs
 
 
-def _parse_user(body: Mapping[str, Any]) -> str:
+def parse_user(body: Mapping[str, Any]) -> str:
+    """The end user that a request names, "" if none."""
     for name in ("safety_identifier", "user"):
         user = body.get(name)
         if isinstance(user, dict):  # Open WebUI's pipelines send an object
@@ -3056,18 +3137,19 @@ def _parse_user(body: Mapping[str, Any]) -> str:
     return ""
 
 
-def _parse_message(row: Any, where: str) -> Message:
+def parse_message(row: Any, where: str) -> Message:
+    """One message of a history."""
     if not isinstance(row, dict):
-        raise _bad_type(where, "an object")
+        raise bad_type(where, "an object")
     role = str(row.get("role") or "user")
     role = _CREATIVE_ROLES.get(role, role)
     role = role if role in _ROLES else "user"
-    text, attachments = _parse_content(row.get("content"), f"{where}.content")
+    text, attachments = parse_content(row.get("content"), f"{where}.content")
     name = row.get("name") or (row.get("tool_call_id") if role == "tool" else "")
-    return Message(role, text, str(name or ""), attachments, _parse_calls(row))
+    return Message(role, text, str(name or ""), attachments, parse_calls(row))
 
 
-def _parse_calls(row: Mapping[str, Any]) -> tuple[ToolCall, ...]:
+def parse_calls(row: Mapping[str, Any]) -> tuple[ToolCall, ...]:
     """Earlier calls of an assistant's message, of both generations."""
     calls = row.get("tool_calls")
     calls = list(calls) if isinstance(calls, list) else []
@@ -3085,12 +3167,12 @@ def _parse_calls(row: Mapping[str, Any]) -> tuple[ToolCall, ...]:
     return tuple(parsed)
 
 
-def _parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...]]:
+def parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...]]:
     """A message's text, its parts joined by newlines, and its files."""
     if content is None or isinstance(content, str):
         return content or "", ()
     if not isinstance(content, list):
-        raise _bad_type(where, "a string or an array of parts")
+        raise bad_type(where, "a string or an array of parts")
     texts, files = [], []
     for index, part in enumerate(content):
         place = f"{where}[{index}]"
@@ -3098,14 +3180,14 @@ def _parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...
             texts.append(part)
             continue
         if not isinstance(part, dict):
-            raise _bad_type(place, "an object")
+            raise bad_type(place, "an object")
         parse = _FILE_PARTS.get(str(part.get("type")))
         if parse:
             files.append(parse(part, place))
         elif isinstance(text := part.get("text", part.get("refusal")), str):
             texts.append(text)
         else:
-            raise _bad_value(
+            raise bad_value(
                 place, f"content of type {part.get('type')!r} can't be sent to an app."
             )
     return "\n".join(texts), tuple(files)
@@ -3118,7 +3200,7 @@ def _parse_image(part: Mapping[str, Any], where: str) -> Attachment:
     image = part.get("image_url")
     url = image.get("url") if isinstance(image, dict) else image
     if not isinstance(url, str) or not url:
-        raise _bad_value(
+        raise bad_value(
             where, "an image needs `image_url.url`: an http(s) or data URL."
         )
     return _attachment(url, "", "image", where)
@@ -3128,7 +3210,7 @@ def _parse_audio(part: Mapping[str, Any], where: str) -> Attachment:
     audio = part.get("input_audio")
     data = audio.get("data") if isinstance(audio, dict) else None
     if not isinstance(audio, dict) or not isinstance(data, str) or not data:
-        raise _bad_value(
+        raise bad_value(
             where, "audio needs `input_audio.data` in base64, and `format`."
         )
     if data.startswith("data:"):
@@ -3144,7 +3226,7 @@ def _parse_file(part: Mapping[str, Any], where: str) -> Attachment:
     name = str(file.get("filename") or "")
     data = file.get("file_data") or file.get("file_url")
     if not isinstance(data, str) or not data:
-        raise _bad_value(where, "a file needs `file.file_data` (base64 or a data URL).")
+        raise bad_value(where, "a file needs `file.file_data` (base64 or a data URL).")
     return _attachment(data, name, "file", where)
 
 
@@ -3163,7 +3245,7 @@ def _attachment(source: str, name: str, stem: str, where: str) -> Attachment:
         try:
             path = urllib.parse.urlsplit(source).path
         except ValueError:
-            raise _bad_value(where, "the URL is malformed.") from None
+            raise bad_value(where, "the URL is malformed.") from None
         name = name or urllib.parse.unquote(path.rpartition("/")[2])
         family = f"{stem}/*" if stem in ("image", "audio") else ""
         return Attachment(_plain_name(name or stem, ""), family, url=source)
@@ -3180,7 +3262,7 @@ def _parse_data_url(url: str, where: str) -> tuple[str, bytes]:
     """(media type, bytes) of a data URL (RFC 2397), in every form that clients send."""
     head, comma, payload = url[5:].partition(",")
     if not comma:
-        raise _bad_value(where, "the data URL has no comma.")
+        raise bad_value(where, "the data URL has no comma.")
     fields = [row.strip() for row in head.split(";")]
     if fields[-1].lower() == "base64":
         return fields[0].lower(), _decode_base64(urllib.parse.unquote(payload), where)
@@ -3193,7 +3275,7 @@ def _decode_base64(text: str, where: str) -> bytes:
     try:
         return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError):
-        raise _bad_value(where, "the file's data is not base64.") from None
+        raise bad_value(where, "the file's data is not base64.") from None
 
 
 def _guess_media_type(extension: str, data: bytes) -> str:
@@ -3286,6 +3368,8 @@ class Answer:
             raise part.error
         if isinstance(part, Text):
             self._texts.append(part.text)
+        elif isinstance(part, Media):
+            self._texts.append(media_text(part, is_first=not self.text))
         elif isinstance(part, Reasoning):
             self._reasonings.append(part.text)
         elif isinstance(part, Replace):
@@ -3349,7 +3433,7 @@ def _message(answer: Answer, is_legacy: bool) -> dict[str, Any]:
             message["tool_calls"] = calls
     if answer.reasoning:
         message["reasoning_content"] = answer.reasoning
-    message.update(_cited(answer.citations, len(text)))
+    message.update(cite(answer.citations, len(text)))
     return message
 
 
@@ -3371,7 +3455,51 @@ def sum_usage(usages: Iterable[Usage]) -> Usage:
     return Usage(prompt, sum(row.completion_tokens for row in rows))
 
 
-class ChatStream:
+class AnswerStream(Protocol):
+    """Writes one answer as SSE, in the words of one API.
+
+    `begin` once, then `encode` for each part, in order, then `end`; `fail` instead at
+    any time. `heartbeat` may be sent between any two of them.
+    """
+
+    @property
+    def needs_ids(self) -> bool:
+        """Whether `begin` must wait until Dify's ids are known."""
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts, once they are known."""
+
+    def begin(self, extra: Mapping[str, Any]) -> bytes:
+        """The first events; `extra` keys stand beside the standard ones."""
+
+    def encode(self, part: Part) -> bytes:
+        """The events that a part becomes."""
+
+    def heartbeat(self) -> bytes:
+        """What keeps a connection alive, and says nothing."""
+
+    def end(self, usage: Usage) -> bytes:
+        """The end of the stream, once all its choices are finished."""
+
+    def fail(self, error: ProxyError) -> bytes:
+        """The end of a stream that can't be finished."""
+
+
+class _ChunkStream:
+    """What chat and the legacy API have in common."""
+
+    needs_ids = False
+
+    def __init__(self) -> None:
+        self.usage = Usage()
+
+    def heartbeat(self) -> bytes:
+        """A comment, which every reader skips."""
+        return encode_comment("keep-alive")
+
+
+class ChatStream(_ChunkStream):
     """Writes the chunks of one choice of a streamed chat completion as SSE.
 
     Call `begin`, then `encode` for each part, in order, then `end`; or `fail`. Text and
@@ -3387,7 +3515,7 @@ class ChatStream:
         index: int = 0,
         is_legacy: bool = False,
     ) -> None:
-        self.usage = Usage()
+        super().__init__()
         self._envelope = envelope
         self._usage_key = {"usage": None} if include_usage else {}
         self._index = index
@@ -3421,7 +3549,7 @@ class ChatStream:
             self.usage = part
         elif isinstance(part, Finish):
             reason = _finish_reason(part.reason, self._calls, self._is_legacy)
-            return self._chunk(_cited(self._citations, self._chars), reason)
+            return self._chunk(cite(self._citations, self._chars), reason)
         return b""
 
     def end(self, usage: Usage) -> bytes:
@@ -3474,13 +3602,13 @@ class ChatStream:
         return encode_event(json_bytes(chunk))
 
 
-class CompletionStream:
+class CompletionStream(_ChunkStream):
     """The same for a choice of the legacy API: `POST /completions`."""
 
     def __init__(
         self, envelope: Envelope, *, include_usage: bool, index: int, echo: str
     ) -> None:
-        self.usage = Usage()
+        super().__init__()
         self._envelope = envelope
         self._usage_key = {"usage": None} if include_usage else {}
         self._index = index
@@ -3605,11 +3733,11 @@ def _usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _cited(resources: Sequence[Mapping[str, Any]], at: int) -> dict[str, Any]:
+def cite(resources: Sequence[Mapping[str, Any]], at: int) -> dict[str, Any]:
     """Citations as OpenAI's annotations, where they have a URL, and complete."""
     annotations = []
     for row in resources:
-        url = _url_of(row)
+        url = url_of(row)
         if url:
             title = str(row.get("title") or row.get("document_name") or url)
             citation = {"start_index": 0, "end_index": at, "url": url, "title": title}
@@ -3618,7 +3746,8 @@ def _cited(resources: Sequence[Mapping[str, Any]], at: int) -> dict[str, Any]:
     return {**cited, "citations": list(resources)} if resources else {}
 
 
-def _url_of(resource: Mapping[str, Any]) -> str:
+def url_of(resource: Mapping[str, Any]) -> str:
+    """Where the cited document is, "" if that is unknown."""
     metadata = resource.get("doc_metadata")
     values = list(metadata.values()) if isinstance(metadata, dict) else []
     for value in [*values, resource.get("url")]:
@@ -3628,7 +3757,785 @@ def _url_of(resource: Mapping[str, Any]) -> str:
 
 
 # ==============================================================================
-# 8. Conversations
+# 8. Ids
+# ==============================================================================
+#
+# Ids that say where they belong, and that nobody else can make. Knows nothing of
+# OpenAI, Dify and settings.
+#
+# An id says itself where in Dify it belongs, so that no table is needed, and every
+# replica can read it, after every restart. Nobody else can read, change or make one:
+#
+#     tag    = HMAC-SHA256(key 1, bound, prefix, fields), its first 16 bytes
+#     stream = SHAKE-256(key 2, tag), as long as the fields
+#     id     = prefix + base64url(tag, fields XOR stream)
+#
+# That is SIV (RFC 5297) built from the standard library: the tag is the cipher's nonce,
+# so there is none to keep, and the same fields have the same id. What it does not hide:
+# that two ids are equal, and how long the fields are. The tag is 128 bits: a forger
+# has one chance in 2^128 a try, and streams begin to repeat after some 2^64 ids. An id
+# never expires; it is void once the key changes. UUIDs take 16 bytes: with a user's
+# name of 200 bytes an id has some 350 characters.
+
+MAX_ID_CHARS = 2000  # a user's name takes up to 1100; more is not worth the work
+_TAG_BYTES = 16
+_UUID_PARTS = re.compile("(.{8})(.{4})(.{4})(.{4})(.{12})")
+_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+def derive_key(*material: str) -> bytes:
+    """The key of ids, from a secret of the configuration: the app's key.
+
+    So an id is good for its app only, and other apps come and go without harm.
+    """
+    return hmac.new(b"OpenDify ids 1", _pack(material), hashlib.sha256).digest()
+
+
+class IdSealer:
+    """Makes and opens ids.
+
+    Args:
+        key: see `derive_key`.
+        bound: what else an id is bound to, such as the client's key.
+    """
+
+    def __init__(self, key: bytes, bound: str = "") -> None:
+        self._mac_key = hashlib.sha256(b"mac" + key).digest()
+        self._stream_key = hashlib.sha256(b"stream" + key).digest()
+        self._bound = bound
+
+    def seal(self, prefix: str, fields: Sequence[str], nonce: str = "") -> str:
+        """An id of these fields; a nonce makes another one of the same fields."""
+        plain = _pack([nonce, *fields])
+        tag = self._tag(prefix, plain)
+        data = tag + self._cipher(tag, plain)
+        return prefix + base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+    def open(self, id_: str, prefix: str) -> tuple[str, ...] | None:
+        """The fields of an id; None if this sealer did not make it as this kind."""
+        text = id_[len(prefix) : MAX_ID_CHARS]
+        try:
+            data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+        except ValueError:
+            return None
+        tag, sealed = data[:_TAG_BYTES], data[_TAG_BYTES:]
+        plain = self._cipher(tag, sealed)
+        is_ours = hmac.compare_digest(tag, self._tag(prefix, plain))
+        # Base64 has several spellings for the same bytes; an id has one.
+        encoded = base64.urlsafe_b64encode(data).decode().rstrip("=")
+        return _unpack(plain)[1:] if is_ours and prefix + encoded == id_ else None
+
+    def _tag(self, prefix: str, plain: bytes) -> bytes:
+        data = _pack([self._bound, prefix, str(len(plain))]) + plain
+        return hmac.new(self._mac_key, data, hashlib.sha256).digest()[:_TAG_BYTES]
+
+    def _cipher(self, tag: bytes, data: bytes) -> bytes:
+        stream = hashlib.shake_256(self._stream_key + tag).digest(len(data))
+        return bytes(a ^ b for a, b in zip(data, stream))
+
+
+def _pack(fields: Iterable[str]) -> bytes:
+    """Texts as bytes, in one way only: b"u" and a UUID's 16 bytes, or b"4:text"."""
+    packed = []
+    for text in fields:
+        data = text.encode("utf-8", "surrogatepass")
+        if _UUID.fullmatch(text):
+            packed.append(b"u" + bytes.fromhex(text.replace("-", "")))
+        else:
+            packed.append(b"%d:%b" % (len(data), data))
+    return b"".join(packed)
+
+
+def _unpack(data: bytes) -> tuple[str, ...]:
+    fields = []
+    while data:
+        if data[:1] == b"u":
+            fields.append("-".join(_UUID_PARTS.findall(data[1:17].hex())[0]))
+            data = data[17:]
+        else:
+            size, _, data = data.partition(b":")
+            fields.append(data[: int(size)].decode("utf-8", "surrogatepass"))
+            data = data[int(size) :]
+    return tuple(fields)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in Dify an id belongs: a stored answer, or one item of it.
+
+    `item` is the item's number in the output; "in" for the question.
+    """
+
+    user: str
+    conversation_id: str
+    message_id: str
+    item: str = ""
+
+
+def open_place(sealer: IdSealer, id_: str, *, user: str = "") -> Place | None:
+    """What an id stands for; None if it is not ours, not stored, or another user's.
+
+    Args:
+        sealer: of the app, and the client's key.
+        id_: of a response (`resp_…`) or an item.
+        user: who asks; "" where a request can't say it (`GET /responses/{id}`).
+    """
+    prefix, sign, _ = id_.partition("_")
+    fields = sealer.open(id_, prefix + sign)
+    if not fields or (user and user != fields[0]):
+        return None
+    return Place(*fields)
+
+
+# ==============================================================================
+# 9. Responses
+# ==============================================================================
+#
+# OpenAI's newer dialect, both ways, with the words of room 7: requests to an Ask,
+# answer parts to events and whole objects. Keeps nothing: its ids say where in Dify an
+# answer is.
+
+# Requests...
+
+
+@dataclass(frozen=True)
+class ItemReference:
+    """An input item that is only named: the server has it."""
+
+    id: str
+
+
+Item = Union[Message, ItemReference]
+
+
+@dataclass(frozen=True)
+class ResponsesRequest:
+    """A request for a response.
+
+    `ask` has no messages yet: `ask_of` makes them from `items`, once it is known what
+    the references stand for, and what was said before. `previous_response_id` and
+    `conversation` are "" where the client named none. `echo` holds the fields that the
+    response repeats, in the form that OpenAI's schemas want.
+    """
+
+    ask: Ask
+    items: tuple[Item, ...]
+    stream: bool = False
+    previous_response_id: str = ""
+    conversation: str = ""
+    store: bool = True
+    echo: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The ids of the items that are only named, in order."""
+        return tuple(row.id for row in self.items if isinstance(row, ItemReference))
+
+
+def parse_responses_request(body: Mapping[str, Any]) -> ResponsesRequest:
+    """The body of `POST /responses`; unknown fields, items and nulls are normal.
+
+    Raises:
+        BadRequest: a required field is missing, or one has the wrong type.
+    """
+    previous = _parse_id(body, "previous_response_id")
+    conversation = _parse_id(body, "conversation")
+    if previous and conversation:
+        raise bad_value("previous_response_id", "`conversation` says it already.")
+    instructions = body.get("instructions") or ""
+    if not isinstance(instructions, str):
+        raise bad_type("instructions", "a string")
+    items = _parse_items(body.get("input"))
+    if not items and not previous and not conversation:
+        raise missing_parameter("input")
+    opening = opening_length(items)
+    told = [row.text for row in items[:opening] if isinstance(row, Message)]
+    system = [text for text in (instructions, *told) if text.strip()]
+    return ResponsesRequest(
+        ask=replace(parse_ask(_with_functions(body)), system="\n\n".join(system)),
+        items=tuple(items[opening:]),
+        stream=parse_stream(body),
+        previous_response_id=previous,
+        conversation=conversation,
+        store=body.get("store") is not False,
+        echo={name: valid(body.get(name)) for name, valid in _ECHOED.items()},
+    )
+
+
+def _with_functions(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The body with its custom tools as functions of one text."""
+    schema = {
+        "type": "object",
+        "properties": {"input": {"type": "string"}},
+        "required": ["input"],
+    }
+    rows = body.get("tools")
+    if not isinstance(rows, list):
+        return body
+    functions = [
+        {**row, "type": "function", "parameters": schema}
+        if isinstance(row, dict) and row.get("type") == "custom"
+        else row
+        for row in rows
+    ]
+    return {**body, "tools": functions}
+
+
+def ask_of(
+    request: ResponsesRequest,
+    found: Mapping[str, Message],
+    before: Sequence[Message] = (),
+) -> Ask:
+    """What is asked, in full.
+
+    Args:
+        request: the request.
+        found: what its references stand for. One that is not found is left out; those
+            to several items of one answer stand for one message, and calls that
+            follow are its own (the AI SDK names the message, and repeats the calls).
+        before: what was said up to `previous_response_id`, or in `conversation`.
+    """
+    messages = list(before)
+    named: Message | None = None
+    for item in request.items:
+        if isinstance(item, Message):
+            is_its_call = named is not None and item.tool_calls and not item.text
+            text = messages.pop().text if is_its_call else item.text
+            messages.append(replace(item, text=text))
+            named = None
+        elif item.id in found and found[item.id] != named:
+            named = found[item.id]
+            messages.append(named)
+    return replace(request.ask, messages=tuple(with_tool_names(messages)))
+
+
+def _parse_id(body: Mapping[str, Any], name: str) -> str:
+    value = body.get(name)
+    if isinstance(value, dict):  # {"id": "conv_…"}
+        value = value.get("id")
+    if value is not None and not isinstance(value, str):
+        raise bad_type(name, "a string")
+    return value or ""
+
+
+def _parse_items(value: Any) -> list[Item]:
+    """The input in order, calls with the assistant's message that they follow."""
+    if value is None or isinstance(value, str):
+        return [Message("user", value)] if value else []
+    if not isinstance(value, list):
+        raise bad_type("input", "a string or an array of items")
+    items: list[Item] = []
+    for index, row in enumerate(value):
+        item = _parse_item(row, f"input[{index}]")
+        if items and isinstance(item, Message) and item.tool_calls:
+            items += _joined(items.pop(), item)
+        elif item:
+            items.append(item)
+    return items
+
+
+def _joined(last: Item, call: Message) -> list[Item]:
+    """A call with the assistant's message or call before it; they are one answer."""
+    if isinstance(last, Message) and last.role == "assistant" and not call.text:
+        return [replace(last, tool_calls=last.tool_calls + call.tool_calls)]
+    return [last, call]
+
+
+def _parse_item(row: Any, where: str) -> Item | None:
+    """An item of a kind that says something to an app; None for all others."""
+    if isinstance(row, str):
+        return Message("user", row)
+    if not isinstance(row, dict):
+        raise bad_type(where, "an object")
+    kind = row.get("type") or ("message" if "role" in row else "item_reference")
+    parse = _ITEMS.get(str(kind))
+    return parse(row, where) if parse else None
+
+
+def _parse_call(row: Mapping[str, Any], where: str) -> Message:
+    if row.get("type") == "custom_tool_call":  # its input is text of any form
+        row = {**row, "arguments": {"input": row.get("input") or ""}}
+    call = {"id": row.get("call_id"), "function": row}
+    return Message("assistant", "", tool_calls=parse_calls({"tool_calls": [call]}))
+
+
+def _parse_result(row: Mapping[str, Any], where: str) -> Message:
+    output = row.get("output")
+    if output is not None and not isinstance(output, (str, list)):
+        output = json.dumps(output, ensure_ascii=False)
+    text, files = parse_content(output, f"{where}.output")
+    return Message("tool", text, str(row.get("call_id") or ""), files)
+
+
+def _parse_reference(row: Mapping[str, Any], where: str) -> ItemReference | None:
+    return ItemReference(str(row["id"])) if row.get("id") else None
+
+
+_ITEMS: Mapping[str, Callable[[dict[str, Any], str], Item | None]] = {
+    "message": parse_message,
+    "item_reference": _parse_reference,
+    "function_call": _parse_call,
+    "custom_tool_call": _parse_call,
+    "function_call_output": _parse_result,
+    "custom_tool_call_output": _parse_result,
+}
+
+
+def _echo_tools(value: Any) -> list[dict[str, Any]]:
+    """The tools that an app can be told of; others may have any shape (Codex)."""
+    tools = []
+    for row in objects_of(value):
+        kind, name = row.get("type"), row.get("name")
+        tool: dict[str, Any] = {"type": kind, "name": name}
+        if kind == "function":
+            tool["description"] = str(row.get("description") or "")
+            tool["parameters"] = object_of(row.get("parameters"))
+            tool["strict"] = bool(row.get("strict"))
+        if kind in ("function", "custom") and isinstance(name, str):
+            tools.append(tool)
+    return tools
+
+
+def _echo_choice(value: Any) -> Any:
+    choice = object_of(value)
+    if choice.get("type") == "function" and isinstance(choice.get("name"), str):
+        return {"type": "function", "name": choice["name"]}
+    return value if value in ("none", "auto", "required") else "auto"
+
+
+def _echo_text(value: Any) -> dict[str, Any]:
+    asked = object_of(object_of(value).get("format"))
+    name, schema = asked.get("name"), asked.get("schema")
+    if asked.get("type") == "json_schema" and isinstance(schema, dict):
+        told = {"type": "json_schema", "name": str(name or ""), "schema": schema}
+        return {"format": {**told, "strict": bool(asked.get("strict"))}}
+    is_object = asked.get("type") == "json_object"
+    return {"format": {"type": "json_object" if is_object else "text"}}
+
+
+def _echo_number(most: int) -> Callable[[Any], Any]:
+    return lambda value: (
+        value if type(value) in (int, float) and 0 <= value <= most else 1
+    )
+
+
+# What a response repeats of its request: null, and what no schema allows, becomes what
+# the field's absence means.
+_ECHOED: Mapping[str, Callable[[Any], Any]] = {
+    "instructions": lambda value: value if isinstance(value, str) else None,
+    "metadata": lambda value: {
+        name: text for name, text in object_of(value).items() if isinstance(text, str)
+    },
+    "tools": _echo_tools,
+    "tool_choice": _echo_choice,
+    "parallel_tool_calls": lambda value: value is not False,
+    "temperature": _echo_number(2),
+    "top_p": _echo_number(1),
+    "text": _echo_text,
+    "reasoning": lambda value: {"effort": None, "summary": None},
+    "max_output_tokens": lambda value: value if type(value) is int else None,
+    "truncation": lambda value: "auto" if value == "auto" else "disabled",
+    "previous_response_id": lambda value: value or None,
+    "conversation": lambda value: (
+        {"id": object_of(value).get("id", value)} if value else None
+    ),
+    "store": lambda value: value is not False,
+    "background": lambda value: False,  # it runs in the foreground, and is complete
+    "service_tier": lambda value: "default",
+}
+
+
+# Objects...
+
+
+@dataclass(frozen=True)
+class ResponseFrame:
+    """What a response says of itself, and how its ids are made.
+
+    `extra` are further keys of the object; Dify's ids are among them. Where they are
+    unknown, or nothing is to be stored, ids are made of `fresh` and lead nowhere.
+    """
+
+    created: int
+    model: str
+    echo: Mapping[str, Any]
+    sealer: IdSealer
+    user: str
+    fresh: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def id(self, prefix: str, item: int | str = "") -> str:
+        """The id of the response, or of an item of it."""
+        dify = object_of(self.extra.get("dify"))
+        place = [dify.get("conversation_id", ""), dify.get("message_id", "")]
+        if all(place) and self.echo["store"]:
+            return self.sealer.seal(prefix, [self.user, *place, str(item)])
+        return self.sealer.seal(prefix, (), f"{self.fresh}.{item}")
+
+
+def response_object(
+    frame: ResponseFrame, answer: Answer, error: ProxyError | None = None
+) -> dict[str, Any]:
+    """The whole object of a response: what a stream of the same parts ends with."""
+    stream = ResponseStream(frame)
+    stream.begin(frame.extra)
+    for part in (Reasoning(answer.reasoning), Text(answer.text)):
+        stream.encode(part)
+    for call in answer.calls:
+        stream.encode(call)
+    stream.encode(Citations(answer.citations))
+    stream.encode(answer.usage)
+    if error:
+        stream.fail(error)
+    else:
+        stream.encode(Finish(answer.finish_reason or "stop"))
+    return stream.response
+
+
+def input_item(id_: str, message: Message) -> dict[str, Any]:
+    """A user's message as an item."""
+    content: list[dict[str, Any]] = [{"type": "input_text", "text": message.text}]
+    for file in message.attachments:
+        is_image = file.media_type.startswith("image/")
+        image = {"type": "input_image", "image_url": file.url, "detail": "auto"}
+        other = {"type": "input_file", "filename": file.name, "file_url": file.url}
+        content.append(image if is_image else other)
+    return {
+        "id": id_,
+        "type": "message",
+        "status": "completed",
+        "role": message.role,
+        "content": content,
+    }
+
+
+def list_page(items: Sequence[Mapping[str, Any]], query: Mapping[str, str]) -> Any:
+    """A page of a list, newest first unless `order` is "asc".
+
+    Args:
+        items: all, oldest first.
+        query: the request's: `after`, `limit`, `order`.
+    """
+    try:
+        limit = min(max(int(query.get("limit") or 20), 1), 100)
+    except ValueError:
+        raise bad_value("limit", "it must be a number from 1 to 100.") from None
+    rows = list(items) if query.get("order") == "asc" else list(reversed(items))
+    ids = [row["id"] for row in rows]
+    after = query.get("after")
+    start = (ids.index(after) + 1 if after in ids else len(ids)) if after else 0
+    page = rows[start : start + limit]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else "",
+        "last_id": page[-1]["id"] if page else "",
+        "has_more": start + limit < len(rows),
+    }
+
+
+def conversation_object(id_: str, created: int, metadata: Any) -> dict[str, Any]:
+    """A conversation (`conv_…`)."""
+    return {
+        "id": id_,
+        "object": "conversation",
+        "created_at": created,
+        "metadata": _ECHOED["metadata"](metadata),
+    }
+
+
+def deleted_object(id_: str) -> dict[str, Any]:
+    """What is left of a response or a conversation."""
+    kind = "conversation.deleted" if id_.startswith("conv_") else "response"
+    return {"id": id_, "object": kind, "deleted": True}
+
+
+def _annotations(resources: Sequence[Mapping[str, Any]], at: int) -> list[Any]:
+    """Citations in the flat form: pages that have a URL, and documents, each once."""
+    cited = cite(resources, at).get("annotations", ())
+    flat = {row["url_citation"]["url"]: row["url_citation"] for row in cited}
+    files = {
+        str(row["document_id"]): str(row["document_name"])
+        for row in resources
+        if row.get("document_id") and row.get("document_name") and not url_of(row)
+    }
+    return [
+        *({"type": "url_citation", **row} for row in flat.values()),
+        *(
+            {"type": "file_citation", "file_id": id_, "filename": name, "index": index}
+            for index, (id_, name) in enumerate(files.items())
+        ),
+    ]
+
+
+def _usage_of_response(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage.total_tokens,
+    }
+
+
+def _failure_code(error: ProxyError) -> str:
+    """The code by which Codex decides whether to run the turn again.
+
+    `server_error` and `rate_limit_exceeded` are repeated. What a repeat can't help is
+    `invalid_prompt`: final, shown with its message, and the one code of that kind that
+    OpenAI's schema has (`insufficient_quota` is not in it).
+    """
+    if error.retry is False or (error.status < 500 and error.status not in (408, 429)):
+        return "invalid_prompt"
+    return "rate_limit_exceeded" if error.status == 429 else "server_error"
+
+
+# Streams...
+
+
+class _Form(NamedTuple):
+    """How items of a kind are written: the item as added, its part, its events."""
+
+    prefix: str
+    added: Mapping[str, Any]
+    key: str  # where the item has its text, or the part with it
+    text_event: str
+    part_event: str = ""
+    part: Mapping[str, Any] = {}
+    place: Mapping[str, int] = {}
+    more: Mapping[str, Any] = {}  # further keys of the events of the text
+
+
+_MESSAGE_FORM = _Form(
+    "msg_",
+    {"type": "message", "status": "in_progress", "role": "assistant", "content": []},
+    "content",
+    "output_text",
+    "content_part",
+    {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
+    {"content_index": 0},
+    {"logprobs": []},
+)
+_REASONING_FORM = _Form(
+    "rs_",
+    {"type": "reasoning", "summary": []},
+    "summary",
+    "reasoning_summary_text",
+    "reasoning_summary_part",
+    {"type": "summary_text", "text": ""},
+    {"summary_index": 0},
+)
+_CALL_FORM = _Form(
+    "fc_",
+    {"type": "function_call", "status": "in_progress", "arguments": ""},
+    "arguments",
+    "function_call_arguments",
+)
+_CUSTOM_CALL_FORM = _Form(
+    "ctc_",
+    {"type": "custom_tool_call", "status": "in_progress", "input": ""},
+    "input",
+    "custom_tool_call_input",
+)
+_CAUSES = {"length": "max_output_tokens", "content_filter": "content_filter"}
+
+
+class _OpenItem:
+    """An item that is being written."""
+
+    def __init__(self, form: _Form, item: dict[str, Any], at: int) -> None:
+        self.form = form
+        self.item = item
+        self.texts: list[str] = []
+        self.place = {"item_id": item["id"], "output_index": at, **form.place}
+        kind = f"response.{form.text_event}.delta"
+        fields = json_bytes({"type": kind, **self.place, **form.more})[:-1]
+        self.head = encode_event(fields + b',"sequence_number":', kind).rstrip()
+
+    def update(self, status: str, annotations: Sequence[Any] = ()) -> str:
+        """Bring the item to where its text is."""
+        text = "".join(self.texts)
+        part = {**self.form.part, "text": text}
+        if self.form is _MESSAGE_FORM:
+            part["annotations"] = list(annotations)
+        self.item[self.form.key] = [part] if self.form.part_event else text
+        if "status" in self.item:
+            self.item["status"] = status
+        return text
+
+
+class ResponseStream:
+    """Writes the events of one streamed response as SSE.
+
+    Call `begin`, then `encode` for each part, in order; Finish, or `fail`, ends the
+    stream; `response` is then the whole object. `heartbeat` may be sent at any time.
+
+        created, in_progress, [reasoning], message, [call]*, completed
+
+    The message stays open while the app thinks again in between: the answer is one
+    message, since clients take the last one for all of it. Calls follow the message.
+    """
+
+    needs_ids = True  # its own ids have Dify's in them
+
+    def __init__(self, frame: ResponseFrame) -> None:
+        self.response: dict[str, Any] = {}
+        self._frame = frame
+        self._ends = Answer()  # what comes once, at the end
+        self._output: list[dict[str, Any]] = []
+        self._open: dict[str, _OpenItem] = {}  # by prefix
+        self._sequence_number = 0
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts."""
+        return self._ends.usage
+
+    def begin(self, extra: Mapping[str, Any]) -> bytes:
+        """The first events; `extra` keys stand beside the standard ones."""
+        self._frame = replace(self._frame, extra=extra)
+        return self._lifecycle("created", "in_progress") + self.heartbeat()
+
+    def heartbeat(self) -> bytes:
+        """Keeps a connection alive, and may be sent between any two events.
+
+        It has all output so far: openai-node goes on from the response in it.
+        """
+        if not self.response:
+            return encode_comment("keep-alive")
+        for item in self._open.values():
+            item.update("in_progress")
+        return self._lifecycle("in_progress", "in_progress")
+
+    def encode(self, part: Part) -> bytes:
+        """The events that a part becomes; b"" for one that is kept for the end."""
+        if isinstance(part, (Text, Reasoning)):
+            form = _MESSAGE_FORM if isinstance(part, Text) else _REASONING_FORM
+            return self._write(form, part.text) if part.text else b""
+        self._ends.add(part)
+        return self._finish() if isinstance(part, Finish) else b""
+
+    def end(self, usage: Usage) -> bytes:
+        """Nothing follows: Finish has ended the stream."""
+        return b""
+
+    def fail(self, error: ProxyError) -> bytes:
+        """The end of a stream that can't be finished; open items stay open."""
+        begun = b"" if self.response else self.begin({})
+        for item in self._open.values():
+            item.update("incomplete")
+        told = {"code": _failure_code(error), "message": error.message}
+        return begun + self._lifecycle("failed", "failed", error=told)
+
+    def _finish(self) -> bytes:
+        cause = _CAUSES.get(self._ends.finish_reason)
+        status = "incomplete" if cause else "completed"
+        # Not even an empty answer is without its message, unless there are calls.
+        events = self._close("rs_")
+        events += self._write(_MESSAGE_FORM, "") if not self._ends.calls else b""
+        events += self._close("msg_", status)
+        events += b"".join(self._call(call) for call in self._ends.calls)
+        usage = _usage_of_response(self._ends.usage)
+        details = {"reason": cause} if cause else None
+        return events + self._lifecycle(
+            status, status, usage=usage, incomplete_details=details
+        )
+
+    # Items...
+
+    def _write(self, form: _Form, text: str, **fields: str) -> bytes:
+        """More text of an item, which is opened if it isn't yet."""
+        events = self._close("rs_") if form is not _REASONING_FORM else b""
+        if form.prefix not in self._open:
+            events += self._add_item(form, fields)
+        item = self._open[form.prefix]
+        if text:
+            # From a template: `dumps` of a whole delta costs ten times as much.
+            number = self._next_number()
+            events += b'%b%d,"delta":%b}\n\n' % (item.head, number, json_string(text))
+            item.texts.append(text)
+        return events
+
+    def _add_item(self, form: _Form, fields: Mapping[str, str]) -> bytes:
+        at = len(self._output)
+        item = {"id": self._frame.id(form.prefix, at), **form.added, **fields}
+        self._output.append(item)
+        self._open[form.prefix] = opened = _OpenItem(form, item, at)
+        added = self._event("output_item.added", output_index=at, item=item)
+        if form.part_event:
+            name = f"{form.part_event}.added"
+            added += self._event(name, **opened.place, part=form.part)
+        return added
+
+    def _close(self, prefix: str, status: str = "completed") -> bytes:
+        """The events that end an item; b"" if it is not open."""
+        opened = self._open.pop(prefix, None)
+        if not opened:
+            return b""
+        form, item, place = opened.form, opened.item, opened.place
+        cited = self._ends.citations if form is _MESSAGE_FORM else ()
+        annotations = _annotations(cited, sum(map(len, opened.texts)))
+        text = opened.update(status, annotations)
+        events = b""
+        for index, row in enumerate(annotations):
+            told = {"annotation_index": index, "annotation": row}
+            events += self._event("output_text.annotation.added", **place, **told)
+        done = {"text" if form.part_event else form.key: text, **form.more}
+        if form is _CALL_FORM:
+            done["name"] = item["name"]
+        events += self._event(f"{form.text_event}.done", **place, **done)
+        if form.part_event:
+            part = item[form.key][0]
+            events += self._event(f"{form.part_event}.done", **place, part=part)
+        at = place["output_index"]
+        return events + self._event("output_item.done", output_index=at, item=item)
+
+    def _call(self, call: ToolCall) -> bytes:
+        form, text = _CALL_FORM, call.arguments
+        if {"type": "custom", "name": call.name} in self._frame.echo["tools"]:
+            form, text = _CUSTOM_CALL_FORM, _custom_input(text)
+        written = self._write(form, text, call_id=call.id, name=call.name)
+        return written + self._close(form.prefix)
+
+    # Events...
+
+    def _lifecycle(self, event: str, status: str, **more: Any) -> bytes:
+        """An event with the whole response as it now is."""
+        frame = self._frame
+        self.response = {
+            "id": frame.id("resp_"),
+            "object": "response",
+            "created_at": frame.created,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "model": frame.model,
+            "output": list(self._output),
+            **frame.echo,
+            **frame.extra,
+            **more,
+        }
+        return self._event(event, response=self.response)
+
+    def _event(self, name: str, /, **fields: Any) -> bytes:
+        kind, number = f"response.{name}", self._next_number()
+        event = {"type": kind, "sequence_number": number, **fields}
+        return encode_event(json_bytes(event), kind)
+
+    def _next_number(self) -> int:
+        self._sequence_number += 1
+        return self._sequence_number - 1
+
+
+def _custom_input(arguments: str) -> str:
+    try:
+        return str(object_of(json.loads(arguments)).get("input", arguments))
+    except (ValueError, RecursionError):
+        return arguments
+
+
+# ==============================================================================
+# 10. Conversations
 # ==============================================================================
 #
 # Which Dify conversation a request continues. OpenAI's clients send their history each
@@ -4011,6 +4918,10 @@ class Conversations:
         tail = self._find(scope, history, now) if history and new else None
         return self._mark(tail, now) if tail else None
 
+    def take_alone(self, scope: bytes, conversation_id: str, now: float) -> Tail | None:
+        """The conversation of this id; None while others may have a turn there."""
+        return self._mark(self._by_id(Tail(scope, conversation_id), now), now)
+
     def put(self, tail: Tail, now: float) -> None:
         """Record where a conversation, new or taken, stands for the next turn."""
         if tail.is_known and tail.conversation_id:
@@ -4040,14 +4951,17 @@ class Conversations:
             rows = [row for row in near if window.ends(Tail(scope, *row))]
         return Tail(scope, *rows[0]) if rows else None
 
-    def _take_by_id(self, named: Tail, now: float) -> Tail:
+    def _by_id(self, named: Tail, now: float) -> Tail:
         # Of an unknown conversation we know one message: that there may be some.
         unknown = replace(named, chain=_id(named), length=1)
         rows, _ = self._run(f"{_SELECT} WHERE id = ?", _id(named))
         if not rows:
             self._put(unknown, now)
-        tail = Tail(named.scope, *rows[0]) if rows else unknown
-        if taken := self._mark(tail, now):
+        return Tail(named.scope, *rows[0]) if rows else unknown
+
+    def _take_by_id(self, named: Tail, now: float) -> Tail:
+        unknown = replace(named, chain=_id(named), length=1)
+        if taken := self._mark(self._by_id(named, now), now):
             return taken
         lost = f"UPDATE opendify_tails SET state = {_LOST}, used = ? WHERE id = ?"
         self._run(lost, now, _id(named))
@@ -4109,7 +5023,7 @@ def open_conversations(store: str, ttl_s: float) -> tuple[Conversations, str]:
 
 
 # ==============================================================================
-# 9. Pacer
+# 11. Pacer
 # ==============================================================================
 #
 # Says when each piece of streamed text is due, so that text which arrives in
@@ -4359,7 +5273,7 @@ def _is_tied(text: str, at: int) -> bool:
 
 
 # ==============================================================================
-# 10. Wire
+# 12. Wire
 # ==============================================================================
 #
 # HTTP/1.1 over asyncio streams, both roles (RFC 9112). h11 reads and writes every
@@ -4945,7 +5859,7 @@ class Reply:
 
 
 # ==============================================================================
-# 11. Upstream
+# 13. Upstream
 # ==============================================================================
 #
 # The way to Dify: connections that are kept and reused, TLS that is always verified,
@@ -5671,19 +6585,44 @@ class Dify:
         self, app: AppSettings, answer: AnswerReader, user: str
     ) -> str:
         """The answer to a message as Dify stored it, "" if it did not."""
-        query = urllib.parse.urlencode(
-            {"conversation_id": answer.conversation_id, "user": user, "limit": 5},
-            errors="replace",
-        )
         try:
-            page = await self.call(app, "GET", f"/messages?{query}")
+            page = await self._messages(app, answer.conversation_id, user, limit=5)
         except ProxyError:
             return ""
-        rows = page.get("data")
-        for row in rows if isinstance(rows, list) else ():
-            if isinstance(row, dict) and row.get("id") == answer.message_id:
+        for row in objects_of(page.get("data")):
+            if row.get("id") == answer.message_id:
                 return str(row.get("answer") or "")
         return ""
+
+    async def messages(
+        self,
+        app: AppSettings,
+        conversation_id: str,
+        user: str,
+        *,
+        most: int,
+        first_id: str = "",
+    ) -> tuple[list[StoredTurn], bool]:
+        """(the newest turns of a conversation, oldest first; whether there are older).
+
+        Args:
+            app: that has the conversation.
+            conversation_id: of it.
+            user: whose it is.
+            most: how many, 100 at most.
+            first_id: only those before this message, "" for the newest.
+        """
+        more = {"limit": most, **({"first_id": first_id} if first_id else {})}
+        page = await self._messages(app, conversation_id, user, **more)
+        rows = [stored_turn(row, app.base) for row in objects_of(page.get("data"))]
+        return rows, page.get("has_more") is True
+
+    async def _messages(
+        self, app: AppSettings, conversation_id: str, user: str, **more: object
+    ) -> dict[str, Any]:
+        about = {"conversation_id": conversation_id, "user": user, **more}
+        query = urllib.parse.urlencode(about, errors="replace")
+        return await self.call(app, "GET", f"/messages?{query}")
 
     async def open_turn(
         self, app: AppSettings, mode: str, request: DifyRequest
@@ -5817,12 +6756,12 @@ class Dify:
 
 
 # ==============================================================================
-# 12. Handlers
+# 14. Handlers
 # ==============================================================================
 #
 # The routes, one coroutine each: a request in, a reply out. Finds the app, checks the
 # key, runs a turn and drives the pacer. Catches nothing that the error boundary of
-# room 13 can answer. Never touches sockets and h11.
+# room 15 can answer. Never touches sockets and h11.
 #
 # One turn:  parse -> plan -> open -> (read -> put -> drain)* -> settle
 #            the client leaves -> stop, read on, then settle or forget
@@ -5833,6 +6772,8 @@ MAX_TRIES = 4  # of one turn: a lost conversation and a wrong mode, each correct
 HEAD_AFTER_S = 5.0  # the status line waits for Dify's first event, this long at most
 MAX_HELD_CHARS = 128 * 1024  # by the pacer: nobody reads so fast that it would show
 KEEP_ALIVE_S = 15.0  # nginx closes after 60 s of silence, Node's fetch after 300 s
+MAX_REFERENCES = 500  # to stored items, in a request; its body has room for a million
+MAX_CONVERSATIONS_READ, MAX_PAGES = 10, 20  # of Dify, to understand them
 NAMES_TIMEOUT_S = 5.0  # Open WebUI gives the model list 10 s
 _SSE_HEADERS = [
     ("Content-Type", "text/event-stream; charset=utf-8"),
@@ -5884,7 +6825,7 @@ class Metrics:
             lines.append(f"# TYPE {name} histogram")
             for bound, below in zip(bounds, itertools.accumulate(counts)):
                 lines.append(f'{name}_bucket{{le="{bound}"}} {below}')
-            lines += [f"{name}_sum {total[0]:.6f}", f"{name}_count {sum(counts)}"]
+            lines += [f"{name}_sum {total[0]:.6f}", f"{name}count_of {sum(counts)}"]
         for name, value in gauges.items():
             lines += [f"# TYPE {name} gauge", f"{name} {value:g}"]
         return "\n".join(lines) + "\n"
@@ -5980,7 +6921,7 @@ class Outlet:
     def __init__(
         self,
         exchange: Exchange,
-        stream: ChatStream | CompletionStream,
+        stream: AnswerStream,
         pacer: Pacer | None,
         metrics: Metrics,
     ) -> None:
@@ -6017,12 +6958,19 @@ class Outlet:
 
     def begin(self, ids: Mapping[str, str]) -> None:
         """Begin with the head and the first chunk; they leave with the first text."""
-        if not self._reply.status:
-            self._exchange.fail = self._stream.fail
-            self._reply.start(200, [*_SSE_HEADERS, *id_headers(ids)])
+        self._start(ids)
         if not self.has_begun:
             self.has_begun = True
             self._opening = self._stream.begin({"dify": dict(ids)} if ids else {})
+
+    def _start(self, ids: Mapping[str, str]) -> None:
+        if not self._reply.status:
+            self._exchange.fail = self._fail
+            self._reply.start(200, [*_SSE_HEADERS, *id_headers(ids)])
+
+    def _fail(self, error: ProxyError) -> bytes:
+        opening, self._opening = self._opening, b""
+        return opening + self._stream.fail(error)
 
     def put(self, parts: Sequence[Part]) -> None:
         """Take parts in and write what is due; raises the error of a Failure."""
@@ -6150,11 +7098,13 @@ class Outlet:
 
     def _on_beat(self) -> None:
         """Dify is silent: begin without it, then keep the connection alive."""
-        if not self.has_begun:
+        is_late = self._loop.time() >= self._written_at + KEEP_ALIVE_S
+        if not self.has_begun and not self._stream.needs_ids:
             self.begin({})
             self._write(b"")
-        elif self._loop.time() >= self._written_at + KEEP_ALIVE_S:
-            self._write(encode_comment("keep-alive"))
+        elif is_late or not self.has_begun:
+            self._start({})
+            self._write(self._stream.heartbeat())
         next_at = self._written_at + KEEP_ALIVE_S
         self._beat = self._loop.call_at(next_at, self._on_beat)
 
@@ -6187,11 +7137,7 @@ class Collector:
     def put(self, parts: Sequence[Part]) -> None:
         """Take parts in; raises the error of a Failure."""
         for part in parts:
-            if isinstance(part, Media):
-                link = media_text(part, is_first=not self.answer.text)
-                self.answer.add(Text(link))
-            else:
-                self.answer.add(part)
+            self.answer.add(part)
         if not self._exchange.first_text_at and self.answer.text:
             self._exchange.first_text_at = asyncio.get_running_loop().time()
 
@@ -6535,6 +7481,168 @@ class Handlers:
         streams = stream if asked.stream else None
         await self._answer_all(exchange, asked.asks, streams, whole)
 
+    # Responses...
+
+    async def responses(self, exchange: Exchange) -> None:
+        """`POST /responses`."""
+        body = parse_json_object(exchange.body)
+        exchange.body = b""
+        asked = parse_responses_request(body)
+        del body
+        app = await self._app(asked.ask.model)
+        user, sealer = _user_of(exchange, asked.ask), self._sealer(exchange, app)
+        created, fresh = int(self._wall_clock()), self._new_id()
+        frame = ResponseFrame(created, asked.ask.model, asked.echo, sealer, user, fresh)
+
+        def stream(_: int) -> ResponseStream:
+            return ResponseStream(frame)
+
+        def whole(answers: list[Answer], extra: Mapping[str, Any]) -> dict[str, Any]:
+            return response_object(replace(frame, extra=extra), answers[0])
+
+        ask, tail = await self._continued(app, asked, sealer, user)
+        streams = stream if asked.stream else None
+        await self._answer_all(exchange, [ask], streams, whole, tail)
+
+    def _sealer(self, exchange: Exchange, app: AppSettings) -> IdSealer:
+        """What makes and opens the ids of an app, and of a client's key."""
+        key = client_key(exchange.request.headers)
+        return IdSealer(
+            derive_key(app.key), key if self.settings.valid_api_keys else ""
+        )
+
+    async def _continued(
+        self, app: AppSettings, asked: ResponsesRequest, sealer: IdSealer, user: str
+    ) -> tuple[Ask, Tail | None]:
+        """The question, and the conversation that it continues, taken.
+
+        An answer that is named is continued where it stands, if Dify's conversation
+        ends with it and nobody else has a turn there. Else its history is folded.
+        """
+        previous = asked.previous_response_id
+        place = None
+        if previous:
+            is_response = previous.startswith("resp_")
+            place = open_place(sealer, previous, user=user) if is_response else None
+            if not place:
+                raise _no_previous(previous)
+        named = {
+            id_: at
+            for id_ in list(dict.fromkeys(asked.references))[-MAX_REFERENCES:]
+            if (at := open_place(sealer, id_, user=user))
+        }
+        if not place and not named:
+            return ask_of(asked, {}), None
+        anchor = place or list(named.values())[-1]
+        scope, now = scope_of(app.key, user), self._wall_clock()
+        tail = self._conversations.take_alone(scope, anchor.conversation_id, now)
+        try:
+            ask = await self._continue_at(app, asked, anchor, named, tail is not None)
+        except BaseException:
+            self._give_back(tail)
+            raise
+        if ask.conversation_id != anchor.conversation_id:
+            self._give_back(tail)
+            tail = None
+        return ask, tail
+
+    async def _continue_at(
+        self,
+        app: AppSettings,
+        asked: ResponsesRequest,
+        anchor: Place,
+        named: Mapping[str, Place],
+        is_free: bool,
+    ) -> Ask:
+        """The question as it continues the anchor's conversation, or folds it.
+
+        Only the former has the conversation's id.
+        """
+        previous, here = asked.previous_response_id, anchor.conversation_id
+        if previous and is_free and not named:
+            newest, _ = await self._stored_page(app, anchor, most=1)
+            if [row.message_id for row in newest] == [anchor.message_id]:
+                return replace(ask_of(asked, {}), conversation_id=here)
+        stored: dict[str, list[StoredTurn]] = {}
+        for place in [anchor, *reversed(list(named.values()))]:
+            id_ = place.conversation_id
+            if id_ not in stored and len(stored) < MAX_CONVERSATIONS_READ:
+                stored[id_] = await self._stored_turns(app, place)
+        rows = {row.message_id: row for turns in stored.values() for row in turns}
+        if previous and anchor.message_id not in rows:
+            raise _no_previous(previous)
+        found = {
+            id_: self._said_at(place, rows[place.message_id], asked.ask.tools)
+            for id_, place in named.items()
+            if place.message_id in rows
+        }
+        turns = stored[here]
+        ends = [
+            n for n, row in enumerate(turns, 1) if row.message_id == anchor.message_id
+        ]
+        known = self._transcript(turns[: max(ends, default=0)], asked.ask.tools)
+        ask = ask_of(asked, found, known if previous else ())
+        if not ask.messages:
+            raise bad_value("input", "none of the items that it names is known.")
+        is_newest = ends == [len(turns)]
+        if is_free and is_newest and is_known_history(split_turn(ask)[0], known):
+            ask = replace(ask, conversation_id=here)
+        return ask
+
+    async def _stored_turns(self, app: AppSettings, place: Place) -> list[StoredTurn]:
+        """All turns of a conversation, as far as Dify still has them."""
+        turns: list[StoredTurn] = []
+        has_more, pages = True, 0
+        while has_more and pages < MAX_PAGES:
+            first_id = turns[0].message_id if turns else ""
+            rows, has_more = await self._stored_page(app, place, first_id=first_id)
+            turns, pages, has_more = [*rows, *turns], pages + 1, has_more and any(rows)
+        return turns
+
+    async def _stored_page(
+        self, app: AppSettings, place: Place, *, most: int = 100, first_id: str = ""
+    ) -> tuple[list[StoredTurn], bool]:
+        """(turns, whether there are older ones); a lost conversation has none."""
+        try:
+            return await self._dify.messages(
+                app, place.conversation_id, place.user, most=most, first_id=first_id
+            )
+        except (ConversationGone, NotFound):
+            return [], False
+
+    def _transcript(
+        self, turns: Sequence[StoredTurn], tools: Sequence[Tool]
+    ) -> list[Message]:
+        pairs = [(row.question, self._said(row, tools)) for row in turns]
+        return [message for pair in pairs for message in pair]
+
+    def _said_at(
+        self, place: Place, turn: StoredTurn, tools: Sequence[Tool]
+    ) -> Message:
+        return turn.question if place.item == "in" else self._said(turn, tools)
+
+    def _said(self, turn: StoredTurn, tools: Sequence[Tool]) -> Message:
+        """A stored answer as the client knows it: its calls are no text."""
+        answer = self._stored_answer(turn, tools)
+        return Message("assistant", answer.text, tool_calls=tuple(answer.calls))
+
+    def _stored_answer(self, turn: StoredTurn, tools: Sequence[Tool]) -> Answer:
+        answer = Answer()
+        parts = list(turn.parts)
+        if parts and isinstance(parts[-1], Failure):
+            parts.pop()
+        if tools:
+            ask = Ask("", (), tools=tuple(tools))
+            parts = Reading(ask, self._new_id, is_whole=True).feed(parts)
+        for part in parts:
+            answer.add(part)
+        return answer
+
+    def _give_back(self, tail: Tail | None) -> None:
+        """A conversation that was taken, and that nothing was sent to."""
+        if tail:
+            self._conversations.put(tail, self._wall_clock())
+
     async def not_served(self, exchange: Exchange) -> None:
         """Endpoints of OpenAI's that no Dify app has anything for."""
         raise NotFound(
@@ -6549,10 +7657,19 @@ class Handlers:
         self,
         exchange: Exchange,
         asks: Sequence[Ask],
-        stream: Callable[[int], ChatStream | CompletionStream] | None,
+        stream: Callable[[int], AnswerStream] | None,
         whole: Callable[[list[Answer], Mapping[str, Any]], dict[str, Any]],
+        tail: Tail | None = None,
     ) -> None:
-        """Answer each question as one choice, all at once, streamed or whole."""
+        """Answer each question as one choice, all at once, streamed or whole.
+
+        Args:
+            exchange: whose client waits.
+            asks: the questions.
+            stream: makes the stream of a choice; None for a whole answer.
+            whole: makes the object of a whole answer.
+            tail: the conversation that the question continues, taken already.
+        """
         app = await self._app(asks[0].model)
         exchange.model = asks[0].model  # known by now: it labels metrics
         streams = [stream(index) for index in range(len(asks))] if stream else []
@@ -6562,7 +7679,7 @@ class Handlers:
         ] or [Collector(exchange) for _ in asks]
         try:
             ends = await _all_of(
-                self._run_turn(exchange, app, ask, sink, joins=len(asks) == 1)
+                self._run_turn(exchange, app, ask, sink, len(asks) == 1, tail)
                 for ask, sink in zip(asks, sinks)
             )
         finally:
@@ -6598,8 +7715,8 @@ class Handlers:
         app: AppSettings,
         ask: Ask,
         sink: Outlet | Collector,
-        *,
         joins: bool,
+        tail: Tail | None,
     ) -> bytes:
         """One turn, and another one if its answer will not do; returns the last bytes.
 
@@ -6609,9 +7726,14 @@ class Handlers:
             ask: the question.
             sink: where the answer goes.
             joins: whether the turn may continue a conversation, and be continued.
+            tail: the conversation that it does continue, taken already.
         """
-        asked = with_words(ask, app.tools)
-        reading = await self._run_once(exchange, app, asked, sink, joins)
+        try:
+            asked = with_words(ask, app.tools)
+        except BadRequest:
+            self._give_back(tail)
+            raise
+        reading = await self._run_once(exchange, app, asked, sink, joins, tail)
         if reading.problem:
             kind = "tool_choice" if ask.tool_mode == "required" else "response_format"
             said = Message("assistant", reading.said)
@@ -6632,9 +7754,10 @@ class Handlers:
         ask: Ask,
         sink: Outlet | Collector,
         joins: bool,
+        tail: Tail | None = None,
     ) -> Reading:
         """Ask, and carry the answer to the sink; the reading says if it will do."""
-        turn = await self._open_turn(exchange, app, ask, joins)
+        turn = await self._open_turn(exchange, app, ask, joins, tail)
         is_whole = isinstance(sink, Collector)
         reading = Reading(ask, self._new_id, is_whole=is_whole)
         task = cast("asyncio.Task[Any]", asyncio.current_task())
@@ -6703,17 +7826,20 @@ class Handlers:
             stream.close()
 
     async def _open_turn(
-        self, exchange: Exchange, app: AppSettings, ask: Ask, joins: bool
+        self,
+        exchange: Exchange,
+        app: AppSettings,
+        ask: Ask,
+        joins: bool,
+        tail: Tail | None,
     ) -> Turn:
         """Send the question to Dify, until it begins to answer."""
-        headers = exchange.request.headers
-        forwarded = urllib.parse.unquote(headers.get("x-openwebui-user-id", ""))
-        user = end_user(ask.user, forwarded, client_key(headers))
+        user = _user_of(exchange, ask)
         explicit = _named_conversation(ask, exchange)
         if explicit != ask.conversation_id:
             ask = replace(ask, conversation_id=explicit)
         scope = scope_of(app.key, user)
-        question = Question(app, ask, user, scope, exchange.id, joins)
+        question = Question(app, ask, user, scope, exchange.id, joins, tail)
         try:
             return await self._ask(question)
         except MissingInput as error:
@@ -6728,7 +7854,7 @@ class Handlers:
     async def _ask(self, question: Question) -> Turn:
         """Ask, and again where Dify shows that a conversation or a mode is wrong."""
         mode = await self._dify.mode_of(question.app)
-        if mode in CHAT_MODES and question.joins:
+        if mode in CHAT_MODES and question.joins and not question.tail:
             now = self._wall_clock()
             question.tail = self._conversations.take(question.ask, question.scope, now)
         for _ in range(MAX_TRIES):
@@ -6858,6 +7984,62 @@ def _named_conversation(ask: Ask, exchange: Exchange) -> str:
     return ask.conversation_id or headers.get("x-dify-conversation-id", "")
 
 
+def is_known_history(history: Sequence[Message], known: Sequence[Message]) -> bool:
+    """Whether what a client shows is what Dify has stored, or its end.
+
+    Args:
+        history: the client's, its last message an answer.
+        known: the stored messages, questions and answers in turns. A question may
+            hold more than the client's: what was folded, and results of tools.
+    """
+    at = len(known)
+    asked: list[Message] = []
+    for message in reversed([row for row in history if row.role != "system"]):
+        if message.role != "assistant":
+            asked.insert(0, message)
+            continue
+        if not _is_said(asked, known[at : at + 1]) or not at:
+            return False
+        at, asked = at - 2, []
+        if not _is_same_answer(message, known[at + 1]):
+            return False
+    return at < len(known) and _is_said(asked, known[at : at + 1])
+
+
+def _is_said(asked: Sequence[Message], stored: Sequence[Message]) -> bool:
+    """Whether these messages are what was sent as one question."""
+    if not asked or not stored:
+        return not asked
+    texts = [row.text.strip() for row in asked]
+    whole = stored[0].text.strip()
+    if len(texts) == 1 and asked[0].role == "user":
+        return whole == texts[0] or whole.endswith(f"\n\n{texts[0]}")
+    return all(f"\n{text}\n" in whole for text in texts)
+
+
+def _is_same_answer(mine: Message, stored: Message) -> bool:
+    calls = [(row.name, row.arguments) for row in mine.tool_calls]
+    return " ".join(mine.text.split()) == " ".join(stored.text.split()) and calls == [
+        (row.name, row.arguments) for row in stored.tool_calls
+    ]
+
+
+def _no_previous(id_: str) -> BadRequest:
+    shown = id_ if len(id_) <= 100 else id_[:100] + "…"
+    return BadRequest(
+        f"Previous response with id {shown!r} not found.",
+        param="previous_response_id",
+        code="previous_response_not_found",
+    )
+
+
+def _user_of(exchange: Exchange, ask: Ask) -> str:
+    """The end user, by the name that Dify gets."""
+    headers = exchange.request.headers
+    forwarded = urllib.parse.unquote(headers.get("x-openwebui-user-id", ""))
+    return end_user(ask.user, forwarded, client_key(headers))
+
+
 def with_words(ask: Ask, place: str) -> Ask:
     """The question with the words about its tools and its output's format.
 
@@ -6924,6 +8106,7 @@ NOT_SERVED = (
 ROUTES: dict[str, Mapping[str, Callable[[Handlers, Exchange], Awaitable[None]]]] = {
     "chat/completions": {"POST": Handlers.chat_completions},
     "completions": {"POST": Handlers.completions},
+    "responses": {"POST": Handlers.responses},
     **{endpoint: {"POST": Handlers.not_served} for endpoint in NOT_SERVED},
     "models": {"GET": Handlers.list_models},
     "models/": {"GET": Handlers.get_model},
@@ -6936,7 +8119,7 @@ OPEN_ENDPOINTS = ("/", "health", "ready")
 
 
 # ==============================================================================
-# 13. Server
+# 15. Server
 # ==============================================================================
 #
 # Accepts connections and runs their requests one after another; the only place that
@@ -7308,7 +8491,7 @@ async def _settled(
 
 
 # ==============================================================================
-# 14. Page
+# 16. Page
 # ==============================================================================
 #
 # What a browser shows at /: the apps, the settings of clients, and a playground. No
@@ -7578,7 +8761,7 @@ ROUTES["/"] = {"GET": show_page}
 
 
 # ==============================================================================
-# 15. Command line
+# 17. Command line
 # ==============================================================================
 #
 # Arguments, the env file, logging, signals, the self-check and the demo app. The only

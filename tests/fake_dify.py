@@ -1413,6 +1413,9 @@ class FakeDify:
             for message in known.messages
         ]
         limit = int(request.query.get("limit", "20"))
+        ids = [row["id"] for row in stored]
+        if first_id := request.query.get("first_id"):
+            stored = stored[: ids.index(first_id)]
         more = len(stored) > limit
         page = {"limit": limit, "has_more": more, "data": stored[-limit:]}
         connection.respond(200, page, app)

@@ -131,3 +131,161 @@ def _check_tool_calls(deltas: Sequence[dict[str, Any]]) -> None:
         else:
             assert call["index"] == current, f"calls out of order: {call}"
             assert not named, f"a call is named twice: {call}"
+
+
+# Responses...
+
+_TERMINAL = ("response.completed", "response.incomplete", "response.failed")
+_LIFECYCLE = ("response.created", "response.in_progress", *_TERMINAL)
+
+# What stands between an item's `added` and `done`: the event that opens its one part,
+# the deltas, their end with the key of the whole, and the end of the part.
+_FORMS = {
+    "message": ("content_part", "output_text", "text", "content_index"),
+    "reasoning": (
+        "reasoning_summary_part",
+        "reasoning_summary_text",
+        "text",
+        "summary_index",
+    ),
+    "function_call": ("", "function_call_arguments", "arguments", ""),
+    "custom_tool_call": ("", "custom_tool_call_input", "input", ""),
+}
+
+
+def check_responses_stream(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Check the events of a Responses stream for shape and order.
+
+    Every event fits its schema and has the next sequence_number. `created` comes first
+    and once, `in_progress` after it, one terminal event last; all tell of the same
+    response. Items are added at indexes 0, 1, 2 …, under ids of their own; each goes
+    from added through its parts and deltas to done, deltas joined are the whole, and
+    the response at the end has every item as it was done. Of the items only reasoning
+    comes while another one, the message, is open. In a failed stream items may stay
+    open.
+
+    Returns:
+        The response of the terminal event.
+
+    Raises:
+        AssertionError: a rule is broken; the message names it and the event.
+    """
+    assert events, "no events"
+    for number, event in enumerate(events):
+        validate_event(event)
+        assert event["sequence_number"] == number, f"expected {number}: {event}"
+    _check_lifecycle(events)
+    end: dict[str, Any] = events[-1]["response"]
+    items = [event for event in events if event["type"] not in _LIFECYCLE]
+    added = [row for row in items if row["type"] == "response.output_item.added"]
+    indexes = [row["output_index"] for row in added]
+    assert indexes == list(range(len(added))), f"indexes with gaps: {indexes}"
+    ids = [row["item"]["id"] for row in added]
+    assert all(ids) and len(set(ids)) == len(ids), f"ids empty or used twice: {ids}"
+    assert len(end["output"]) == len(added), f"other items at the end: {end}"
+    has_failed = events[-1]["type"] == "response.failed"
+    for index, item in enumerate(end["output"]):
+        own = [row for row in items if row["output_index"] == index]
+        _check_item(own, item, may_be_open=has_failed)
+    _check_nesting(items)
+    _check_heartbeats(events)
+    return end
+
+
+def _check_lifecycle(events: Sequence[dict[str, Any]]) -> None:
+    types = [event["type"] for event in events]
+    assert types[:2] == ["response.created", "response.in_progress"], types[:2]
+    assert types.count("response.created") == 1, "created twice"
+    assert types[-1] in _TERMINAL, f"no terminal event at the end: {events[-1]}"
+    for event in events[:-1]:
+        assert event["type"] not in _TERMINAL, f"ended too early: {event}"
+    responses = [event["response"] for event in events if "response" in event]
+    for response in responses:
+        for constant in ("id", "created_at", "model"):
+            assert response[constant] == responses[0][constant], f"other {constant}"
+    for response in responses[:-1]:
+        assert response["status"] == "in_progress", f"status of {response}"
+        assert "usage" not in response, f"usage before the end: {response}"
+    end, status = responses[-1], types[-1].split(".")[1]
+    assert end["status"] == status, f"status of {end}"
+    assert ("usage" in end) == (status != "failed"), f"usage of {end}"
+    assert bool(end["error"]) == (status == "failed"), f"error of {end}"
+    assert bool(end["incomplete_details"]) == (status == "incomplete"), end
+
+
+def _check_item(
+    own: Sequence[dict[str, Any]], item: dict[str, Any], *, may_be_open: bool
+) -> None:
+    """Check all events of one item, and what the response at the end says of it."""
+    part, text, key, index = _FORMS[item["type"]]
+    names = [event["type"][len("response.") :] for event in own]
+    is_done = names[-1] == "output_item.done"
+    assert is_done or may_be_open, f"never done: {item}"
+    deltas = [event["delta"] for event in own if "delta" in event]
+    notes = [event for event in own if "annotation" in event]
+    order = ["output_item.added", *([f"{part}.added"] if part else [])]
+    order += [f"{text}.delta"] * len(deltas)
+    order += [f"{text}.annotation.added"] * len(notes)
+    order += [f"{text}.done", *([f"{part}.done"] if part else []), "output_item.done"]
+    assert names == (order if is_done else order[: len(names)]), f"order: {names}"
+    assert own[0]["item"]["id"] == item["id"], f"another id: {own[0]}"
+    assert own[0]["item"]["type"] == item["type"], f"another type: {own[0]}"
+    for event in own[1:]:
+        assert event.get("item_id", item["id"]) == item["id"], f"other item: {event}"
+        if index and "item" not in event:
+            assert event[index] == 0, f"one part only: {event}"
+    whole = _text_of(item)
+    assert whole == "".join(deltas), f"deltas are not the whole: {item}"
+    if is_done:
+        assert own[-1]["item"] == item, f"not as it was done: {item}"
+        done = next(event for event in own if event["type"].endswith(f"{text}.done"))
+        assert done[key] == whole, f"not the whole text: {done}"
+        _check_notes(item, notes)
+
+
+def _check_notes(item: dict[str, Any], notes: Sequence[dict[str, Any]]) -> None:
+    told = [event["annotation"] for event in notes]
+    numbers = [event["annotation_index"] for event in notes]
+    assert numbers == list(range(len(notes))), f"annotation indexes: {numbers}"
+    if item["type"] == "message":
+        assert item["content"][0]["annotations"] == told, f"annotations of {item}"
+
+
+def _check_heartbeats(events: Sequence[dict[str, Any]]) -> None:
+    """Check that `in_progress` has all output so far; clients may go on from it."""
+    texts: dict[str, str] = {}
+    for event in events:
+        if event["type"] in ("response.created", "response.in_progress"):
+            told = {row["id"]: _text_of(row) for row in event["response"]["output"]}
+            assert told == texts, f"not the output so far: {event}"
+        elif event["type"] == "response.output_item.added":
+            texts[event["item"]["id"]] = ""
+        elif "delta" in event:
+            texts[event["item_id"]] += event["delta"]
+
+
+def _text_of(item: dict[str, Any]) -> str:
+    for key in ("arguments", "input"):
+        if key in item:
+            return str(item[key])
+    parts = item["content"] if item["type"] == "message" else item["summary"]
+    return "".join(part["text"] for part in parts)
+
+
+def _check_nesting(items: Sequence[dict[str, Any]]) -> None:
+    """Check that an item begins when all are done; reasoning may interrupt the message.
+
+    So events of an item belong to the one that was opened last.
+    """
+    open_: list[tuple[int, str]] = []
+    for event in items:
+        if event["type"] == "response.output_item.added":
+            kind = event["item"]["type"]
+            outer = [name for _, name in open_]
+            allowed = ["message"] if kind == "reasoning" else []
+            assert outer in ([], allowed), f"begins while another is open: {event}"
+            open_.append((event["output_index"], kind))
+        at = event["output_index"]
+        assert open_ and open_[-1][0] == at, f"inside another item: {event}"
+        if event["type"] == "response.output_item.done":
+            open_.pop()

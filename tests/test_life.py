@@ -44,11 +44,13 @@ def get(path: str, *fields: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-async def talk(port: int, data: bytes) -> bytes:
+async def talk(port: int, data: bytes, *, ends: bool = False) -> bytes:
     """All that comes back until the server closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(data)
+        if ends:
+            writer.write_eof()
         return await asyncio.wait_for(reader.read(), 20)
     finally:
         writer.close()
@@ -459,6 +461,23 @@ async def test_host_that_is_not_ours_is_one_line_and_status_1(
 
 
 @pytest.mark.real_clock
+@pytest.mark.parametrize(
+    ("host", "keys", "warns"),
+    [("0.0.0.0", "", True), ("0.0.0.0", "k", False), ("127.0.0.1", "", False)],
+)
+async def test_open_server_without_keys_is_warned_of(
+    tmp_path: Path, host: str, keys: str, warns: bool
+) -> None:
+    variables = {"MODEL_CONFIG": models("m"), "VALID_API_KEYS": keys}
+    async with running(tmp_path, "--host", host, **variables) as server:
+        await talk(server.port, get("/health"))
+        await server.until_logged("GET /health")
+        assert await server.end() == 0
+        warned = [line for line in server.log if "set VALID_API_KEYS" in line]
+        assert len(warned) == int(warns)
+
+
+@pytest.mark.real_clock
 async def test_port_in_use_is_one_line_and_status_1(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -602,6 +621,7 @@ async def test_logs_and_errors_hold_no_secrets(tmp_path: Path, log_format: str) 
                 for stream in (True, False):
                     received.append(await talk(server.port, secret_chat(stream=stream)))
             talks = [talk(server.port, data) for data in BAD_REQUESTS]
+            talks.append(talk(server.port, MALFORMED, ends=True))
             received += await asyncio.gather(*talks)
             assert await server.end() == 0
     log = "\n".join(server.log) + server.output.decode()
@@ -641,8 +661,8 @@ BAD_REQUESTS = (
     get(f"/v1/models?api-key={SECRETS['query string']}"),
     get(f"/v1/models?api-key={SECRETS['query string']}", RIGHT),
     get("/metrics", RIGHT),
-    b"GET / HTTP/1.1\r\nA\x00: planted file 7\r\n\r\n",
 )
+MALFORMED = b"GET / HTTP/1.1\r\nA\x00: planted file 7\r\n\r\n"
 
 
 def dead_app() -> dict[str, str]:

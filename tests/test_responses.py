@@ -1,0 +1,1115 @@
+"""Rooms Ids and Responses: requests to an Ask, parts to events, ids without a table."""
+
+from __future__ import annotations
+
+import base64
+import json
+import string
+from dataclasses import replace
+from typing import Any, Union
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from schemas import check_responses_stream, validate
+
+import opendify
+from opendify import (
+    Answer,
+    Ask,
+    Attachment,
+    BadRequest,
+    Citations,
+    ConfigurationFault,
+    Failure,
+    Finish,
+    IdSealer,
+    ItemReference,
+    Media,
+    Message,
+    Overloaded,
+    Part,
+    Place,
+    ProxyError,
+    QuotaExceeded,
+    RateLimited,
+    Reasoning,
+    ResponseFrame,
+    ResponsesRequest,
+    ResponseStream,
+    Text,
+    Tool,
+    ToolCall,
+    UpstreamFailed,
+    UpstreamRejected,
+    UpstreamTimeout,
+    Usage,
+    ask_of,
+    conversation_object,
+    deleted_object,
+    derive_key,
+    input_item,
+    list_page,
+    open_place,
+    parse_responses_request,
+    response_object,
+    stored_turn,
+)
+
+JSONObject = dict[str, Any]
+HI = Message("user", "Hi")
+CONVERSATION = "3f88b6bc-86a9-4c8f-80f8-adf2225ba207"
+MESSAGE = "e1202ab8-4a0c-47fc-94d9-6a5b1f00c2d3"
+IDS = {"dify": {"conversation_id": CONVERSATION, "message_id": MESSAGE}}
+KEY = derive_key("app-1")
+SEALER = IdSealer(KEY)
+
+
+# Requests...
+
+
+def request(*items: Any, **fields: Any) -> JSONObject:
+    """Return the body of a request."""
+    return {"model": "m", "input": list(items) or "Hi", **fields}
+
+
+def items_of(*items: Any, **fields: Any) -> tuple[Any, ...]:
+    """Return the items of a request as they are understood."""
+    return parse_responses_request(request(*items, **fields)).items
+
+
+def test_smallest_request() -> None:
+    parsed = parse_responses_request(request())
+    echo = parsed.echo
+    assert parsed == ResponsesRequest(Ask("m", ()), (HI,), echo=echo)
+    assert ask_of(parsed, {}) == Ask("m", (HI,))
+    assert echo == {
+        "instructions": None,
+        "metadata": {},
+        "tools": [],
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+        "temperature": 1,
+        "top_p": 1,
+        "text": {"format": {"type": "text"}},
+        "reasoning": {"effort": None, "summary": None},
+        "max_output_tokens": None,
+        "truncation": "disabled",
+        "previous_response_id": None,
+        "conversation": None,
+        "store": True,
+        "background": False,
+        "service_tier": "default",
+    }
+
+
+CALL = {"type": "function_call", "call_id": "call_1", "name": "f", "arguments": "{}"}
+CALLED = ToolCall("call_1", "f", "{}")
+PNG = "data:image/png;base64,iVBORw0KGgo="
+IMAGE = Attachment("image.png", "image/png", b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ({"role": "user", "content": "a"}, Message("user", "a")),
+        ({"role": "user", "content": "a", "type": "message"}, Message("user", "a")),
+        ({"role": "user", "content": "a", "type": None}, Message("user", "a")),
+        ("a", Message("user", "a")),
+        ({"role": "critic", "content": "a"}, Message("user", "a")),
+        (
+            {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+            Message("user", "a"),
+        ),
+        (
+            {
+                "role": "user",
+                "content": [
+                    {"type": "input_text", "text": "a"},
+                    {"type": "input_image", "image_url": PNG},
+                    {"type": "input_file", "filename": "b.md", "file_data": "aGk="},
+                    {"type": "input_file", "file_url": "https://x/c.pdf"},
+                ],
+            },
+            Message(
+                "user",
+                "a",
+                attachments=(
+                    IMAGE,
+                    Attachment("b.md", "text/markdown", b"hi"),
+                    Attachment("c.pdf", url="https://x/c.pdf"),
+                ),
+            ),
+        ),
+        (
+            {"role": "assistant", "content": [{"type": "output_text", "text": "a"}]},
+            Message("assistant", "a"),
+        ),
+        (
+            {
+                "id": "msg_1",
+                "type": "message",
+                "status": "completed",
+                "role": "assistant",
+                "content": [
+                    {"type": "output_text", "text": "a", "annotations": []},
+                    {"type": "refusal", "refusal": "b"},
+                ],
+            },
+            Message("assistant", "a\nb"),
+        ),
+        (CALL, Message("assistant", "", tool_calls=(CALLED,))),
+        (
+            {**CALL, "id": "fc_1", "status": "completed", "arguments": {"a": 1}},
+            Message("assistant", "", tool_calls=(ToolCall("call_1", "f", '{"a": 1}'),)),
+        ),
+        (
+            {"type": "custom_tool_call", "call_id": "c", "name": "f", "input": "x\n"},
+            Message(
+                "assistant", "", tool_calls=(ToolCall("c", "f", '{"input": "x\\n"}'),)
+            ),
+        ),
+        (
+            {"type": "function_call_output", "call_id": "call_1", "output": "sunny"},
+            Message("tool", "sunny", "call_1"),
+        ),
+        (
+            {"type": "custom_tool_call_output", "call_id": "c", "output": "sunny"},
+            Message("tool", "sunny", "c"),
+        ),
+        (
+            {"type": "function_call_output", "call_id": "c", "output": {"t": 20}},
+            Message("tool", '{"t": 20}', "c"),
+        ),
+        (
+            {
+                "type": "function_call_output",
+                "call_id": "c",
+                "output": [
+                    {"type": "input_text", "text": "a"},
+                    {"type": "input_image", "image_url": PNG},
+                ],
+            },
+            Message("tool", "a", "c", (IMAGE,)),
+        ),
+        ({"type": "item_reference", "id": "msg_1"}, ItemReference("msg_1")),
+        ({"id": "msg_1"}, ItemReference("msg_1")),
+        ({"id": "msg_1", "type": None}, ItemReference("msg_1")),
+        ({"type": "item_reference", "id": None}, None),
+        ({"type": "reasoning", "id": "rs_1", "summary": []}, None),
+        ({"type": "web_search_call", "id": "ws_1", "status": "completed"}, None),
+        ({"type": "tomorrow", "role": "user", "content": 5}, None),
+        ({}, None),
+    ],
+)
+def test_item(item: Any, expected: Any) -> None:
+    expected = [] if expected is None else [expected]
+    assert items_of(HI_ROW, item) == (HI, *expected)
+
+
+HI_ROW = {"role": "user", "content": "Hi"}
+SAID = {"role": "assistant", "content": "a"}
+
+
+def test_calls_join_the_message_that_they_follow() -> None:
+    other = {**CALL, "call_id": "call_2"}
+    output = {"type": "function_call_output", "call_id": "call_1", "output": "x"}
+    thought = {"type": "reasoning", "id": "rs_1", "summary": []}
+    rows = [HI_ROW, thought, SAID, CALL, thought, other, output, CALL, SAID, HI_ROW]
+    assert items_of(*rows) == (
+        HI,
+        Message("assistant", "a", tool_calls=(CALLED, ToolCall("call_2", "f", "{}"))),
+        Message("tool", "x", "call_1"),
+        Message("assistant", "", tool_calls=(CALLED,)),
+        Message("assistant", "a"),
+        HI,
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "system", "rest"),
+    [
+        ({"instructions": "Be brief."}, "Be brief.", 1),
+        ({"instructions": None}, "", 1),
+        ({"instructions": " "}, "", 1),
+        ({"input": [{"role": "developer", "content": "A"}, HI_ROW]}, "A", 1),
+        (
+            {
+                "instructions": "Be brief.",
+                "input": [{"role": "system", "content": "A"}, HI_ROW],
+            },
+            "Be brief.\n\nA",
+            1,
+        ),
+        ({"input": [HI_ROW, {"role": "system", "content": "A"}]}, "", 2),
+    ],
+)
+def test_system_text(fields: JSONObject, system: str, rest: int) -> None:
+    parsed = parse_responses_request(request(**fields))
+    assert (parsed.ask.system, len(parsed.items)) == (system, rest)
+
+
+def test_references_stand_in_order_for_what_they_name() -> None:
+    rows = [HI_ROW, {"id": "msg_1"}, {"id": "fc_1"}, {"id": "msg_?"}, HI_ROW]
+    parsed = parse_responses_request(request(*rows))
+    assert parsed.references == ("msg_1", "fc_1", "msg_?")
+    said = Message("assistant", "a", tool_calls=(CALLED,))
+    earlier = [Message("user", "0"), Message("assistant", "00")]
+    ask = ask_of(parsed, {"msg_1": said, "fc_1": said}, earlier)
+    assert ask.messages == (*earlier, HI, said, HI)
+
+
+def test_calls_after_a_reference_belong_to_what_it_names() -> None:
+    """The AI SDK names the message that came with the calls, and repeats them."""
+    output = {"type": "function_call_output", "call_id": "call_1", "output": "x"}
+    parsed = parse_responses_request(request(HI_ROW, {"id": "rs_1"}, CALL, output))
+    as_stored = ToolCall("call_of_proxy", "f", "{}")
+    said = Message("assistant", "a", tool_calls=(as_stored,))
+    result = Message("tool", "x", "f")  # the tool's name, not the call's id
+    own = replace(said, tool_calls=(CALLED,))
+    assert ask_of(parsed, {"rs_1": said}).messages == (HI, own, result)
+    alone = Message("assistant", "", tool_calls=(CALLED,))
+    assert ask_of(parsed, {}).messages == (HI, alone, result)
+
+
+@pytest.mark.parametrize("field", ["previous_response_id", "conversation"])
+def test_continued_request_needs_no_input(field: str) -> None:
+    body = {"model": "m", field: "x_1"}
+    parsed = parse_responses_request(body)
+    assert parsed.items == ()
+    assert getattr(parsed, field) == "x_1"
+
+
+def test_conversation_may_be_an_object() -> None:
+    parsed = parse_responses_request(request(conversation={"id": "conv_1"}))
+    assert parsed.conversation == "conv_1"
+    assert parsed.echo["conversation"] == {"id": "conv_1"}
+
+
+MISSING, TYPE, VALUE = "missing_required_parameter", "invalid_type", "invalid_value"
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        pytest.param({"input": "Hi"}, "model", MISSING, id="no-model"),
+        pytest.param(request(model=5), "model", TYPE, id="model-number"),
+        pytest.param({"model": "m"}, "input", MISSING, id="no-input"),
+        pytest.param(request(input=None), "input", MISSING, id="input-null"),
+        pytest.param(request(input=""), "input", MISSING, id="input-empty"),
+        pytest.param(request(input=[]), "input", MISSING, id="input-no-items"),
+        pytest.param(
+            request({"type": "reasoning"}), "input", MISSING, id="nothing-known"
+        ),
+        pytest.param(request(input=5), "input", TYPE, id="input-number"),
+        pytest.param(request(5), "input[0]", TYPE, id="item-number"),
+        pytest.param(
+            request({"role": "user", "content": 5}),
+            "input[0].content",
+            TYPE,
+            id="content-number",
+        ),
+        pytest.param(
+            request(HI_ROW, {"role": "user", "content": [{"type": "input_video"}]}),
+            "input[1].content[0]",
+            VALUE,
+            id="part-unknown",
+        ),
+        pytest.param(request(stream="yes"), "stream", TYPE, id="stream-string"),
+        pytest.param(
+            request(instructions=["a"]), "instructions", TYPE, id="instructions-list"
+        ),
+        pytest.param(
+            request(previous_response_id=5), "previous_response_id", TYPE, id="id"
+        ),
+        pytest.param(
+            request(conversation={"id": 5}), "conversation", TYPE, id="conversation"
+        ),
+        pytest.param(
+            request(previous_response_id="resp_1", conversation="conv_1"),
+            "previous_response_id",
+            VALUE,
+            id="both",
+        ),
+    ],
+)
+def test_refused_field_is_named(body: JSONObject, param: str, code: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        parse_responses_request(body)
+    error = caught.value
+    assert (error.status, error.param, error.code) == (400, param, code)
+
+
+TOOL = {
+    "type": "function",
+    "name": "f",
+    "description": "d",
+    "parameters": {"type": "object"},
+    "strict": True,
+}
+SCHEMA = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
+ECHOED = [
+    ("instructions", "Be brief.", "Be brief."),
+    ("metadata", {"a": "b", "inputs": {"c": 1}}, {"a": "b"}),
+    ("metadata", "odd", {}),
+    ("tools", [TOOL], [TOOL]),
+    (
+        "tools",
+        [{"type": "function", "name": "f"}],
+        [{**TOOL, "description": "", "parameters": {}, "strict": False}],
+    ),
+    ("tools", [{"type": "namespace", "tools": []}, {"type": "web_search"}, 5], []),
+    (
+        "tools",
+        [{"type": "custom", "name": "p", "format": {"type": "grammar"}}],
+        [{"type": "custom", "name": "p"}],
+    ),
+    ("tool_choice", "required", "required"),
+    (
+        "tool_choice",
+        {"type": "function", "name": "f"},
+        {"type": "function", "name": "f"},
+    ),
+    ("tool_choice", {"type": "odd"}, "auto"),
+    ("parallel_tool_calls", False, False),
+    ("temperature", 0, 0),
+    ("temperature", 99, 1),
+    ("temperature", True, 1),
+    ("top_p", 0.5, 0.5),
+    ("top_p", "much", 1),
+    ("text", {"format": {"type": "json_object"}}, {"format": {"type": "json_object"}}),
+    ("text", {"format": SCHEMA}, {"format": {**SCHEMA, "strict": False}}),
+    ("text", {"verbosity": "loud"}, {"format": {"type": "text"}}),
+    ("reasoning", {"effort": "odd"}, {"effort": None, "summary": None}),
+    ("max_output_tokens", 5, 5),
+    ("max_output_tokens", "5", None),
+    ("truncation", "auto", "auto"),
+    ("truncation", "odd", "disabled"),
+    ("previous_response_id", "resp_1", "resp_1"),
+    ("store", False, False),
+    ("background", True, False),
+    ("service_tier", "flex", "default"),
+]
+
+
+def test_tool_of_a_custom_type_is_told_as_a_function_of_one_text() -> None:
+    tool = {"type": "custom", "name": "p", "description": "d", "format": {}}
+    told = {
+        "type": "object",
+        "properties": {"input": {"type": "string"}},
+        "required": ["input"],
+    }
+    asked = parse_responses_request(request(tools=[TOOL, tool])).ask.tools
+    assert asked == (Tool("f", "d", {"type": "object"}), Tool("p", "d", told))
+
+
+@pytest.mark.parametrize(("name", "value", "repeated"), ECHOED)
+def test_response_repeats_a_field(name: str, value: Any, repeated: Any) -> None:
+    fields = {"tools": [TOOL], name: value}  # of which one may have to be called
+    parsed = parse_responses_request(request(**fields))
+    assert parsed.echo[name] == repeated
+    whole(Finish(), body=request(**fields))
+
+
+OPTIONAL = [name for name, _, _ in ECHOED] + [
+    *["conversation", "user", "safety_identifier", "inputs", "conversation_id"],
+    *["stream", "stream_options", "include", "prompt", "prompt_cache_key"],
+    *["max_tool_calls", "top_logprobs", "client_metadata", "context_management"],
+]
+
+
+@pytest.mark.parametrize("field", sorted(set(OPTIONAL)))
+def test_null_is_as_good_as_nothing(field: str) -> None:
+    parsed = parse_responses_request(request(**{field: None}))
+    assert parsed == parse_responses_request(request())
+
+
+def test_fields_that_chat_has_too() -> None:
+    parsed = parse_responses_request(
+        request(
+            stream=True,
+            store=False,
+            user="u",
+            metadata={"inputs": '{"a": 1}'},
+            inputs={"b": 2},
+            conversation_id="c",
+        )
+    )
+    ask = Ask("m", (), inputs={"a": 1, "b": 2}, user="u", conversation_id="c")
+    assert (parsed.ask, parsed.stream, parsed.store) == (ask, True, False)
+
+
+# Streams...
+
+
+def frame_of(body: JSONObject | None = None) -> ResponseFrame:
+    """Return a frame for the answer to a request."""
+    echo = parse_responses_request(body or request()).echo
+    return ResponseFrame(1700000000, "team/应用 1", echo, SEALER, "u", "fresh")
+
+
+def events_of(data: bytes) -> list[JSONObject]:
+    """Return the events of a stream; each is named by its type, too."""
+    rows = data.decode().split("\n\n")
+    assert rows.pop() == ""
+    events = []
+    for row in rows:
+        head, tail = row.split("\n")
+        event = json.loads(tail[len("data: ") :])
+        assert (head, tail[:6]) == (f"event: {event['type']}", "data: ")
+        events.append(event)
+    return events
+
+
+def streamed(
+    *parts: Part, error: ProxyError | None = None, body: JSONObject | None = None
+) -> tuple[list[JSONObject], JSONObject]:
+    """Return the checked events that parts become, and the response at their end."""
+    stream = ResponseStream(frame_of(body))
+    data = stream.begin(IDS) + b"".join(stream.encode(part) for part in parts)
+    events = events_of(data + stream.fail(error) if error else data)
+    end = check_responses_stream(events)
+    assert end == json.loads(opendify.json_bytes(stream.response))
+    return events, end
+
+
+def whole(*parts: Part, body: JSONObject | None = None) -> JSONObject:
+    """Return the whole object that parts become, as it is sent."""
+    answer = Answer()
+    for part in parts:
+        answer.add(part)
+    frame = replace(frame_of(body), extra=IDS)
+    data = opendify.json_bytes(response_object(frame, answer))
+    value: JSONObject = json.loads(data)
+    validate("Response", value)
+    return value
+
+
+def item_id(prefix: str, item: object = "") -> str:
+    """Return the id of an item of these answers."""
+    return SEALER.seal(prefix, ("u", CONVERSATION, MESSAGE, str(item)))
+
+
+URL = {
+    "position": 1,
+    "document_name": "B",
+    "document_id": "d0",
+    "doc_metadata": {"source": "https://x/b"},
+}
+FILE = {"position": 2, "document_name": "a.txt", "document_id": "d1", "content": "A"}
+CITED = (URL, FILE, FILE, URL, {"position": 3, "document_name": "nameless"})
+ANNOTATIONS = [
+    {
+        "type": "url_citation",
+        "start_index": 0,
+        "end_index": 5,
+        "url": "https://x/b",
+        "title": "B",
+    },
+    {"type": "file_citation", "file_id": "d1", "filename": "a.txt", "index": 0},
+]
+USAGE = {
+    "input_tokens": 3,
+    "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+    "output_tokens": 4,
+    "output_tokens_details": {"reasoning_tokens": 0},
+    "total_tokens": 7,
+}
+
+
+def test_whole_stream() -> None:
+    """Every event of an answer with everything in it, to the byte of its JSON."""
+    events, end = streamed(
+        Reasoning("Hm"),
+        Reasoning("…"),
+        Text("Hel"),
+        Text("lo"),
+        ToolCall("call_1", "f", '{"a": 1}'),
+        Citations(CITED),
+        Usage(3, 4),
+        Finish(),
+    )
+    rs, msg, fc = item_id("rs_", 0), item_id("msg_", 1), item_id("fc_", 2)
+    at_rs = {"item_id": rs, "output_index": 0, "summary_index": 0}
+    at_msg = {"item_id": msg, "output_index": 1, "content_index": 0}
+    at_fc = {"item_id": fc, "output_index": 2}
+    blank = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+    part = {**blank, "text": "Hello", "annotations": ANNOTATIONS}
+    thought = {"type": "summary_text", "text": "Hm…"}
+    items: list[JSONObject] = [
+        {"id": rs, "type": "reasoning", "summary": [thought]},
+        {
+            "id": msg,
+            "type": "message",
+            "status": "completed",
+            "role": "assistant",
+            "content": [part],
+        },
+        {
+            "id": fc,
+            "type": "function_call",
+            "status": "completed",
+            "arguments": '{"a": 1}',
+            "call_id": "call_1",
+            "name": "f",
+        },
+    ]
+    response = {
+        "id": item_id("resp_"),
+        "object": "response",
+        "created_at": 1700000000,
+        "status": "completed",
+        "error": None,
+        "incomplete_details": None,
+        "model": "team/应用 1",
+        "output": items,
+        **parse_responses_request(request()).echo,
+        **IDS,
+        "usage": USAGE,
+    }
+    begun = {**response, "status": "in_progress", "output": []}
+    del begun["usage"]
+    logprobs: JSONObject = {"logprobs": []}
+    expected: list[tuple[str, JSONObject]] = [
+        ("created", {"response": begun}),
+        ("in_progress", {"response": begun}),
+        ("output_item.added", {"item": {**items[0], "summary": []}, "output_index": 0}),
+        ("reasoning_summary_part.added", {**at_rs, "part": {**thought, "text": ""}}),
+        ("reasoning_summary_text.delta", {**at_rs, "delta": "Hm"}),
+        ("reasoning_summary_text.delta", {**at_rs, "delta": "…"}),
+        ("reasoning_summary_text.done", {**at_rs, "text": "Hm…"}),
+        ("reasoning_summary_part.done", {**at_rs, "part": thought}),
+        ("output_item.done", {"item": items[0], "output_index": 0}),
+        (
+            "output_item.added",
+            {
+                "item": {**items[1], "status": "in_progress", "content": []},
+                "output_index": 1,
+            },
+        ),
+        ("content_part.added", {**at_msg, "part": blank}),
+        ("output_text.delta", {**at_msg, **logprobs, "delta": "Hel"}),
+        ("output_text.delta", {**at_msg, **logprobs, "delta": "lo"}),
+        *(
+            (
+                "output_text.annotation.added",
+                {**at_msg, "annotation_index": index, "annotation": annotation},
+            )
+            for index, annotation in enumerate(ANNOTATIONS)
+        ),
+        ("output_text.done", {**at_msg, **logprobs, "text": "Hello"}),
+        ("content_part.done", {**at_msg, "part": part}),
+        ("output_item.done", {"item": items[1], "output_index": 1}),
+        (
+            "output_item.added",
+            {
+                "item": {**items[2], "status": "in_progress", "arguments": ""},
+                "output_index": 2,
+            },
+        ),
+        ("function_call_arguments.delta", {**at_fc, "delta": '{"a": 1}'}),
+        (
+            "function_call_arguments.done",
+            {**at_fc, "name": "f", "arguments": '{"a": 1}'},
+        ),
+        ("output_item.done", {"item": items[2], "output_index": 2}),
+        ("completed", {"response": response}),
+    ]
+    assert events == [
+        {"type": f"response.{name}", "sequence_number": number, **fields}
+        for number, (name, fields) in enumerate(expected)
+    ]
+    assert end == response
+
+
+def test_thinking_again_does_not_end_the_message() -> None:
+    parts = (Text("a"), Reasoning("b"), Text("c"), Reasoning("d"), Finish())
+    _, end = streamed(*parts)
+    texts = [
+        part["text"]
+        for item in end["output"]
+        for part in item.get("content", item.get("summary"))
+    ]
+    assert texts == ["ac", "b", "d"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "kinds"),
+    [
+        ((), ["message"]),
+        ((Text(""), Reasoning("")), ["message"]),
+        ((Reasoning("a"),), ["reasoning", "message"]),
+        ((ToolCall("c", "f", "{}"),), ["function_call"]),
+        (
+            (ToolCall("c", "f", "{}"), Text("late"), ToolCall("d", "g", "")),
+            ["message", "function_call", "function_call"],
+        ),
+    ],
+    ids=["nothing", "empty", "thought", "call", "calls"],
+)
+def test_items_of_an_answer(parts: Any, kinds: list[str]) -> None:
+    _, end = streamed(*parts, Finish())
+    assert [item["type"] for item in end["output"]] == kinds
+    assert whole(*parts, Finish()) == end
+
+
+def test_call_of_a_custom_tool_has_text() -> None:
+    body = request(tools=[{"type": "custom", "name": "patch"}, TOOL])
+    calls = [
+        ToolCall("call_1", "patch", '{"input": "*** Begin\\n"}'),
+        ToolCall("call_2", "patch", "raw"),
+        ToolCall("call_3", "f", "{}"),
+    ]
+    _, end = streamed(*calls, Finish("tool_calls"), body=body)
+    custom = {"type": "custom_tool_call", "status": "completed", "name": "patch"}
+    assert end["output"][:2] == [
+        {
+            **custom,
+            "id": item_id("ctc_", 0),
+            "call_id": "call_1",
+            "input": "*** Begin\n",
+        },
+        {**custom, "id": item_id("ctc_", 1), "call_id": "call_2", "input": "raw"},
+    ]
+    assert end["output"][2]["type"] == "function_call"
+    assert end["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "details"),
+    [
+        ("stop", "completed", None),
+        ("tool_calls", "completed", None),
+        ("length", "incomplete", {"reason": "max_output_tokens"}),
+        ("content_filter", "incomplete", {"reason": "content_filter"}),
+    ],
+)
+def test_end(reason: str, status: str, details: Any) -> None:
+    events, end = streamed(Text("Hi"), Finish(reason))
+    assert events[-1]["type"] == f"response.{status}"
+    assert (end["status"], end["incomplete_details"]) == (status, details)
+    assert end["output"][0]["status"] == status
+    assert end["usage"]["total_tokens"] == 0
+    assert whole(Text("Hi"), Finish(reason)) == end
+
+
+FAILURES = [
+    (UpstreamFailed("x"), "server_error"),
+    (UpstreamFailed("x", retry=False), "invalid_prompt"),
+    (UpstreamTimeout("x"), "server_error"),
+    (Overloaded("x"), "server_error"),
+    (ProxyError("x"), "server_error"),
+    (RateLimited("x"), "rate_limit_exceeded"),
+    (QuotaExceeded("x"), "invalid_prompt"),
+    (ConfigurationFault("x"), "invalid_prompt"),
+    (UpstreamRejected("x"), "invalid_prompt"),
+    (BadRequest("x"), "invalid_prompt"),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), FAILURES, ids=lambda value: type(value).__name__
+)
+def test_failed_stream(error: ProxyError, code: str) -> None:
+    events, end = streamed(Reasoning("a"), Text("Hi"), error=error)
+    assert events[-1]["type"] == "response.failed"
+    assert end["error"] == {"code": code, "message": "x"}
+    assert [item.get("status") for item in end["output"]] == [None, "incomplete"]
+    assert end["output"][1]["content"][0]["text"] == "Hi"
+
+
+def test_stream_that_fails_while_it_thinks() -> None:
+    _, end = streamed(Reasoning("a"), error=UpstreamFailed("x"))
+    assert end["output"][0]["summary"] == [{"type": "summary_text", "text": "a"}]
+
+
+def test_stream_that_fails_before_it_begins() -> None:
+    stream = ResponseStream(frame_of())
+    events = events_of(stream.fail(UpstreamFailed("x")))
+    end = check_responses_stream(events)
+    assert [event["type"] for event in events] == [
+        "response.created",
+        "response.in_progress",
+        "response.failed",
+    ]
+    assert open_place(SEALER, end["id"]) is None
+
+
+def test_heartbeats() -> None:
+    """Before the first event only a comment; then the response as it stands."""
+    stream = ResponseStream(frame_of())
+    assert stream.heartbeat() == b": keep-alive\n\n"
+    data = stream.begin(IDS) + stream.heartbeat() + stream.encode(Reasoning("a"))
+    data += stream.heartbeat() + stream.encode(Text("b")) + stream.heartbeat()
+    data += stream.encode(Reasoning("c")) + stream.encode(Text("d"))
+    events = events_of(data + stream.heartbeat() + stream.encode(Finish()))
+    check_responses_stream(events)
+    beats = [row for row in events if row["type"] == "response.in_progress"]
+    assert [len(beat["response"]["output"]) for beat in beats] == [0, 0, 1, 2, 3]
+    assert beats[-1]["response"]["output"][1]["content"][0]["text"] == "bd"
+
+
+def test_text_arrives_to_the_character() -> None:
+    text = 'a"b\\c\u2028\u2029\x85\n\r\x00{"@":0}%d%b👩\u200d💻 \ufeff\U0010ffff'
+    data = ResponseStream(frame_of()).encode(Text(text))
+    assert len(data.decode().splitlines()) == data.count(b"\n")
+    events, end = streamed(Reasoning(text), Text(text), Finish())
+    deltas = [event["delta"] for event in events if "delta" in event]
+    assert deltas == [text, text]
+    assert end["output"][1]["content"][0]["text"] == text
+
+
+texts = st.text(
+    st.one_of(st.characters(), st.sampled_from("\u2028\u2029\x85\ud800\n\r\"\\<'")),
+    max_size=8,
+)
+speech = st.lists(st.one_of(st.builds(Text, texts), st.builds(Reasoning, texts)))
+calls = st.lists(st.builds(ToolCall, texts, texts, texts), max_size=2)
+
+
+@settings(max_examples=60)
+@given(
+    speech,
+    calls,
+    st.sampled_from(["stop", "length"]),
+    st.lists(st.sampled_from(CITED)),
+    st.booleans(),
+)
+def test_streamed_and_whole_response_agree(
+    said: list[Union[Text, Reasoning]],
+    called: list[ToolCall],
+    reason: str,
+    cited: list[JSONObject],
+    in_order: bool,
+) -> None:
+    if in_order:  # reasoning first, as most models have it: the objects are equal
+        said.sort(key=lambda part: isinstance(part, Text))
+    parts: list[Part] = [*said, *called]
+    parts += [Citations(tuple(cited)), Usage(5, 6), Finish(reason)]
+    (_, last), once = streamed(*parts), whole(*parts)
+    assert in_order <= (last == once)
+    assert _told(last) == _told(once)
+
+
+def _told(response: JSONObject) -> JSONObject:
+    """Return a response without what differs when thoughts come in between."""
+    thoughts = []
+    rows = []
+    for item in response["output"]:
+        if item["type"] == "reasoning":
+            thoughts.append(item["summary"][0]["text"])
+        else:
+            rows.append({**item, "id": ""})
+    return {**response, "output": rows, "thoughts": "".join(thoughts)}
+
+
+# Ids...
+
+
+def test_ids_lead_back_to_where_they_belong() -> None:
+    _, end = streamed(Reasoning("a"), Text("b"), ToolCall("c", "f", "{}"), Finish())
+    place = Place("u", CONVERSATION, MESSAGE)
+    ids = [end["id"], *(item["id"] for item in end["output"])]
+    assert [open_place(SEALER, id_, user="u") for id_ in ids] == [
+        place,
+        *(Place("u", CONVERSATION, MESSAGE, number) for number in "012"),
+    ]
+    assert open_place(SEALER, end["id"]) == place  # who asks may be unknown
+
+
+def test_nothing_is_found_under_the_id_of_a_response_that_is_not_stored() -> None:
+    ids = set()
+    for fresh in ("1", "2"):
+        frame = frame_of(request(store=False))
+        frame = replace(frame, extra=IDS, fresh=fresh)
+        ids |= {frame.id("resp_"), frame.id("msg_", 0), frame.id("msg_", 1)}
+    assert len(ids) == 6
+    assert {open_place(SEALER, id_) for id_ in ids} == {None}
+
+
+def test_nothing_is_found_when_dify_has_no_message() -> None:
+    frame = frame_of()
+    ids = [frame.id("resp_"), frame.id("msg_", 0)]
+    assert [open_place(SEALER, id_) for id_ in ids] == [None, None]
+
+
+FIELDS = ("user@example.org", CONVERSATION, MESSAGE, "1")
+ID = SEALER.seal("msg_", FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("sealer", "id_"),
+    [
+        pytest.param(IdSealer(derive_key("app-2")), ID, id="another-app"),
+        pytest.param(IdSealer(KEY, "sk-2"), ID, id="another-client-key"),
+        pytest.param(SEALER, IdSealer(KEY, "sk-2").seal("msg_", FIELDS), id="no-key"),
+        pytest.param(SEALER, ID[:-1], id="cut"),
+        pytest.param(SEALER, ID + "A", id="longer"),
+        pytest.param(SEALER, ID + "=", id="padded"),
+        pytest.param(SEALER, ID + "\n", id="newline"),
+        pytest.param(SEALER, "rs_" + ID[4:], id="another-kind"),
+        pytest.param(SEALER, ID[:9] + "." + ID[9:], id="dot"),
+        pytest.param(SEALER, "msg_", id="empty"),
+        pytest.param(SEALER, "", id="nothing"),
+        pytest.param(SEALER, "msg_abc", id="short"),
+        pytest.param(SEALER, "msg_" + "A" * 200, id="zeros"),
+        pytest.param(SEALER, "msg_" + "x" * 100_001, id="long"),
+        pytest.param(SEALER, "msg_é\ud800", id="not-ascii"),
+        pytest.param(SEALER, "resp_67ccd2bed1ec8190b14f964abc0542670bb6", id="openai"),
+    ],
+)
+def test_foreign_id_is_nothing(sealer: IdSealer, id_: str) -> None:
+    assert open_place(sealer, id_) is None
+    assert sealer.open(id_, "msg_") is None
+
+
+def test_id_is_no_good_for_another_user() -> None:
+    assert open_place(SEALER, ID, user="someone else") is None
+    assert open_place(SEALER, ID, user=FIELDS[0]) == Place(*FIELDS)
+
+
+@pytest.mark.parametrize("at", range(4, len(ID)))
+def test_id_with_one_sign_changed_is_nothing(at: int) -> None:
+    forged = ID[:at] + ("A" if ID[at] != "A" else "B") + ID[at + 1 :]
+    assert SEALER.open(forged, "msg_") is None
+
+
+def test_id_is_short_url_safe_and_does_not_tell() -> None:
+    long = SEALER.seal("resp_", ("u" * 200, CONVERSATION, MESSAGE, ""))
+    assert len(ID) < 120
+    assert len(long) < 400
+    for id_ in (ID, long):
+        assert set(id_) <= {*string.ascii_letters, *string.digits, *"-_"}
+    sealed = base64.urlsafe_b64decode(ID[4:] + "=" * (-len(ID[4:]) % 4))
+    assert b"user" not in sealed
+    assert b"example" not in sealed
+
+
+any_text = st.text(
+    st.one_of(st.characters(), st.characters(categories=["Cs"])), max_size=40
+)
+field_texts = st.one_of(any_text, st.uuids().map(str), st.just("0:"), st.just("u"))
+
+
+@given(st.lists(field_texts, max_size=5).map(tuple), any_text, any_text)
+def test_any_fields_come_back(fields: tuple[str, ...], nonce: str, bound: str) -> None:
+    sealer, other = IdSealer(KEY, bound), IdSealer(derive_key("app-1"), bound)
+    id_ = sealer.seal("resp_", fields, nonce)
+    assert id_ == other.seal("resp_", fields, nonce)
+    assert other.open(id_, "resp_") == fields
+    assert sealer.seal("resp_", fields, nonce + "x") != id_
+    assert IdSealer(KEY, bound + "x").open(id_, "resp_") is None
+
+
+@given(
+    st.lists(field_texts, max_size=4).map(tuple),
+    st.lists(field_texts, max_size=4).map(tuple),
+)
+def test_ids_are_equal_exactly_when_the_fields_are(
+    some: tuple[str, ...], others: tuple[str, ...]
+) -> None:
+    same = SEALER.seal("resp_", some) == SEALER.seal("resp_", others)
+    assert same == (some == others)
+
+
+@given(any_text)
+def test_no_text_is_an_id(text: str) -> None:
+    assert SEALER.open(text, "resp_") is None
+    assert SEALER.open("resp_" + text, "resp_") is None
+    assert open_place(SEALER, text) is None
+
+
+def test_keys_of_different_material_differ() -> None:
+    keys = [("a", "b"), ("ab",), ("a",), ("b", "a"), ("", "ab"), ("1:a",), ()]
+    assert len({derive_key(*material) for material in keys}) == len(keys)
+
+
+# What Dify has stored, lists...
+
+ROW: JSONObject = {
+    "id": MESSAGE,
+    "conversation_id": CONVERSATION,
+    "inputs": {},
+    "query": "What is it?",
+    "answer": "<think>\nHm\n</think>\n\nA cat.",
+    "message_files": [
+        {
+            "belongs_to": "user",
+            "type": "image",
+            "filename": "a.png",
+            "mime_type": "image/png",
+            "url": "http://x/a.png",
+        },
+        {"belongs_to": "assistant", "type": "image", "url": "/files/b.png?sign=1"},
+        {"belongs_to": "user", "type": None, "url": None},
+    ],
+    "retriever_resources": [URL],
+    "message_tokens": 3,
+    "answer_tokens": 4,
+    "status": "normal",
+    "error": None,
+    "created_at": 1795419289,
+}
+
+
+def test_stored_turn() -> None:
+    turn = stored_turn(ROW, "http://dify/v1")
+    assert (turn.conversation_id, turn.message_id) == (CONVERSATION, MESSAGE)
+    assert turn.created == 1795419289
+    image = Attachment("a.png", "image/png", url="http://x/a.png")
+    assert turn.question == Message("user", "What is it?", attachments=(image,))
+    assert turn.parts == [
+        Reasoning("Hm"),
+        Text("A cat."),
+        Media("image", "http://dify/files/b.png?sign=1", "b.png"),
+        Citations((URL,)),
+        Usage(3, 4),
+        Finish(),
+    ]
+
+
+def test_stored_turn_of_an_old_release() -> None:
+    row = {"id": "m", "conversation_id": "c", "query": "q", "answer": "a"}
+    turn = stored_turn(row, "http://dify/v1")
+    assert turn.question == Message("user", "q")
+    assert turn.parts == [Text("a"), Usage(), Finish()]
+
+
+def test_stored_turn_that_failed() -> None:
+    row = {**ROW, "answer": "A", "status": "error", "error": "no model"}
+    *text, failure = stored_turn(row, "http://dify/v1").parts
+    assert text == [Text("A")]
+    assert isinstance(failure, Failure)
+    assert "no model" in failure.error.message
+
+
+def test_stored_response_is_the_same_as_when_it_was_streamed() -> None:
+    """Ids too: what a client remembers of a stream it finds again."""
+    parts = (Reasoning("Hm"), Text("A cat."), Citations((URL,)), Usage(3, 4), Finish())
+    _, end = streamed(*parts)
+    turn = stored_turn({**ROW, "message_files": []}, "http://dify/v1")
+    assert whole(*turn.parts) == end
+
+
+def test_failed_response_as_an_object() -> None:
+    answer = Answer()
+    answer.add(Text("A"))
+    value = response_object(frame_of(), answer, error=UpstreamFailed("x"))
+    validate("Response", value)
+    assert (value["status"], value["error"]["code"]) == ("failed", "server_error")
+
+
+def test_question_as_an_item() -> None:
+    question = Message(
+        "user",
+        "Hi",
+        attachments=(
+            Attachment("a.png", "image/png", url="http://x/a.png"),
+            Attachment("b.pdf", "application/pdf", url="http://x/b.pdf"),
+        ),
+    )
+    value = input_item("msg_1", question)
+    validate("ItemResource", value)
+    assert value == {
+        "id": "msg_1",
+        "type": "message",
+        "status": "completed",
+        "role": "user",
+        "content": [
+            {"type": "input_text", "text": "Hi"},
+            {"type": "input_image", "image_url": "http://x/a.png", "detail": "auto"},
+            {"type": "input_file", "filename": "b.pdf", "file_url": "http://x/b.pdf"},
+        ],
+    }
+
+
+ITEMS = [input_item(f"msg_{number}", HI) for number in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("query", "numbers", "has_more"),
+    [
+        ({}, range(29, 9, -1), True),
+        ({"order": "desc", "limit": "2"}, [29, 28], True),
+        ({"order": "asc", "limit": "2"}, [0, 1], True),
+        ({"order": "asc", "limit": "100"}, range(30), False),
+        ({"order": "asc", "limit": "30"}, range(30), False),
+        ({"order": "asc", "limit": "9000"}, range(30), False),
+        ({"order": "asc", "limit": "0"}, [0], True),
+        ({"order": "asc", "after": "msg_27"}, [28, 29], False),
+        ({"order": "desc", "after": "msg_2"}, [1, 0], False),
+        ({"after": "msg_0"}, [], False),
+        ({"after": "msg_unknown"}, [], False),
+    ],
+)
+def test_page_of_a_list(query: dict[str, str], numbers: Any, has_more: bool) -> None:
+    value = list_page(ITEMS, query)
+    validate("ResponseItemList", value)
+    ids = [f"msg_{number}" for number in numbers]
+    assert [item["id"] for item in value["data"]] == ids
+    ends = (ids[0], ids[-1]) if ids else ("", "")
+    assert (value["first_id"], value["last_id"]) == ends
+    assert value["has_more"] == has_more
+
+
+def test_limit_that_is_no_number() -> None:
+    with pytest.raises(BadRequest) as caught:
+        list_page(ITEMS, {"limit": "all"})
+    assert caught.value.param == "limit"
+
+
+def test_conversation_objects() -> None:
+    assert conversation_object("conv_1", 5, {"a": "b", "c": 1}) == {
+        "id": "conv_1",
+        "object": "conversation",
+        "created_at": 5,
+        "metadata": {"a": "b"},
+    }
+    assert [deleted_object(id_)["object"] for id_ in ("conv_1", "resp_1")] == [
+        "conversation.deleted",
+        "response",
+    ]
+    assert deleted_object("resp_1") == {
+        "id": "resp_1",
+        "object": "response",
+        "deleted": True,
+    }
+
+
+# The checker of streams...
+
+GOOD, _ = streamed(
+    Reasoning("a"),
+    Text("b"),
+    Reasoning("c"),
+    Text("d"),
+    ToolCall("c", "f", "{}"),
+    Citations((URL,)),
+    Finish(),
+)
+
+
+@pytest.mark.parametrize("number", range(len(GOOD)))
+def test_checker_misses_each_event(number: int) -> None:
+    rest = GOOD[:number] + GOOD[number + 1 :]
+    with pytest.raises(AssertionError):
+        check_responses_stream(_renumbered(rest))
+
+
+@pytest.mark.parametrize("number", range(len(GOOD) - 1))
+def test_checker_notices_two_events_exchanged(number: int) -> None:
+    first, second = GOOD[number : number + 2]
+    if first["type"] == second["type"]:
+        return
+    rows = [*GOOD[:number], second, first, *GOOD[number + 2 :]]
+    with pytest.raises(AssertionError):
+        check_responses_stream(_renumbered(rows))
+
+
+def test_checker_notices_wrong_numbers() -> None:
+    with pytest.raises(AssertionError, match="expected 0"):
+        check_responses_stream([{**row, "sequence_number": 1} for row in GOOD])
+
+
+def _renumbered(events: list[JSONObject]) -> list[JSONObject]:
+    return [{**row, "sequence_number": at} for at, row in enumerate(events)]
