@@ -22,8 +22,8 @@ The rooms, in reading order. Each uses only those above it; 1-11 are pure.
      4. Turn           the hub: what is asked, what is answered, in nobody's dialect
      5. Calls          tools and output formats, in words
      6. Dify           questions to Dify requests, Dify events to answer parts
-     7. OpenAI         OpenAI requests to questions, answer parts to chunks and objects
-     8. Ids            ids that say where in Dify they belong
+     7. Ids            ids that say where in Dify they belong
+     8. OpenAI         OpenAI requests to questions, answer parts to chunks and objects
      9. Responses      the same for OpenAI's newer API: items, events, objects
     10. Conversations  which Dify conversation a request continues
     11. Pacer          when each piece of text is due
@@ -52,6 +52,7 @@ import hashlib
 import hmac
 import html
 import http
+import io
 import itertools
 import json
 import logging
@@ -64,6 +65,7 @@ import socket
 import sqlite3
 import ssl
 import sys
+import tempfile
 import time
 import unicodedata
 import urllib.parse
@@ -74,7 +76,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from math import exp, inf, sqrt
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional, Protocol, Union, cast
+from typing import IO, Any, Callable, NamedTuple, Optional, Protocol, Union, cast
 
 try:
     import h11
@@ -691,6 +693,9 @@ class Attachment:
     media_type: str = ""
     data: bytes = field(default=b"", repr=False)
     url: str = field(default="", repr=False)
+    file_id: str = ""  # of a stored file, as the client names it
+    upload_id: str = ""  # of a stored file, as Dify names it
+    size: int = 0  # of a stored file
 
 
 @dataclass(frozen=True)
@@ -1845,6 +1850,9 @@ class AppForm:
     inputs: tuple[AppInput, ...] = ()
     uploads: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, Any] = field(default_factory=dict)
+    hears: bool = True  # speech to text is switched on
+    speaks: bool = True  # text to speech is
+    voice: str = ""  # its own
 
 
 def parse_form(parameters: Mapping[str, Any]) -> AppForm:
@@ -1862,10 +1870,15 @@ def parse_form(parameters: Mapping[str, Any]) -> AppForm:
                         _texts(row.get("allowed_file_types")),
                     )
                 )
+    hearing = object_of(parameters.get("speech_to_text"))
+    speaking = object_of(parameters.get("text_to_speech"))
     return AppForm(
         tuple(inputs),
         object_of(parameters.get("file_upload")),
         object_of(parameters.get("system_parameters")),
+        bool(hearing.get("enabled", True)),
+        bool(speaking.get("enabled", True)),
+        str(speaking.get("voice") or ""),
     )
 
 
@@ -1951,13 +1964,18 @@ def most_files(form: AppForm) -> int:
     return count_of(rules.get("number_limits")) or 1
 
 
-def _size_problem(form: AppForm, file: Attachment) -> str:
+def size_limit_mb(form: AppForm, file: Attachment) -> int:
+    """How many MB a file of this kind may have; 0 if the app does not say."""
     kind = file_kind(file.name, file.media_type)
     name = "file" if kind in ("document", "custom") else f"{kind}_file"
-    limit_mb = count_of(form.limits.get(f"{name}_size_limit"))
-    if not limit_mb or len(file.data) <= limit_mb << 20:
+    return count_of(form.limits.get(f"{name}_size_limit"))
+
+
+def _size_problem(form: AppForm, file: Attachment) -> str:
+    limit_mb, size = size_limit_mb(form, file), file.size or len(file.data)
+    if not limit_mb or size <= limit_mb << 20:
         return ""
-    return f"it has {len(file.data) / (1 << 20):.1f} MB, the app takes {limit_mb} MB"
+    return f"it has {size / (1 << 20):.1f} MB, the app takes {limit_mb} MB"
 
 
 def _kind_problem(rules: Mapping[str, Any], file: Attachment) -> str:
@@ -1972,7 +1990,7 @@ def _kind_problem(rules: Mapping[str, Any], file: Attachment) -> str:
     methods = methods or _texts(rules.get("transfer_methods"))
     if file.url and methods and "remote_url" not in methods:
         return "the app takes no URLs; send the file's data"
-    if file.data and methods and "local_file" not in methods:
+    if not file.url and methods and "local_file" not in methods:
         return "the app takes URLs only"
     return ""
 
@@ -2018,20 +2036,55 @@ def place_files(
 def encode_upload(file: Attachment, user: str) -> tuple[str, bytes]:
     """(content type, body) of an upload: multipart/form-data (RFC 7578)."""
     boundary = hashlib.sha256(file.data).hexdigest()[:32]
-    name = file.name.encode("utf-8", "replace")
-    head = (
-        b'--%b\r\nContent-Disposition: form-data; name="user"\r\n\r\n%b\r\n'
-        b'--%b\r\nContent-Disposition: form-data; name="file"; filename="%b"\r\n'
-        b"Content-Type: %b\r\n\r\n"
-    )
-    mark = boundary.encode()
-    media_type = (file.media_type or "application/octet-stream").encode(
-        "ascii", "replace"
-    )
-    user_bytes = user.encode("utf-8", "replace")
-    start = head % (mark, user_bytes, mark, name, media_type)
-    body = start + file.data + b"\r\n--%b--\r\n" % mark
+    start = _user_part(user, boundary) + upload_head(file, boundary)
+    body = start + file.data + b"\r\n--%b--\r\n" % boundary.encode()
     return f"multipart/form-data; boundary={boundary}", body
+
+
+def upload_head(file: Attachment, boundary: str) -> bytes:
+    """What comes before a file's data in an upload's body."""
+    media_type = file.media_type
+    if not re.fullmatch(r"[\w.+-]+/[\w.+-]+", media_type, re.ASCII):
+        media_type = "application/octet-stream"
+    head = (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="file"; '
+        f'filename="{file.name}"\r\nContent-Type: {media_type}\r\n\r\n'
+    )
+    return head.encode("utf-8", "replace")
+
+
+def upload_end(user: str, boundary: str) -> bytes:
+    """What comes after it, to the body's end."""
+    return b"\r\n%b--%b--\r\n" % (_user_part(user, boundary), boundary.encode())
+
+
+def _user_part(user: str, boundary: str) -> bytes:
+    part = f'--{boundary}\r\nContent-Disposition: form-data; name="user"\r\n\r\n{user}'
+    return part.encode("utf-8", "replace") + b"\r\n"
+
+
+# The subtypes that all releases take, and what they call others. Dify looks at nothing
+# else, and names whatever it is "temp.mp3" to the model.
+_SOUNDS = {
+    **dict.fromkeys(("wav", "x-wav", "wave", "vnd.wave"), "wav"),
+    **dict.fromkeys(("m4a", "mp4", "x-m4a"), "m4a"),
+    "amr": "amr",
+}
+_SOUND_EXTENSIONS = (
+    *("aac", "amr", "flac", "m4a", "mp3", "mp4", "mpeg", "mpga", "oga", "ogg", "opus"),
+    *("wav", "webm"),
+)
+
+
+def audio_type(file: Attachment) -> str:
+    """The media type under which Dify takes a recording; another file's own."""
+    family, _, subtype = file.media_type.partition("/")
+    extension = file.name.rpartition(".")[2].lower()
+    if family not in ("audio", "video"):
+        if extension not in _SOUND_EXTENSIONS:
+            return file.media_type
+        subtype = extension
+    return f"audio/{_SOUNDS.get(subtype, 'mp3')}"
 
 
 def file_kind(name: str, media_type: str) -> str:
@@ -2857,7 +2910,138 @@ def _stored_parts(
 
 
 # ==============================================================================
-# 7. OpenAI
+# 7. Ids
+# ==============================================================================
+#
+# Ids that say where they belong, and that nobody else can make. Knows nothing of
+# OpenAI, Dify and settings.
+#
+# An id says itself where in Dify it belongs, so that no table is needed, and every
+# replica can read it, after every restart. Nobody else can read, change or make one:
+#
+#     tag    = HMAC-SHA256(key 1, bound, prefix, fields), its first 16 bytes
+#     stream = SHAKE-256(key 2, tag), as long as the fields
+#     id     = prefix + base64url(tag, fields XOR stream)
+#
+# That is SIV (RFC 5297) built from the standard library: the tag is the cipher's nonce,
+# so there is none to keep, and the same fields have the same id. What it does not hide:
+# that two ids are equal, and how long the fields are. The tag is 128 bits: a forger
+# has one chance in 2^128 a try, and streams begin to repeat after some 2^64 ids. An id
+# never expires; it is void once the key changes. UUIDs take 16 bytes: with a user's
+# name of 200 bytes an id has some 350 characters.
+
+MAX_ID_CHARS = 2000  # a user's name takes up to 1100; more is not worth the work
+_TAG_BYTES = 16
+_UUID_PARTS = re.compile("(.{8})(.{4})(.{4})(.{4})(.{12})")
+_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+def derive_key(*material: str) -> bytes:
+    """The key of ids, from a secret of the configuration: the app's key.
+
+    So an id is good for its app only, and other apps come and go without harm.
+    """
+    return hmac.new(b"OpenDify ids 1", _pack(material), hashlib.sha256).digest()
+
+
+class IdSealer:
+    """Makes and opens ids.
+
+    Args:
+        key: see `derive_key`.
+        bound: what else an id is bound to, such as the client's key.
+    """
+
+    def __init__(self, key: bytes, bound: str = "") -> None:
+        self._mac_key = hashlib.sha256(b"mac" + key).digest()
+        self._stream_key = hashlib.sha256(b"stream" + key).digest()
+        self._bound = bound
+
+    def seal(self, prefix: str, fields: Sequence[str], nonce: str = "") -> str:
+        """An id of these fields; a nonce makes another one of the same fields."""
+        plain = _pack([nonce, *fields])
+        tag = self._tag(prefix, plain)
+        data = tag + self._cipher(tag, plain)
+        return prefix + base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+    def open(self, id_: str, prefix: str) -> tuple[str, ...] | None:
+        """The fields of an id; None if this sealer did not make it as this kind."""
+        text = id_[len(prefix) : MAX_ID_CHARS]
+        try:
+            data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+        except ValueError:
+            return None
+        tag, sealed = data[:_TAG_BYTES], data[_TAG_BYTES:]
+        plain = self._cipher(tag, sealed)
+        is_ours = hmac.compare_digest(tag, self._tag(prefix, plain))
+        # Base64 has several spellings for the same bytes; an id has one.
+        encoded = base64.urlsafe_b64encode(data).decode().rstrip("=")
+        return _unpack(plain)[1:] if is_ours and prefix + encoded == id_ else None
+
+    def _tag(self, prefix: str, plain: bytes) -> bytes:
+        data = _pack([self._bound, prefix, str(len(plain))]) + plain
+        return hmac.new(self._mac_key, data, hashlib.sha256).digest()[:_TAG_BYTES]
+
+    def _cipher(self, tag: bytes, data: bytes) -> bytes:
+        stream = hashlib.shake_256(self._stream_key + tag).digest(len(data))
+        return bytes(a ^ b for a, b in zip(data, stream))
+
+
+def _pack(fields: Iterable[str]) -> bytes:
+    """Texts as bytes, in one way only: b"u" and a UUID's 16 bytes, or b"4:text"."""
+    packed = []
+    for text in fields:
+        data = text.encode("utf-8", "surrogatepass")
+        if _UUID.fullmatch(text):
+            packed.append(b"u" + bytes.fromhex(text.replace("-", "")))
+        else:
+            packed.append(b"%d:%b" % (len(data), data))
+    return b"".join(packed)
+
+
+def _unpack(data: bytes) -> tuple[str, ...]:
+    fields = []
+    while data:
+        if data[:1] == b"u":
+            fields.append("-".join(_UUID_PARTS.findall(data[1:17].hex())[0]))
+            data = data[17:]
+        else:
+            size, _, data = data.partition(b":")
+            fields.append(data[: int(size)].decode("utf-8", "surrogatepass"))
+            data = data[int(size) :]
+    return tuple(fields)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in Dify an id belongs: a stored answer, or one item of it.
+
+    `item` is the item's number in the output; "in" for the question.
+    """
+
+    user: str
+    conversation_id: str
+    message_id: str
+    item: str = ""
+
+
+def open_place(sealer: IdSealer, id_: str, *, user: str = "") -> Place | None:
+    """What an id stands for; None if it is not ours, not stored, or another user's.
+
+    Args:
+        sealer: of the app, and the client's key.
+        id_: of a response (`resp_…`) or an item.
+        user: who asks; "" where a request can't say it (`GET /responses/{id}`).
+    """
+    prefix, sign, _ = id_.partition("_")
+    fields = sealer.open(id_, prefix + sign)
+    if not fields or (user and user != fields[0]):
+        return None
+    return Place(*fields)
+
+
+# ==============================================================================
+# 8. OpenAI
 # ==============================================================================
 #
 # OpenAI's dialect, both ways: requests to an Ask, answer parts to chunks and whole
@@ -3197,6 +3381,8 @@ def parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...]
 
 
 def _parse_image(part: Mapping[str, Any], where: str) -> Attachment:
+    if stored := _stored(part, part.get("image_url")):
+        return stored
     image = part.get("image_url")
     url = image.get("url") if isinstance(image, dict) else image
     if not isinstance(url, str) or not url:
@@ -3221,6 +3407,8 @@ def _parse_audio(part: Mapping[str, Any], where: str) -> Attachment:
 
 
 def _parse_file(part: Mapping[str, Any], where: str) -> Attachment:
+    if stored := _stored(part, part.get("file")):
+        return stored
     file = part.get("file", part)
     file = file if isinstance(file, dict) else {}
     name = str(file.get("filename") or "")
@@ -3311,6 +3499,211 @@ def _plain_name(name: str, media_type: str) -> str:
         subtype = re.sub(r"\W.*", "", media_type.partition("/")[2])
         name += "." + _EXTENSION_BY_MEDIA_TYPE.get(media_type, subtype or "bin")
     return name or "file"
+
+
+# Audio...
+
+MAX_SPEECH_CHARS = 4096
+# OpenAI's own; they mean nothing to the model of another provider.
+_VOICES = (
+    *("alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova"),
+    *("onyx", "sage", "shimmer", "verse"),
+)
+_TRANSCRIPTS = ("json", "text", "srt", "verbose_json", "vtt")
+_CHARS_PER_S = 15.0  # of speech, where nothing tells how long it takes
+
+
+class SpeechRequest(NamedTuple):
+    """What is to be said aloud; `voice` is "" for the app's own."""
+
+    model: str
+    text: str
+    voice: str
+    user: str
+    is_sse: bool
+
+
+def parse_speech_request(body: Mapping[str, Any]) -> SpeechRequest:
+    """The body of `POST /audio/speech`; the format is the app's choice."""
+    for name in ("model", "input"):
+        if body.get(name) in (None, ""):
+            raise missing_parameter(name)
+        if not isinstance(body[name], str):
+            raise bad_type(name, "a string")
+    if len(body["input"]) > MAX_SPEECH_CHARS:
+        raise bad_value("input", f"it is over {MAX_SPEECH_CHARS} characters.")
+    voice = body.get("voice")
+    voice = voice.get("id") if isinstance(voice, dict) else voice
+    voice = "" if voice in (None, "default") else voice
+    if not isinstance(voice, str):
+        raise bad_type("voice", "a string, or an object with an `id`")
+    is_sse = body.get("stream_format") == "sse"
+    return SpeechRequest(body["model"], body["input"], voice, parse_user(body), is_sse)
+
+
+def voice_for(asked: str, own: str) -> str:
+    """The voice to ask the app for: OpenAI's names do where its own is one of them."""
+    return own if own and own not in _VOICES and asked in _VOICES else asked
+
+
+def encode_speech(audio: bytes) -> bytes:
+    """Some audio as an event of speech that is streamed as SSE; b"" ends it."""
+    if audio:
+        text = base64.b64encode(audio).decode()
+        return encode_event(json_bytes({"type": "speech.audio.delta", "audio": text}))
+    usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+    return encode_event(json_bytes({"type": "speech.audio.done", "usage": usage}))
+
+
+def encode_failure(error: ProxyError) -> bytes:
+    """The end of speech that can't be finished, streamed as SSE."""
+    return encode_event(json_bytes(error_body(error))) + encode_event(b"[DONE]")
+
+
+def transcript_format(fields: Mapping[str, str]) -> str:
+    """How a form wants its transcript: its `response_format`, or "stream"."""
+    wanted = fields.get("response_format") or "json"
+    if wanted not in _TRANSCRIPTS:
+        formats = ", ".join(_TRANSCRIPTS)
+        raise bad_value("response_format", f"a transcript can be {formats}.")
+    return "stream" if fields.get("stream", "").lower() in ("true", "1") else wanted
+
+
+def transcript(
+    text: str, wanted: str, task: str, language: str, seconds: float
+) -> tuple[str, bytes]:
+    """(media type, body) of a transcript.
+
+    Dify tells no times: it is one segment, and one cue. `seconds` are 0 where they are
+    not known; then a cue lasts as long as its words take to say.
+    """
+    if wanted == "stream":
+        delta = {"type": "transcript.text.delta", "delta": text}
+        done = {"type": "transcript.text.done", "text": text}
+        events = encode_event(json_bytes(delta)) + encode_event(json_bytes(done))
+        return "text/event-stream; charset=utf-8", events
+    if wanted == "text":
+        return "text/plain; charset=utf-8", f"{text}\n".encode()
+    if wanted in ("srt", "vtt"):
+        head, kind = ("1\n", "plain") if wanted == "srt" else ("WEBVTT\n\n", "vtt")
+        end = _cue_time(seconds or max(1.0, len(text) / _CHARS_PER_S))
+        cue = f"{_cue_time(0)} --> {end}".replace(".", "," if wanted == "srt" else ".")
+        lines = re.sub(r"\n\s*\n", "\n", text.strip())  # a blank line would end it
+        return f"text/{kind}; charset=utf-8", f"{head}{cue}\n{lines}\n\n".encode()
+    value: dict[str, Any] = {"text": text}
+    if wanted == "verbose_json":
+        about = {"task": task, "language": language or "unknown", "duration": seconds}
+        value = {**about, **value, "segments": _segments(text, seconds)}
+    if seconds:
+        value["usage"] = {"type": "duration", "seconds": seconds}
+    return "application/json", json_bytes(value)
+
+
+def wav_seconds(start: bytes, size: int) -> float:
+    """How long a WAV file of `size` bytes plays, by its head; 0 for any other file."""
+    if not re.match(rb"RIFF....WAVEfmt ", start, re.DOTALL) or len(start) < 32:
+        return 0.0
+    bytes_per_s = int.from_bytes(start[28:32], "little")
+    return round((size - 44) / bytes_per_s, 3) if bytes_per_s and size > 44 else 0.0
+
+
+def _segments(text: str, seconds: float) -> list[dict[str, Any]]:
+    unknown = ("temperature", "avg_logprob", "compression_ratio", "no_speech_prob")
+    place = {"id": 0, "seek": 0, "start": 0.0, "end": seconds, "text": text}
+    return [{**place, "tokens": [], **dict.fromkeys(unknown, 0.0)}] if text else []
+
+
+def _cue_time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds * 1000), 60_000)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:02}:{minutes:02}:{rest / 1000:06.3f}"
+
+
+# Files...
+
+_PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data")
+
+
+class StoredFile(NamedTuple):
+    """What a file's id says of it (`file-…`): nothing else is kept here."""
+
+    upload_id: str
+    user: str
+    name: str
+    media_type: str
+    size: str
+    created: str
+    purpose: str
+
+    @property
+    def attachment(self) -> Attachment:
+        """The file as part of a message."""
+        file, size = Attachment(self.name, self.media_type), int(self.size)
+        return replace(file, upload_id=self.upload_id, size=size)
+
+
+def file_object(file: StoredFile, sealer: IdSealer) -> dict[str, Any]:
+    """A file as OpenAI shows it."""
+    return {
+        "id": sealer.seal("file-", file),
+        "object": "file",
+        "bytes": int(file.size),
+        "created_at": int(file.created),
+        "filename": file.name,
+        "purpose": file.purpose if file.purpose in _PURPOSES else "user_data",
+        "status": "processed",
+    }
+
+
+def open_file(id_: str, sealer: IdSealer) -> StoredFile | None:
+    """What an id says; None if this sealer did not make it."""
+    fields = sealer.open(id_, "file-")
+    return StoredFile(*fields) if fields else None
+
+
+def file_not_found(name: str, reason: str) -> BadRequest:
+    """The error for a file, or its content, that can't be had."""
+    error = BadRequest(f"No such File object: {name:.80}. {reason}", param="id")
+    error.status = 404
+    return error
+
+
+def missing_file() -> BadRequest:
+    """The error for a form without its file."""
+    return missing_parameter("file")
+
+
+def form_file(filename: str | None, media_type: str) -> Attachment:
+    """The file of a form, under a name and a media type that Dify takes."""
+    name, kind = filename or "file", media_type.partition(";")[0].strip().lower()
+    is_told = re.fullmatch(r"[\w.+-]+/[\w.+-]+", kind, re.ASCII)
+    if not is_told or kind == "application/octet-stream":
+        extension = name.rpartition(".")[2].lower() if "." in name else ""
+        kind = _guess_media_type(extension, b"")
+    return Attachment(_plain_name(name, kind), kind)
+
+
+def parse_audio_request(body: Mapping[str, Any]) -> tuple[dict[str, str], Attachment]:
+    """(fields, file) of a transcription that comes as JSON: Open WebUI's other way.
+
+    {"model": "m", "input_audio": {"data": "<base64>", "format": "mp3"}}
+    """
+    fields = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in body.items()
+        if value is not None and name != "input_audio"
+    }
+    return fields, _parse_audio(body, "input_audio")
+
+
+def _stored(*holders: Any) -> Attachment | None:
+    """A file that is named by its id, or by its id in the place of a URL."""
+    for holder in holders:
+        named = holder if isinstance(holder, dict) else {"url": holder}
+        id_ = named.get("file_id") or named.get("url")
+        if isinstance(id_, str) and id_.startswith("file-"):
+            return Attachment("file", file_id=id_)
+    return None
 
 
 # Answers...
@@ -3757,141 +4150,10 @@ def url_of(resource: Mapping[str, Any]) -> str:
 
 
 # ==============================================================================
-# 8. Ids
-# ==============================================================================
-#
-# Ids that say where they belong, and that nobody else can make. Knows nothing of
-# OpenAI, Dify and settings.
-#
-# An id says itself where in Dify it belongs, so that no table is needed, and every
-# replica can read it, after every restart. Nobody else can read, change or make one:
-#
-#     tag    = HMAC-SHA256(key 1, bound, prefix, fields), its first 16 bytes
-#     stream = SHAKE-256(key 2, tag), as long as the fields
-#     id     = prefix + base64url(tag, fields XOR stream)
-#
-# That is SIV (RFC 5297) built from the standard library: the tag is the cipher's nonce,
-# so there is none to keep, and the same fields have the same id. What it does not hide:
-# that two ids are equal, and how long the fields are. The tag is 128 bits: a forger
-# has one chance in 2^128 a try, and streams begin to repeat after some 2^64 ids. An id
-# never expires; it is void once the key changes. UUIDs take 16 bytes: with a user's
-# name of 200 bytes an id has some 350 characters.
-
-MAX_ID_CHARS = 2000  # a user's name takes up to 1100; more is not worth the work
-_TAG_BYTES = 16
-_UUID_PARTS = re.compile("(.{8})(.{4})(.{4})(.{4})(.{12})")
-_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-
-
-def derive_key(*material: str) -> bytes:
-    """The key of ids, from a secret of the configuration: the app's key.
-
-    So an id is good for its app only, and other apps come and go without harm.
-    """
-    return hmac.new(b"OpenDify ids 1", _pack(material), hashlib.sha256).digest()
-
-
-class IdSealer:
-    """Makes and opens ids.
-
-    Args:
-        key: see `derive_key`.
-        bound: what else an id is bound to, such as the client's key.
-    """
-
-    def __init__(self, key: bytes, bound: str = "") -> None:
-        self._mac_key = hashlib.sha256(b"mac" + key).digest()
-        self._stream_key = hashlib.sha256(b"stream" + key).digest()
-        self._bound = bound
-
-    def seal(self, prefix: str, fields: Sequence[str], nonce: str = "") -> str:
-        """An id of these fields; a nonce makes another one of the same fields."""
-        plain = _pack([nonce, *fields])
-        tag = self._tag(prefix, plain)
-        data = tag + self._cipher(tag, plain)
-        return prefix + base64.urlsafe_b64encode(data).decode().rstrip("=")
-
-    def open(self, id_: str, prefix: str) -> tuple[str, ...] | None:
-        """The fields of an id; None if this sealer did not make it as this kind."""
-        text = id_[len(prefix) : MAX_ID_CHARS]
-        try:
-            data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
-        except ValueError:
-            return None
-        tag, sealed = data[:_TAG_BYTES], data[_TAG_BYTES:]
-        plain = self._cipher(tag, sealed)
-        is_ours = hmac.compare_digest(tag, self._tag(prefix, plain))
-        # Base64 has several spellings for the same bytes; an id has one.
-        encoded = base64.urlsafe_b64encode(data).decode().rstrip("=")
-        return _unpack(plain)[1:] if is_ours and prefix + encoded == id_ else None
-
-    def _tag(self, prefix: str, plain: bytes) -> bytes:
-        data = _pack([self._bound, prefix, str(len(plain))]) + plain
-        return hmac.new(self._mac_key, data, hashlib.sha256).digest()[:_TAG_BYTES]
-
-    def _cipher(self, tag: bytes, data: bytes) -> bytes:
-        stream = hashlib.shake_256(self._stream_key + tag).digest(len(data))
-        return bytes(a ^ b for a, b in zip(data, stream))
-
-
-def _pack(fields: Iterable[str]) -> bytes:
-    """Texts as bytes, in one way only: b"u" and a UUID's 16 bytes, or b"4:text"."""
-    packed = []
-    for text in fields:
-        data = text.encode("utf-8", "surrogatepass")
-        if _UUID.fullmatch(text):
-            packed.append(b"u" + bytes.fromhex(text.replace("-", "")))
-        else:
-            packed.append(b"%d:%b" % (len(data), data))
-    return b"".join(packed)
-
-
-def _unpack(data: bytes) -> tuple[str, ...]:
-    fields = []
-    while data:
-        if data[:1] == b"u":
-            fields.append("-".join(_UUID_PARTS.findall(data[1:17].hex())[0]))
-            data = data[17:]
-        else:
-            size, _, data = data.partition(b":")
-            fields.append(data[: int(size)].decode("utf-8", "surrogatepass"))
-            data = data[int(size) :]
-    return tuple(fields)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where in Dify an id belongs: a stored answer, or one item of it.
-
-    `item` is the item's number in the output; "in" for the question.
-    """
-
-    user: str
-    conversation_id: str
-    message_id: str
-    item: str = ""
-
-
-def open_place(sealer: IdSealer, id_: str, *, user: str = "") -> Place | None:
-    """What an id stands for; None if it is not ours, not stored, or another user's.
-
-    Args:
-        sealer: of the app, and the client's key.
-        id_: of a response (`resp_…`) or an item.
-        user: who asks; "" where a request can't say it (`GET /responses/{id}`).
-    """
-    prefix, sign, _ = id_.partition("_")
-    fields = sealer.open(id_, prefix + sign)
-    if not fields or (user and user != fields[0]):
-        return None
-    return Place(*fields)
-
-
-# ==============================================================================
 # 9. Responses
 # ==============================================================================
 #
-# OpenAI's newer dialect, both ways, with the words of room 7: requests to an Ask,
+# OpenAI's newer dialect, both ways, with the words of room 8: requests to an Ask,
 # answer parts to events and whole objects. Keeps nothing: its ids say where in Dify an
 # answer is.
 
@@ -4675,7 +4937,10 @@ def message_digest(scope: bytes, message: Message) -> bytes:
         message.role,
         message.name if message.role != "assistant" else "",
         [[call.name, _canonical(call.arguments)] for call in message.tool_calls],
-        [file.url or _hash(scope, file.data, 16).hex() for file in message.attachments],
+        [
+            file.url or file.upload_id or _hash(scope, file.data, 16).hex()
+            for file in message.attachments
+        ],
     ]
     content = f"{json.dumps(about)}\0{_plain_text(message)}"
     return _hash(scope, content.encode(), _DIGEST_BYTES)
@@ -5427,6 +5692,138 @@ class BodyDecoder:
             self._trailer_bytes += len(line) + 2
 
 
+# A form's parts in number, and the head of one: browsers send some 200 bytes.
+MAX_FORM_PARTS, MAX_PART_HEAD_BYTES = 256, 8 * 1024
+_BOUNDARY = re.compile(
+    r';\s*boundary=(?:"([^"]{1,200})"|([^\s";]{1,200}))', re.IGNORECASE
+)
+_AFTER_BOUNDARY = re.compile(rb"(--)|[ \t]{0,64}\r\n")
+_AFTER_BEGUN = re.compile(rb"-?\Z|[ \t]{0,64}\r?\Z")
+_PARAMETER = re.compile(
+    r'\s*;\s*([\w*-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]+))', re.DOTALL
+)
+_DISPOSITION = re.compile(
+    rf"form-data((?:{_PARAMETER.pattern})*)\s*;?\Z", re.DOTALL | re.IGNORECASE
+)
+
+
+class FormPart(NamedTuple):
+    """The head of a form's part; `filename` is None for a plain field."""
+
+    name: str
+    filename: str | None = None
+    media_type: str = ""
+
+
+class FormDecoder:
+    """Takes a form apart, however its bytes are cut: multipart/form-data, RFC 7578.
+
+    What is read of a part's data is given out at once: no more is kept than the
+    beginning of a boundary, or of a part's head. Both methods raise BadRequest.
+
+    Args:
+        content_type: the request's, with the boundary.
+    """
+
+    def __init__(self, content_type: str) -> None:
+        found = _BOUNDARY.search(content_type)
+        if not found:
+            raise BadRequest("The Content-Type of the form names no boundary.")
+        self.is_complete = False  # the last boundary has come
+        self._delimiter = b"\r\n--" + (found[1] or found[2]).encode("latin-1")
+        # The line end before a boundary belongs to it, so data is read with the line
+        # end before it, which is skipped; the whole body is taken as if it had one.
+        self._buffer, self._skip = b"\r\n", 2
+        self._in_data = True
+        self._parts = 0  # 0: what is read comes before the first
+
+    def feed(self, data: bytes) -> list[FormPart | bytes]:
+        """What these bytes bring: heads of parts, each before its data, in pieces."""
+        events: list[FormPart | bytes] = []
+        if not self.is_complete:
+            self._buffer += data
+            while self._read_data(events) if self._in_data else self._read_head(events):
+                pass
+        return events
+
+    def feed_eof(self) -> None:
+        """The body is at its end."""
+        if not self.is_complete:
+            raise BadRequest("The form breaks off before its last boundary.")
+
+    def _read_data(self, events: list[FormPart | bytes]) -> bool:
+        """Data up to the next boundary; whether a part follows."""
+        data, size = self._buffer, len(self._delimiter)
+        end = found = data.find(self._delimiter)
+        if found < 0:
+            start = data.rfind(b"\r", max(0, len(data) - size + 1))
+            is_begun = start >= 0 and self._delimiter.startswith(data[start:])
+            end = start if is_begun else len(data)
+        if self._parts and end > self._skip:
+            events.append(data[self._skip : end])
+        self._buffer, self._skip = data[end:], max(0, self._skip - end)
+        return found >= 0 and self._read_boundary(size)
+
+    def _read_boundary(self, size: int) -> bool:
+        after = _AFTER_BOUNDARY.match(self._buffer, size)
+        if after and after[1]:
+            self.is_complete, self._buffer = True, b""
+        elif after:
+            self._in_data, self._buffer = False, self._buffer[after.end() - 2 :]
+            return True
+        elif not _AFTER_BEGUN.match(self._buffer, size):
+            raise BadRequest("A boundary of the form is malformed.")
+        return False
+
+    def _read_head(self, events: list[FormPart | bytes]) -> bool:
+        end = self._buffer.find(b"\r\n\r\n")
+        if max(end, len(self._buffer) if end < 0 else 0) > MAX_PART_HEAD_BYTES:
+            raise BadRequest("The head of a part of the form is too long.")
+        if end < 0:
+            return False
+        self._parts += 1
+        if self._parts > MAX_FORM_PARTS:
+            raise BadRequest(f"The form has more than {MAX_FORM_PARTS} parts.")
+        events.append(_parse_part_head(self._buffer[2:end]))
+        self._in_data, self._buffer, self._skip = True, self._buffer[end + 2 :], 2
+        return True
+
+
+def _parse_part_head(head: bytes) -> FormPart:
+    """The names of a part: raw UTF-8 (browsers, curl), or encoded (RFC 5987)."""
+    fields = {}
+    for line in head.decode("utf-8", "replace").split("\r\n") if head else ():
+        name, colon, value = line.partition(":")
+        if not re.fullmatch(r"[\w-]+:", name + colon) or re.search(r"[\r\n\0]", value):
+            raise BadRequest("The head of a part of the form is malformed.")
+        fields[name.lower()] = value.strip()
+    disposition = _DISPOSITION.match(fields.get("content-disposition", ""))
+    names = {
+        match[1].lower(): _parameter(match[1], match[2], match[3] or "")
+        for match in _PARAMETER.finditer(disposition[1] if disposition else "")
+    }
+    part_name = names.get("name*", names.get("name"))
+    if part_name is None:
+        raise BadRequest("A part of the form has no name.")
+    coding = fields.get("content-transfer-encoding", "binary").lower()
+    if coding not in ("binary", "8bit", "7bit"):  # RFC 7578, section 4.7
+        raise BadRequest(f"Content-Transfer-Encoding {coding!r} is not read in forms.")
+    filename = names.get("filename*", names.get("filename"))
+    return FormPart(part_name, filename, fields.get("content-type", ""))
+
+
+def _parameter(name: str, quoted: str | None, token: str) -> str:
+    """A parameter's value; for a quote, browsers write `%22`, curl a backslash too."""
+    if name.endswith("*"):
+        charset, _, rest = (token or quoted or "").partition("'")
+        encoding = "latin-1" if charset.lower() == "iso-8859-1" else "utf-8"
+        return urllib.parse.unquote(rest.partition("'")[2], encoding)
+    text = token if quoted is None else re.sub(r'\\(["\\])', r"\1", quoted)
+    return re.sub(
+        r"%(?:22|0[AaDd])", lambda match: urllib.parse.unquote(match[0]), text
+    )
+
+
 class Wire:
     """One connection: reads heads and bodies, writes bytes, keeps deadlines.
 
@@ -5890,6 +6287,7 @@ FORM_FRESH_S = 300.0  # what an app said of itself is asked again after this tim
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Connect = Callable[..., Awaitable[Streams]]
+Read = Callable[[], Awaitable[bytes]]  # more of a body, b"" at its end
 
 
 class Origin(NamedTuple):
@@ -6011,7 +6409,7 @@ class UpstreamResponse:
             body_decoder(self.headers, until_end=True) if has_body else BodyDecoder(0)
         )
         close = "close" in self.headers.get("connection", "").lower()
-        self._can_reuse = head.http_version == b"1.1" and not close
+        self.can_reuse = head.http_version == b"1.1" and not close
         self._is_released = False
 
     @property
@@ -6070,7 +6468,7 @@ class UpstreamResponse:
         if self._is_released:
             return
         self._is_released = True
-        if self._can_reuse and not self._wire.is_stale:
+        if self.can_reuse and not self._wire.is_stale:
             self._pool.give_back(self._origin, self._wire)
         else:
             self._wire.abort()
@@ -6122,6 +6520,46 @@ class Pool:
             raise UpstreamFailed(
                 "Dify closed the connection without an answer."
             ) from error
+
+    async def send(
+        self, origin: Origin, head: bytes, read: Read, timeout_s: float
+    ) -> UpstreamResponse:
+        """Send a request whose body comes piece by piece; read its response's head.
+
+        What was sent can't be had again, so no kept connection is used, which may be
+        dead, and nothing is repeated. An answer that comes early ends the sending, and
+        the connection with it.
+
+        Args:
+            origin: where to.
+            head: the request's; it says that the body is chunked.
+            read: gives more of the body, b"" at its end. What it raises is not Dify's
+                fault, and passes.
+            timeout_s: for the answer, when all is sent.
+        """
+        wire, is_sent = await self._open(origin), False
+        wire.write(head)
+        answering = asyncio.ensure_future(self._exchange(origin, wire, b"", timeout_s))
+        answering.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            while not is_sent and not answering.done():
+                data = await read()
+                wire.write(b"%x\r\n%b\r\n" % (len(data), data))  # the last is empty
+                is_sent = not data
+                with contextlib.suppress(ConnectionBroken):  # `answering` knows why
+                    await wire.drain()
+                wire.allow(timeout_s, _no_answer)
+            response = await answering
+            response.can_reuse = response.can_reuse and is_sent
+            return response
+        except _NoAnswer as error:
+            raise UpstreamFailed(
+                "Dify closed the connection without an answer."
+            ) from error
+        except BaseException:
+            answering.cancel()
+            wire.abort()
+            raise
 
     def give_back(self, origin: Origin, wire: Wire) -> None:
         """Keep a connection whose last response was read to its end."""
@@ -6250,7 +6688,7 @@ class Pool:
         """Write a request, read the head of its response; _NoAnswer if none comes."""
         try:
             with _as_proxy_errors(origin):
-                wire.allow(timeout_s, lambda: UpstreamTimeout("Dify does not answer."))
+                wire.allow(timeout_s, _no_answer)
                 wire.write(request)
                 answer = await _read_response_head(wire)
                 return UpstreamResponse(self, origin, wire, answer)
@@ -6289,6 +6727,10 @@ async def _open_tunnel(proxy: Proxy, origin: Origin) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _no_answer() -> ProxyError:
+    return UpstreamTimeout("Dify does not answer.")
 
 
 class _NoAnswer(Exception):
@@ -6581,6 +7023,69 @@ class Dify:
             error.message = f"The upload of {file.name!r} failed: {error.message}"
             raise
 
+    async def send_file(
+        self,
+        app: AppSettings,
+        path: str,
+        file: Attachment,
+        read: Read,
+        user: Callable[[], str],
+    ) -> dict[str, Any]:
+        """Send a file as it comes; returns Dify's answer. Its errors name the file.
+
+        Args:
+            app: whose key is used.
+            path: where to.
+            file: its name and media type.
+            read: gives its next bytes, b"" at its end.
+            user: gives the end user; asked when the file is through.
+        """
+        boundary = secrets.token_hex(16)
+        head, is_through = [upload_head(file, boundary)], False
+
+        async def read_form() -> bytes:
+            nonlocal is_through
+            if head or is_through:
+                return head.pop() if head else b""
+            data = await read()
+            is_through = not data
+            return data or upload_end(user(), boundary)
+
+        content_type = f"multipart/form-data; boundary={boundary}"
+        response = await self._request(
+            app, "POST", path, read_form, UPLOAD_TIMEOUT_S, content_type
+        )
+        content = await response.read_all(MAX_JSON_BYTES)
+        if response.status in (200, 201):
+            return parse_json(content)
+        error = self._error(response, content, app)
+        error.message = f"The file {file.name!r} was refused: {error.message}"
+        raise error
+
+    async def open_file(
+        self,
+        app: AppSettings,
+        path: str,
+        missing: ProxyError | None = None,
+        value: Any = None,
+    ) -> UpstreamResponse:
+        """A file that a call gives, not read yet; raises `missing` if there is none."""
+        body = b"" if value is None else json_bytes(value)
+        timeout_s = self._pool.settings.dify_first_event_timeout
+        method = "POST" if body else "GET"
+        response = await self._request(app, method, path, body, timeout_s)
+        if response.status == 200:
+            return response
+        content = await response.read_all(MAX_ERROR_BYTES)
+        if missing and response.status in (403, 404):
+            raise missing
+        raise self._error(response, content, app)
+
+    async def read_file(self, response: UpstreamResponse) -> bytes:
+        """The next bytes of a file; b"" at its end."""
+        response.allow(self._pool.settings.dify_idle_timeout, _too_silent)
+        return await response.read()
+
     async def stored_answer(
         self, app: AppSettings, answer: AnswerReader, user: str
     ) -> str:
@@ -6676,7 +7181,7 @@ class Dify:
         app: AppSettings,
         method: str,
         path: str,
-        body: bytes,
+        body: bytes | Read,
         timeout_s: float,
         content_type: str = "application/json",
     ) -> UpstreamResponse:
@@ -6684,7 +7189,8 @@ class Dify:
         target = urllib.parse.urlsplit(app.base).path.rstrip("/") + path
         content = (body, content_type)
         response = await self._send(app, method, target, content, timeout_s)
-        if moved := await self._redirected(response, app, path):
+        is_whole = isinstance(body, bytes)  # else it is gone
+        if is_whole and (moved := await self._redirected(response, app, path)):
             response = await self._send(app, method, moved, content, timeout_s)
         return response
 
@@ -6693,7 +7199,7 @@ class Dify:
         app: AppSettings,
         method: str,
         target: str,
-        content: tuple[bytes, str],
+        content: tuple[bytes | Read, str],
         timeout_s: float,
     ) -> UpstreamResponse:
         origin, (body, content_type) = origin_of(app.base), content
@@ -6706,14 +7212,20 @@ class Dify:
         ]
         if body:
             fields.append(("Content-Type", content_type))
-            fields.append(("Content-Length", str(len(body))))
+            if isinstance(body, bytes):
+                fields.append(("Content-Length", str(len(body))))
+            else:
+                fields.append(("Transfer-Encoding", "chunked"))
         proxy = proxy_for(origin, self._pool.settings)
         if proxy and origin.scheme == "http":  # RFC 9112, section 3.2.2
             target = f"http://{host}:{origin.port}{target}"
             if proxy.authorization:
                 fields.append(("Proxy-Authorization", proxy.authorization))
         head = encode_head(f"{method} {target} HTTP/1.1", fields)
-        response = await self._pool.request(origin, head + body, timeout_s)
+        if isinstance(body, bytes):
+            response = await self._pool.request(origin, head + body, timeout_s)
+        else:
+            response = await self._pool.send(origin, head, body, timeout_s)
         if response.status < 300:
             self._answered_at = asyncio.get_running_loop().time()
         return response
@@ -6775,6 +7287,16 @@ KEEP_ALIVE_S = 15.0  # nginx closes after 60 s of silence, Node's fetch after 30
 MAX_REFERENCES = 500  # to stored items, in a request; its body has room for a million
 MAX_CONVERSATIONS_READ, MAX_PAGES = 10, 20  # of Dify, to understand them
 NAMES_TIMEOUT_S = 5.0  # Open WebUI gives the model list 10 s
+MAX_FIELDS_BYTES = 1024 * 1024  # of a form, beside its file
+MAX_HELD_BYTES = 512 * 1024  # of a file in memory, until it is known where it goes
+_BESIDE_FILE_BYTES = MAX_FIELDS_BYTES + MAX_FORM_PARTS * 2 * MAX_PART_HEAD_BYTES
+_START_BYTES = 64  # of a recording: the head of a WAV file
+_NO_FILE = (
+    "An id is good for the key of the client that uploaded the file, and as long as "
+    "the app's key in Dify stays the same."
+)
+_NO_CONTENT = "Dify (from 1.7.2 on) gives a file back once a message has used it."
+_NO_SOUND = "Dify made no sound of this text."
 _SSE_HEADERS = [
     ("Content-Type", "text/event-stream; charset=utf-8"),
     ("Cache-Control", "no-cache"),
@@ -6783,7 +7305,8 @@ _SSE_HEADERS = [
 _PREFIX = re.compile(r"(?:(?:v1|api|openai)(?:/|\Z))+")
 _DEPLOYMENT = re.compile(
     r"(?:deployments|engines)/(.+?)/((?:v1/)?(?:chat/)?completions"
-    r"|embeddings|images/\w+|models)\Z"
+    r"|embeddings|images/\w+|models"
+    r"|audio/\w+)\Z"
 )
 
 
@@ -6835,6 +7358,10 @@ def _label(value: object) -> str:
     return str(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
+async def _no_body() -> bytes:
+    return b""
+
+
 @dataclass(eq=False)
 class Exchange:
     """One request and its reply, and what the log will say of them.
@@ -6849,6 +7376,7 @@ class Exchange:
     request: Request = NO_REQUEST
     decoder: BodyDecoder | None = None  # of the request's body
     body: bytes = b""
+    read: Read = _no_body  # more of the body, where `body` is not read before
     started_at: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     fail: Callable[[ProxyError], bytes] | None = None
     waiting: set[asyncio.Task[Any]] = field(default_factory=set)
@@ -6866,6 +7394,158 @@ class Exchange:
         self.has_left = True
         for task in self.waiting:
             task.cancel()
+
+
+async def read_whole(exchange: Exchange) -> bytes:
+    """The request's body in one piece."""
+    pieces: list[bytes] = []
+    while data := await exchange.read():
+        pieces.append(data)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+@contextlib.contextmanager
+def _while_present(exchange: Exchange) -> Iterator[None]:
+    """What is done inside ends when the client leaves."""
+    task = cast("asyncio.Task[None]", asyncio.current_task())
+    exchange.waiting.add(task)
+    try:
+        yield
+    finally:
+        exchange.waiting.discard(task)
+
+
+class Form:
+    """A request that brings a file: its fields, and the file piece by piece.
+
+    `open` it, `read` until b"", `close` it. Fields may stand before and behind the
+    file: `fields`, `model` and `size` are final when it is read. It is multipart, or
+    the JSON that `parse_audio_request` reads.
+
+    Args:
+        exchange: the request; its body is not read yet.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.file: Attachment | None = None
+        self.start = b""  # of the file
+        self.size = 0  # of the file, as far as read
+        self._exchange = exchange
+        self._decoder: FormDecoder | None = None
+        self._events: deque[FormPart | bytes] = deque()
+        self._name = ""  # of the part that is being read
+        self._fields: dict[str, bytes] = {}
+        self._field_bytes = 0
+        self._store: IO[bytes] | None = None
+        self._is_held = False
+        self._most_mb = 0  # 0: any size
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The fields so far."""
+        rows = self._fields.items()
+        return {name: data.decode("utf-8", "replace") for name, data in rows}
+
+    @property
+    def model(self) -> str:
+        """The model that the form, the query or the path names, "" if none does yet."""
+        query = dict(urllib.parse.parse_qsl(self._exchange.request.query))
+        in_path = urllib.parse.unquote(self._exchange.name_in_path)
+        return self.fields.get("model") or query.get("model") or in_path
+
+    async def open(self) -> Attachment:
+        """Read on to the file; raises BadRequest if there is none."""
+        content_type = self._exchange.request.headers.get("content-type", "")
+        if content_type.lower().startswith("multipart/form-data"):
+            self._decoder = FormDecoder(content_type)
+            while not self.file and (event := await self._next()):
+                self._take(event)
+        elif "json" in content_type.lower():
+            self._open_json(await read_whole(self._exchange))
+        else:
+            error = BadRequest("A file must come as multipart/form-data.")
+            error.status = 415
+            raise error
+        if not self.file:
+            raise missing_file()
+        return self.file
+
+    def _open_json(self, body: bytes) -> None:
+        fields, self.file = parse_audio_request(parse_json_object(body))
+        for name, text in fields.items():
+            self._fields[name] = text.encode("utf-8", "replace")
+        self._store, self._is_held = io.BytesIO(self.file.data), True
+        self.size, self.start = len(self.file.data), self.file.data[:_START_BYTES]
+
+    async def read(self) -> bytes:
+        """More of the file; b"" when it and the fields behind it are read."""
+        if self._store and self._is_held:
+            return self._store.read(READ_BUFFER_BYTES)
+        while event := await self._next():
+            if isinstance(event, bytes) and self._name == "file":
+                self.size += len(event)
+                self._check_size(self.size)
+                self.start += event[: _START_BYTES - len(self.start)]
+                return event
+            self._take(event)
+        return b""
+
+    async def hold(self) -> None:
+        """Read all now, for the fields behind the file; a large one goes to disk."""
+        if not self._is_held:
+            store = tempfile.SpooledTemporaryFile(MAX_HELD_BYTES)  # noqa: SIM115 - `close`
+            self._store = cast("IO[bytes]", store)
+            while data := await self.read():
+                self._store.write(data)
+            self._store.seek(0)
+            self._is_held = True
+
+    def limit(self, most_mb: int) -> None:
+        """Refuse a file of more MB than that (0: any); at once, if its size is told."""
+        self._most_mb = most_mb
+        length = int(self._exchange.request.headers.get("content-length", 0))
+        self._check_size(max(self.size, length - _BESIDE_FILE_BYTES))
+
+    def close(self) -> None:
+        """Let go of what is held."""
+        if self._store:
+            self._store.close()
+
+    async def _next(self) -> FormPart | bytes:
+        """The next part's head, or more of its data; b"" at the end of the body."""
+        while self._decoder and not self._events:
+            data = await self._exchange.read()
+            if not data:
+                self._decoder.feed_eof()
+                return b""
+            self._events.extend(self._decoder.feed(data))
+        return self._events.popleft()
+
+    def _take(self, event: FormPart | bytes) -> None:
+        """Note a field, or begin the file."""
+        if isinstance(event, bytes):
+            self._field_bytes += len(event)
+            if self._field_bytes > MAX_FIELDS_BYTES:
+                raise BodyTooLarge(
+                    f"The fields of a form may have {MAX_FIELDS_BYTES >> 10} KiB."
+                )
+            self._fields[self._name] += event
+            return
+        self._name = event.name
+        if event.name != "file":
+            self._fields[event.name] = b""
+        elif self.file:
+            raise BadRequest("A form can bring one file at a time.", param="file")
+        else:
+            self.file = form_file(event.filename, event.media_type)
+
+    def _check_size(self, size: int) -> None:
+        if self.file and self._most_mb and size > self._most_mb << 20:
+            raise BodyTooLarge(
+                f"The file {self.file.name!r} is too large: the app takes "
+                f"{self._most_mb} MB.",
+                param="file",
+            )
 
 
 @functools.lru_cache(maxsize=64)
@@ -6889,6 +7569,8 @@ def find_endpoint(path: str) -> tuple[str, str]:
     if deployment:
         name, tail = deployment[1], deployment[2]
         tail = tail[_prefix_length(tail) :]
+    if file := re.match(r"files/([^/]+)(/content)?\Z", tail):
+        return f"files{file[2] or '/'}", file[1]
     if tail.startswith("models/"):
         return "models/", tail[len("models/") :]
     for endpoint in filter(None, ROUTES):  # ".../chat/completions/chat/completions"
@@ -7707,6 +8389,216 @@ class Handlers:
             is_on = asked == "on"
         return Pacer(self.settings.stream_max_lag) if is_on else None
 
+    # Audio...
+
+    async def transcribe(self, exchange: Exchange) -> None:
+        """`POST /audio/transcriptions`, and translations: Dify has one for both."""
+        form = Form(exchange)
+        with _while_present(exchange), contextlib.closing(form):
+            file = await form.open()
+            transcript_format(
+                form.fields
+            )  # before the upload, if it can be told by then
+            app = await self._app_for(exchange, form)
+            if not (await self._dify.form_of(app)).hears:
+                raise _switched_off("Speech to text", exchange.model)
+            file = replace(file, media_type=audio_type(file))
+            answer = await self._send_form(exchange, form, app, file)
+        task = "translate" if exchange.route.endswith("translations") else "transcribe"
+        kind, body = transcript(
+            str(answer.get("text") or ""),
+            transcript_format(form.fields),
+            task,
+            form.fields.get("language", ""),
+            wav_seconds(form.start, form.size),
+        )
+        exchange.reply.send(Response(200, body, [("Content-Type", kind)]))
+
+    async def speak(self, exchange: Exchange) -> None:
+        """`POST /audio/speech`: audio as it comes, in the format that the app makes."""
+        body = parse_json_object(exchange.body)
+        if exchange.name_in_path:
+            body["model"] = _decoded_name(exchange.name_in_path, await self._models())
+        speech = parse_speech_request(body)
+        exchange.model = speech.model
+        app = await self._app(speech.model)
+        form = await self._dify.form_of(app)
+        if not form.speaks:
+            raise _switched_off("Text to speech", exchange.model)
+        voice = voice_for(speech.voice, form.voice)
+        asked = {
+            "text": speech.text,
+            "user": self._user(exchange, {"user": speech.user}),
+        }
+        asked.update({"voice": voice} if voice else {})
+        with _while_present(exchange):
+            response = await self._dify.open_file(app, "/text-to-audio", value=asked)
+            kind = response.headers.get("content-type", "application/octet-stream")
+            if kind.startswith("application/json"):
+                response.close()
+                raise UpstreamFailed(_NO_SOUND)
+            if speech.is_sse:
+                exchange.fail = encode_failure
+                await self._pass_file(exchange, response, _SSE_HEADERS, encode_speech)
+            else:
+                await self._pass_file(exchange, response, [("Content-Type", kind)])
+
+    async def list_speakers(self, exchange: Exchange) -> None:
+        """`GET /audio/models` and `/audio/voices`, as Open WebUI asks for them.
+
+        The apps whose text to speech is on, as far as they say so in time, and the
+        voices that they are set to.
+        """
+        models = await self._models()
+        asking = [
+            asyncio.wait_for(self._dify.form_of(app), NAMES_TIMEOUT_S)
+            for app in models.values()
+        ]
+        forms = await asyncio.gather(*asking, return_exceptions=True)
+        voices = {
+            model: form.voice or "default"
+            for model, form in zip(models, forms)
+            if isinstance(form, AppForm) and form.speaks
+        }
+        names = {"models": list(voices), "voices": dict.fromkeys(voices.values())}
+        kind = exchange.route.rpartition("/")[2]
+        rows = [{"id": name, "name": name} for name in names[kind]]
+        exchange.reply.send(json_response({kind: rows}))
+
+    # Files...
+
+    async def create_file(self, exchange: Exchange) -> None:
+        """`POST /files`: to Dify; all that is known of the file goes into its id."""
+        form = Form(exchange)
+        with _while_present(exchange), contextlib.closing(form):
+            file = await form.open()
+            app = await self._app_for(exchange, form)
+            form.limit(size_limit_mb(await self._dify.form_of(app), file))
+            answer = await self._send_form(exchange, form, app, file)
+        if not answer.get("id"):
+            raise UpstreamFailed(f"Dify gave the file {file.name!r} no id.")
+        stored = StoredFile(
+            str(answer["id"]),
+            self._user(exchange, form.fields),
+            file.name,
+            file.media_type,
+            str(form.size),
+            str(int(self._wall_clock())),
+            form.fields.get("purpose", ""),
+        )
+        value = file_object(stored, self._sealer(exchange, app))
+        exchange.reply.send(json_response(value))
+
+    async def list_files(self, exchange: Exchange) -> None:
+        """`GET /files`: none, for Dify keeps no list of them, nor does anybody here."""
+        value = {"object": "list", "data": [], "first_id": "", "last_id": ""}
+        exchange.reply.send(json_response({**value, "has_more": False}))
+
+    async def get_file(self, exchange: Exchange) -> None:
+        """`GET /files/{id}`: what the id says."""
+        app, stored = await self._stored_file(exchange, exchange.name_in_path)
+        value = file_object(stored, self._sealer(exchange, app))
+        exchange.reply.send(json_response(value))
+
+    async def get_file_content(self, exchange: Exchange) -> None:
+        """`GET /files/{id}/content`; Dify has it once a message has used the file."""
+        app, stored = await self._stored_file(exchange, exchange.name_in_path)
+        query = urllib.parse.urlencode({"user": stored.user})
+        upload_id = urllib.parse.quote(stored.upload_id, safe="")
+        path = f"/files/{upload_id}/preview?{query}"
+        with _while_present(exchange):
+            missing = file_not_found(stored.name, _NO_CONTENT)
+            response = await self._dify.open_file(app, path, missing)
+            kind = response.headers.get("content-type", "application/octet-stream")
+            name = urllib.parse.quote(stored.name, safe="")
+            # As an attachment: a page that somebody uploaded must not be one of here.
+            headers = [
+                ("Content-Type", kind),
+                ("Content-Disposition", f"attachment; filename*=UTF-8''{name}"),
+                ("X-Content-Type-Options", "nosniff"),
+            ]
+            await self._pass_file(exchange, response, headers)
+
+    async def _pass_file(
+        self,
+        exchange: Exchange,
+        response: UpstreamResponse,
+        headers: Sequence[tuple[str, str]],
+        encode: Callable[[bytes], bytes] = bytes,
+    ) -> None:
+        """Carry a file from Dify to the client as it comes; encode(b"") is its end."""
+        reply = exchange.reply
+        with contextlib.closing(response):
+            data = await self._dify.read_file(response)
+            if not data and exchange.route == "audio/speech":
+                raise UpstreamFailed(_NO_SOUND)
+            reply.start(200, headers)
+            while data:
+                reply.write(encode(data))
+                await reply.drain()
+                data = await self._dify.read_file(response)
+            reply.end(encode(b""))
+
+    async def delete_file(self, exchange: Exchange) -> None:
+        """`DELETE /files/{id}`: Dify's API can't delete, and the answer says so."""
+        await self._stored_file(exchange, exchange.name_in_path)
+        id_ = urllib.parse.unquote(exchange.name_in_path)
+        value = {"id": id_, "object": "file", "deleted": False}
+        exchange.reply.send(json_response(value))
+
+    async def _app_for(self, exchange: Exchange, form: Form) -> AppSettings:
+        """The app that a form names, before its file or behind it; else the first."""
+        models = await self._models()
+        if not form.model and len(models) > 1:
+            await form.hold()
+        exchange.model = form.model or next(iter(models), "")
+        return await self._app(exchange.model)
+
+    async def _send_form(
+        self, exchange: Exchange, form: Form, app: AppSettings, file: Attachment
+    ) -> dict[str, Any]:
+        """Pass a form's file on to Dify as it comes; returns Dify's answer."""
+        path = "/files/upload" if exchange.route == "files" else "/audio-to-text"
+        answer = await self._dify.send_file(
+            app, path, file, form.read, lambda: self._user(exchange, form.fields)
+        )
+        if form.model not in ("", exchange.model):
+            raise _no_such_model(form.model, await self._models())
+        return answer
+
+    def _user(self, exchange: Exchange, fields: Mapping[str, str]) -> str:
+        """The end user's name in Dify, by the body's fields, a header, or the key."""
+        asked = fields.get("safety_identifier") or fields.get("user", "")
+        headers = exchange.request.headers
+        forwarded = urllib.parse.unquote(headers.get("x-openwebui-user-id", ""))
+        return end_user(asked, forwarded, client_key(headers))
+
+    async def _stored_file(
+        self, exchange: Exchange, id_: str
+    ) -> tuple[AppSettings, StoredFile]:
+        """The app and the upload behind an id; raises BadRequest if it is not ours."""
+        id_ = urllib.parse.unquote(id_)
+        for app in (await self._models()).values():
+            if stored := open_file(id_, self._sealer(exchange, app)):
+                return app, stored
+        raise file_not_found(id_, _NO_FILE)
+
+    async def _with_stored_files(self, exchange: Exchange, ask: Ask) -> Ask:
+        """The question with its stored files; who names no user speaks as theirs."""
+        messages, owner = [], ""
+        for message in ask.messages:
+            files = list(message.attachments)
+            for index, file in enumerate(files):
+                if file.file_id:
+                    _, stored = await self._stored_file(exchange, file.file_id)
+                    owner, files[index] = owner or stored.user, stored.attachment
+            messages.append(replace(message, attachments=tuple(files)))
+        if not owner:
+            return ask
+        is_named = ask.user or exchange.request.headers.get("x-openwebui-user-id")
+        user = ask.user if is_named else owner
+        return replace(ask, messages=tuple(messages), user=user)
+
     # Turns...
 
     async def _run_turn(
@@ -7834,6 +8726,7 @@ class Handlers:
         tail: Tail | None,
     ) -> Turn:
         """Send the question to Dify, until it begins to answer."""
+        ask = await self._with_stored_files(exchange, ask)
         user = _user_of(exchange, ask)
         explicit = _named_conversation(ask, exchange)
         if explicit != ask.conversation_id:
@@ -7933,8 +8826,8 @@ class Handlers:
 
     async def _mapping(self, question: Question, file: Attachment) -> dict[str, str]:
         """How the request names a file; its data is uploaded, once a request."""
-        if file.url:
-            return file_mapping(file)
+        if file.url or file.upload_id:
+            return file_mapping(file, file.upload_id)
         if id(file) not in question.uploads:
             upload_id = await self._dify.upload(question.app, file, question.user)
             question.uploads[id(file)] = upload_id
@@ -8088,6 +8981,14 @@ def _decoded_name(raw: str, models: Iterable[str]) -> str:
     return form if form in models else urllib.parse.unquote(raw)
 
 
+def _switched_off(feature: str, model: str) -> ProxyError:
+    return BadRequest(
+        f"{feature} is switched off in the app of {model!r}; it is one of the app's "
+        "features in Dify.",
+        param="model",
+    )
+
+
 def _no_such_model(model: str, models: Iterable[str]) -> ProxyError:
     known = ", ".join(models) or "none"
     shown = model if len(model) <= 100 else model[:100] + "…"
@@ -8110,11 +9011,21 @@ ROUTES: dict[str, Mapping[str, Callable[[Handlers, Exchange], Awaitable[None]]]]
     **{endpoint: {"POST": Handlers.not_served} for endpoint in NOT_SERVED},
     "models": {"GET": Handlers.list_models},
     "models/": {"GET": Handlers.get_model},
+    "audio/transcriptions": {"POST": Handlers.transcribe},
+    "audio/translations": {"POST": Handlers.transcribe},
+    "audio/speech": {"POST": Handlers.speak},
+    "audio/voices": {"GET": Handlers.list_speakers},
+    "audio/models": {"GET": Handlers.list_speakers},
+    "files": {"GET": Handlers.list_files, "POST": Handlers.create_file},
+    "files/": {"GET": Handlers.get_file, "DELETE": Handlers.delete_file},
+    "files/content": {"GET": Handlers.get_file_content},
     "apps": {"GET": Handlers.list_apps},
     "health": {"GET": Handlers.health},
     "ready": {"GET": Handlers.ready},
     "metrics": {"GET": Handlers.show_metrics},
 }
+# Whose handlers read the body themselves: it may be large.
+READING_ENDPOINTS = ("audio/transcriptions", "audio/translations", "files")
 OPEN_ENDPOINTS = ("/", "health", "ready")
 
 
@@ -8287,8 +9198,10 @@ class Server:
             reply.send(Response(204, b"", _preflight(request)))
             return
         handler = self._handlers.find(exchange)
-        await _read_body(exchange, wire, decoder, settings.max_body_mb << 20)
-        wire.allow_any_time()
+        limit = settings.max_body_mb << 20
+        exchange.read = _body_reader(exchange, wire, decoder, limit)
+        if exchange.route not in READING_ENDPOINTS:
+            exchange.body = await read_whole(exchange)
         wire.on_leave(exchange.leave)
         self._handlers.metrics.in_flight += 1
         try:
@@ -8384,27 +9297,27 @@ async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
     return False
 
 
-async def _read_body(
+def _body_reader(
     exchange: Exchange, wire: Wire, decoder: BodyDecoder, limit: int
-) -> None:
-    """The request's body, in one piece."""
+) -> Read:
+    """What reads the request's body; the client is told to send it."""
     too_large = BodyTooLarge(f"The body is over {limit >> 20} MiB.")
     headers = exchange.request.headers
     if int(headers.get("content-length", 0)) > limit:
         raise too_large
     if exchange.request.expects_continue and not decoder.is_complete:
         wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    pieces: list[bytes] = []
-    while True:
+
+    async def read() -> bytes:
         wire.allow(BODY_TIMEOUT_S, _slow_request)
         data = await wire.read_body(decoder)
-        if not data:
-            break
-        pieces.append(data)
+        wire.allow_any_time()
         exchange.body_bytes += len(data)
         if exchange.body_bytes > limit:
             raise too_large
-    exchange.body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return data
+
+    return read
 
 
 def check_host(request: Request, settings: Settings) -> None:

@@ -176,6 +176,20 @@ def test_json_block_parses(block: Block) -> None:
     assert json.loads(block.text)
 
 
+@pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if block.language == "toml"], ids=block_id
+)
+def test_toml_block_parses(block: Block) -> None:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    value = tomllib.loads(block.text)
+    (provider,) = value["model_providers"].values()
+    assert find_endpoint(urlsplit(provider["base_url"]).path + "/responses") == (
+        "responses",
+        "",
+    )
+    assert "responses" in ROUTES
+
+
 @pytest.mark.parametrize("block", blocks("python"), ids=block_id)
 def test_python_block_compiles(block: Block) -> None:
     assert compile(block.text, f"README.md:{block.line}", "exec")
@@ -217,6 +231,9 @@ def test_picture_and_rooms_are_those_of_the_file() -> None:
     drawn = [block.text.splitlines() for block in blocks("text")]
     assert picture in drawn
     assert rooms in drawn
+    pure = re.search(r"; (\d+)-(\d+) are pure", told)
+    assert pure
+    assert f"{pure[1]} to {pure[2]} are pure" in FLAT
 
 
 def test_rooms_are_the_banners_of_the_file() -> None:
@@ -427,7 +444,7 @@ def test_every_field_of_the_schema_is_named() -> None:
 def test_table_of_endpoints_has_every_route() -> None:
     told: set[tuple[str, str]] = set()
     for methods, path in (row[0][1:-1].rsplit(" ", 1) for row in table("Endpoint")):
-        endpoint = find_endpoint(path)[0] if path != "/" else path
+        endpoint = find_endpoint(path)[0]
         told |= {(method, endpoint) for method in re.findall(r"[A-Z]+", methods)}
     served = {name: row for name, row in ROUTES.items() if name not in NOT_SERVED}
     assert told == {(method, name) for name, row in served.items() for method in row}

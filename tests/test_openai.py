@@ -224,9 +224,6 @@ REFUSED = [
         id="audio-no-data",
     ),
     pytest.param(part(type="file", file={}), IN_PART, VALUE, id="file-empty"),
-    pytest.param(
-        part(type="file", file={"file_id": "file-1"}), IN_PART, VALUE, id="file-id"
-    ),
     pytest.param(request(stream="yes"), "stream", TYPE, id="stream-string"),
     pytest.param(request(stream=[]), "stream", TYPE, id="stream-array"),
     pytest.param(request(inputs="x"), "inputs", TYPE, id="inputs-string"),
