@@ -7386,7 +7386,7 @@ class Exchange:
     name_in_path: str = ""
     route: str = "-"  # the endpoint, for the metrics
     model: str = ""
-    first_text_at: float = 0.0
+    first_text_at: float | None = None
     text_chars: int = 0
 
     def leave(self) -> None:
@@ -7737,7 +7737,8 @@ class Outlet:
         if kind is Text:
             self._sent.add(text)
             self._exchange.text_chars += len(text)
-        self._exchange.first_text_at = self._exchange.first_text_at or self._loop.time()
+        if self._exchange.first_text_at is None:
+            self._exchange.first_text_at = self._loop.time()
         return self._stream.encode(kind(text))
 
     def _take(self, pacer: Pacer, now: float) -> bytes:
@@ -7820,7 +7821,7 @@ class Collector:
         """Take parts in; raises the error of a Failure."""
         for part in parts:
             self.answer.add(part)
-        if not self._exchange.first_text_at and self.answer.text:
+        if self._exchange.first_text_at is None and self.answer.text:
             self._exchange.first_text_at = asyncio.get_running_loop().time()
 
     async def finish(self) -> None:
@@ -9219,7 +9220,7 @@ class Server:
         name = "opendify_requests_total"
         metrics.count(name, route=route, model=model, status=status)
         metrics.observe("opendify_request_seconds", now - exchange.started_at)
-        if exchange.first_text_at:
+        if exchange.first_text_at is not None:
             waited_s = exchange.first_text_at - exchange.started_at
             metrics.observe("opendify_first_text_seconds", waited_s)
         metrics.count("opendify_bytes_total", exchange.body_bytes, direction="in")
@@ -9237,7 +9238,7 @@ def log_exchange(exchange: Exchange) -> None:
     fields = [request.method, request.path, reply.status or "-"]
     if exchange.model:
         fields.append(f"model={exchange.model!r}")
-    if exchange.first_text_at:
+    if exchange.first_text_at is not None:
         fields.append(f"first={exchange.first_text_at - exchange.started_at:.3f}s")
     fields.append(f"took={took_s:.3f}s")
     if exchange.text_chars:
