@@ -3909,8 +3909,13 @@ def parse_responses_request(body: Mapping[str, Any]) -> ResponsesRequest:
         previous_response_id=previous,
         conversation=conversation,
         store=body.get("store") is not False,
-        echo={name: valid(body.get(name)) for name, valid in _ECHOED.items()},
+        echo=echo_of(body),
     )
+
+
+def echo_of(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a response repeats of its request, or says in the request's absence."""
+    return {name: valid(body.get(name)) for name, valid in _ECHOED.items()}
 
 
 def _with_functions(body: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -6731,6 +6736,9 @@ _DEPLOYMENT = re.compile(
 )
 
 
+_RESOURCE = re.compile(
+    r"(responses|conversations)/([^/]+)(/input_items|/cancel|/items|)\Z"
+)
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
@@ -6800,6 +6808,7 @@ class Exchange:
     error: ProxyError | None = None  # that it ended with
     body_bytes: int = 0
     name_in_path: str = ""
+    turn: Turn | None = None  # that Dify answers, or has answered last
     route: str = "-"  # the endpoint, for the metrics
     model: str = ""
     first_text_at: float = 0.0
@@ -6823,6 +6832,7 @@ def find_endpoint(path: str) -> tuple[str, str]:
         /v1//chat/completions                          ("chat/completions", "")
         /openai/deployments/m/chat/completions         ("chat/completions", "m")
         /v1/models/team%2Fapp                          ("models/", "team%2Fapp")
+        /v1/responses/resp_x/cancel         ("responses/{id}/cancel", "resp_x")
     """
     tail = re.sub(r"/{2,}", "/", path).strip("/")
     tail = tail[_prefix_length(tail) :]
@@ -6837,6 +6847,9 @@ def find_endpoint(path: str) -> tuple[str, str]:
         times = len(tail) // len(endpoint)
         if times > 1 and tail == "/".join([endpoint] * times):
             return endpoint, name
+    resource = _RESOURCE.match(tail)
+    if resource:
+        return f"{resource[1]}/{{id}}{resource[3]}", resource[2]
     return tail, name
 
 
@@ -7228,6 +7241,7 @@ class Handlers:
         self._created = int(wall_clock())
         self.metrics = Metrics()
         self._key_failures: dict[str, deque[float]] = {}  # times, by address
+        self._running: dict[ResponseStream, Exchange] = {}
 
     def find(self, exchange: Exchange) -> Handler:
         """The handler of a request.
@@ -7418,15 +7432,83 @@ class Handlers:
         created, fresh = int(self._wall_clock()), self._new_id()
         frame = ResponseFrame(created, asked.ask.model, asked.echo, sealer, user, fresh)
 
+        running = ResponseStream(frame)
+
         def stream(_: int) -> ResponseStream:
-            return ResponseStream(frame)
+            return running
 
         def whole(answers: list[Answer], extra: Mapping[str, Any]) -> dict[str, Any]:
             return response_object(replace(frame, extra=extra), answers[0])
 
         ask, tail = await self._continued(app, asked, sealer, user)
         streams = stream if asked.stream else None
-        await self._answer_all(exchange, [ask], streams, whole, tail)
+        self._running[running] = exchange
+        try:
+            await self._answer_all(exchange, [ask], streams, whole, tail)
+        finally:
+            del self._running[running]
+
+    async def get_response(self, exchange: Exchange) -> None:
+        """`GET /responses/{id}`: the answer, as Dify has stored it."""
+        frame, turn = await self._stored_response(exchange)
+        exchange.reply.send(json_response(self._as_response(frame, turn)))
+
+    async def get_input_items(self, exchange: Exchange) -> None:
+        """`GET /responses/{id}/input_items`: the question of an answer."""
+        frame, turn = await self._stored_response(exchange)
+        items = [input_item(frame.id("msg_", "in"), turn.question)]
+        page = list_page(items, _query_of(exchange.request))
+        exchange.reply.send(json_response(page))
+
+    async def delete_response(self, exchange: Exchange) -> None:
+        """`DELETE /responses/{id}`. Dify can't forget one message: it stays there."""
+        await self._stored_response(exchange)
+        exchange.reply.send(json_response(deleted_object(exchange.name_in_path)))
+
+    async def cancel_response(self, exchange: Exchange) -> None:
+        """`POST /responses/{id}/cancel`: the app stops, its stream ends with that."""
+        id_ = exchange.name_in_path
+        key = client_key(exchange.request.headers)
+        for stream, other in self._running.items():
+            is_own = key == client_key(other.request.headers)
+            is_own = is_own or not self.settings.valid_api_keys
+            if stream.response.get("id") == id_ and is_own and other.turn:
+                turn, value = other.turn, {**stream.response, "status": "cancelled"}
+                task_id = turn.stream.answer.task_id
+                await self._dify.stop(turn.app, turn.mode, task_id, turn.user)
+                exchange.reply.send(json_response(value))
+                return
+        await self.get_response(exchange)
+
+    async def _stored_response(
+        self, exchange: Exchange
+    ) -> tuple[ResponseFrame, StoredTurn]:
+        """What Dify has stored of the response that a path names."""
+        id_ = exchange.name_in_path
+        forwarded = exchange.request.headers.get("x-openwebui-user-id", "")
+        user = end_user("", urllib.parse.unquote(forwarded), "") if forwarded else ""
+        for model, app in (await self._models()).items():
+            sealer = self._sealer(exchange, app)
+            place = open_place(sealer, id_, user=user)
+            if not place or not id_.startswith("resp_"):
+                continue
+            for turn in await self._stored_turns(app, place):
+                if turn.message_id == place.message_id:
+                    ids = {
+                        "conversation_id": place.conversation_id,
+                        "message_id": place.message_id,
+                    }
+                    echo, extra = echo_of({}), {"dify": ids}
+                    frame = ResponseFrame(
+                        turn.created, model, echo, sealer, place.user, "", extra
+                    )
+                    return frame, turn
+        raise NotFound(f"Response with id {_shown(id_)} not found.", code="not_found")
+
+    def _as_response(self, frame: ResponseFrame, turn: StoredTurn) -> dict[str, Any]:
+        last = turn.parts[-1] if turn.parts else None
+        error = last.error if isinstance(last, Failure) else None
+        return response_object(frame, self._stored_answer(turn, ()), error)
 
     def _sealer(self, exchange: Exchange, app: AppSettings) -> IdSealer:
         """What makes and opens the ids of an app, and of a client's key."""
@@ -7456,7 +7538,7 @@ class Handlers:
             if (at := open_place(sealer, id_, user=user))
         }
         if not place and not named:
-            return ask_of(asked, {}), None
+            return _with_something(ask_of(asked, {}), asked), None
         anchor = place or list(named.values())[-1]
         scope, now = scope_of(app.key, user), self._wall_clock()
         tail = self._conversations.take_alone(scope, anchor.conversation_id, now)
@@ -7505,9 +7587,7 @@ class Handlers:
             n for n, row in enumerate(turns, 1) if row.message_id == anchor.message_id
         ]
         known = self._transcript(turns[: max(ends, default=0)], asked.ask.tools)
-        ask = ask_of(asked, found, known if previous else ())
-        if not ask.messages:
-            raise bad_value("input", "none of the items that it names is known.")
+        ask = _with_something(ask_of(asked, found, known if previous else ()), asked)
         is_newest = ends == [len(turns)]
         if is_free and is_newest and is_known_history(split_turn(ask)[0], known):
             ask = replace(ask, conversation_id=here)
@@ -7678,7 +7758,7 @@ class Handlers:
         tail: Tail | None = None,
     ) -> Reading:
         """Ask, and carry the answer to the sink; the reading says if it will do."""
-        turn = await self._open_turn(exchange, app, ask, joins, tail)
+        exchange.turn = turn = await self._open_turn(exchange, app, ask, joins, tail)
         is_whole = isinstance(sink, Collector)
         reading = Reading(ask, self._new_id, is_whole=is_whole)
         task = cast("asyncio.Task[Any]", asyncio.current_task())
@@ -7939,10 +8019,25 @@ def _is_same_answer(mine: Message, stored: Message) -> bool:
     ]
 
 
+def _shown(id_: str) -> str:
+    return repr(id_ if len(id_) <= 100 else id_[:100] + "…")
+
+
+def _query_of(request: Request) -> dict[str, str]:
+    """The fields after the `?`; the last one of a name counts."""
+    return dict(urllib.parse.parse_qsl(request.query, errors="replace"))
+
+
+def _with_something(ask: Ask, asked: ResponsesRequest) -> Ask:
+    """The question, unless nothing is left of it but ids that nobody knows."""
+    if asked.references and not ask.messages:
+        raise bad_value("input", "none of the items that it names is known.")
+    return ask
+
+
 def _no_previous(id_: str) -> BadRequest:
-    shown = id_ if len(id_) <= 100 else id_[:100] + "…"
     return BadRequest(
-        f"Previous response with id {shown!r} not found.",
+        f"Previous response with id {_shown(id_)} not found.",
         param="previous_response_id",
         code="previous_response_not_found",
     )
@@ -8022,6 +8117,12 @@ ROUTES: Mapping[str, Mapping[str, Callable[[Handlers, Exchange], Awaitable[None]
     "chat/completions": {"POST": Handlers.chat_completions},
     "completions": {"POST": Handlers.completions},
     "responses": {"POST": Handlers.responses},
+    "responses/{id}": {
+        "GET": Handlers.get_response,
+        "DELETE": Handlers.delete_response,
+    },
+    "responses/{id}/input_items": {"GET": Handlers.get_input_items},
+    "responses/{id}/cancel": {"POST": Handlers.cancel_response},
     **{endpoint: {"POST": Handlers.not_served} for endpoint in NOT_SERVED},
     "models": {"GET": Handlers.list_models},
     "models/": {"GET": Handlers.get_model},
