@@ -3896,7 +3896,7 @@ def parse_responses_request(body: Mapping[str, Any]) -> ResponsesRequest:
     instructions = body.get("instructions") or ""
     if not isinstance(instructions, str):
         raise bad_type("instructions", "a string")
-    items = _parse_items(body.get("input"))
+    items = parse_items(body.get("input"))
     if not items and not previous and not conversation:
         raise missing_parameter("input")
     opening = opening_length(items)
@@ -3974,7 +3974,7 @@ def _parse_id(body: Mapping[str, Any], name: str) -> str:
     return value or ""
 
 
-def _parse_items(value: Any) -> list[Item]:
+def parse_items(value: Any) -> list[Item]:
     """The input in order, calls with the assistant's message that they follow."""
     if value is None or isinstance(value, str):
         return [Message("user", value)] if value else []
@@ -4163,6 +4163,20 @@ def input_item(id_: str, message: Message) -> dict[str, Any]:
         "role": message.role,
         "content": content,
     }
+
+
+def stored_item(row: Any, id_: str) -> dict[str, Any]:
+    """An item that a client gave to a conversation, as it is given back."""
+    given = {"role": "user", "content": row} if isinstance(row, str) else row
+    item: dict[str, Any] = {"id": id_, "type": "message", "status": "completed"}
+    item.update(given)
+    if item["type"] == "message" and isinstance(item.get("content"), str):
+        is_answer = item.get("role") == "assistant"
+        text: dict[str, Any] = {"type": "input_text", "text": item["content"]}
+        if is_answer:
+            text = {**_MESSAGE_FORM.part, "text": item["content"]}
+        item["content"] = [text]
+    return item
 
 
 def list_page(items: Sequence[Mapping[str, Any]], query: Mapping[str, str]) -> Any:
@@ -4522,6 +4536,8 @@ def _custom_input(arguments: str) -> str:
 #     FREE -> LOST [put, by who has not taken it], FREE, TAKEN -> none [forget]
 
 MAX_CONVERSATIONS = 100_000  # some 40 MB
+MAX_NAMED = 1000  # that clients named; these hold texts until their first turn
+MAX_NAMED_ITEMS = 2000  # of one, that no turn has taken yet
 _KEPT_MESSAGES = 128  # a transcript's last ones, and so the longest window: 1 KiB
 _DIGEST_BYTES = 8
 _CLEAR_BYTES = 200  # no greeting or other stock phrase is that long
@@ -4810,6 +4826,10 @@ CREATE TABLE IF NOT EXISTS opendify_tails (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS opendify_match ON opendify_tails (last, state, chain);
 CREATE INDEX IF NOT EXISTS opendify_age ON opendify_tails (used);
+CREATE TABLE IF NOT EXISTS opendify_named (
+    id TEXT PRIMARY KEY, owner BLOB, used REAL, state TEXT
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS opendify_named_age ON opendify_named (used);
 DELETE FROM opendify_tails WHERE used < 0;  -- fails if the file can't be written
 """
 _SELECT = """
@@ -4825,6 +4845,35 @@ SELECT (SELECT COUNT(*) FROM opendify_tails) - ?,
 _DROP_OLDEST = """
 DELETE FROM opendify_tails
 WHERE id IN (SELECT id FROM opendify_tails ORDER BY used LIMIT ?)"""
+_DROP_NAMED = """
+DELETE FROM opendify_named
+WHERE id IN (SELECT id FROM opendify_named ORDER BY used DESC LIMIT -1 OFFSET ?)"""
+
+
+@dataclass(frozen=True)
+class NamedConversation:
+    """One that a client made and named before any app was known.
+
+    `items` were given to it, and Dify does not have them yet. Its first turn binds it
+    to a Dify conversation of a model and an end user, under a `seal` of both.
+    """
+
+    id: str
+    created: int
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    items: Sequence[Any] = ()
+    model: str = ""
+    user: str = ""
+    conversation_id: str = ""
+    seal: str = ""
+
+    def is_bound_to(self, scope: bytes) -> bool:
+        """Whether a turn of this app and user may go there."""
+        return not self.seal or self.seal == _hash(scope, b"named", 16).hex()
+
+    def bind(self, scope: bytes, **fields: Any) -> NamedConversation:
+        """The same after a turn, which Dify has with all that came before."""
+        return replace(self, items=(), seal=_hash(scope, b"named", 16).hex(), **fields)
 
 
 class Conversations:
@@ -4891,6 +4940,26 @@ class Conversations:
             sql = f"DELETE FROM opendify_tails WHERE id = ? AND state != {_LOST}"
             self._run(sql, _id(tail))
 
+    def named(self, id_: str, owner: str, now: float) -> NamedConversation | None:
+        """What a client of this key has named so."""
+        sql = (
+            "SELECT state FROM opendify_named WHERE id = ? AND owner = ? AND used >= ?"
+        )
+        rows, _ = self._run(sql, id_, _owner(owner), now - self._ttl_s)
+        return NamedConversation(**json.loads(rows[0][0])) if rows else None
+
+    def keep(self, named: NamedConversation, owner: str, now: float) -> None:
+        """Record it, with the texts that it has; old ones go."""
+        state = json.dumps(dataclasses.asdict(named))
+        sql = "INSERT OR REPLACE INTO opendify_named VALUES (?, ?, ?, ?)"
+        self._run(sql, named.id, _owner(owner), now, state)
+        self._run("DELETE FROM opendify_named WHERE used < ?", now - self._ttl_s)
+        self._run(_DROP_NAMED, MAX_NAMED)
+
+    def drop(self, named: NamedConversation) -> None:
+        """Forget it; Dify's conversation stays."""
+        self._run("DELETE FROM opendify_named WHERE id = ?", named.id)
+
     def _find(
         self, scope: bytes, history: Sequence[Message], now: float
     ) -> Tail | None:
@@ -4947,6 +5016,10 @@ class Conversations:
             return cursor.fetchall(), cursor.rowcount
         except (sqlite3.Error, ValueError):  # an id may hold half a surrogate pair
             return [], 0
+
+
+def _owner(key: str) -> bytes:
+    return hashlib.sha256(b"owner" + key.encode("utf-8", "replace")).digest()[:16]
 
 
 def _id(tail: Tail) -> bytes:
@@ -7429,8 +7502,8 @@ class Handlers:
         del body
         app = await self._app(asked.ask.model)
         user, sealer = _user_of(exchange, asked.ask), self._sealer(exchange, app)
-        created, fresh = int(self._wall_clock()), self._new_id()
-        frame = ResponseFrame(created, asked.ask.model, asked.echo, sealer, user, fresh)
+        now, new_id = int(self._wall_clock()), self._new_id()
+        frame = ResponseFrame(now, asked.ask.model, asked.echo, sealer, user, new_id)
 
         running = ResponseStream(frame)
 
@@ -7440,6 +7513,11 @@ class Handlers:
         def whole(answers: list[Answer], extra: Mapping[str, Any]) -> dict[str, Any]:
             return response_object(replace(frame, extra=extra), answers[0])
 
+        named = (
+            self._named(exchange, asked.conversation) if asked.conversation else None
+        )
+        if named:
+            asked = _in_conversation(asked, named, scope_of(app.key, user))
         ask, tail = await self._continued(app, asked, sealer, user)
         streams = stream if asked.stream else None
         self._running[running] = exchange
@@ -7447,6 +7525,85 @@ class Handlers:
             await self._answer_all(exchange, [ask], streams, whole, tail)
         finally:
             del self._running[running]
+            if named and exchange.turn:
+                self._bind(exchange, named, app, ask.model, exchange.turn)
+
+    def _bind(
+        self,
+        exchange: Exchange,
+        named: NamedConversation,
+        app: AppSettings,
+        model: str,
+        turn: Turn,
+    ) -> None:
+        """Dify has the conversation from this turn on."""
+        scope, id_ = scope_of(app.key, turn.user), turn.ids.get("conversation_id")
+        if id_:
+            bound = named.bind(scope, model=model, user=turn.user, conversation_id=id_)
+            self._keep(exchange, bound)
+
+    # Conversations that clients name...
+
+    async def create_conversation(self, exchange: Exchange) -> None:
+        """`POST /conversations`."""
+        body = parse_json_object(exchange.body or b"{}")
+        now = int(self._wall_clock())
+        id_, metadata = f"conv_{self._new_id()}", object_of(body.get("metadata"))
+        named = NamedConversation(id_, now, metadata, _new_items(body, ()))
+        self._keep(exchange, named)
+        value = conversation_object(id_, now, metadata)
+        exchange.reply.send(json_response(value))
+
+    async def get_conversation(self, exchange: Exchange) -> None:
+        """`GET /conversations/{id}`."""
+        named = self._named(exchange, exchange.name_in_path)
+        value = conversation_object(named.id, named.created, named.metadata)
+        exchange.reply.send(json_response(value))
+
+    async def delete_conversation(self, exchange: Exchange) -> None:
+        """`DELETE /conversations/{id}`."""
+        named = self._named(exchange, exchange.name_in_path)
+        self._conversations.drop(named)
+        exchange.reply.send(json_response(deleted_object(named.id)))
+
+    async def add_conversation_items(self, exchange: Exchange) -> None:
+        """`POST /conversations/{id}/items`: they go to Dify with the next turn."""
+        named = self._named(exchange, exchange.name_in_path)
+        items = _new_items(parse_json_object(exchange.body), named.items)
+        self._keep(exchange, replace(named, items=items))
+        page = list_page(items[len(named.items) :], {"order": "asc", "limit": "100"})
+        exchange.reply.send(json_response(page))
+
+    async def list_conversation_items(self, exchange: Exchange) -> None:
+        """`GET /conversations/{id}/items`: all turns in Dify, and what awaits one."""
+        named = self._named(exchange, exchange.name_in_path)
+        items: list[Any] = []
+        app = (await self._models()).get(named.model)
+        if app and named.is_bound_to(scope_of(app.key, named.user)):
+            place = Place(named.user, named.conversation_id, "")
+            sealer = self._sealer(exchange, app)
+            for turn in await self._stored_turns(app, place):
+                frame = _frame_of(turn, named.model, sealer, named.user)
+                items.append(input_item(frame.id("msg_", "in"), turn.question))
+                items += self._as_response(frame, turn)["output"]
+        page = list_page([*items, *named.items], _query_of(exchange.request))
+        exchange.reply.send(json_response(page))
+
+    def _named(self, exchange: Exchange, id_: str) -> NamedConversation:
+        key, now = client_key(exchange.request.headers), self._wall_clock()
+        owner = key if self.settings.valid_api_keys else ""
+        named = self._conversations.named(id_, owner, now)
+        if not named:
+            message = f"Conversation with id {_shown(id_)} not found."
+            raise NotFound(message, code="not_found")
+        return named
+
+    def _keep(self, exchange: Exchange, named: NamedConversation) -> None:
+        key = client_key(exchange.request.headers)
+        owner = key if self.settings.valid_api_keys else ""
+        self._conversations.keep(named, owner, self._wall_clock())
+
+    # Stored responses...
 
     async def get_response(self, exchange: Exchange) -> None:
         """`GET /responses/{id}`: the answer, as Dify has stored it."""
@@ -7494,15 +7651,7 @@ class Handlers:
                 continue
             for turn in await self._stored_turns(app, place):
                 if turn.message_id == place.message_id:
-                    ids = {
-                        "conversation_id": place.conversation_id,
-                        "message_id": place.message_id,
-                    }
-                    echo, extra = echo_of({}), {"dify": ids}
-                    frame = ResponseFrame(
-                        turn.created, model, echo, sealer, place.user, "", extra
-                    )
-                    return frame, turn
+                    return _frame_of(turn, model, sealer, place.user), turn
         raise NotFound(f"Response with id {_shown(id_)} not found.", code="not_found")
 
     def _as_response(self, frame: ResponseFrame, turn: StoredTurn) -> dict[str, Any]:
@@ -8019,6 +8168,42 @@ def _is_same_answer(mine: Message, stored: Message) -> bool:
     ]
 
 
+def _frame_of(
+    turn: StoredTurn, model: str, sealer: IdSealer, user: str
+) -> ResponseFrame:
+    """The frame of a stored answer: its ids come out as they were sent."""
+    ids = {"conversation_id": turn.conversation_id, "message_id": turn.message_id}
+    return ResponseFrame(
+        turn.created, model, echo_of({}), sealer, user, "", {"dify": ids}
+    )
+
+
+def _in_conversation(
+    asked: ResponsesRequest, named: NamedConversation, scope: bytes
+) -> ResponsesRequest:
+    """The request with what its conversation has, or is bound to."""
+    if not named.is_bound_to(scope):
+        raise bad_value("conversation", "it belongs to another model or end user.")
+    items = (*parse_items(list(named.items)), *asked.items)
+    ask = replace(asked.ask, conversation_id=named.conversation_id)
+    return replace(asked, ask=ask, items=items)
+
+
+def _new_items(body: Mapping[str, Any], kept: Sequence[Any]) -> tuple[Any, ...]:
+    """The items of a conversation with those that are given to it, under ids."""
+    rows = body.get("items")
+    if rows is not None and not isinstance(rows, list):
+        raise bad_type("items", "an array")
+    if len(kept) + len(rows or ()) > MAX_NAMED_ITEMS:
+        raise bad_value("items", f"there may be {MAX_NAMED_ITEMS} at most.")
+    parse_items(rows)  # refuses what no turn could take
+    new = [
+        stored_item(row, f"item_{len(kept) + index}")
+        for index, row in enumerate(rows or ())
+    ]
+    return (*kept, *new)
+
+
 def _shown(id_: str) -> str:
     return repr(id_ if len(id_) <= 100 else id_[:100] + "…")
 
@@ -8123,6 +8308,15 @@ ROUTES: Mapping[str, Mapping[str, Callable[[Handlers, Exchange], Awaitable[None]
     },
     "responses/{id}/input_items": {"GET": Handlers.get_input_items},
     "responses/{id}/cancel": {"POST": Handlers.cancel_response},
+    "conversations": {"POST": Handlers.create_conversation},
+    "conversations/{id}": {
+        "GET": Handlers.get_conversation,
+        "DELETE": Handlers.delete_conversation,
+    },
+    "conversations/{id}/items": {
+        "GET": Handlers.list_conversation_items,
+        "POST": Handlers.add_conversation_items,
+    },
     **{endpoint: {"POST": Handlers.not_served} for endpoint in NOT_SERVED},
     "models": {"GET": Handlers.list_models},
     "models/": {"GET": Handlers.get_model},

@@ -494,3 +494,70 @@ async def test_image_is_uploaded() -> None:
         await answer(served, [{"role": "user", "content": content}])
         (upload,) = served.dify.uploads.values()
     assert upload.data == b"\x89PNG\r\n\x1a\n"
+
+
+# ------------------------------------------------------------------------------
+# Conversations that clients name
+# ------------------------------------------------------------------------------
+
+CONVERSATIONS = "/v1/conversations"
+
+
+async def post(served: Proxy, path: str, body: JSONObject, **headers: str) -> Got:
+    """Return the response to a request."""
+    call = await served.open("POST", path, body, headers)
+    return await call.read_rest()
+
+
+async def test_conversation_is_bound_by_its_first_turn() -> None:
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {"metadata": {"a": "b"}})).json
+        path = f"{CONVERSATIONS}/{made['id']}"
+        one = await answer(served, "Hi", conversation=made["id"])
+        two = await answer(served, "More", conversation={"id": made["id"]}, stream=True)
+        assert told(served) == [["Hi", "More"]]
+        assert (await served.get(path)).json == made
+        items = (await served.get(f"{path}/items?order=asc")).json["data"]
+        gone = (await served.get(path, method="DELETE")).json
+        after = await respond(served, conversation=made["id"])
+    assert one["conversation"] == two["conversation"] == {"id": made["id"]}
+    assert [item["role"] for item in items] == ["user", "assistant"] * 2
+    assert (items[1], items[3]) == (one["output"][0], two["output"][0])
+    assert gone == {"id": made["id"], "object": "conversation.deleted", "deleted": True}
+    assert (after.status, after.error["code"]) == (404, "not_found")
+
+
+async def test_items_of_a_conversation_go_with_its_first_turn() -> None:
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {"items": [user("One")]})).json
+        path = f"{CONVERSATIONS}/{made['id']}/items"
+        await post(served, path, {"items": [{"role": "assistant", "content": "Two"}]})
+        before = (await served.get(f"{path}?order=asc")).json
+        await answer(served, "Three", conversation=made["id"])
+        await answer(served, "Four", conversation=made["id"])
+        ((first, last),) = told(served)
+    texts = [item["content"][0]["text"] for item in before["data"]]
+    assert texts == ["One", "Two"]
+    assert ">\nOne\n<" in first and ">\nTwo\n<" in first
+    assert first.endswith("\n\nThree") and last == "Four"
+
+
+async def test_conversation_survives_in_the_file(tmp_path: Any) -> None:
+    variables = {"CONVERSATION_STORE": str(tmp_path / "c.sqlite")}
+    async with replicas(variables) as (first, second):
+        made = (await post(first, CONVERSATIONS, {})).json
+        await answer(first, "Hi", conversation=made["id"])
+        await answer(second, "More", conversation=made["id"])
+        assert told(first) == [["Hi", "More"]]
+
+
+async def test_conversation_is_of_no_use_to_others() -> None:
+    keys = {"VALID_API_KEYS": "sk-1,sk-2"}
+    al, bo = ({"Authorization": f"Bearer sk-{n}"} for n in (1, 2))
+    async with proxy(variables=keys) as served:
+        made = (await post(served, CONVERSATIONS, {}, **al)).json
+        path = f"{CONVERSATIONS}/{made['id']}"
+        await answer(served, headers=al, user="u", conversation=made["id"])
+        assert (await served.get(path, bo)).status == 404
+        got = await respond(served, headers=al, user="v", conversation=made["id"])
+    assert (got.status, got.error["param"]) == (400, "conversation")
