@@ -4207,7 +4207,7 @@ def parse_responses_request(body: Mapping[str, Any]) -> ResponsesRequest:
     instructions = body.get("instructions") or ""
     if not isinstance(instructions, str):
         raise bad_type("instructions", "a string")
-    items = _parse_items(body.get("input"))
+    items = parse_items(body.get("input"))
     if not items and not previous and not conversation:
         raise missing_parameter("input")
     opening = opening_length(items)
@@ -4220,8 +4220,13 @@ def parse_responses_request(body: Mapping[str, Any]) -> ResponsesRequest:
         previous_response_id=previous,
         conversation=conversation,
         store=body.get("store") is not False,
-        echo={name: valid(body.get(name)) for name, valid in _ECHOED.items()},
+        echo=echo_of(body),
     )
+
+
+def echo_of(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a response repeats of its request, or says in the request's absence."""
+    return {name: valid(body.get(name)) for name, valid in _ECHOED.items()}
 
 
 def _with_functions(body: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -4280,7 +4285,7 @@ def _parse_id(body: Mapping[str, Any], name: str) -> str:
     return value or ""
 
 
-def _parse_items(value: Any) -> list[Item]:
+def parse_items(value: Any) -> list[Item]:
     """The input in order, calls with the assistant's message that they follow."""
     if value is None or isinstance(value, str):
         return [Message("user", value)] if value else []
@@ -4469,6 +4474,20 @@ def input_item(id_: str, message: Message) -> dict[str, Any]:
         "role": message.role,
         "content": content,
     }
+
+
+def stored_item(row: Any, id_: str) -> dict[str, Any]:
+    """An item that a client gave to a conversation, as it is given back."""
+    given = {"role": "user", "content": row} if isinstance(row, str) else row
+    item: dict[str, Any] = {"id": id_, "type": "message", "status": "completed"}
+    item.update(given)
+    if item["type"] == "message" and isinstance(item.get("content"), str):
+        is_answer = item.get("role") == "assistant"
+        text: dict[str, Any] = {"type": "input_text", "text": item["content"]}
+        if is_answer:
+            text = {**_MESSAGE_FORM.part, "text": item["content"]}
+        item["content"] = [text]
+    return item
 
 
 def list_page(items: Sequence[Mapping[str, Any]], query: Mapping[str, str]) -> Any:
@@ -4828,6 +4847,8 @@ def _custom_input(arguments: str) -> str:
 #     FREE -> LOST [put, by who has not taken it], FREE, TAKEN -> none [forget]
 
 MAX_CONVERSATIONS = 100_000  # some 40 MB
+MAX_NAMED = 1000  # that clients named; these hold texts until their first turn
+MAX_NAMED_ITEMS = 2000  # of one, that no turn has taken yet
 _KEPT_MESSAGES = 128  # a transcript's last ones, and so the longest window: 1 KiB
 _DIGEST_BYTES = 8
 _CLEAR_BYTES = 200  # no greeting or other stock phrase is that long
@@ -5119,6 +5140,10 @@ CREATE TABLE IF NOT EXISTS opendify_tails (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS opendify_match ON opendify_tails (last, state, chain);
 CREATE INDEX IF NOT EXISTS opendify_age ON opendify_tails (used);
+CREATE TABLE IF NOT EXISTS opendify_named (
+    id TEXT PRIMARY KEY, owner BLOB, used REAL, state TEXT
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS opendify_named_age ON opendify_named (used);
 DELETE FROM opendify_tails WHERE used < 0;  -- fails if the file can't be written
 """
 _SELECT = """
@@ -5134,6 +5159,35 @@ SELECT (SELECT COUNT(*) FROM opendify_tails) - ?,
 _DROP_OLDEST = """
 DELETE FROM opendify_tails
 WHERE id IN (SELECT id FROM opendify_tails ORDER BY used LIMIT ?)"""
+_DROP_NAMED = """
+DELETE FROM opendify_named
+WHERE id IN (SELECT id FROM opendify_named ORDER BY used DESC LIMIT -1 OFFSET ?)"""
+
+
+@dataclass(frozen=True)
+class NamedConversation:
+    """One that a client made and named before any app was known.
+
+    `items` were given to it, and Dify does not have them yet. Its first turn binds it
+    to a Dify conversation of a model and an end user, under a `seal` of both.
+    """
+
+    id: str
+    created: int
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    items: Sequence[Any] = ()
+    model: str = ""
+    user: str = ""
+    conversation_id: str = ""
+    seal: str = ""
+
+    def is_bound_to(self, scope: bytes) -> bool:
+        """Whether a turn of this app and user may go there."""
+        return not self.seal or self.seal == _hash(scope, b"named", 16).hex()
+
+    def bind(self, scope: bytes, **fields: Any) -> NamedConversation:
+        """The same after a turn, which Dify has with all that came before."""
+        return replace(self, items=(), seal=_hash(scope, b"named", 16).hex(), **fields)
 
 
 class Conversations:
@@ -5200,6 +5254,26 @@ class Conversations:
             sql = f"DELETE FROM opendify_tails WHERE id = ? AND state != {_LOST}"
             self._run(sql, _id(tail))
 
+    def named(self, id_: str, owner: str, now: float) -> NamedConversation | None:
+        """What a client of this key has named so."""
+        sql = (
+            "SELECT state FROM opendify_named WHERE id = ? AND owner = ? AND used >= ?"
+        )
+        rows, _ = self._run(sql, id_, _owner(owner), now - self._ttl_s)
+        return NamedConversation(**json.loads(rows[0][0])) if rows else None
+
+    def keep(self, named: NamedConversation, owner: str, now: float) -> None:
+        """Record it, with the texts that it has; old ones go."""
+        state = json.dumps(dataclasses.asdict(named))
+        sql = "INSERT OR REPLACE INTO opendify_named VALUES (?, ?, ?, ?)"
+        self._run(sql, named.id, _owner(owner), now, state)
+        self._run("DELETE FROM opendify_named WHERE used < ?", now - self._ttl_s)
+        self._run(_DROP_NAMED, MAX_NAMED)
+
+    def drop(self, named: NamedConversation) -> None:
+        """Forget it; Dify's conversation stays."""
+        self._run("DELETE FROM opendify_named WHERE id = ?", named.id)
+
     def _find(
         self, scope: bytes, history: Sequence[Message], now: float
     ) -> Tail | None:
@@ -5256,6 +5330,10 @@ class Conversations:
             return cursor.fetchall(), cursor.rowcount
         except (sqlite3.Error, ValueError):  # an id may hold half a surrogate pair
             return [], 0
+
+
+def _owner(key: str) -> bytes:
+    return hashlib.sha256(b"owner" + key.encode("utf-8", "replace")).digest()[:16]
 
 
 def _id(tail: Tail) -> bytes:
@@ -7310,6 +7388,9 @@ _DEPLOYMENT = re.compile(
 )
 
 
+_RESOURCE = re.compile(
+    r"(responses|conversations)/([^/]+)(/input_items|/cancel|/items|)\Z"
+)
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
@@ -7384,6 +7465,7 @@ class Exchange:
     error: ProxyError | None = None  # that it ended with
     body_bytes: int = 0
     name_in_path: str = ""
+    turn: Turn | None = None  # that Dify answers, or has answered last
     route: str = "-"  # the endpoint, for the metrics
     model: str = ""
     first_text_at: float | None = None
@@ -7559,6 +7641,7 @@ def find_endpoint(path: str) -> tuple[str, str]:
         /v1//chat/completions                          ("chat/completions", "")
         /openai/deployments/m/chat/completions         ("chat/completions", "m")
         /v1/models/team%2Fapp                          ("models/", "team%2Fapp")
+        /v1/responses/resp_x/cancel         ("responses/{id}/cancel", "resp_x")
     """
     if path == "/":
         return path, ""
@@ -7577,6 +7660,9 @@ def find_endpoint(path: str) -> tuple[str, str]:
         times = len(tail) // len(endpoint)
         if times > 1 and tail == "/".join([endpoint] * times):
             return endpoint, name
+    resource = _RESOURCE.match(tail)
+    if resource:
+        return f"{resource[1]}/{{id}}{resource[3]}", resource[2]
     return tail, name
 
 
@@ -7973,6 +8059,7 @@ class Handlers:
         self._created = int(wall_clock())
         self.metrics = Metrics()
         self._key_failures: dict[str, deque[float]] = {}  # times, by address
+        self._running: dict[ResponseStream, Exchange] = {}
 
     def find(self, exchange: Exchange) -> Handler:
         """The handler of a request.
@@ -8174,18 +8261,162 @@ class Handlers:
         del body
         app = await self._app(asked.ask.model)
         user, sealer = _user_of(exchange, asked.ask), self._sealer(exchange, app)
-        created, fresh = int(self._wall_clock()), self._new_id()
-        frame = ResponseFrame(created, asked.ask.model, asked.echo, sealer, user, fresh)
+        now, new_id = int(self._wall_clock()), self._new_id()
+        frame = ResponseFrame(now, asked.ask.model, asked.echo, sealer, user, new_id)
+
+        running = ResponseStream(frame)
 
         def stream(_: int) -> ResponseStream:
-            return ResponseStream(frame)
+            return running
 
         def whole(answers: list[Answer], extra: Mapping[str, Any]) -> dict[str, Any]:
             return response_object(replace(frame, extra=extra), answers[0])
 
+        named = (
+            self._named(exchange, asked.conversation) if asked.conversation else None
+        )
+        if named:
+            asked = _in_conversation(asked, named, scope_of(app.key, user))
         ask, tail = await self._continued(app, asked, sealer, user)
         streams = stream if asked.stream else None
-        await self._answer_all(exchange, [ask], streams, whole, tail)
+        self._running[running] = exchange
+        try:
+            await self._answer_all(exchange, [ask], streams, whole, tail)
+        finally:
+            del self._running[running]
+            if named and exchange.turn:
+                self._bind(exchange, named, app, ask.model, exchange.turn)
+
+    def _bind(
+        self,
+        exchange: Exchange,
+        named: NamedConversation,
+        app: AppSettings,
+        model: str,
+        turn: Turn,
+    ) -> None:
+        """Dify has the conversation from this turn on."""
+        scope, id_ = scope_of(app.key, turn.user), turn.ids.get("conversation_id")
+        if id_:
+            bound = named.bind(scope, model=model, user=turn.user, conversation_id=id_)
+            self._keep(exchange, bound)
+
+    # Conversations that clients name...
+
+    async def create_conversation(self, exchange: Exchange) -> None:
+        """`POST /conversations`."""
+        body = parse_json_object(exchange.body or b"{}")
+        now = int(self._wall_clock())
+        id_, metadata = f"conv_{self._new_id()}", object_of(body.get("metadata"))
+        named = NamedConversation(id_, now, metadata, _new_items(body, ()))
+        self._keep(exchange, named)
+        value = conversation_object(id_, now, metadata)
+        exchange.reply.send(json_response(value))
+
+    async def get_conversation(self, exchange: Exchange) -> None:
+        """`GET /conversations/{id}`."""
+        named = self._named(exchange, exchange.name_in_path)
+        value = conversation_object(named.id, named.created, named.metadata)
+        exchange.reply.send(json_response(value))
+
+    async def delete_conversation(self, exchange: Exchange) -> None:
+        """`DELETE /conversations/{id}`."""
+        named = self._named(exchange, exchange.name_in_path)
+        self._conversations.drop(named)
+        exchange.reply.send(json_response(deleted_object(named.id)))
+
+    async def add_conversation_items(self, exchange: Exchange) -> None:
+        """`POST /conversations/{id}/items`: they go to Dify with the next turn."""
+        named = self._named(exchange, exchange.name_in_path)
+        items = _new_items(parse_json_object(exchange.body), named.items)
+        self._keep(exchange, replace(named, items=items))
+        page = list_page(items[len(named.items) :], {"order": "asc", "limit": "100"})
+        exchange.reply.send(json_response(page))
+
+    async def list_conversation_items(self, exchange: Exchange) -> None:
+        """`GET /conversations/{id}/items`: all turns in Dify, and what awaits one."""
+        named = self._named(exchange, exchange.name_in_path)
+        items: list[Any] = []
+        app = (await self._models()).get(named.model)
+        if app and named.is_bound_to(scope_of(app.key, named.user)):
+            place = Place(named.user, named.conversation_id, "")
+            sealer = self._sealer(exchange, app)
+            for turn in await self._stored_turns(app, place):
+                frame = _frame_of(turn, named.model, sealer, named.user)
+                items.append(input_item(frame.id("msg_", "in"), turn.question))
+                items += self._as_response(frame, turn)["output"]
+        page = list_page([*items, *named.items], _query_of(exchange.request))
+        exchange.reply.send(json_response(page))
+
+    def _named(self, exchange: Exchange, id_: str) -> NamedConversation:
+        key, now = client_key(exchange.request.headers), self._wall_clock()
+        owner = key if self.settings.valid_api_keys else ""
+        named = self._conversations.named(id_, owner, now)
+        if not named:
+            message = f"Conversation with id {_shown(id_)} not found."
+            raise NotFound(message, code="not_found")
+        return named
+
+    def _keep(self, exchange: Exchange, named: NamedConversation) -> None:
+        key = client_key(exchange.request.headers)
+        owner = key if self.settings.valid_api_keys else ""
+        self._conversations.keep(named, owner, self._wall_clock())
+
+    # Stored responses...
+
+    async def get_response(self, exchange: Exchange) -> None:
+        """`GET /responses/{id}`: the answer, as Dify has stored it."""
+        frame, turn = await self._stored_response(exchange)
+        exchange.reply.send(json_response(self._as_response(frame, turn)))
+
+    async def get_input_items(self, exchange: Exchange) -> None:
+        """`GET /responses/{id}/input_items`: the question of an answer."""
+        frame, turn = await self._stored_response(exchange)
+        items = [input_item(frame.id("msg_", "in"), turn.question)]
+        page = list_page(items, _query_of(exchange.request))
+        exchange.reply.send(json_response(page))
+
+    async def delete_response(self, exchange: Exchange) -> None:
+        """`DELETE /responses/{id}`. Dify can't forget one message: it stays there."""
+        await self._stored_response(exchange)
+        exchange.reply.send(json_response(deleted_object(exchange.name_in_path)))
+
+    async def cancel_response(self, exchange: Exchange) -> None:
+        """`POST /responses/{id}/cancel`: the app stops, its stream ends with that."""
+        id_ = exchange.name_in_path
+        key = client_key(exchange.request.headers)
+        for stream, other in self._running.items():
+            is_own = key == client_key(other.request.headers)
+            is_own = is_own or not self.settings.valid_api_keys
+            if stream.response.get("id") == id_ and is_own and other.turn:
+                turn, value = other.turn, {**stream.response, "status": "cancelled"}
+                task_id = turn.stream.answer.task_id
+                await self._dify.stop(turn.app, turn.mode, task_id, turn.user)
+                exchange.reply.send(json_response(value))
+                return
+        await self.get_response(exchange)
+
+    async def _stored_response(
+        self, exchange: Exchange
+    ) -> tuple[ResponseFrame, StoredTurn]:
+        """What Dify has stored of the response that a path names."""
+        id_ = exchange.name_in_path
+        forwarded = exchange.request.headers.get("x-openwebui-user-id", "")
+        user = end_user("", urllib.parse.unquote(forwarded), "") if forwarded else ""
+        for model, app in (await self._models()).items():
+            sealer = self._sealer(exchange, app)
+            place = open_place(sealer, id_, user=user)
+            if not place or not id_.startswith("resp_"):
+                continue
+            for turn in await self._stored_turns(app, place):
+                if turn.message_id == place.message_id:
+                    return _frame_of(turn, model, sealer, place.user), turn
+        raise NotFound(f"Response with id {_shown(id_)} not found.", code="not_found")
+
+    def _as_response(self, frame: ResponseFrame, turn: StoredTurn) -> dict[str, Any]:
+        last = turn.parts[-1] if turn.parts else None
+        error = last.error if isinstance(last, Failure) else None
+        return response_object(frame, self._stored_answer(turn, ()), error)
 
     def _sealer(self, exchange: Exchange, app: AppSettings) -> IdSealer:
         """What makes and opens the ids of an app, and of a client's key."""
@@ -8215,7 +8446,7 @@ class Handlers:
             if (at := open_place(sealer, id_, user=user))
         }
         if not place and not named:
-            return ask_of(asked, {}), None
+            return _with_something(ask_of(asked, {}), asked), None
         anchor = place or list(named.values())[-1]
         scope, now = scope_of(app.key, user), self._wall_clock()
         tail = self._conversations.take_alone(scope, anchor.conversation_id, now)
@@ -8264,9 +8495,7 @@ class Handlers:
             n for n, row in enumerate(turns, 1) if row.message_id == anchor.message_id
         ]
         known = self._transcript(turns[: max(ends, default=0)], asked.ask.tools)
-        ask = ask_of(asked, found, known if previous else ())
-        if not ask.messages:
-            raise bad_value("input", "none of the items that it names is known.")
+        ask = _with_something(ask_of(asked, found, known if previous else ()), asked)
         is_newest = ends == [len(turns)]
         if is_free and is_newest and is_known_history(split_turn(ask)[0], known):
             ask = replace(ask, conversation_id=here)
@@ -8650,7 +8879,7 @@ class Handlers:
         tail: Tail | None = None,
     ) -> Reading:
         """Ask, and carry the answer to the sink; the reading says if it will do."""
-        turn = await self._open_turn(exchange, app, ask, joins, tail)
+        exchange.turn = turn = await self._open_turn(exchange, app, ask, joins, tail)
         is_whole = isinstance(sink, Collector)
         reading = Reading(ask, self._new_id, is_whole=is_whole)
         task = cast("asyncio.Task[Any]", asyncio.current_task())
@@ -8918,10 +9147,61 @@ def _is_same_answer(mine: Message, stored: Message) -> bool:
     ]
 
 
+def _frame_of(
+    turn: StoredTurn, model: str, sealer: IdSealer, user: str
+) -> ResponseFrame:
+    """The frame of a stored answer: its ids come out as they were sent."""
+    ids = {"conversation_id": turn.conversation_id, "message_id": turn.message_id}
+    return ResponseFrame(
+        turn.created, model, echo_of({}), sealer, user, "", {"dify": ids}
+    )
+
+
+def _in_conversation(
+    asked: ResponsesRequest, named: NamedConversation, scope: bytes
+) -> ResponsesRequest:
+    """The request with what its conversation has, or is bound to."""
+    if not named.is_bound_to(scope):
+        raise bad_value("conversation", "it belongs to another model or end user.")
+    items = (*parse_items(list(named.items)), *asked.items)
+    ask = replace(asked.ask, conversation_id=named.conversation_id)
+    return replace(asked, ask=ask, items=items)
+
+
+def _new_items(body: Mapping[str, Any], kept: Sequence[Any]) -> tuple[Any, ...]:
+    """The items of a conversation with those that are given to it, under ids."""
+    rows = body.get("items")
+    if rows is not None and not isinstance(rows, list):
+        raise bad_type("items", "an array")
+    if len(kept) + len(rows or ()) > MAX_NAMED_ITEMS:
+        raise bad_value("items", f"there may be {MAX_NAMED_ITEMS} at most.")
+    parse_items(rows)  # refuses what no turn could take
+    new = [
+        stored_item(row, f"item_{len(kept) + index}")
+        for index, row in enumerate(rows or ())
+    ]
+    return (*kept, *new)
+
+
+def _shown(id_: str) -> str:
+    return repr(id_ if len(id_) <= 100 else id_[:100] + "…")
+
+
+def _query_of(request: Request) -> dict[str, str]:
+    """The fields after the `?`; the last one of a name counts."""
+    return dict(urllib.parse.parse_qsl(request.query, errors="replace"))
+
+
+def _with_something(ask: Ask, asked: ResponsesRequest) -> Ask:
+    """The question, unless nothing is left of it but ids that nobody knows."""
+    if asked.references and not ask.messages:
+        raise bad_value("input", "none of the items that it names is known.")
+    return ask
+
+
 def _no_previous(id_: str) -> BadRequest:
-    shown = id_ if len(id_) <= 100 else id_[:100] + "…"
     return BadRequest(
-        f"Previous response with id {shown!r} not found.",
+        f"Previous response with id {_shown(id_)} not found.",
         param="previous_response_id",
         code="previous_response_not_found",
     )
@@ -9009,6 +9289,21 @@ ROUTES: dict[str, Mapping[str, Callable[[Handlers, Exchange], Awaitable[None]]]]
     "chat/completions": {"POST": Handlers.chat_completions},
     "completions": {"POST": Handlers.completions},
     "responses": {"POST": Handlers.responses},
+    "responses/{id}": {
+        "GET": Handlers.get_response,
+        "DELETE": Handlers.delete_response,
+    },
+    "responses/{id}/input_items": {"GET": Handlers.get_input_items},
+    "responses/{id}/cancel": {"POST": Handlers.cancel_response},
+    "conversations": {"POST": Handlers.create_conversation},
+    "conversations/{id}": {
+        "GET": Handlers.get_conversation,
+        "DELETE": Handlers.delete_conversation,
+    },
+    "conversations/{id}/items": {
+        "GET": Handlers.list_conversation_items,
+        "POST": Handlers.add_conversation_items,
+    },
     **{endpoint: {"POST": Handlers.not_served} for endpoint in NOT_SERVED},
     "models": {"GET": Handlers.list_models},
     "models/": {"GET": Handlers.get_model},

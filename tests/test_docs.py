@@ -265,6 +265,8 @@ def test_limits_are_those_of_the_file() -> None:
         opendify.KEY_FAILURES_S,
         opendify.MAX_CHOICES,
         opendify.MAX_STOPS,
+        opendify.MAX_SPEECH_CHARS,
+        opendify.MAX_FORM_PARTS,
         opendify.MAX_USER_CHARS,
         opendify.MAX_CONVERSATIONS,
         40,  # MB of memory, as bench_conversations.py tells
@@ -282,6 +284,7 @@ def test_limits_are_those_of_the_file() -> None:
         f"`n` over {opendify.MAX_CHOICES},",
         f"more than {opendify.MAX_STOPS} strings in `stop`",
         f"after {opendify._MAX_CHECKS:,} checks",
+        f"up to {opendify.MAX_SPEECH_CHARS:,} characters",
     ):
         assert text in FLAT
 
@@ -329,6 +332,19 @@ def test_words_are_those_that_are_sent() -> None:
         words_for_format(type="json_schema", json_schema=row),
         retry_text("response_format", "$.name is missing"),
     ]
+
+
+def test_clients_of_the_page_are_in_the_table() -> None:
+    shown = re.findall(r"(?m)^ +\"?([A-Z][\w ]+)\"?: [\"`]", opendify._SCRIPT)
+    assert len(shown) > 4
+    assert [name for name in shown if name not in PROSE] == []
+
+
+def test_formats_of_transcripts_are_those_of_the_file() -> None:
+    text = FLAT.partition("the `response_format` may be ")[2].partition(
+        ", or `stream`"
+    )[0]
+    assert sorted(re.findall(r"`(\w+)`", text)) == sorted(opendify._TRANSCRIPTS)
 
 
 def test_places_of_tools_are_those_there_are() -> None:
@@ -568,7 +584,7 @@ def test_manifest_names_what_there_is() -> None:
     assert (given.server_host, given.log_format) == ("0.0.0.0", "json")
     made = re.findall(r"kubectl create (?:secret generic|configmap) (\w+)", README)
     used = re.findall(r"(?:secretRef|configMap): \{name: (\w+)\}", manifest)
-    assert sorted(made) == sorted(used)
+    assert set(made) == set(used)
     assert "\t" not in manifest
 
 

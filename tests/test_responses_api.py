@@ -8,9 +8,20 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import fake_dify as fake
 import pytest
+from fake_dify import Sleep, Status
 from schemas import check_responses_stream, validate
-from test_handlers import KEY, Got, Headers, JSONObject, Proxy, proxy, serving
+from test_handlers import (
+    ALL_FILES,
+    KEY,
+    Got,
+    Headers,
+    JSONObject,
+    Proxy,
+    proxy,
+    serving,
+)
 
 import opendify
 
@@ -206,3 +217,347 @@ async def test_edited_question_before_a_reference_starts_anew() -> None:
         await answer(second, items)
         assert [len(row) for row in told(first)] == [1, 1]
         assert ">\na joke\n</message>" in told(first)[1][0]
+
+
+# ------------------------------------------------------------------------------
+# Ids of others
+# ------------------------------------------------------------------------------
+
+
+def previous_error(got: Got) -> str:
+    """Return the code of a refused `previous_response_id`."""
+    assert got.status == 400
+    assert got.error["param"] == "previous_response_id"
+    return str(got.error["code"])
+
+
+@pytest.mark.parametrize(
+    "id_", ["resp_1", "resp_", "msg_1", "x", "resp_" + "A" * 5000, "resp_\ud800é"]
+)
+async def test_unknown_ids_are_refused(id_: str) -> None:
+    async with proxy() as served:
+        got = await respond(served, previous_response_id=id_)
+        assert previous_error(got) == "previous_response_not_found"
+        asked = [{"type": "item_reference", "id": id_}, user("Hi")]
+        assert "You said: Hi" in text_of(await answer(served, asked))
+        only = await respond(served, asked[:1])
+        assert told(served) == [["Hi"]]
+    assert only.status == 400
+
+
+async def test_ids_of_items_are_not_those_of_responses() -> None:
+    async with proxy() as served:
+        one = await answer(served)
+        message = one["output"][0]["id"]
+        got = await respond(served, previous_response_id=message)
+        assert previous_error(got) == "previous_response_not_found"
+        assert (await served.get(f"{PATH}/{message}")).status == 404
+
+
+async def test_id_is_of_no_use_to_another_user() -> None:
+    async with proxy() as served:
+        one = await answer(served, user="al")
+        got = await respond(served, user="bo", previous_response_id=one["id"])
+        assert previous_error(got) == "previous_response_not_found"
+        other = {"X-OpenWebUI-User-Id": "bo"}
+        assert (await served.get(f"{PATH}/{one['id']}", other)).status == 404
+        own = {"X-OpenWebUI-User-Id": "al"}
+        assert (await served.get(f"{PATH}/{one['id']}", own)).status == 200
+
+
+async def test_id_is_of_no_use_with_another_key() -> None:
+    keys = {"VALID_API_KEYS": "sk-1,sk-2"}
+    al, bo = ({"Authorization": f"Bearer sk-{n}"} for n in (1, 2))
+    async with proxy(variables=keys) as served:
+        one = await answer(served, headers=al, user="u")
+        got = await respond(
+            served, headers=bo, user="u", previous_response_id=one["id"]
+        )
+        assert previous_error(got) == "previous_response_not_found"
+        for path in ("", "/input_items"):
+            url = f"{PATH}/{one['id']}{path}"
+            assert (await served.get(url, bo)).status == 404
+            assert (await served.get(url, al)).status == 200
+
+
+async def test_id_is_of_no_use_to_another_app() -> None:
+    models = {"m": {"key": KEY, "mode": "chat"}, "n": {"key": "app-n", "mode": "chat"}}
+    async with proxy(variables={"MODEL_CONFIG": json.dumps(models)}) as served:
+        served.dify.app("app-n")
+        one = await answer(served)
+        got = await respond(served, model="n", previous_response_id=one["id"])
+    assert previous_error(got) == "previous_response_not_found"
+
+
+# ------------------------------------------------------------------------------
+# Stored responses
+# ------------------------------------------------------------------------------
+
+
+@BOTH
+async def test_stored_response_is_what_was_answered(stream: bool) -> None:
+    async with replicas() as (first, second):
+        one = await answer(first, "Hi", stream=stream)
+        got = await second.get(f"{PATH}/{one['id']}?stream=false")
+        items = await second.get(f"{PATH}/{one['id']}/input_items?order=asc")
+        kept = response_of(got)
+    changing = ("created_at", "usage")
+    assert {k: v for k, v in kept.items() if k not in changing} == {
+        k: v for k, v in one.items() if k not in changing
+    }
+    validate("ResponseItemList", items.json)
+    (item,) = items.json["data"]
+    assert item["content"] == [{"type": "input_text", "text": "Hi"}]
+
+
+async def test_unstored_response_can_not_be_found() -> None:
+    async with proxy() as served:
+        one = await answer(served, store=False)
+        url = f"{PATH}/{one['id']}"
+        assert (await served.get(url)).status == 404
+        got = await respond(served, previous_response_id=one["id"])
+        assert previous_error(got) == "previous_response_not_found"
+
+
+async def test_response_is_deleted() -> None:
+    async with proxy() as served:
+        one = await answer(served)
+        got = await served.get(f"{PATH}/{one['id']}", method="DELETE")
+        unknown = await served.get(f"{PATH}/resp_1", method="DELETE")
+    assert got.json == {"id": one["id"], "object": "response", "deleted": True}
+    assert unknown.status == 404
+
+
+@pytest.mark.parametrize("mode", ["chat", "completion"])
+async def test_running_response_is_cancelled(mode: str) -> None:
+    script = [fake.message("Half"), Sleep(100), *fake.chat_answer(" of it")]
+    async with proxy(script, mode=mode) as served:
+        body = {"model": "m", "input": "Hi", "stream": True}
+        call = await served.open("POST", PATH, body)
+        await call.read_head()
+        first = await call.read_piece()
+        id_ = events_of(first.split(b"\n\n")[0])[0]["response"]["id"]
+        got = await served.get(f"{PATH}/{id_}/cancel", method="POST")
+        rest = await call.read_rest()
+        assert [stop.user for stop in served.dify.stops] == [served.turns[0].user]
+    validate("Response", got.json)
+    assert (got.json["id"], got.json["status"]) == (id_, "cancelled")
+    end = check_responses_stream(events_of(first + rest.body))
+    assert text_of(end) == "Half"
+
+
+async def test_finished_response_is_cancelled_as_it_is() -> None:
+    async with proxy() as served:
+        one = await answer(served)
+        got = await served.get(f"{PATH}/{one['id']}/cancel", method="POST")
+        assert response_of(got)["status"] == "completed"
+        assert served.dify.stops == []
+
+
+# ------------------------------------------------------------------------------
+# Errors, silence, clients that leave
+# ------------------------------------------------------------------------------
+
+
+async def test_early_refusal_is_an_http_error() -> None:
+    script = [Status(400, {"code": "invalid_param", "message": "No.", "status": 400})]
+    async with proxy(script) as served:
+        got = await respond(served, stream=True)
+    assert (got.status, got.error["code"]) == (400, "invalid_param")
+
+
+@pytest.mark.parametrize(
+    "before", [[Sleep(8)], [fake.message("a")]], ids=["silence", "text"]
+)
+async def test_late_failure_ends_the_stream(before: list[fake.Step]) -> None:
+    async with proxy([*before, fake.error_event()]) as served:
+        got = await respond(served, stream=True)
+    end = response_of(got)
+    assert end["status"] == "failed"
+    assert end["error"]["code"] in ("server_error", "invalid_prompt")
+
+
+async def test_failed_whole_response_is_an_http_error() -> None:
+    async with proxy([fake.message("a"), fake.error_event()]) as served:
+        got = await respond(served)
+    assert (got.status, got.error["code"]) == (502, "completion_request_error")
+
+
+async def test_heartbeats_are_comments_before_and_events_after_the_beginning() -> None:
+    script = [Sleep(22), fake.message("a"), Sleep(40), *fake.chat_answer("b")]
+    async with proxy(script) as served:
+        start = asyncio.get_running_loop().time()
+        got = await respond(served, stream=True)
+    assert got.head_at - start == pytest.approx(5, abs=0.05)
+    assert got.body.count(b": keep-alive") == 2
+    kinds = [event["type"] for event in events_of(got.body)]
+    assert kinds.count("response.in_progress") == 1 + 2
+    end = response_of(got)
+    assert (text_of(end), len(end["dify"])) == ("ab", 2)
+
+
+@BOTH
+async def test_run_is_stopped_when_the_client_leaves(stream: bool) -> None:
+    script = [fake.message("a"), Sleep(100), *fake.chat_answer("b")]
+    async with proxy(script) as served:
+        body = {"model": "m", "input": "Hi", "stream": stream}
+        call = await served.open("POST", PATH, body)
+        await served.dify.until(lambda: served.dify.running)
+        await asyncio.sleep(1)
+        await call.leave()
+        await served.dify.until(lambda: served.dify.stops)
+
+
+# ------------------------------------------------------------------------------
+# Everything that chat has
+# ------------------------------------------------------------------------------
+
+WEATHER = {
+    "type": "function",
+    "name": "get_weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+CALL = (
+    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+)
+
+
+@BOTH
+async def test_tool_is_called_and_its_result_goes_on(stream: bool) -> None:
+    script: list[list[fake.Step]] = [fake.chat_answer(CALL), fake.chat_answer("Sunny.")]
+    async with replicas(script=lambda _: script.pop(0)) as (first, second):
+        one = await answer(first, "Rome?", stream=stream, tools=[WEATHER])
+        (call,) = [row for row in one["output"] if row["type"] == "function_call"]
+        assert (call["name"], json.loads(call["arguments"])) == (
+            "get_weather",
+            {"city": "Rome"},
+        )
+        output = {"type": "function_call_output", "call_id": call["call_id"]}
+        items = [user("Rome?"), call, {**output, "output": "sun"}]
+        two = await answer(second, items, stream=stream, tools=[WEATHER])
+    assert text_of(two) == "Sunny."
+
+
+@pytest.mark.parametrize("way", ["id", "reference"])
+async def test_result_of_a_tool_continues_on_another_replica(way: str) -> None:
+    script: list[list[fake.Step]] = [fake.chat_answer(CALL), fake.chat_answer("Sunny.")]
+    async with replicas(script=lambda _: script.pop(0)) as (first, second):
+        one = await answer(first, "Rome?", tools=[WEATHER])
+        (call,) = one["output"]
+        output = {
+            "type": "function_call_output",
+            "call_id": call["call_id"],
+            "output": "sun",
+        }
+        if way == "id":
+            await answer(
+                second, [output], tools=[WEATHER], previous_response_id=one["id"]
+            )
+        else:
+            items = [user("Rome?"), reference(call), output]
+            await answer(second, items, tools=[WEATHER])
+        assert [len(row) for row in told(first)] == [2]
+
+
+@BOTH
+async def test_json_is_what_was_asked_for(stream: bool) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form = {"type": "json_schema", "name": "n", "schema": schema}
+    script = fake.chat_answer('Here: ```json\n{"a": 1}\n```')
+    async with proxy(script) as served:
+        got = await answer(served, stream=stream, text={"format": form})
+    assert json.loads(text_of(got)) == {"a": 1}
+
+
+@BOTH
+async def test_reasoning_and_citations(stream: bool) -> None:
+    cited = [{"position": 1, "document_name": "B", "url": "https://x/b"}]
+    script = [
+        *fake.chat_answer("<think>Hm", ".</think>", "Yes.")[:-1],
+        fake.message_end(resources=cited),
+    ]
+    async with proxy(script) as served:
+        got = await answer(served, stream=stream)
+    reasoning, message = got["output"]
+    assert reasoning["summary"] == [{"type": "summary_text", "text": "Hm."}]
+    (annotation,) = message["content"][0]["annotations"]
+    assert (annotation["type"], annotation["url"]) == ("url_citation", "https://x/b")
+
+
+async def test_image_is_uploaded() -> None:
+    png = "data:image/png;base64,iVBORw0KGgo="
+    content = [
+        {"type": "input_text", "text": "What?"},
+        {"type": "input_image", "image_url": png},
+    ]
+    async with proxy(parameters=ALL_FILES) as served:
+        await answer(served, [{"role": "user", "content": content}])
+        (upload,) = served.dify.uploads.values()
+    assert upload.data == b"\x89PNG\r\n\x1a\n"
+
+
+# ------------------------------------------------------------------------------
+# Conversations that clients name
+# ------------------------------------------------------------------------------
+
+CONVERSATIONS = "/v1/conversations"
+
+
+async def post(served: Proxy, path: str, body: JSONObject, **headers: str) -> Got:
+    """Return the response to a request."""
+    call = await served.open("POST", path, body, headers)
+    return await call.read_rest()
+
+
+async def test_conversation_is_bound_by_its_first_turn() -> None:
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {"metadata": {"a": "b"}})).json
+        path = f"{CONVERSATIONS}/{made['id']}"
+        one = await answer(served, "Hi", conversation=made["id"])
+        two = await answer(served, "More", conversation={"id": made["id"]}, stream=True)
+        assert told(served) == [["Hi", "More"]]
+        assert (await served.get(path)).json == made
+        items = (await served.get(f"{path}/items?order=asc")).json["data"]
+        gone = (await served.get(path, method="DELETE")).json
+        after = await respond(served, conversation=made["id"])
+    assert one["conversation"] == two["conversation"] == {"id": made["id"]}
+    assert [item["role"] for item in items] == ["user", "assistant"] * 2
+    assert (items[1], items[3]) == (one["output"][0], two["output"][0])
+    assert gone == {"id": made["id"], "object": "conversation.deleted", "deleted": True}
+    assert (after.status, after.error["code"]) == (404, "not_found")
+
+
+async def test_items_of_a_conversation_go_with_its_first_turn() -> None:
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {"items": [user("One")]})).json
+        path = f"{CONVERSATIONS}/{made['id']}/items"
+        await post(served, path, {"items": [{"role": "assistant", "content": "Two"}]})
+        before = (await served.get(f"{path}?order=asc")).json
+        await answer(served, "Three", conversation=made["id"])
+        await answer(served, "Four", conversation=made["id"])
+        ((first, last),) = told(served)
+    texts = [item["content"][0]["text"] for item in before["data"]]
+    assert texts == ["One", "Two"]
+    assert ">\nOne\n<" in first and ">\nTwo\n<" in first
+    assert first.endswith("\n\nThree") and last == "Four"
+
+
+async def test_conversation_survives_in_the_file(tmp_path: Any) -> None:
+    variables = {"CONVERSATION_STORE": str(tmp_path / "c.sqlite")}
+    async with replicas(variables) as (first, second):
+        made = (await post(first, CONVERSATIONS, {})).json
+        await answer(first, "Hi", conversation=made["id"])
+        await answer(second, "More", conversation=made["id"])
+        assert told(first) == [["Hi", "More"]]
+
+
+async def test_conversation_is_of_no_use_to_others() -> None:
+    keys = {"VALID_API_KEYS": "sk-1,sk-2"}
+    al, bo = ({"Authorization": f"Bearer sk-{n}"} for n in (1, 2))
+    async with proxy(variables=keys) as served:
+        made = (await post(served, CONVERSATIONS, {}, **al)).json
+        path = f"{CONVERSATIONS}/{made['id']}"
+        await answer(served, headers=al, user="u", conversation=made["id"])
+        assert (await served.get(path, bo)).status == 404
+        got = await respond(served, headers=al, user="v", conversation=made["id"])
+    assert (got.status, got.error["param"]) == (400, "conversation")
