@@ -7429,7 +7429,7 @@ class Metrics:
             lines.append(f"# TYPE {name} histogram")
             for bound, below in zip(bounds, itertools.accumulate(counts)):
                 lines.append(f'{name}_bucket{{le="{bound}"}} {below}')
-            lines += [f"{name}_sum {total[0]:.6f}", f"{name}count_of {sum(counts)}"]
+            lines += [f"{name}_sum {total[0]:.6f}", f"{name}_count {sum(counts)}"]
         for name, value in gauges.items():
             lines += [f"# TYPE {name} gauge", f"{name} {value:g}"]
         return "\n".join(lines) + "\n"

@@ -646,7 +646,9 @@ def test_every_link_leads_somewhere() -> None:
     headings = re.findall(r"(?m)^#+ (.+)$", PROSE)
     anchors = {"#" + heading.lower().replace(" ", "-") for heading in headings}
     assert "#中文" in targets
-    assert [target for target in targets if target not in anchors] == []
+    assert "tests/data/pacing.svg" in targets
+    lost = [row for row in targets if row not in anchors and not (ROOT / row).is_file()]
+    assert lost == []
 
 
 def test_last_chapter_is_chinese() -> None:
