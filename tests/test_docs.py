@@ -600,6 +600,16 @@ def test_place_for_measured_numbers_is_there() -> None:
 # ------------------------------------------------------------------------------
 
 
+def test_every_header_that_is_named_exists() -> None:
+    named = {name.lower() for name in re.findall(r"`(X-[\w-]+|x-[\w-]+)", PROSE)}
+    others = {"x-api-key", "x-request-id", "x-should-retry", "x-accel-buffering"}
+    assert len(named) > 6
+    source = SOURCE.lower()
+    made = {f"x-dify-{row}-id" for row in ("conversation", "message")}
+    assert made | others <= named
+    assert [name for name in sorted(named - made) if f'"{name}"' not in source] == []
+
+
 def test_every_option_that_is_named_exists() -> None:
     options = {*re.findall(r"--[\w-]+", build_parser().format_usage()), "--help"}
     programs = r"opendify\.py((?: +--[\w-]+)+)"
@@ -678,6 +688,7 @@ def test_every_status_of_an_error_is_explained_and_no_other() -> None:
 
 def test_every_code_of_an_error_is_explained() -> None:
     codes = {error.code for error in all_errors() if error.code}
+    codes |= set(re.findall(r'code="([a-z_]+)"', SOURCE))
     assert codes - explained(r"`([a-z_]+)`") == set()
 
 

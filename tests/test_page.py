@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fake_dify as fake
-import opendify
 import pytest
 from fake_dify import FakeDify
+
+import opendify
 
 JSONObject = dict[str, Any]
 PATIENCE_MS = 10_000
