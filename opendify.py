@@ -5682,6 +5682,7 @@ class BodyDecoder:
     def __init__(self, length: int | None) -> None:
         self.is_complete = length == 0
         self.rest = b""  # what came after the body's end
+        self.failure: MalformedHTTP | None = None  # of the framing: to raise
         self._is_chunked = length is None
         self._left = length or 0  # of the body, or of the current chunk
         self._buffer = b""  # of chunked coding: bytes that are not understood yet
@@ -5689,9 +5690,14 @@ class BodyDecoder:
         self._trailer_bytes = -1  # -1: the last chunk has not come
 
     def feed(self, data: bytes) -> bytes:
-        """The bytes of the body in `data`; raises MalformedHTTP."""
+        """The bytes of the body in `data`, up to a `failure` if it leaves one."""
         if self._is_chunked:
-            return self._feed_chunks(data)
+            pieces: list[bytes] = []
+            try:
+                self._feed_chunks(data, pieces)
+            except MalformedHTTP as error:
+                self.failure = error
+            return b"".join(pieces)
         if self._left < 0:
             return data
         body, self.rest = data[: self._left], data[self._left :]
@@ -5705,13 +5711,13 @@ class BodyDecoder:
             raise ConnectionBroken("closed in the middle of a body")
         self.is_complete = True
 
-    def _feed_chunks(self, data: bytes) -> bytes:
+    def _feed_chunks(self, data: bytes, pieces: list[bytes]) -> None:
         """Each event of Dify's is a chunk: this runs thousands of times a second."""
         if self._buffer:
             data = self._buffer + data
             if self._is_in_extension(data):
-                return b""
-        pieces, at, end = [], 0, len(data)
+                return
+        at, end = 0, len(data)
         while at < end:
             if self._left:
                 piece = data[at : at + self._left]
@@ -5732,7 +5738,6 @@ class BodyDecoder:
             self._next, self._begun = _NEXT_CHUNK, _NEXT_BEGUN
             self._trailer_bytes = -1 if self._left else 0
         self._buffer = b"" if self.is_complete else data[at:]
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _is_in_extension(self, data: bytes) -> bool:
         """Nobody reads an extension: wait for its end without looking at it again."""
@@ -6024,6 +6029,8 @@ class Wire:
     async def read_body(self, decoder: BodyDecoder) -> bytes:
         """The next bytes of a body; b"" when it is complete."""
         while not decoder.is_complete:
+            if decoder.failure:
+                raise decoder.failure
             data = await self.read()
             if not data:
                 decoder.feed_eof()

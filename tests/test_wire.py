@@ -124,6 +124,8 @@ def feed(decoder: BodyDecoder, pieces: Sequence[bytes]) -> Outcome:
     body = b""
     for number, piece in enumerate(pieces):
         body += decoder.feed(piece)
+        if decoder.failure:
+            raise decoder.failure
         if decoder.is_complete:
             return body, decoder.rest + b"".join(pieces[number + 1 :])
     return None
@@ -278,6 +280,14 @@ def test_what_nobody_needs_is_bounded_however_it_is_cut(
         else:
             with pytest.raises(MalformedHTTP):
                 feed(BodyDecoder(None), parts)
+
+
+async def test_what_came_before_malformed_framing_is_handed_out() -> None:
+    decoder = BodyDecoder(None)
+    async with memory_wire(b"2\r\nab\r\n1\r\nc\r\nno size") as (wire, _):
+        assert await wire.read_body(decoder) == b"abc"
+        with pytest.raises(MalformedHTTP):
+            await wire.read_body(decoder)
 
 
 def test_space_before_an_extension_is_fine() -> None:
