@@ -6495,7 +6495,7 @@ class UpstreamResponse:
         )
         close = "close" in self.headers.get("connection", "").lower()
         self.can_reuse = head.http_version == b"1.1" and not close
-        self._is_released = False
+        self._is_released = self._is_lingering = False
 
     @property
     def is_event_stream(self) -> bool:
@@ -6536,8 +6536,9 @@ class UpstreamResponse:
             self._wire.abort()
 
     def close_soon(self) -> None:
-        """Read what little is left first, so that the connection can be kept."""
-        if not self._is_released:
+        """As `close`, but read what little is left first, to keep the connection."""
+        if not (self._is_released or self._is_lingering):
+            self._is_lingering = True
             task = self._pool.run_beside(self._linger())
             task.add_done_callback(lambda _: self.close())
 

@@ -498,7 +498,9 @@ def test_nothing_sensible_for_a_request(fuzzed: Fuzzed, path: str) -> None:
     @hypothesis.given(st.one_of(ANYTHING.map(json.dumps).map(str.encode), st.binary()))
     def check(body: bytes) -> None:
         (status,) = statuses_of(fuzzed.talk(post(path, body)))
-        assert 400 <= status < 500
+        # A conversation may be made of nothing.
+        is_enough = path == "/v1/conversations" and body[:1] in (b"", b"{")
+        assert 400 <= status < 500 or (status == 200 and is_enough)
 
     check()
 

@@ -306,6 +306,34 @@ async def test_connection_closed_while_idle_costs_no_request() -> None:
             assert (fake.connections, len(fake.requests)) == (number, number)
 
 
+async def test_answer_closed_twice_before_its_end_still_keeps_its_connection() -> None:
+    connections, is_closed = [0], asyncio.Event()
+    events = b'data: {"event": "message", "answer": "Hello"}\n\n'
+    events += b'data: {"event": "message_end"}\n\n'
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections[0] += 1
+        await read_request(reader)
+        head = "Content-Type: text/event-stream", "Transfer-Encoding: chunked"
+        writer.write(f"HTTP/1.1 200 OK\r\n{_lines(head)}\r\n".encode())
+        writer.write(b"%x\r\n%b\r\n" % (len(events), events))
+        await is_closed.wait()
+        writer.write(b"0\r\n\r\n")
+        await read_request(reader)
+        writer.write(json_answer({"name": "n"}))
+
+    async with raw_server(serve) as base, client(base) as (dify, app):
+        stream = await dify.open_turn(app, "chat", question())
+        assert await read_turn(stream) == Outcome("Hello", "finish")
+        for _ in range(3):
+            stream.close()
+            await some_turns()
+        is_closed.set()
+        await asyncio.sleep(0.1)
+        assert await dify.call(app, "GET", "/info") == {"name": "n"}
+    assert connections == [1]
+
+
 @pytest.mark.parametrize("how", ["end", "reset"])
 async def test_connection_closed_when_the_request_is_written_costs_no_request(
     how: str,
