@@ -4963,7 +4963,7 @@ def message_digest(scope: bytes, message: Message) -> bytes:
             for file in message.attachments
         ],
     ]
-    content = f"{json.dumps(about)}\0{_plain_text(message)}"
+    content = f"{about!a}\0{_plain_text(message)}"
     return _hash(scope, content.encode(), _DIGEST_BYTES)
 
 
@@ -7942,8 +7942,10 @@ class Reading:
         self.problem = ""
         self.is_cut = False
         self._ask = ask
-        self._calls = CallReader(ask.tools, lambda: f"call_{new_id()[:24]}")
-        self._stop = StopReader(ask.stops)
+        self._calls: CallReader | None = None
+        if ask.tools:
+            self._calls = CallReader(ask.tools, lambda: f"call_{new_id()[:24]}")
+        self._stop = StopReader(ask.stops) if ask.stops else None
         self._json: JsonReader | None = None
         self._is_json = ask.output.kind != "text"
         if self._is_json and not is_whole:
@@ -7963,11 +7965,11 @@ class Reading:
         if self._is_plain:
             return parts
         self._said += [part.text for part in parts if isinstance(part, Text)]
-        ready = self._calls.feed(parts) if self._ask.tools else parts
-        ready = self._stop.feed(ready) if self._ask.stops else ready
+        ready = self._calls.feed(parts) if self._calls else parts
+        ready = self._stop.feed(ready) if self._stop else ready
         if self._json:
             ready = self._json.feed(ready)
-        if self._stop.is_cut and not self.is_cut:
+        if self._stop and self._stop.is_cut and not self.is_cut:
             self.is_cut = True
             ready = [*ready, Usage(), Finish()]
         if self._is_open and not any(
@@ -7985,12 +7987,13 @@ class Reading:
     @property
     def _is_open(self) -> bool:
         """Whether the answer may still turn out not to do."""
-        needs_call = self._ask.tool_mode == "required" and not self._calls.calls
+        has_call = bool(self._calls and self._calls.calls)
+        needs_call = self._ask.tool_mode == "required" and not has_call
         return needs_call or (self._is_json and not self._json)
 
     def _judge(self) -> None:
         """The answer is over: will it do?"""
-        if self._calls.calls:
+        if self._calls and self._calls.calls:
             return
         if self._ask.tool_mode == "required":
             names = ", ".join(tool.name for tool in self._ask.tools)
