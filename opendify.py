@@ -7481,7 +7481,7 @@ class Dify:
 # key, runs a turn and drives the pacer. Catches nothing that the error boundary of
 # room 15 can answer. Never touches sockets and h11.
 #
-# One turn:  parse -> plan -> open -> (read -> put -> drain)* -> settle
+# One turn:  parse -> plan -> open -> (read -> put -> drain)* -> settle [-> say]
 #            the client leaves -> stop, read on, then settle or forget
 
 MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
