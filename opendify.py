@@ -720,6 +720,7 @@ class Message:
     name: str = ""
     attachments: tuple[Attachment, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
+    spoken_id: str = ""  # of a spoken answer, in the place of its text
 
 
 @dataclass(frozen=True)
@@ -762,11 +763,13 @@ class Ask:
     tool_mode: str = "auto"  # or "none" or "required"
     output: OutputFormat = OutputFormat()
     stops: tuple[str, ...] = ()
+    voice: str | None = None  # to say the answer in, "" for the app's; None: in writing
 
 
 # The parts of an answer, in the order in which they come: reasoning and text mixed,
-# then files, citations and usage, then exactly one Finish or Failure. They are plain
-# classes with slots because thousands of Texts are made a second.
+# then files, citations and usage, then exactly one Finish or Failure. Where the answer
+# is spoken, Sounds follow. They are plain classes with slots because thousands of Texts
+# are made a second.
 
 
 @dataclass
@@ -840,6 +843,13 @@ class Failure:
     error: ProxyError
 
 
+@dataclass(frozen=True)
+class Sound:
+    """More of the file that says the answer aloud."""
+
+    data: bytes
+
+
 class KeptText:
     """Text that grows, remembered as far as it is of use: up to MAX_KEPT_CHARS.
 
@@ -875,7 +885,8 @@ MAX_KEPT_CHARS = 128 * 1024
 _MAX_PIECES = 256  # each costs 50 bytes beside its characters
 
 Part = Union[
-    Text, Reasoning, Replace, Recast, ToolCall, Media, Citations, Usage, Finish, Failure
+    Union[Text, Reasoning, Replace, Recast, ToolCall, Media, Citations, Usage],
+    Union[Finish, Failure, Sound],
 ]
 
 
@@ -3113,17 +3124,15 @@ def parse_chat_request(body: Mapping[str, Any]) -> ChatRequest:
     Raises:
         BadRequest: a required field is missing, or one has the wrong type.
     """
-    modalities = body.get("modalities")
-    if isinstance(modalities, list) and "audio" in modalities:
-        raise bad_value("modalities", "this app can't answer with audio.")
     ask, stream = parse_ask(body), parse_stream(body)
     options = body.get("stream_options")
     system, messages = _parse_messages(body.get("messages"))
     stops = _parse_stops(body.get("stop"))
-    ask = replace(ask, system=system, messages=messages, stops=stops)
+    n = _parse_n(body.get("n"))
+    voice = _parse_spoken(body, n)
+    ask = replace(ask, system=system, messages=messages, stops=stops, voice=voice)
     include_usage = isinstance(options, dict) and bool(options.get("include_usage"))
     is_legacy = bool(body.get("functions")) and not body.get("tools")
-    n = _parse_n(body.get("n"))
     return ChatRequest(ask, stream, include_usage, n, is_legacy)
 
 
@@ -3330,7 +3339,12 @@ def parse_message(row: Any, where: str) -> Message:
     role = role if role in _ROLES else "user"
     text, attachments = parse_content(row.get("content"), f"{where}.content")
     name = row.get("name") or (row.get("tool_call_id") if role == "tool" else "")
-    return Message(role, text, str(name or ""), attachments, parse_calls(row))
+    is_named = role == "assistant" and not text
+    spoken_id = object_of(row.get("audio")).get("id") if is_named else ""
+    calls = parse_calls(row)
+    return Message(
+        role, text, str(name or ""), attachments, calls, str(spoken_id or "")
+    )
 
 
 def parse_calls(row: Mapping[str, Any]) -> tuple[ToolCall, ...]:
@@ -3509,6 +3523,7 @@ _VOICES = (
     *("alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova"),
     *("onyx", "sage", "shimmer", "verse"),
 )
+_SOUND_FORMATS = ("wav", "aac", "mp3", "flac", "opus")
 _TRANSCRIPTS = ("json", "text", "srt", "verbose_json", "vtt")
 _CHARS_PER_S = 15.0  # of speech, where nothing tells how long it takes
 
@@ -3532,13 +3547,37 @@ def parse_speech_request(body: Mapping[str, Any]) -> SpeechRequest:
             raise bad_type(name, "a string")
     if len(body["input"]) > MAX_SPEECH_CHARS:
         raise bad_value("input", f"it is over {MAX_SPEECH_CHARS} characters.")
-    voice = body.get("voice")
+    voice = _parse_voice(body.get("voice"), "voice")
+    is_sse = body.get("stream_format") == "sse"
+    return SpeechRequest(body["model"], body["input"], voice, parse_user(body), is_sse)
+
+
+def _parse_voice(voice: Any, field_name: str) -> str:
     voice = voice.get("id") if isinstance(voice, dict) else voice
     voice = "" if voice in (None, "default") else voice
     if not isinstance(voice, str):
-        raise bad_type("voice", "a string, or an object with an `id`")
-    is_sse = body.get("stream_format") == "sse"
-    return SpeechRequest(body["model"], body["input"], voice, parse_user(body), is_sse)
+        raise bad_type(field_name, "a string, or an object with an `id`")
+    return voice
+
+
+def _parse_spoken(body: Mapping[str, Any], n: int) -> str | None:
+    """The voice in which a chat's answer is to be said; None for one in writing."""
+    modalities, audio = body.get("modalities"), body.get("audio")
+    if not isinstance(modalities, list) or "audio" not in modalities:
+        return None
+    if audio is None:
+        raise missing_parameter("audio")
+    if not isinstance(audio, dict):
+        raise bad_type("audio", "an object")
+    if n > 1:
+        raise bad_value("n", "a spoken answer has one choice.")
+    wanted = audio.get("format")
+    if wanted == "pcm16":
+        problem = "Dify's speech is a file such as mp3 or WAV: ask for mp3 or wav."
+        raise bad_value("audio.format", problem)
+    if wanted not in (None, *_SOUND_FORMATS):
+        raise bad_value("audio.format", f"it can be {', '.join(_SOUND_FORMATS)}.")
+    return _parse_voice(audio.get("voice"), "audio.voice")
 
 
 def voice_for(asked: str, own: str) -> str:
@@ -3726,6 +3765,7 @@ class Answer:
 
     def __init__(self) -> None:
         self.calls: list[ToolCall] = []
+        self.sounds: list[bytes] = []
         self._ends: dict[type, Any] = {}  # the parts that come once, at the end
         self._texts: list[str] = []
         self._reasonings: list[str] = []
@@ -3759,20 +3799,26 @@ class Answer:
         """Take the next part in; raises the error of a Failure."""
         if isinstance(part, Failure):
             raise part.error
+        if isinstance(part, Media):
+            part = Text(media_text(part, is_first=not self.text))
         if isinstance(part, Text):
             self._texts.append(part.text)
-        elif isinstance(part, Media):
-            self._texts.append(media_text(part, is_first=not self.text))
         elif isinstance(part, Reasoning):
             self._reasonings.append(part.text)
         elif isinstance(part, Replace):
             self._texts = [part.text]
         elif isinstance(part, Recast):
             self._texts, self._reasonings = [], self._reasonings + self._texts
-        elif isinstance(part, ToolCall):
-            self.calls.append(part)
+        elif isinstance(part, (ToolCall, Sound)):
+            self._add_item(part)
         else:
             self._ends[type(part)] = part
+
+    def _add_item(self, part: ToolCall | Sound) -> None:
+        if isinstance(part, ToolCall):
+            self.calls.append(part)
+        else:
+            self.sounds.append(part.data)
 
 
 def media_text(media: Media, *, is_first: bool) -> str:
@@ -3783,18 +3829,32 @@ def media_text(media: Media, *, is_first: bool) -> str:
     return f"{'' if is_first else chr(10) * 2}{sign}[{name}]({url})"
 
 
+class Spoken(NamedTuple):
+    """What spoken answers say of themselves beside what they say.
+
+    `id_of` makes an answer's id of the keys that hold Dify's ids (`extra`).
+    """
+
+    id_of: Callable[[Mapping[str, Any]], str]
+    expires_at: int
+
+
 def chat_completion(
     envelope: Envelope,
     answers: Sequence[Answer],
     extra: Mapping[str, Any],
     *,
     is_legacy: bool = False,
+    spoken: Spoken | None = None,
 ) -> dict[str, Any]:
     """The whole object of a chat completion; `extra` are further keys of it."""
     choices = [
         {
             "index": index,
-            "message": _message(answer, is_legacy),
+            "message": {
+                **_message(answer, is_legacy),
+                **(_said_aloud(answer, spoken, extra) if spoken else {}),
+            },
             "logprobs": None,
             "finish_reason": _finish_reason(
                 answer.finish_reason, answer.calls, is_legacy
@@ -3828,6 +3888,21 @@ def _message(answer: Answer, is_legacy: bool) -> dict[str, Any]:
         message["reasoning_content"] = answer.reasoning
     message.update(cite(answer.citations, len(text)))
     return message
+
+
+def _said_aloud(
+    answer: Answer, spoken: Spoken, extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The keys that differ in the message of a spoken answer, if anything was said."""
+    if not answer.sounds:
+        return {}
+    audio = {
+        "id": spoken.id_of(extra),
+        "expires_at": spoken.expires_at,
+        "data": base64.b64encode(b"".join(answer.sounds)).decode(),
+        "transcript": answer.text,
+    }
+    return {"content": None, "audio": audio}
 
 
 def _call_object(call: ToolCall) -> dict[str, Any]:
@@ -3993,6 +4068,51 @@ class ChatStream(_ChunkStream):
             **(extra or {}),
         }
         return encode_event(json_bytes(chunk))
+
+
+class SpokenStream(ChatStream):
+    """The same for a spoken answer: its text is what the audio says, which follows.
+
+    The audio is cut where its base64 is whole, so that a client may decode the pieces
+    one by one, or joined.
+    """
+
+    needs_ids = True
+
+    def __init__(self, envelope: Envelope, spoken: Spoken, **options: bool) -> None:
+        super().__init__(envelope, **options)
+        self._spoken = spoken
+        self._id = ""  # until it is told, with the first text
+        self._sound: bytes | None = None  # what is not written yet
+        head, _, tail = self._audio({"@": 0}).partition(b'{"@":0}')
+        self._text = (head + b'{"transcript":', b"}" + tail)
+
+    def begin(self, extra: Mapping[str, Any]) -> bytes:
+        """The first chunk; the audio's id waits for the first text."""
+        self._id = self._spoken.id_of(extra)
+        delta = {"role": "assistant", "content": None, "refusal": None}
+        return self._chunk(delta, None, extra)
+
+    def encode(self, part: Part) -> bytes:
+        """The chunks that a part becomes."""
+        told = b""
+        if isinstance(part, Text) and self._id:
+            told, self._id = self._audio({"id": self._id, "transcript": ""}), ""
+        elif isinstance(part, Sound):
+            sound = (self._sound or b"") + part.data
+            return self._data(sound, len(sound) // 3 * 3)
+        elif isinstance(part, Finish) and self._sound is not None:
+            told = self._data(self._sound, len(self._sound))
+            told += self._audio({"expires_at": self._spoken.expires_at})
+        return told + super().encode(part)
+
+    def _data(self, sound: bytes, size: int) -> bytes:
+        """A chunk of the first bytes of the audio; the others wait."""
+        self._sound, text = sound[size:], base64.b64encode(sound[:size]).decode()
+        return self._audio({"data": text}) if text else b""
+
+    def _audio(self, audio: Mapping[str, Any]) -> bytes:
+        return self._chunk({"audio": audio}, None)
 
 
 class CompletionStream(_ChunkStream):
@@ -7361,7 +7481,7 @@ class Dify:
 # key, runs a turn and drives the pacer. Catches nothing that the error boundary of
 # room 15 can answer. Never touches sockets and h11.
 #
-# One turn:  parse -> plan -> open -> (read -> put -> drain)* -> settle
+# One turn:  parse -> plan -> open -> (read -> put -> drain)* -> settle [-> say]
 #            the client leaves -> stop, read on, then settle or forget
 
 MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
@@ -7383,6 +7503,9 @@ _NO_FILE = (
 )
 _NO_CONTENT = "Dify (from 1.7.2 on) gives a file back once a message has used it."
 _NO_SOUND = "Dify made no sound of this text."
+MAX_SOUND_BYTES = MAX_JSON_BYTES  # of a whole answer: a quarter of an hour of mp3
+_UNSPOKEN = "The app has answered, but its speech failed: "
+_LOUD = f"It is over {MAX_SOUND_BYTES >> 20} MB; a streamed answer may be longer."
 _SSE_HEADERS = [
     ("Content-Type", "text/event-stream; charset=utf-8"),
     ("Cache-Control", "no-cache"),
@@ -7763,6 +7886,10 @@ class Outlet:
             self._arm()
         self._write(b"".join(out))
 
+    def stay(self) -> None:
+        """Keep the connection alive once more, after `finish`."""
+        self._beat = self._loop.call_at(self._written_at + KEEP_ALIVE_S, self._on_beat)
+
     async def finish(self) -> None:
         """Let go what the pacer holds, evenly."""
         if self._pacer:
@@ -7917,6 +8044,9 @@ class Collector:
             self.answer.add(part)
         if self._exchange.first_text_at is None and self.answer.text:
             self._exchange.first_text_at = asyncio.get_running_loop().time()
+
+    def stay(self) -> None:
+        """A whole answer is silent until its end."""
 
     async def finish(self) -> None:
         """Nothing is held back."""
@@ -8224,19 +8354,20 @@ class Handlers:
         chat = parse_chat_request(body)
         del body  # an answer may take minutes, and the question may be long
         envelope = self._envelope("chatcmpl", chat.ask.model)
+        ask, spoken = await self._with_speech(exchange, chat.ask, envelope.created)
+
+        legacy = {"is_legacy": chat.is_legacy}
+        options = {"include_usage": chat.include_usage, **legacy}
 
         def stream(index: int) -> ChatStream:
-            return ChatStream(
-                envelope,
-                include_usage=chat.include_usage,
-                index=index,
-                is_legacy=chat.is_legacy,
-            )
+            if spoken:
+                return SpokenStream(envelope, spoken, **options)
+            return ChatStream(envelope, index=index, **options)
 
         def whole(answers: list[Answer], extra: Mapping[str, Any]) -> dict[str, Any]:
-            return chat_completion(envelope, answers, extra, is_legacy=chat.is_legacy)
+            return chat_completion(envelope, answers, extra, spoken=spoken, **legacy)
 
-        asks = [chat.ask] * chat.n
+        asks = [ask] * chat.n
         await self._answer_all(exchange, asks, stream if chat.stream else None, whole)
 
     async def completions(self, exchange: Exchange) -> None:
@@ -8663,26 +8794,110 @@ class Handlers:
         speech = parse_speech_request(body)
         exchange.model = speech.model
         app = await self._app(speech.model)
-        form = await self._dify.form_of(app)
-        if not form.speaks:
+        if not (await self._dify.form_of(app)).speaks:
             raise _switched_off("Text to speech", exchange.model)
-        voice = voice_for(speech.voice, form.voice)
-        asked = {
-            "text": speech.text,
-            "user": self._user(exchange, {"user": speech.user}),
-        }
-        asked.update({"voice": voice} if voice else {})
+        user = self._user(exchange, {"user": speech.user})
         with _while_present(exchange):
-            response = await self._dify.open_file(app, "/text-to-audio", value=asked)
+            response = await self._open_speech(app, speech.text, speech.voice, user)
             kind = response.headers.get("content-type", "application/octet-stream")
-            if kind.startswith("application/json"):
-                response.close()
-                raise UpstreamFailed(_NO_SOUND)
             if speech.is_sse:
                 exchange.fail = encode_failure
                 await self._pass_file(exchange, response, _SSE_HEADERS, encode_speech)
             else:
                 await self._pass_file(exchange, response, [("Content-Type", kind)])
+
+    async def _open_speech(
+        self, app: AppSettings, text: str, voice: str, user: str
+    ) -> UpstreamResponse:
+        """The sound of a text, not read yet."""
+        voice = voice_for(voice, (await self._dify.form_of(app)).voice)
+        asked = {"text": text, "user": user, **({"voice": voice} if voice else {})}
+        response = await self._dify.open_file(app, "/text-to-audio", value=asked)
+        if response.headers.get("content-type", "").startswith("application/json"):
+            response.close()
+            raise UpstreamFailed(_NO_SOUND)
+        return response
+
+    async def _with_speech(
+        self, exchange: Exchange, ask: Ask, now: int
+    ) -> tuple[Ask, Spoken | None]:
+        """(the question with the spoken answers that it names, how its own is named).
+
+        Nothing runs where an answer is to be spoken, and the app can't.
+        """
+        is_spoken = ask.voice is not None
+        if not (is_spoken or any(row.spoken_id for row in ask.messages)):
+            return ask, None
+        app, exchange.model = await self._app(ask.model), ask.model
+        if is_spoken and not (await self._dify.form_of(app)).speaks:
+            raise _switched_off("Text to speech", ask.model, "modalities")
+        ask = await self._with_stored_files(exchange, ask)  # they may name the user
+        user, sealer = _user_of(exchange, ask), self._sealer(exchange, app)
+        ask = await self._with_spoken(app, ask, sealer, user)
+        frame = ResponseFrame(now, ask.model, echo_of({}), sealer, user, self._new_id())
+
+        def id_of(extra: Mapping[str, Any]) -> str:
+            return replace(frame, extra=extra).id("audio_")
+
+        expires_at = now + int(self.settings.conversation_ttl)
+        return ask, Spoken(id_of, expires_at) if is_spoken else None
+
+    async def _with_spoken(
+        self, app: AppSettings, ask: Ask, sealer: IdSealer, user: str
+    ) -> Ask:
+        """The question with the texts of the answers that are named by their audio.
+
+        Raises:
+            BadRequest: an id is not ours, or Dify does not have its answer any more.
+        """
+        messages, was_read = list(ask.messages), set()
+        turns: dict[str, StoredTurn] = {}
+        for index, row in enumerate(messages):
+            if not row.spoken_id:
+                continue
+            is_audio = row.spoken_id.startswith("audio_")
+            place = open_place(sealer, row.spoken_id, user=user) if is_audio else None
+            if place and place.conversation_id not in was_read:
+                was_read.add(place.conversation_id)
+                is_much = len(was_read) > MAX_CONVERSATIONS_READ
+                rows = [] if is_much else await self._stored_turns(app, place)
+                turns.update({turn.message_id: turn for turn in rows})
+            if not place or place.message_id not in turns:
+                raise _no_spoken(row.spoken_id)
+            text = self._said(turns[place.message_id], ask.tools).text
+            messages[index] = replace(row, text=text, spoken_id="")
+        return replace(ask, messages=tuple(messages))
+
+    async def _say(
+        self, exchange: Exchange, app: AppSettings, ask: Ask, sink: Outlet | Collector
+    ) -> None:
+        """Have the app say its answer; a call, or nothing, is not said.
+
+        The conversation has the text by now, and goes on whatever happens to its sound.
+        """
+        if sink.calls or not (sink.text.strip() or sink.is_behind):
+            return
+        sink.stay()
+        size, user = 0, _user_of(exchange, ask)
+        try:
+            if sink.is_behind:
+                raise UpstreamFailed("The text is too long.")
+            with _while_present(exchange):
+                voice = ask.voice or ""
+                response = await self._open_speech(app, sink.text, voice, user)
+                with contextlib.closing(response):
+                    while data := await self._dify.read_file(response):
+                        size += len(data)
+                        if isinstance(sink, Collector) and size > MAX_SOUND_BYTES:
+                            raise UpstreamFailed(_LOUD)
+                        sink.put([Sound(data)])
+                        await exchange.reply.drain()
+            if not size:
+                raise UpstreamFailed(_NO_SOUND)
+        except ProxyError as error:
+            error.message = _UNSPOKEN + error.message
+            error.retry = False  # the question would be asked again
+            raise
 
     async def list_speakers(self, exchange: Exchange) -> None:
         """`GET /audio/models` and `/audio/voices`, as Open WebUI asks for them.
@@ -8878,6 +9093,8 @@ class Handlers:
             reading = await self._run_once(exchange, app, asked, sink, joins=goes_on)
             if reading.problem:
                 raise unsatisfied(ask, reading.problem)
+        if ask.voice is not None:
+            await self._say(exchange, app, ask, sink)
         return sink.end()
 
     async def _run_once(
@@ -9273,11 +9490,19 @@ def _decoded_name(raw: str, models: Iterable[str]) -> str:
     return form if form in models else urllib.parse.unquote(raw)
 
 
-def _switched_off(feature: str, model: str) -> ProxyError:
+def _switched_off(feature: str, model: str, param: str = "model") -> ProxyError:
     return BadRequest(
         f"{feature} is switched off in the app of {model!r}; it is one of the app's "
         "features in Dify.",
-        param="model",
+        param=param,
+    )
+
+
+def _no_spoken(id_: str) -> BadRequest:
+    return bad_value(
+        "messages",
+        f"no answer of this app to this user has the audio id {_shown(id_)}; send its "
+        "transcript as `content`.",
     )
 
 

@@ -323,7 +323,8 @@ def test_words_are_those_that_are_sent() -> None:
     common = words_for_tools("auto").rpartition("If you need")[0]
     reason = "Call get_weather."
     row = {"name": "city", "schema": SCHEMA}
-    assert [block.text[:-1] for block in fenced_blocks(TOOLS)] == [
+    shown = [block for block in fenced_blocks(TOOLS) if block.language != "python"]
+    assert [block.text[:-1] for block in shown] == [
         words_for_tools("auto"),
         words_for_tools("required").partition(common)[2],
         words_for_tools("none"),
@@ -345,6 +346,12 @@ def test_formats_of_transcripts_are_those_of_the_file() -> None:
         ", or `stream`"
     )[0]
     assert sorted(re.findall(r"`(\w+)`", text)) == sorted(opendify._TRANSCRIPTS)
+
+
+def test_formats_and_size_of_spoken_answers_are_those_of_the_file() -> None:
+    text = FLAT.partition("The `format` may be ")[2].partition(", but")[0]
+    assert sorted(re.findall(r"`(\w+)`", text)) == sorted(opendify._SOUND_FORMATS)
+    assert f"up to {opendify.MAX_SOUND_BYTES >> 20} MB of it" in FLAT
 
 
 def test_places_of_tools_are_those_there_are() -> None:
@@ -380,6 +387,7 @@ def test_markup_that_is_said_to_be_read_is(text: str) -> None:
 PLAIN = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 CALLED = {"tools": [{"type": "function", "function": WEATHER}]}
 LEGACY = {"functions": [WEATHER]}
+VOICE = {"audio": {"voice": "nova", "format": "mp3"}}
 FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "model": ({}, {"model": "other"}),
     "messages": ({}, {"messages": [{"role": "user", "content": "Ho"}]}),
@@ -395,6 +403,11 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "functions": ({}, LEGACY),
     "function_call": (LEGACY, {**LEGACY, "function_call": {"name": "get_weather"}}),
     "response_format": ({}, {"response_format": {"type": "json_object"}}),
+    "modalities": (VOICE, {**VOICE, "modalities": ["text", "audio"]}),
+    "audio": (
+        {"modalities": ["audio"], **VOICE},
+        {"modalities": ["audio"], "audio": {"voice": "echo", "format": "mp3"}},
+    ),
     "inputs": ({}, {"inputs": {"a": 1}}),
     "conversation_id": ({}, {"conversation_id": "c1"}),
 }
@@ -422,6 +435,8 @@ REFUSED: list[dict[str, Any]] = [
     {"n": opendify.MAX_CHOICES + 1},
     {"stop": ["."] * (opendify.MAX_STOPS + 1)},
     {"tool_choice": {"type": "function", "function": {"name": "other"}}, **CALLED},
+    {"n": 2, "modalities": ["audio"], **VOICE},
+    {"audio": {"format": "pcm16"}, "modalities": ["audio"]},
     {"response_format": {"type": "yaml"}},
     {"response_format": {"type": "json_schema"}},
     {"messages": [{"role": "user", "content": [{"type": "smell"}]}]},

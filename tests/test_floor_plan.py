@@ -24,7 +24,7 @@ BUDGETS = {
     "Calls": 730,
     "Dify": 860,
     "Ids": 110,
-    "OpenAI": 850,
+    "OpenAI": 890,
     "Responses": 560,
     "Conversations": 390,
     "Pacer": 135,

@@ -259,6 +259,21 @@ def test_refused_field_is_named(body: JSONObject, param: str, code: str) -> None
         ({"role": "assistant", "content": "a"}, Message("assistant", "a")),
         ({"role": "assistant", "content": None}, Message("assistant", "")),
         ({"role": "assistant"}, Message("assistant", "")),
+        (
+            {"role": "assistant", "audio": {"id": "audio_1"}},
+            Message("assistant", "", spoken_id="audio_1"),
+        ),
+        (
+            {"role": "assistant", "content": "", "audio": {"id": "audio_1"}},
+            Message("assistant", "", spoken_id="audio_1"),
+        ),
+        (
+            {"role": "assistant", "content": "a", "audio": {"id": "audio_1"}},
+            Message("assistant", "a"),
+        ),
+        ({"role": "assistant", "audio": {}}, Message("assistant", "")),
+        ({"role": "assistant", "audio": None}, Message("assistant", "")),
+        ({"role": "user", "audio": {"id": "audio_1"}}, Message("user", "")),
         ({"role": "system", "content": "a"}, Message("system", "a")),
         ({"role": "developer", "content": "a"}, Message("system", "a")),
         (

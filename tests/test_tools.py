@@ -1386,6 +1386,7 @@ IGNORED: JSONObject = {
     "top_logprobs": 3,
     "modalities": ["text"],
 }
+# This app has no speech; test_spoken.py has one that speaks.
 AUDIO = {"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "wav"}}
 REFUSED: JSONObject = {"audio": AUDIO}
 
@@ -1466,7 +1467,6 @@ async def test_ignored_field_changes_nothing(field: str, stream: bool) -> None:
 @pytest.mark.parametrize("field", REFUSED)
 @WHOLE_OR_STREAMED
 async def test_refused_field_is_named(field: str, stream: bool) -> None:
-    """This app has no speech."""
     async with proxy() as served:
         got = await served.chat(stream=stream, **REFUSED[field])
     assert (got.status, got.error["type"]) == (400, "invalid_request_error")
