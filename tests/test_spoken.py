@@ -15,6 +15,7 @@ import pytest
 from fake_dify import Close, Hang, Raw, Sleep, Status, Step, chat_answer
 from schemas import check_chat_stream
 from test_end_to_end import run_client
+from test_files import VISION, form_of, post
 from test_handlers import (
     HI,
     KEY,
@@ -507,6 +508,44 @@ async def test_answer_of_another_user_is_not_known() -> None:
         got = await served.chat(messages=named(id_), user="bo")
         own = await served.chat(messages=named(id_), user="al")
     assert (got.status, own.status) == (400, 200)
+
+
+async def test_answer_to_another_key_is_not_known() -> None:
+    """Though both clients name the same user."""
+    keys = {"VALID_API_KEYS": "sk-1,sk-2"}
+    one, two = ({"Authorization": f"Bearer sk-{n}"} for n in "12")
+    async with proxy(parameters=SPEAKS, memory=True, variables=keys) as served:
+        id_ = id_of(await served.chat(one, user="al", **ASKED))
+        got = await served.chat(two, messages=named(id_), user="al")
+        own = await served.chat(one, messages=named(id_), user="al")
+    assert (got.status, own.status) == (400, 200)
+
+
+async def test_answer_about_a_stored_file_is_its_owner_s() -> None:
+    """Who names no user speaks as the one who uploaded the file."""
+    form = form_of(b"%PDF", "a.pdf", "application/pdf", model="m", user="al")
+    async with proxy(parameters={**SPEAKS, **VISION}, memory=True) as served:
+        file_id = (await post(served, "/v1/files", form)).json["id"]
+        part = {"type": "file", "file": {"file_id": file_id}}
+        question = {"role": "user", "content": [part]}
+        first = await served.chat(messages=[question], **ASKED)
+        rows = [question, *named(id_of(first))[1:]]
+        got = await served.chat(messages=rows, **ASKED)
+    assert got.status == 200
+    assert [row.user for row in served.turns] == ["al", "al"]
+    assert {row["user"] for row in speeches(served)} == {"al"}
+    assert conversations(served)[1][0] == first.headers["x-dify-conversation-id"]
+
+
+async def test_choices_share_the_answer_that_is_named() -> None:
+    """None of them continues its conversation: each is told the answer."""
+    async with proxy(chat_answer("A spoken answer."), parameters=SPEAKS) as served:
+        id_ = id_of(await served.chat(**ASKED))
+        got = await served.chat(messages=named(id_), n=2)
+    assert len(got.json["choices"]) == 2
+    _, *turns = conversations(served)
+    assert [row[0] for row in turns] == ["", ""]
+    assert all("A spoken answer." in row[1] for row in turns)
 
 
 async def test_answer_that_dify_has_lost_is_not_known() -> None:
