@@ -4079,7 +4079,7 @@ class SpokenStream(ChatStream):
 
     needs_ids = True
 
-    def __init__(self, envelope: Envelope, spoken: Spoken, **options: bool) -> None:
+    def __init__(self, envelope: Envelope, spoken: Spoken, **options: Any) -> None:
         super().__init__(envelope, **options)
         self._spoken = spoken
         self._id = ""  # until it is told, with the first text
@@ -5753,6 +5753,7 @@ MAX_FIELDS = 200
 # What a stream may hold unread before its socket is paused.
 READ_BUFFER_BYTES = 64 * 1024
 WRITE_TIMEOUT_S = 60.0  # for a peer that reads nothing
+MAX_TIMER_S = 30.0
 
 # The size line of a chunk, behind the end of the chunk before it, and its beginnings.
 _SIZE, _EXTENSION = rb"([0-9A-Fa-f]{1,15})", rb"[ \t]*(?:;[^\r\n]*)?"
@@ -6031,7 +6032,8 @@ class Wire:
     """One connection: reads heads and bodies, writes bytes, keeps deadlines.
 
     A deadline is one timer that is re-armed: moving it costs an assignment, where a
-    timeout around each read would cost a task.
+    timeout around each read would cost a task. It is never armed for long, so that a
+    nearer deadline seldom needs another one.
     """
 
     def __init__(
@@ -6080,7 +6082,8 @@ class Wire:
     def _arm(self) -> None:
         if self._timer:
             self._timer.cancel()
-        self._timer = self._loop.call_at(self._deadline, self._check_deadline)
+        at = min(self._deadline, self._loop.time() + MAX_TIMER_S)
+        self._timer = self._loop.call_at(at, self._check_deadline)
 
     def _check_deadline(self) -> None:
         self._timer = None
@@ -7570,7 +7573,8 @@ def _label(value: object) -> str:
     return str(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-async def _no_body() -> bytes:
+async def no_body() -> bytes:
+    """What reads a request that is read."""
     return b""
 
 
@@ -7588,7 +7592,7 @@ class Exchange:
     request: Request = NO_REQUEST
     decoder: BodyDecoder | None = None  # of the request's body
     body: bytes = b""
-    read: Read = _no_body  # more of the body, where `body` is not read before
+    read: Read = no_body  # more of the body, where `body` is not read before
     started_at: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     fail: Callable[[ProxyError], bytes] | None = None
     waiting: set[asyncio.Task[Any]] = field(default_factory=set)
@@ -8356,16 +8360,21 @@ class Handlers:
         envelope = self._envelope("chatcmpl", chat.ask.model)
         ask, spoken = await self._with_speech(exchange, chat.ask, envelope.created)
 
-        legacy = {"is_legacy": chat.is_legacy}
-        options = {"include_usage": chat.include_usage, **legacy}
-
         def stream(index: int) -> ChatStream:
+            make: Callable[..., ChatStream] = ChatStream
             if spoken:
-                return SpokenStream(envelope, spoken, **options)
-            return ChatStream(envelope, index=index, **options)
+                make = functools.partial(SpokenStream, spoken=spoken)
+            return make(
+                envelope,
+                include_usage=chat.include_usage,
+                index=index,
+                is_legacy=chat.is_legacy,
+            )
 
         def whole(answers: list[Answer], extra: Mapping[str, Any]) -> dict[str, Any]:
-            return chat_completion(envelope, answers, extra, spoken=spoken, **legacy)
+            return chat_completion(
+                envelope, answers, extra, is_legacy=chat.is_legacy, spoken=spoken
+            )
 
         asks = [ask] * chat.n
         await self._answer_all(exchange, asks, stream if chat.stream else None, whole)
@@ -8732,10 +8741,12 @@ class Handlers:
             for row in streams
         ] or [Collector(exchange) for _ in asks]
         try:
-            ends = await _all_of(
+            turns = [
                 self._run_turn(exchange, app, ask, sink, len(asks) == 1, tail)
                 for ask, sink in zip(asks, sinks)
-            )
+            ]
+            is_one = len(turns) == 1
+            ends = [await turns[0]] if is_one else await _all_of(turns)
         finally:
             for sink in sinks:
                 sink.close()
@@ -9471,10 +9482,7 @@ def with_words(ask: Ask, place: str) -> Ask:
 
 async def _all_of(coroutines: Iterable[Coroutine[Any, Any, bytes]]) -> list[bytes]:
     """All results; when one fails, the others are cancelled and waited for."""
-    rows = list(coroutines)
-    if len(rows) == 1:
-        return [await rows[0]]
-    tasks = [asyncio.ensure_future(row) for row in rows]
+    tasks = [asyncio.ensure_future(row) for row in coroutines]
     try:
         return list(await asyncio.gather(*tasks))
     except BaseException:
@@ -9734,6 +9742,7 @@ class Server:
         exchange.read = _body_reader(exchange, wire, decoder, limit)
         if exchange.route not in READING_ENDPOINTS:
             exchange.body = await read_whole(exchange)
+            exchange.read = no_body
         wire.on_leave(exchange.leave)
         self._handlers.metrics.in_flight += 1
         try:
@@ -9833,10 +9842,9 @@ def _body_reader(
     exchange: Exchange, wire: Wire, decoder: BodyDecoder, limit: int
 ) -> Read:
     """What reads the request's body; the client is told to send it."""
-    too_large = BodyTooLarge(f"The body is over {limit >> 20} MiB.")
     headers = exchange.request.headers
     if int(headers.get("content-length", 0)) > limit:
-        raise too_large
+        raise _too_large(limit)
     if exchange.request.expects_continue and not decoder.is_complete:
         wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -9846,10 +9854,14 @@ def _body_reader(
         wire.allow_any_time()
         exchange.body_bytes += len(data)
         if exchange.body_bytes > limit:
-            raise too_large
+            raise _too_large(limit)
         return data
 
     return read
+
+
+def _too_large(limit: int) -> ProxyError:
+    return BodyTooLarge(f"The body is over {limit >> 20} MiB.")
 
 
 def check_host(request: Request, settings: Settings) -> None:
