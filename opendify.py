@@ -4966,7 +4966,7 @@ def _custom_input(arguments: str) -> str:
 #     none, TAKEN -> FREE [put], FREE -> TAKEN [take], TAKEN -> LOST [take by id],
 #     FREE -> LOST [put, by who has not taken it], FREE, TAKEN -> none [forget]
 
-MAX_CONVERSATIONS = 100_000  # some 50 MB
+MAX_CONVERSATIONS = 100_000  # some 40 MB
 MAX_NAMED = 1000  # that clients named; these hold texts until their first turn
 MAX_NAMED_ITEMS = 2000  # of one, that no turn has taken yet
 _KEPT_MESSAGES = 128  # a transcript's last ones, and so the longest window: 1 KiB

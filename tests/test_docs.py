@@ -269,7 +269,7 @@ def test_limits_are_those_of_the_file() -> None:
         opendify.MAX_FORM_PARTS,
         opendify.MAX_USER_CHARS,
         opendify.MAX_CONVERSATIONS,
-        50,  # MB of memory, as bench_conversations.py tells
+        40,  # MB of memory, as bench_conversations.py tells
         opendify.MAX_EVENT_BYTES >> 20,
         opendify.CIRCUIT_S,
         opendify.DRAIN_S,
