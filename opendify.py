@@ -8119,15 +8119,18 @@ class Reading:
         return held
 
     @property
+    def _has_call(self) -> bool:
+        return bool(self._calls and self._calls.calls)
+
+    @property
     def _is_open(self) -> bool:
         """Whether the answer may still turn out not to do."""
-        has_call = bool(self._calls and self._calls.calls)
-        needs_call = self._ask.tool_mode == "required" and not has_call
+        needs_call = self._ask.tool_mode == "required" and not self._has_call
         return needs_call or (self._is_json and not self._json)
 
     def _judge(self) -> None:
         """The answer is over: will it do?"""
-        if self._calls and self._calls.calls:
+        if self._has_call:
             return
         if self._ask.tool_mode == "required":
             names = ", ".join(tool.name for tool in self._ask.tools)
@@ -8628,11 +8631,8 @@ class Handlers:
             newest, _ = await self._stored_page(app, anchor, most=1)
             if [row.message_id for row in newest] == [anchor.message_id]:
                 return replace(ask_of(asked, {}), conversation_id=here)
-        stored: dict[str, list[StoredTurn]] = {}
-        for place in [anchor, *reversed(list(named.values()))]:
-            id_ = place.conversation_id
-            if id_ not in stored and len(stored) < MAX_CONVERSATIONS_READ:
-                stored[id_] = await self._stored_turns(app, place)
+        places = [anchor, *reversed(list(named.values()))]
+        stored = await self._stored_at(app, places)
         rows = {row.message_id: row for turns in stored.values() for row in turns}
         if previous and anchor.message_id not in rows:
             raise _no_previous(previous)
@@ -8651,6 +8651,17 @@ class Handlers:
         if is_free and is_newest and is_known_history(split_turn(ask)[0], known):
             ask = replace(ask, conversation_id=here)
         return ask
+
+    async def _stored_at(
+        self, app: AppSettings, places: Iterable[Place]
+    ) -> dict[str, list[StoredTurn]]:
+        """The turns of the places' conversations, by their ids; of the first few."""
+        stored: dict[str, list[StoredTurn]] = {}
+        for place in places:
+            id_ = place.conversation_id
+            if id_ not in stored and len(stored) < MAX_CONVERSATIONS_READ:
+                stored[id_] = await self._stored_turns(app, place)
+        return stored
 
     async def _stored_turns(self, app: AppSettings, place: Place) -> list[StoredTurn]:
         """All turns of a conversation, as far as Dify still has them."""
@@ -8861,22 +8872,24 @@ class Handlers:
         Raises:
             BadRequest: an id is not ours, or Dify does not have its answer any more.
         """
-        messages, was_read = list(ask.messages), set()
-        turns: dict[str, StoredTurn] = {}
-        for index, row in enumerate(messages):
-            if not row.spoken_id:
-                continue
-            is_audio = row.spoken_id.startswith("audio_")
-            place = open_place(sealer, row.spoken_id, user=user) if is_audio else None
-            if place and place.conversation_id not in was_read:
-                was_read.add(place.conversation_id)
-                is_much = len(was_read) > MAX_CONVERSATIONS_READ
-                rows = [] if is_much else await self._stored_turns(app, place)
-                turns.update({turn.message_id: turn for turn in rows})
-            if not place or place.message_id not in turns:
-                raise _no_spoken(row.spoken_id)
-            text = self._said(turns[place.message_id], ask.tools).text
-            messages[index] = replace(row, text=text, spoken_id="")
+        places: dict[str, Place] = {}
+        for id_ in filter(None, (row.spoken_id for row in ask.messages)):
+            is_audio = id_.startswith("audio_")
+            place = open_place(sealer, id_, user=user) if is_audio else None
+            if not place:
+                raise _no_spoken(id_)
+            places[id_] = place
+        stored = await self._stored_at(app, places.values())
+        turns = {turn.message_id: turn for rows in stored.values() for turn in rows}
+        texts: dict[str, str] = {}
+        for id_, place in places.items():
+            if place.message_id not in turns:
+                raise _no_spoken(id_)
+            texts[id_] = self._said(turns[place.message_id], ask.tools).text
+        messages = (
+            replace(row, text=texts.get(row.spoken_id, row.text), spoken_id="")
+            for row in ask.messages
+        )
         return replace(ask, messages=tuple(messages))
 
     async def _say(
