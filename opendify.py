@@ -9065,6 +9065,8 @@ class Handlers:
 
     async def _with_stored_files(self, exchange: Exchange, ask: Ask) -> Ask:
         """The question with its stored files; who names no user speaks as theirs."""
+        if not any(file.file_id for row in ask.messages for file in row.attachments):
+            return ask
         messages, owner = [], ""
         for message in ask.messages:
             files = list(message.attachments)
@@ -9073,8 +9075,6 @@ class Handlers:
                     _, stored = await self._stored_file(exchange, file.file_id)
                     owner, files[index] = owner or stored.user, stored.attachment
             messages.append(replace(message, attachments=tuple(files)))
-        if not owner:
-            return ask
         is_named = ask.user or exchange.request.headers.get("x-openwebui-user-id")
         user = ask.user if is_named else owner
         return replace(ask, messages=tuple(messages), user=user)
