@@ -508,7 +508,7 @@ async def proxy_with_clock(
     """Give the port of a proxy that asks this clock; it must record one turn."""
     options = settings_of(dify, "chat")
     table, _ = opendify.open_conversations("memory", 1e6)
-    upstream = opendify.Dify(options, asyncio.open_connection)
+    upstream = opendify.Dify(options, opendify.open_wire)
     handlers = opendify.Handlers(options, upstream, table, lambda: "a1", wall_clock)
     server = opendify.Server(handlers, lambda: "req_1")
     ((_, port),) = await server.listen("127.0.0.1", 0)

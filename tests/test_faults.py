@@ -43,6 +43,7 @@ from opendify import (
     Handlers,
     Server,
     open_conversations,
+    open_wire,
     parse_settings,
 )
 
@@ -211,7 +212,7 @@ def _unchunked(data: bytes) -> bytes:
 @contextlib.asynccontextmanager
 async def proxying(
     base: str,
-    connect: Connect = asyncio.open_connection,
+    connect: Connect = open_wire,
     models: dict[str, Any] | None = None,
     variables: Mapping[str, str] = NO_VARIABLES,
 ) -> AsyncIterator[Front]:
@@ -701,7 +702,7 @@ async def test_circuit_closes_again() -> None:
             calls += 1
             if calls == 1:
                 raise ConnectionRefusedError(111, "refused")
-            return await asyncio.open_connection(*arguments, **options)
+            return await open_wire(*arguments, **options)
 
         async with proxying(dify.base, connect) as front:
             for _ in range(3):
@@ -730,7 +731,7 @@ async def test_open_circuit_tells_nothing_of_other_requests() -> None:
     async def connect(*arguments: Any, **options: Any) -> Any:
         if is_down:
             raise ConnectionRefusedError(111, "refused")
-        return await asyncio.open_connection(*arguments, **options)
+        return await open_wire(*arguments, **options)
 
     upload = {"enabled": True, "allowed_file_types": ["document"]}
     methods = {"allowed_file_upload_methods": ["local_file"]}
@@ -1030,7 +1031,7 @@ async def test_no_proxy_names_what_is_reached_directly(
             asked_for.append((host, port))
             address = ("127.0.0.1", port_of(here))
             options.pop("happy_eyeballs_delay", None)
-            return await asyncio.open_connection(*address, **options)
+            return await open_wire(*address, **options)
 
         url = f"http://127.0.0.1:{port_of(here)}"
         variables = {"HTTP_PROXY": url, "NO_PROXY": no_proxy}

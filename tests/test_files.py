@@ -1156,7 +1156,7 @@ async def main():
         {"MODEL_CONFIG": sys.argv[1], "MAX_BODY_MB": "256"}
     )
     conversations, _ = opendify.open_conversations("memory", 60)
-    dify = opendify.Dify(settings, asyncio.open_connection)
+    dify = opendify.Dify(settings, opendify.open_wire)
     handlers = opendify.Handlers(settings, dify, conversations, lambda: "1")
     server = opendify.Server(handlers, lambda: "1")
     ((_, port),) = await server.listen("127.0.0.1", 0)

@@ -30,7 +30,7 @@ from opendify import (
     Dify,
     Handlers,
     Server,
-    WatchedReader,
+    Wire,
     open_conversations,
     parse_settings,
 )
@@ -92,12 +92,10 @@ class Memory(asyncio.Transport):
     resume_reading = pause_reading
 
 
-def streams(
-    transport: Memory, reader: asyncio.StreamReader
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    loop = asyncio.get_running_loop()
-    protocol = asyncio.StreamReaderProtocol(reader)
-    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+def wired(transport: Memory) -> Wire:
+    wire = Wire()
+    wire.connection_made(transport)
+    return wire
 
 
 FINE = (
@@ -141,14 +139,13 @@ class World:
         self.cuts: tuple[int, ...] = ()
 
     async def _connect(self, *_: Any, **__: Any) -> Any:
-        reader = asyncio.StreamReader()
-
         def on_write(data: bytes) -> None:
             for piece in _cut(self._reply_to(data), self.cuts):
-                reader.feed_data(piece)
-            reader.feed_eof()
+                wire.data_received(piece)
+            wire.eof_received()
 
-        return streams(Memory(on_write), reader)
+        wire = wired(Memory(on_write))
+        return wire
 
     def _reply_to(self, request: bytes) -> bytes:
         line = request.partition(b"\r\n")[0]
@@ -159,11 +156,11 @@ class World:
 
     async def talk(self, data: bytes, cuts: tuple[int, ...] = ()) -> bytes:
         """All that a client gets who sends `data` and then nothing more."""
-        reader = WatchedReader()
         transport = Memory()
-        serving = asyncio.ensure_future(self.server.serve(*streams(transport, reader)))
+        wire = wired(transport)
+        serving = asyncio.ensure_future(self.server.serve(wire))
         for piece in _cut(data, cuts):
-            reader.feed_data(piece)
+            wire.data_received(piece)
             await asyncio.sleep(0)
         await asyncio.wait_for(serving, 1000)
         assert transport.is_closed

@@ -268,7 +268,7 @@ async def serving(
     store, ttl_s = settings.conversation_store, settings.conversation_ttl
     conversations, complaint = opendify.open_conversations(store, ttl_s)
     assert not complaint
-    client = opendify.Dify(settings, asyncio.open_connection)
+    client = opendify.Dify(settings, opendify.open_wire)
     answers, requests = itertools.count(1), itertools.count(1)
     handlers = opendify.Handlers(
         settings, client, conversations, lambda: f"a{next(answers)}", lambda: NOW

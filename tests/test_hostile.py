@@ -48,6 +48,7 @@ from opendify import (
     Wire,
     find_endpoint,
     open_conversations,
+    open_wire,
     parse_settings,
 )
 
@@ -231,7 +232,7 @@ async def hosting(
     limits = {"DIFY_API_BASE": base, "MAX_BODY_MB": "1"}
     settings = parse_settings({**models, **limits, **variables})
     conversations, _ = open_conversations("memory", 1)
-    dify = Dify(settings, asyncio.open_connection)
+    dify = Dify(settings, open_wire)
     ids = itertools.count(1)
     handlers = Handlers(settings, dify, conversations, lambda: str(next(ids)))
     server = Server(handlers, lambda: f"req_{next(ids)}")
@@ -985,10 +986,9 @@ async def test_address_that_guesses_keys_has_to_wait() -> None:
         handlers: Handlers = host.server._handlers
 
         def ask(key: str, peer: str = "203.0.113.7") -> int:
-            wire = Wire(asyncio.StreamReader(), _NoWriter())  # type: ignore[arg-type]
             fields = {"authorization": f"Bearer {key}"} if key else {}
             request = Request("GET", "/v1/models", "", fields)
-            exchange = Exchange(Reply(wire, request), "id", peer, request)
+            exchange = Exchange(Reply(Wire(), request), "id", peer, request)
             try:
                 handlers.find(exchange)
             except (Unauthorized, RateLimited) as error:
@@ -1006,10 +1006,6 @@ async def test_address_that_guesses_keys_has_to_wait() -> None:
         assert [ask("wrong", "::1") for _ in range(30)] == [401] * 30
         await asyncio.sleep(KEY_FAILURES_S + 1)
         assert ask("key-one") == 200
-
-
-class _NoWriter:
-    """Nothing is written here."""
 
 
 async def test_wrong_keys_from_loopback_are_never_too_many() -> None:

@@ -24,7 +24,14 @@ from fake_dify import FakeDify, Hang, Send, Sleep, Status, Wait, chat_answer, me
 from test_faults import understand
 from test_upstream import HEAD, chunk, event, free_port, raw_server, read_request
 
-from opendify import Dify, Handlers, Server, open_conversations, parse_settings
+from opendify import (
+    Dify,
+    Handlers,
+    Server,
+    open_conversations,
+    open_wire,
+    parse_settings,
+)
 
 SOURCE = Path(__file__).resolve().parent.parent / "opendify.py"
 KEY = "app-key-of-the-tests"
@@ -88,7 +95,7 @@ async def proxying(
     models = {"MODEL_CONFIG": json.dumps({"m": {"key": KEY, "mode": "chat"}})}
     settings = parse_settings({**models, "DIFY_API_BASE": base, **variables})
     conversations, _ = open_conversations("memory", 3600)
-    dify = Dify(settings, asyncio.open_connection)
+    dify = Dify(settings, open_wire)
     ids = itertools.count(1)
     handlers = Handlers(
         settings, dify, conversations, lambda: str(next(ids)), wall_clock=wall_clock

@@ -96,7 +96,7 @@ async def serving(variables: Mapping[str, str]) -> AsyncIterator[Site]:
         models = json.dumps({"desk": "app-good", "gone": "app-bad"})
         given = {"MODEL_CONFIG": models, "DIFY_API_BASE": dify.base}
         settings = opendify.parse_settings({**given, **variables})
-        client = opendify.Dify(settings, asyncio.open_connection)
+        client = opendify.Dify(settings, opendify.open_wire)
         table, _ = opendify.open_conversations("memory", 60)
         ids = map(str, itertools.count())
         handlers = opendify.Handlers(settings, client, table, lambda: next(ids))

@@ -34,6 +34,7 @@ from opendify import (
     Response,
     Server,
     open_conversations,
+    open_wire,
     parse_settings,
 )
 
@@ -248,7 +249,7 @@ def serving(routes: Callable[[], Stage]) -> Serving:
         models = {"MODEL_CONFIG": json.dumps({"m": {"key": KEY, "mode": "chat"}})}
         settings = parse_settings({**models, "DIFY_API_BASE": base, **variables})
         conversations, _ = open_conversations("memory", 1)
-        dify = Dify(settings, asyncio.open_connection)
+        dify = Dify(settings, open_wire)
         ids = itertools.count(1)
         handlers = Handlers(settings, dify, conversations, lambda: str(next(ids)))
         server = Server(handlers, lambda: f"req_{next(ids)}")

@@ -50,6 +50,7 @@ from opendify import (
     Text,
     TurnStream,
     dify_request,
+    open_wire,
     origin_of,
     parse_settings,
 )
@@ -78,7 +79,7 @@ async def client(
 ) -> AsyncIterator[tuple[Dify, AppSettings]]:
     """The client of Dify, and an app at this base."""
     settings = settings_for(base, **variables)
-    dify = Dify(settings, asyncio.open_connection)
+    dify = Dify(settings, open_wire)
     try:
         yield dify, dataclasses.replace(settings.model_config["m"], mode=mode)
     finally:

@@ -25,7 +25,6 @@ from opendify import (
     Reply,
     Request,
     Response,
-    WatchedReader,
     Wire,
     body_decoder,
     encode_head,
@@ -36,15 +35,21 @@ from opendify import (
 GET = b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
-class PieceReader(asyncio.StreamReader):
+class PieceWire(Wire):
     """Gives the pieces as they are, one a read, then the end."""
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
         super().__init__()
-        self.pieces = list(pieces)
+        self.pieces = list(filter(None, pieces))
 
-    async def read(self, n: int = -1) -> bytes:
-        return self.pieces.pop(0) if self.pieces else b""
+    async def wait_for_data(self) -> bool:
+        if self.has_unread:
+            return True
+        if self.pieces:
+            self.data_received(self.pieces.pop(0))
+        else:
+            self.eof_received()
+        return await super().wait_for_data()
 
 
 class MemoryTransport(asyncio.Transport):
@@ -74,10 +79,8 @@ class MemoryTransport(asyncio.Transport):
 @contextlib.asynccontextmanager
 async def memory_wire(*pieces: bytes) -> AsyncIterator[tuple[Wire, MemoryTransport]]:
     """A wire that reads the pieces one by one, then the peer's end."""
-    reader, transport = PieceReader(pieces), MemoryTransport()
-    protocol = asyncio.StreamReaderProtocol(asyncio.StreamReader())
-    loop = asyncio.get_running_loop()
-    wire = Wire(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
+    wire, transport = PieceWire(pieces), MemoryTransport()
+    wire.connection_made(transport)
     try:
         yield wire, transport
     finally:
@@ -89,11 +92,8 @@ async def wired() -> AsyncIterator[tuple[Wire, socket.socket]]:
     """A wire on one end of a real connection, and the other end."""
     near, far = socket.socketpair()
     far.setblocking(False)
-    reader = WatchedReader()
     loop: Any = asyncio.get_running_loop()
-    protocol = asyncio.StreamReaderProtocol(reader)
-    transport, _ = await loop.connect_accepted_socket(lambda: protocol, near)
-    wire = Wire(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
+    _, wire = await loop.connect_accepted_socket(Wire, near)
     try:
         yield wire, far
     finally:
