@@ -458,6 +458,13 @@ def test_ids_that_are_no_ids_do_no_harm(store: Conversations) -> None:
     assert len(store) == 0
 
 
+def test_an_id_that_is_no_id_harms_no_other(store: Conversations) -> None:
+    for name in ("a", "\ud800", "b", "\udfff", "c2"):
+        record(store, name, *chat(f"to {name!r}", "x"))
+    for name in ("a", "b", "c2"):
+        assert found(store, ask_of(f"to {name!r}", "x", "new")) == name
+
+
 # The whole life of a turn...
 
 
