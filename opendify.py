@@ -70,7 +70,7 @@ import time
 import unicodedata
 import urllib.parse
 import uuid
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -606,6 +606,11 @@ class SSEDecoder:
         self._after_cr = False  # an LF now belongs to a CR that ended the last read
         self._at_start = True
 
+    @property
+    def _is_begun(self) -> bool:
+        """Whether lines of an event have come that is not complete."""
+        return bool(self._data or self._event)
+
     def feed(self, data: bytes) -> list[ServerSentEvent]:
         """The events that these bytes complete; raises SSEOverflow."""
         if b"\r" in data or self._after_cr:
@@ -621,7 +626,7 @@ class SSEDecoder:
         text = self._line.decode("utf-8", "replace")
         self._line = bytearray(data[end + 1 :])
         events = self._read_lines(text)
-        if events or not (self._data or self._event):
+        if events or not self._is_begun:
             self._size = len(self._line)
         return events
 
@@ -629,19 +634,27 @@ class SSEDecoder:
         if self._at_start:
             self._at_start = False
             text = text[1:] if text.startswith("\ufeff") else text
-        events = []
-        for line in text[:-1].split("\n"):
-            if line.startswith("data: "):  # Dify's only form, so first
-                self._data.append(line[6:])
-            elif line:
-                self._read_field(line)
-            elif self._data or self._event:
-                events.append(
-                    ServerSentEvent("\n".join(self._data), self._event or "message")
-                )
-                self._data.clear()
-                self._event = ""
+        events: list[ServerSentEvent] = []
+        *blocks, rest = text.split("\n\n")
+        for block in blocks:
+            if block.startswith("data: ") and "\n" not in block and not self._is_begun:
+                events.append(ServerSentEvent(block[6:]))  # Dify's form, as a rule
+                continue
+            for line in block.split("\n"):
+                self._read_line(line, events)
+            self._read_line("", events)
+        for line in rest.split("\n")[:-1]:
+            self._read_line(line, events)
         return events
+
+    def _read_line(self, line: str, events: list[ServerSentEvent]) -> None:
+        if line:
+            self._read_field(line)
+        elif self._is_begun:
+            data, event = "\n".join(self._data), self._event or "message"
+            events.append(ServerSentEvent(data, event))
+            self._data.clear()
+            self._event = ""
 
     def _ended_by_lf(self, data: bytes) -> bytes:
         if self._after_cr and data:
@@ -2527,7 +2540,7 @@ class AnswerReader:
         text = object_of(value.get("data")).get("text")
         return self._add_text(text) if isinstance(text, str) else []
 
-    def _replace(self, value: dict[str, Any]) -> list[Part]:
+    def _message_replace(self, value: dict[str, Any]) -> list[Part]:
         answer = value.get("answer", object_of(value.get("data")).get("text"))
         if not isinstance(answer, str):
             return []
@@ -2770,8 +2783,8 @@ _TRANSLATORS: Mapping[str, Callable[[AnswerReader, dict[str, Any]], list[Part]]]
     "agent_message": AnswerReader._message,
     "message_file": AnswerReader._message_file,
     "text_chunk": AnswerReader._text_chunk,
-    "message_replace": AnswerReader._replace,
-    "text_replace": AnswerReader._replace,
+    "message_replace": AnswerReader._message_replace,
+    "text_replace": AnswerReader._message_replace,
     "agent_thought": AnswerReader._thought,
     "reasoning_chunk": AnswerReader._reasoning_chunk,
     "node_started": AnswerReader._node_started,
@@ -3124,33 +3137,34 @@ def parse_chat_request(body: Mapping[str, Any]) -> ChatRequest:
     Raises:
         BadRequest: a required field is missing, or one has the wrong type.
     """
-    ask, stream = parse_ask(body), parse_stream(body)
-    options = body.get("stream_options")
     system, messages = _parse_messages(body.get("messages"))
-    stops = _parse_stops(body.get("stop"))
-    n = _parse_n(body.get("n"))
+    stops, n = _parse_stops(body.get("stop")), _parse_n(body.get("n"))
     voice = _parse_spoken(body, n)
-    ask = replace(ask, system=system, messages=messages, stops=stops, voice=voice)
+    ask = parse_ask(body, messages, system=system, stops=stops, voice=voice)
+    options = body.get("stream_options")
     include_usage = isinstance(options, dict) and bool(options.get("include_usage"))
     is_legacy = bool(body.get("functions")) and not body.get("tools")
-    return ChatRequest(ask, stream, include_usage, n, is_legacy)
+    return ChatRequest(ask, parse_stream(body), include_usage, n, is_legacy)
 
 
-def parse_ask(body: Mapping[str, Any]) -> Ask:
-    """What all requests say alike: everything but the messages."""
+def parse_ask(
+    body: Mapping[str, Any], messages: tuple[Message, ...], **own: Any
+) -> Ask:
+    """What all requests say alike; `own` fields are said in one API's own way."""
     model = parse_model(body)
     tools, tool_mode = parse_tools(body)
     metadata = object_of(body.get("metadata"))
     conversation_id = body.get("conversation_id") or metadata.get("conversation_id")
     return Ask(
         model=model,
-        messages=(),
+        messages=messages,
         inputs=parse_inputs(body.get("inputs"), metadata.get("inputs")),
         user=parse_user(body),
         conversation_id=conversation_id if isinstance(conversation_id, str) else "",
         tools=tools,
         tool_mode=tool_mode,
         output=parse_output_format(body),
+        **own,
     )
 
 
@@ -4214,8 +4228,7 @@ def json_bytes(value: Any) -> bytes:
     U+2028, U+2029 and U+0085 are escaped, since readers built on `str.splitlines` cut
     lines there; a lone surrogate becomes U+FFFD, since UTF-8 has none.
     """
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return _one_line(text)
+    return _one_line(_encode(value))
 
 
 def json_string(text: str) -> bytes:
@@ -4234,6 +4247,7 @@ def _escape(match: re.Match[str]) -> str:
     return "\ufffd" if 0xD800 <= code <= 0xDFFF else f"\\u{code:04x}"
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _LINE_BREAKERS = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 _DONE = b"data: [DONE]\n\n"
 
@@ -4334,7 +4348,7 @@ def parse_responses_request(body: Mapping[str, Any]) -> ResponsesRequest:
     told = [row.text for row in items[:opening] if isinstance(row, Message)]
     system = [text for text in (instructions, *told) if text.strip()]
     return ResponsesRequest(
-        ask=replace(parse_ask(_with_functions(body)), system="\n\n".join(system)),
+        ask=parse_ask(_with_functions(body), (), system="\n\n".join(system)),
         items=tuple(items[opening:]),
         stream=parse_stream(body),
         previous_response_id=previous,
@@ -4990,6 +5004,7 @@ _REASONING = re.compile(
     r"|<details\b[^>]*>\s*<summary[^>]*>\s*(?:Thinking|Thought).*?</details>))+",
     re.IGNORECASE | re.DOTALL,
 )
+_TAG = re.compile(r"<(?i:/?message(?:-(\d+))?)")  # of a folded message
 
 
 class Tail(NamedTuple):
@@ -5226,7 +5241,7 @@ def fold(
     if not rows:
         return ""
     texts = [beside, *(text for _, text in rows)]
-    used = {n for text in texts for n in re.findall(r"(?i)</?message(?:-(\d+))?", text)}
+    used = {n for text in texts for n in _TAG.findall(text)}
     free = next(n for n in count(2) if str(n) not in used)
     tag = f"message-{free}" if used else "message"
     return "\n".join(f"<{tag}{about}>\n{text}\n</{tag}>" for about, text in rows)
@@ -5243,7 +5258,7 @@ def _element(message: Message, file_key: str) -> tuple[str, str]:
 def _attributes(**values: str) -> str:
     given = {name: text for name, text in values.items() if text}
     return "".join(
-        f" {k}={json.dumps(v, ensure_ascii=False)}" for k, v in given.items()
+        f" {k}={json.encoder.encode_basestring(v)}" for k, v in given.items()
     )
 
 
@@ -5436,9 +5451,9 @@ class Conversations:
     def _put(self, tail: Tail, now: float) -> None:
         key, state = _id(tail), _TAKEN if tail.is_taken else None
         last = tail.digests[-_DIGEST_BYTES:]
-        row = (tail.conversation_id, tail.chain, tail.length, tail.digests)
-        row = (key, key, state, now, last, *row, tail.system, tail.folded)
-        self._waiting.append(row)
+        row = [tail.conversation_id, tail.chain, tail.length, tail.digests]
+        row += [tail.system, tail.folded]
+        self._waiting.append([key, key, state, now, last, *row])
         if len(self._waiting) >= self._most_waiting:
             self._put_waiting()
         self._puts += 1
@@ -5779,11 +5794,13 @@ WRITE_TIMEOUT_S = 60.0  # for a peer that reads nothing
 MAX_TIMER_S = 30.0
 
 # The size line of a chunk, behind the end of the chunk before it, and its beginnings.
-_SIZE, _EXTENSION = rb"([0-9A-Fa-f]{1,15})", rb"[ \t]*(?:;[^\r\n]*)?"
+_SIZE = rb"([0-9A-Fa-f]{1,15})"
+_EXTENSION = rb"[ \t]{0,64}(?:;[^\r\n]{0,%d})?" % MAX_HEAD_BYTES
 _FIRST_CHUNK = re.compile(_SIZE + _EXTENSION + rb"\r\n")
 _NEXT_CHUNK = re.compile(rb"\r\n" + _SIZE + _EXTENSION + rb"\r\n")
 _FIRST_BEGUN = re.compile(rb"(?:" + _SIZE + _EXTENSION + rb"\r?)?\Z")
 _NEXT_BEGUN = re.compile(rb"\r?\Z|\r\n(?:" + _SIZE + _EXTENSION + rb"\r?)?\Z")
+_BAD_CHUNK = "The size of a chunk is malformed, or its extension too long."
 
 
 class MalformedHTTP(BadRequest):
@@ -5843,26 +5860,24 @@ class BodyDecoder:
             data = self._buffer + data
             if self._is_in_extension(data):
                 return
-        at, end = 0, len(data)
-        while at < end:
-            if self._left:
-                piece = data[at : at + self._left]
-                pieces.append(piece)
-                at += len(piece)
-                self._left -= len(piece)
-                continue
-            if self._trailer_bytes >= 0:
-                at = self._skip_trailers(data, at)
-                break
-            head = self._next.match(data, at)
-            self._check_size(head[0] if head else data[at:])
-            if not head:
-                if not self._begun.match(data, at):
-                    raise MalformedHTTP("The size of a chunk is malformed.")
-                break
-            at, self._left = head.end(), int(head[1], 16)
-            self._next, self._begun = _NEXT_CHUNK, _NEXT_BEGUN
-            self._trailer_bytes = -1 if self._left else 0
+        at, end, left = 0, len(data), self._left
+        while at < end and self._trailer_bytes < 0:
+            if not left:
+                head = self._next.match(data, at)
+                if not head:
+                    if not self._begun.match(data, at):
+                        raise MalformedHTTP(_BAD_CHUNK)
+                    break
+                at, left = head.end(), int(head[1], 16)
+                self._next, self._begun = _NEXT_CHUNK, _NEXT_BEGUN
+                self._trailer_bytes = -1 if left else 0
+            piece = data[at : at + left]
+            pieces.append(piece)
+            at += len(piece)
+            left -= len(piece)
+        if self._trailer_bytes >= 0:
+            at = self._skip_trailers(data, at)
+        self._left = left
         self._buffer = b"" if self.is_complete else data[at:]
 
     def _is_in_extension(self, data: bytes) -> bool:
@@ -5870,14 +5885,10 @@ class BodyDecoder:
         is_begun = b";" in self._buffer and self._trailer_bytes < 0
         if not is_begun or data.find(b"\n", len(self._buffer)) >= 0:
             return False
-        self._check_size(data)
+        if len(data) > MAX_HEAD_BYTES:
+            raise MalformedHTTP(_BAD_CHUNK)
         self._buffer = data
         return True
-
-    @staticmethod
-    def _check_size(line: bytes) -> None:
-        if len(line) > MAX_HEAD_BYTES:
-            raise MalformedHTTP("The extension of a chunk is too long.")
 
     def _skip_trailers(self, data: bytes, at: int) -> int:
         """Pass the trailer fields; nobody here needs them."""
@@ -6210,8 +6221,8 @@ class Wire(asyncio.Protocol):
         while True:
             end = data.find(b"\r\n\r\n", max(0, checked - 3))
             size = len(data) if end < 0 else end
-            if _has_bare_line_end(data[max(0, checked - 1) : size]):
-                raise MalformedHTTP("Lines must end with CR LF.")
+            if end < 0:
+                check_line_ends(data[max(0, checked - 1) :])
             if size > MAX_HEAD_BYTES:
                 raise HeadTooLarge(f"The head is over {MAX_HEAD_BYTES >> 10} KiB.")
             if end >= 0:
@@ -6291,12 +6302,13 @@ async def open_wire(*address: Any, **options: Any) -> Wire:
 # Heads...
 
 
-def _has_bare_line_end(data: bytes) -> bool:
-    """Whether an LF comes without CR, or a CR without LF; one may end or begin it."""
+def check_line_ends(data: bytes) -> None:
+    """Refuse an LF without CR, or a CR without LF; one may end or begin the data."""
     pairs = data.count(b"\r\n")
     first = data.startswith(b"\n")  # its CR was checked before
     last = data.endswith(b"\r")  # its LF may still come
-    return data.count(b"\n") != pairs + first or data.count(b"\r") != pairs + last
+    if data.count(b"\n") != pairs + first or data.count(b"\r") != pairs + last:
+        raise MalformedHTTP("Lines must end with CR LF.")
 
 
 @dataclass(frozen=True)
@@ -6362,12 +6374,12 @@ def parse_request_head(head: bytes) -> Request:
     if len(cut) != 3 or len(head) > _MAX_KEPT_HEAD:
         return _parse_request_head(head)
     before, length, after = cut
-    like = _kept_request_head(b"%b1%b" % (before, after))
+    like = _kept_request_head(b"%b\r\nContent-Length: 1%b" % (before, after))
     headers = {**like.headers, "content-length": length.decode()}
     return Request(like.method, like.path, like.query, headers, like.http_version)
 
 
-_LENGTH = re.compile(rb"(?i)(?<=\r\ncontent-length: )(\d{1,18})(?=\r\n)")
+_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: (\d{1,18})(?=\r\n)")
 _MAX_KEPT_HEAD = 4096
 
 
@@ -6378,6 +6390,7 @@ def _parse_request_head(head: bytes) -> Request:
         MalformedHTTP: it is not what RFC 9112 allows, or allows two readings of it.
         HeadTooLarge: too many fields.
     """
+    check_line_ends(head)
     event = _h11_request(head)
     headers = read_fields(event.headers)
     version = event.http_version.decode()
@@ -6595,6 +6608,7 @@ class Proxy(NamedTuple):
     authorization: str
 
 
+@functools.lru_cache(maxsize=64)
 def is_loopback(host: str) -> bool:
     """Whether a host name or address is this machine's own."""
     host = host.strip("[]").lower()
@@ -7054,6 +7068,7 @@ class ResponseHead(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _parse_response_head(head: bytes) -> ResponseHead:
     """A response's head, read by h11; those of one second are the same, as a rule."""
+    check_line_ends(head)
     connection = h11.Connection(h11.CLIENT, MAX_HEAD_BYTES * 2)
     connection.receive_data(head)
     event = connection.next_event()
@@ -7210,7 +7225,7 @@ class Dify:
 
     def __init__(self, settings: Settings, connect: Connect) -> None:
         self._pool = Pool(connect, settings)
-        self._facts: dict[tuple[str, str], AppFacts] = {}
+        self._facts: dict[tuple[str, str], AppFacts] = defaultdict(AppFacts)
         self._answered_at = -inf
 
     def use(self, settings: Settings) -> None:
@@ -7258,7 +7273,7 @@ class Dify:
         return facts.form
 
     def _facts_of(self, app: AppSettings) -> AppFacts:
-        return self._facts.setdefault((app.base, app.key), AppFacts())
+        return self._facts[app.base, app.key]
 
     async def _ask_info(self, app: AppSettings) -> str:
         info = await self.call(app, "GET", "/info")
@@ -9979,6 +9994,7 @@ def _is_listed(name: str, allowed: Sequence[str]) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=64)
 def host_name(host: str) -> str:
     """A Host header without its port."""
     return re.sub(r":\d*\Z", "", host.lower()).strip("[]")
