@@ -2346,9 +2346,14 @@ class ReasoningSplitter:
         self._is_escaped = False
         self._newlines = 0  # that may still be dropped after a closing tag
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether text that holds no tag is more than text."""
+        return bool(self._held or self._closing or self._newlines)
+
     def feed(self, text: str) -> list[Part]:
         """The parts that are certain now."""
-        if "<" in text or self._held or self._closing or self._newlines:
+        if "<" in text or self.is_busy:
             return self._split(self._held + text, is_last=False)
         return [Text(text)]
 
@@ -2421,7 +2426,7 @@ class ReasoningSplitter:
 class AnswerReader:
     """Turns the events of one turn into answer parts.
 
-    `read` each event, in order, until `is_finished`; `end` when the body ends first,
+    `read` the events, in order, until `is_finished`; `end` when the body ends first,
     or when `is_closing` and nothing came for GRACE_S. The ids are "" until known.
     """
 
@@ -2454,16 +2459,40 @@ class AnswerReader:
         self._is_stored = False
         self._delta: tuple[str, str] | None = None  # see _learn_delta
 
-    def read(self, event: ServerSentEvent) -> list[Part]:
-        """The parts that this event adds; [] for one that adds none."""
-        data = event.data
-        if self.is_finished or _is_idle(data):
+    def read(self, events: Iterable[ServerSentEvent]) -> list[Part]:
+        """The parts that these events add; one part for each delta of text.
+
+        Deltas in a row share what has to be done once: with 25 of them in a read of
+        the socket, that takes a third of the time of reading them one by one.
+        """
+        parts: list[Part] = []
+        texts: list[str] = []  # of the deltas in a row
+        for event in () if self.is_finished else events:
+            text = self._text_of_delta(event.data)
+            if text is not None:
+                texts.append(text)
+                continue
+            parts += self._add_texts(texts) + self._read(event.data)
+            texts = []
+            if self.is_finished:
+                break
+        return parts + self._add_texts(texts)
+
+    def _text_of_delta(self, data: str) -> str | None:
+        """The text of an event that is like the last delta, else None."""
+        if not self._delta or not data.startswith(self._delta[0]):
+            return None
+        try:
+            text, end = _scan_string(data, len(self._delta[0]))
+        except ValueError:
+            return None
+        return text if data[end:] == self._delta[1] else None
+
+    def _read(self, data: str) -> list[Part]:
+        """The parts that one event adds; [] for one that adds none."""
+        if _is_idle(data):
             return []
         try:
-            if self._delta and data.startswith(self._delta[0]):
-                text, end = _scan_string(data, len(self._delta[0]))
-                if data[end:] == self._delta[1]:
-                    return self._add_text(text)
             value = json.loads(data)
         except (ValueError, RecursionError):
             return self.fail(UpstreamFailed("Dify sent an event that is not JSON."))
@@ -2554,6 +2583,16 @@ class AnswerReader:
             if isinstance(part, Text)
         )
         return [Replace(text)]
+
+    def _add_texts(self, texts: Sequence[str]) -> list[Part]:
+        """A part for each text."""
+        if not texts:
+            return []
+        text = "".join(texts)
+        if self._half or self._splitter.is_busy or _UNUSUAL.search(text):
+            return [part for text in texts for part in self._add_text(text)]
+        self._answer.add(text)
+        return [Text(text) for text in texts if text]
 
     def _add_text(self, text: str) -> list[Part]:
         if self._half or not text.isascii():
@@ -2798,6 +2837,7 @@ _TRANSLATORS: Mapping[str, Callable[[AnswerReader, dict[str, Any]], list[Part]]]
 }
 # What `json.loads` reads strings with: (text, where it begins) -> (string, its end).
 _scan_string: Callable[[str, int], tuple[str, int]] = vars(json.decoder)["scanstring"]
+_UNUSUAL = re.compile("[<\ud800-\udfff]")  # a tag may begin; half a surrogate pair
 _LONG_EVENT = 4096  # characters; a text delta is shorter
 _EVENT_NAME = re.compile(r'\{"event": ?"(\w+)"')
 _SIGNATURE = re.compile(r"[?&](?:timestamp|nonce|sign|as_attachment)=[^&]*")
@@ -3811,12 +3851,12 @@ class Answer:
 
     def add(self, part: Part) -> None:
         """Take the next part in; raises the error of a Failure."""
-        if isinstance(part, Failure):
-            raise part.error
-        if isinstance(part, Media):
-            part = Text(media_text(part, is_first=not self.text))
-        if isinstance(part, Text):
+        if isinstance(part, Text):  # nearly always
             self._texts.append(part.text)
+        elif isinstance(part, Failure):
+            raise part.error
+        elif isinstance(part, Media):
+            self._texts.append(media_text(part, is_first=not self.text))
         elif isinstance(part, Reasoning):
             self._reasonings.append(part.text)
         elif isinstance(part, Replace):
@@ -6219,16 +6259,6 @@ class Wire(asyncio.Protocol):
         """The next head, its blank line included; b"" if the peer closed before one."""
         data, checked = b"", 0
         while True:
-            end = data.find(b"\r\n\r\n", max(0, checked - 3))
-            size = len(data) if end < 0 else end
-            if end < 0:
-                check_line_ends(data[max(0, checked - 1) :])
-            if size > MAX_HEAD_BYTES:
-                raise HeadTooLarge(f"The head is over {MAX_HEAD_BYTES >> 10} KiB.")
-            if end >= 0:
-                self._buffer = data[end + 4 :] + self._buffer
-                return data[: end + 4]
-            checked = size
             more = await self.read()
             if not more and data:
                 raise ConnectionBroken("closed in the middle of a head")
@@ -6237,6 +6267,14 @@ class Wire(asyncio.Protocol):
             data += more
             while data.startswith(b"\r\n"):  # RFC 9112, section 2.2
                 data = data[2:]
+            end = data.find(b"\r\n\r\n", max(0, checked - 3))
+            if max(end, len(data) if end < 0 else 0) > MAX_HEAD_BYTES:
+                raise HeadTooLarge(f"The head is over {MAX_HEAD_BYTES >> 10} KiB.")
+            if end >= 0:
+                self._buffer = data[end + 4 :] + self._buffer
+                return data[: end + 4]
+            check_line_ends(data[max(0, checked - 1) :])
+            checked = len(data)
 
     async def read_body(self, decoder: BodyDecoder) -> bytes:
         """The next bytes of a body; b"" when it is complete."""
@@ -7140,19 +7178,14 @@ class TurnStream:
         return self.answer.fail(error)
 
     def _translate(self, events: Sequence[ServerSentEvent]) -> list[Part]:
-        parts: list[Part] = []
-        is_alive = False
-        for event in events:
-            if event.data and event.data != "ping":
-                is_alive = True
-                parts += self.answer.read(event)
+        parts = self.answer.read(events)
         if parts and isinstance(parts[-1], Failure):
             without_key(parts[-1].error, self._app)
         if self._is_draining:
             return parts
         if self.answer.is_closing:
             self._response.allow(GRACE_S, _Silence)
-        elif is_alive:
+        elif any(event.data not in ("", "ping") for event in events):
             self._response.allow(self._idle_timeout_s, _too_silent)
         return parts
 
@@ -8015,21 +8048,10 @@ class Outlet:
 
     def _put(self, part: Part, now: float) -> bytes:
         """What a part adds to the stream at once."""
-        if isinstance(part, Media):
-            part = Text(media_text(part, is_first=not self._has_text))
-        elif isinstance(part, Recast):  # the text is out: show at least where it ends
-            part = Text("</think>\n\n")
-        elif isinstance(part, Replace):
-            part = Text(self._rest_of(part.text))
         if isinstance(part, (Text, Reasoning)):
-            kind = type(part)
-            self._has_text = self._has_text or kind is Text
-            if not self._pacer:
-                return self._encode(part.text, kind)
-            flushed = self._flush() if kind is not self._paced else b""
-            self._paced = kind
-            self._pacer.push(part.text, now)
-            return flushed
+            return self._put_text(part, now)
+        if isinstance(part, (Media, Recast, Replace)):
+            return self._put_text(Text(self._words_for(part)), now)
         if isinstance(part, Finish):
             self._finish = part
             return b""
@@ -8037,6 +8059,23 @@ class Outlet:
             self.calls.append(part)
             return self._flush() + self._stream.encode(part)
         return self._stream.encode(part)
+
+    def _put_text(self, part: Text | Reasoning, now: float) -> bytes:
+        kind = type(part)
+        self._has_text = self._has_text or kind is Text
+        if not self._pacer:
+            return self._encode(part)
+        flushed = self._flush() if kind is not self._paced else b""
+        self._paced = kind
+        self._pacer.push(part.text, now)
+        return flushed
+
+    def _words_for(self, part: Media | Recast | Replace) -> str:
+        if isinstance(part, Media):
+            return media_text(part, is_first=not self._has_text)
+        if isinstance(part, Replace):
+            return self._rest_of(part.text)
+        return "</think>\n\n"  # the text is out: show at least where it ends
 
     def _rest_of(self, text: str) -> str:
         """What is to be sent when `text` replaces the answer; drops what is held."""
@@ -8050,18 +8089,15 @@ class Outlet:
         )
         return ""
 
-    def _encode(
-        self, text: str, kind: type[Text] | type[Reasoning] | None = None
-    ) -> bytes:
-        if not text:
+    def _encode(self, part: Text | Reasoning) -> bytes:
+        if not part.text:
             return b""
-        kind = kind or self._paced
-        if kind is Text:
-            self._sent.add(text)
-            self._exchange.text_chars += len(text)
+        if isinstance(part, Text):
+            self._sent.add(part.text)
+            self._exchange.text_chars += len(part.text)
         if self._exchange.first_text_at is None:
             self._exchange.first_text_at = self._loop.time()
-        return self._stream.encode(kind(text))
+        return self._stream.encode(part)
 
     def _take(self, pacer: Pacer, now: float) -> bytes:
         """What is due now."""
@@ -8070,11 +8106,12 @@ class Outlet:
         if text and came_at is not None:
             self._metrics.observe("opendify_pacer_lag_seconds", now - came_at)
             if self._tells_lag:
-                return encode_comment(f"lag {now - came_at:.3f}") + self._encode(text)
-        return self._encode(text)
+                lag = encode_comment(f"lag {now - came_at:.3f}")
+                return lag + self._encode(self._paced(text))
+        return self._encode(self._paced(text))
 
     def _flush(self) -> bytes:
-        return self._encode(self._pacer.flush()) if self._pacer else b""
+        return self._encode(self._paced(self._pacer.flush())) if self._pacer else b""
 
     def _write(self, data: bytes) -> None:
         if data or self._opening:

@@ -50,7 +50,7 @@ def parts_of(row: Expected) -> tuple[list[Part], AnswerReader]:
     reader = AnswerReader(row.mode, BASE)
     if status != 200 or not headers["content-type"].startswith("text/event-stream"):
         return [Failure(opendify.error_from_body(status, body))], reader
-    parts = [part for event in SSEDecoder().feed(body) for part in reader.read(event)]
+    parts = reader.read(SSEDecoder().feed(body))
     return parts + reader.end(), reader
 
 
@@ -155,7 +155,9 @@ def test_answer_is_the_same_when_cut_at_every_byte(
     ]
     assert singly == whole
     reader = AnswerReader(row.mode, BASE)
-    assert [part for event in whole for part in reader.read(event)] == parts_of(row)[0]
+    assert [part for event in whole for part in reader.read([event])] == parts_of(row)[
+        0
+    ]
 
 
 # ------------------------------------------------------------------------------
@@ -281,8 +283,23 @@ def event(**fields: Any) -> ServerSentEvent:
 
 
 def read(mode: str, *events: ServerSentEvent, **options: Any) -> list[Part]:
+    whole = AnswerReader(mode, BASE, **options).read(events)
     reader = AnswerReader(mode, BASE, **options)
-    return [part for one in events for part in reader.read(one)]
+    assert [part for one in events for part in reader.read([one])] == whole
+    return whole
+
+
+PIECES = ["a", "字", "", "\n", "<", "<think>", "</think>", "x" * 90, *"\ud83d\ude00"]
+
+
+@given(st.lists(st.sampled_from([*PIECES, "ping", "end"]), max_size=12))
+def test_deltas_are_read_alike_one_by_one_and_in_a_row(pieces: list[str]) -> None:
+    events = {
+        "ping": ServerSentEvent("", "ping"),
+        "end": event(event="message_end"),
+        **{text: event(event="message", answer=text) for text in PIECES},
+    }
+    read("chat", *(events[piece] for piece in pieces))
 
 
 def test_surrogate_halves_are_joined_over_events() -> None:
@@ -302,18 +319,18 @@ def test_a_half_that_stays_alone_becomes_a_replacement_character() -> None:
     ["", "ping", "null", "[]", "7", '{"event":null}', '{"event":"unknown_event"}'],
 )
 def test_events_that_say_nothing_add_nothing(data: str) -> None:
-    assert AnswerReader("chat", BASE).read(ServerSentEvent(data)) == []
+    assert AnswerReader("chat", BASE).read([ServerSentEvent(data)]) == []
 
 
 def test_an_event_that_is_not_json_is_a_failure() -> None:
-    (failure,) = AnswerReader("chat", BASE).read(ServerSentEvent('{"event":"mess'))
+    (failure,) = AnswerReader("chat", BASE).read([ServerSentEvent('{"event":"mess')])
     assert isinstance(failure, Failure)
     assert failure.error.code == "upstream_error"
 
 
 def test_megabytes_that_nobody_reads_are_not_parsed() -> None:
     data = '{"event":"node_retry","data":' + "x" * 5000  # would fail if it were parsed
-    assert AnswerReader("workflow", BASE).read(ServerSentEvent(data)) == []
+    assert AnswerReader("workflow", BASE).read([ServerSentEvent(data)]) == []
 
 
 @given(
@@ -344,7 +361,7 @@ def test_no_event_of_wrong_types_raises(fields: Any, name: str, mode: str) -> No
         "event": name,
     }
     reader = AnswerReader(mode, BASE, show_process=True)
-    parts = reader.read(ServerSentEvent(json.dumps(value)))
+    parts = reader.read([ServerSentEvent(json.dumps(value))])
     assert all(isinstance(part, opendify.Part.__args__) for part in parts)  # type: ignore[attr-defined]
 
 
@@ -366,9 +383,8 @@ def test_process_lines_are_reasoning_when_wanted() -> None:
 
 def test_recovery_adds_the_rest_only_to_what_was_sent() -> None:
     reader = AnswerReader("chat", BASE)
-    reader.read(
-        event(event="message", answer="Hel", conversation_id="c", message_id="m")
-    )
+    begun = event(event="message", answer="Hel", conversation_id="c", message_id="m")
+    reader.read([begun])
     assert reader.can_recover
     assert reader.recover("Other") == []
     assert reader.recover("Hello") == [Text("lo"), Usage(), Finish("stop")]
