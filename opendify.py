@@ -1879,6 +1879,9 @@ class AppForm:
     voice: str = ""  # its own
 
 
+NO_FORM = AppForm()  # of an app that was not asked
+
+
 def parse_form(parameters: Mapping[str, Any]) -> AppForm:
     """`GET /parameters` to a form; anything missing or odd is left out."""
     inputs = []
@@ -3284,6 +3287,7 @@ def parse_completion_request(body: Mapping[str, Any]) -> CompletionRequest:
     )
 
 
+@functools.lru_cache(maxsize=1024)
 def end_user(asked: str, forwarded: str, key: str) -> str:
     """The name by which Dify knows the end user; never empty, never too long.
 
@@ -6102,6 +6106,7 @@ class Wire(asyncio.Protocol):
         self._on_open = on_open
         self._on_leave: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
+        self._now = self._loop.time
         self._transport = cast(asyncio.Transport, None)  # until it is connected
         self._buffer = b""  # read, and not used yet
         self._is_paused = False  # reading, since too much is unused
@@ -6183,7 +6188,7 @@ class Wire(asyncio.Protocol):
 
     def allow(self, seconds: float, error: Callable[[], Exception]) -> None:
         """What is awaited from now on may take `seconds`; then it raises `error()`."""
-        self._deadline = self._loop.time() + seconds
+        self._deadline = self._now() + seconds
         self._on_deadline = error
         if self._timer is None or self._timer.when() > self._deadline:
             self._arm()
@@ -6195,14 +6200,14 @@ class Wire(asyncio.Protocol):
     def _arm(self) -> None:
         if self._timer:
             self._timer.cancel()
-        at = min(self._deadline, self._loop.time() + MAX_TIMER_S)
+        at = min(self._deadline, self._now() + MAX_TIMER_S)
         self._timer = self._loop.call_at(at, self._check_deadline)
 
     def _check_deadline(self) -> None:
         self._timer = None
         if not self._deadline:
             return
-        if self._loop.time() < self._deadline:
+        if self._now() < self._deadline:
             self._arm()
             return
         self._failure = self._failure or self._on_deadline()
@@ -6528,23 +6533,24 @@ class Reply:
     The head waits for the first bytes of the body, to leave in one packet with them.
     """
 
-    def __init__(self, wire: Wire, request: Request = NO_REQUEST) -> None:
+    def __init__(self, wire: Wire, request: Request | None = None) -> None:
         self.status = 0  # 0: not started
         self.is_complete = False
-        self.must_close = request is NO_REQUEST or request.wants_close
+        self.must_close = True  # unless a request is known that wants more
         self.headers: list[tuple[str, str]] = []  # that go with any response
         self.body_bytes = 0
         self._wire = wire
-        self._is_bare = request.method == "HEAD"
-        self._is_old = request.http_version == "1.0"
+        self._is_bare = self._is_old = False
         self._is_chunked = False
         self._head = b""
+        if request:
+            self.suit(request)
 
-    def to(self, request: Request) -> Reply:
-        """The same for a request that is known by now."""
-        reply = Reply(self._wire, request)
-        reply.headers = self.headers
-        return reply
+    def suit(self, request: Request) -> None:
+        """Be the reply to this request."""
+        self.must_close = request.wants_close
+        self._is_bare = request.method == "HEAD"
+        self._is_old = request.http_version == "1.0"
 
     def send(self, response: Response) -> None:
         """The whole response at once."""
@@ -7030,11 +7036,13 @@ class Pool:
     ) -> UpstreamResponse:
         """Write a request, read the head of its response; _NoAnswer if none comes."""
         try:
-            with _as_proxy_errors(origin):
-                wire.allow(timeout_s, _no_answer)
-                wire.write(request)
-                answer = await _read_response_head(wire)
-                return UpstreamResponse(self, origin, wire, answer)
+            wire.allow(timeout_s, _no_answer)
+            wire.write(request)
+            answer = await _read_response_head(wire)
+            return UpstreamResponse(self, origin, wire, answer)
+        except _WIRE_ERRORS as error:
+            wire.abort()
+            raise _proxy_error(origin, error) from error
         except BaseException:
             wire.abort()
             raise
@@ -8298,12 +8306,15 @@ def unsatisfied(ask: Ask, reason: str) -> Unsatisfied:
 def id_headers(ids: Mapping[str, str]) -> list[tuple[str, str]]:
     """Dify's ids as response headers."""
     return [
-        (
-            f"X-Dify-{name.title().replace('_', '-')}",
-            urllib.parse.quote(id_, safe="", errors="replace"),
-        )
+        (_ID_HEADERS[name], urllib.parse.quote(id_, safe="", errors="replace"))
         for name, id_ in ids.items()
     ]
+
+
+_ID_HEADERS = {
+    "conversation_id": "X-Dify-Conversation-Id",
+    "message_id": "X-Dify-Message-Id",
+}
 
 
 def json_response(
@@ -9395,7 +9406,7 @@ class Handlers:
         """One attempt; raises what Dify says before its first word."""
         app, ask = question.app, question.ask
         has_files = any(row.attachments for row in ask.messages)
-        form = await self._dify.form_of(app) if has_files else AppForm()
+        form = await self._dify.form_of(app) if has_files else NO_FORM
         plan = plan_turn(
             ask,
             question.scope,
@@ -9422,7 +9433,7 @@ class Handlers:
         """The request to Dify, with its files uploaded."""
         app = question.app
         needs_form = plan.files or (mode not in CHAT_MODES and not app.query_variable)
-        form = await self._dify.form_of(app) if needs_form else AppForm()
+        form = await self._dify.form_of(app) if needs_form else NO_FORM
         inputs = {**app.inputs, **plan.inputs}
         common: dict[str, Any] = {"inputs": inputs, "user": question.user}
         common["trace_id"] = question.trace_id
@@ -9864,10 +9875,10 @@ class Server:
     async def _answer(self, exchange: Exchange, wire: Wire) -> None:
         """Read the request, find its handler, and let that reply."""
         exchange.request = request = parse_request_head(await wire.read_head())
-        exchange.reply = reply = exchange.reply.to(request)
         exchange.decoder = decoder = body_decoder(request.headers, until_end=False)
         self.before_request()
-        settings = self._handlers.settings
+        settings, reply = self._handlers.settings, exchange.reply
+        reply.suit(request)
         reply.must_close = reply.must_close or self._is_draining
         check_host(request, settings)
         reply.headers += cors_headers(request, settings)
@@ -10507,7 +10518,23 @@ def _read_env_file(path: Path) -> dict[str, str]:
     return {name: value or "" for name, value in values.items()}
 
 
-class _JsonFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    """Plain lines; the time of a second is written once."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s")
+        self._second, self._text = -1, ""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """As always."""
+        second = int(record.created)
+        if second != self._second:
+            self._second = second
+            self._text = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        return f"{self._text},{record.msecs:03.0f}"
+
+
+class _JsonFormatter(_Formatter):
     """One object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -10524,9 +10551,12 @@ class _JsonFormatter(logging.Formatter):
 
 def _set_up_logging(settings: Settings) -> None:
     handler = logging.StreamHandler()
-    plain = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
-    handler.setFormatter(_JsonFormatter() if settings.log_format == "json" else plain)
+    is_json = settings.log_format == "json"
+    handler.setFormatter(_JsonFormatter() if is_json else _Formatter())
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
+    # What no line shows is not looked up ("Optimization" in Python's logging HOWTO).
+    for name in ("logThreads", "logProcesses", "logMultiprocessing", "_srcfile"):
+        setattr(logging, name, None)
 
 
 class _LoopErrors:
@@ -10619,13 +10649,9 @@ def _announce(settings: Settings, addresses: Sequence[tuple[str, int]]) -> None:
         print(f"OpenDify {__version__} listens on http://{shown}:{port}/v1", flush=True)
     names = ", ".join(settings.model_config) or "named by Dify"
     log.info("models: %s; Dify: %s", names, settings.dify_api_base)
-    is_local = all(_is_loopback(host) for host, _ in addresses)
+    is_local = all(is_loopback(host) for host, _ in addresses)
     if not settings.valid_api_keys and not is_local:
         log.warning("anyone who reaches this port can use the apps: set VALID_API_KEYS")
-
-
-def _is_loopback(host: str) -> bool:
-    return host.startswith("127.") or host == "::1"
 
 
 def _on_signals(stop: asyncio.Event) -> None:
