@@ -606,11 +606,6 @@ class SSEDecoder:
         self._after_cr = False  # an LF now belongs to a CR that ended the last read
         self._at_start = True
 
-    @property
-    def _is_begun(self) -> bool:
-        """Whether lines of an event have come that is not complete."""
-        return bool(self._data or self._event)
-
     def feed(self, data: bytes) -> list[ServerSentEvent]:
         """The events that these bytes complete; raises SSEOverflow."""
         if b"\r" in data or self._after_cr:
@@ -626,7 +621,7 @@ class SSEDecoder:
         text = self._line.decode("utf-8", "replace")
         self._line = bytearray(data[end + 1 :])
         events = self._read_lines(text)
-        if events or not self._is_begun:
+        if events or not (self._data or self._event):
             self._size = len(self._line)
         return events
 
@@ -636,10 +631,12 @@ class SSEDecoder:
             text = text[1:] if text.startswith("\ufeff") else text
         events: list[ServerSentEvent] = []
         *blocks, rest = text.split("\n\n")
+        is_begun = bool(self._data or self._event)
         for block in blocks:
-            if block.startswith("data: ") and "\n" not in block and not self._is_begun:
+            if block.startswith("data: ") and "\n" not in block and not is_begun:
                 events.append(ServerSentEvent(block[6:]))  # Dify's form, as a rule
                 continue
+            is_begun = False
             for line in block.split("\n"):
                 self._read_line(line, events)
             self._read_line("", events)
@@ -650,7 +647,7 @@ class SSEDecoder:
     def _read_line(self, line: str, events: list[ServerSentEvent]) -> None:
         if line:
             self._read_field(line)
-        elif self._is_begun:
+        elif self._data or self._event:
             data, event = "\n".join(self._data), self._event or "message"
             events.append(ServerSentEvent(data, event))
             self._data.clear()
@@ -2460,7 +2457,7 @@ class AnswerReader:
         self._total_tokens = 0
         self._reason = "stop"
         self._is_stored = False
-        self._delta: tuple[str, str] | None = None  # see _learn_delta
+        self._delta: tuple[str, int, str] | None = None  # see _learn_delta
 
     def read(self, events: Iterable[ServerSentEvent]) -> list[Part]:
         """The parts that these events add; one part for each delta of text.
@@ -2485,11 +2482,12 @@ class AnswerReader:
         """The text of an event that is like the last delta, else None."""
         if not self._delta or not data.startswith(self._delta[0]):
             return None
+        _, size, after = self._delta
         try:
-            text, end = _scan_string(data, len(self._delta[0]))
+            text, end = _scan_string(data, size)
         except ValueError:
             return None
-        return text if data[end:] == self._delta[1] else None
+        return text if data[end:] == after else None
 
     def _read(self, data: str) -> list[Part]:
         """The parts that one event adds; [] for one that adds none."""
@@ -2522,7 +2520,8 @@ class AnswerReader:
         except ValueError:
             return
         if parsed.get("answer") == "?" and not opening.strip(' "'):
-            self._delta = (before + key + opening, after)
+            before = f"{before}{key}{opening}"
+            self._delta = (before, len(before), after)
 
     def end(self) -> list[Part]:
         """The parts that are left when no more events come."""
@@ -5172,7 +5171,7 @@ def _canonical(arguments: str) -> str:
 
 def _system_hash(scope: bytes, messages: Iterable[Message]) -> bytes:
     texts = [row.text for row in messages if row.role == "system"]
-    return _hash(scope, json.dumps(texts).encode(), _DIGEST_BYTES) if texts else b""
+    return _hash(scope, ascii(texts).encode(), _DIGEST_BYTES) if texts else b""
 
 
 # Putting a turn to Dify...
@@ -5286,8 +5285,9 @@ def fold(
         return ""
     texts = [beside, *(text for _, text in rows)]
     used = {n for text in texts for n in _TAG.findall(text)}
-    free = next(n for n in count(2) if str(n) not in used)
-    tag = f"message-{free}" if used else "message"
+    tag = "message"
+    if used:
+        tag = f"message-{next(n for n in count(2) if str(n) not in used)}"
     return "\n".join(f"<{tag}{about}>\n{text}\n</{tag}>" for about, text in rows)
 
 
@@ -6473,9 +6473,8 @@ def encode_head(start: str, fields: Sequence[tuple[str, str]]) -> bytes:
 
     h11 would check the grammar of our own names, too, at ten times the price.
     """
-    lines = [start, *(f"{name}: {value}" for name, value in fields)]
-    head = "\r\n".join(lines)
-    if not len(lines) - 1 == head.count("\r") == head.count("\n"):
+    head = "\r\n".join([start, *map("%s: %s".__mod__, fields)])
+    if not len(fields) == head.count("\r") == head.count("\n"):
         raise ValueError("a line end in a header field")
     return head.encode("latin-1") + b"\r\n\r\n"
 
@@ -7681,8 +7680,9 @@ class Metrics:
 
     def observe(self, name: str, seconds: float) -> None:
         """Add to a histogram."""
-        new: tuple[list[int], list[float]] = ([0] * (len(_BUCKETS_S) + 1), [0.0])
-        counts, total = self._histograms.setdefault(name, new)
+        if name not in self._histograms:
+            self._histograms[name] = ([0] * (len(_BUCKETS_S) + 1), [0.0])
+        counts, total = self._histograms[name]
         counts[bisect.bisect_left(_BUCKETS_S, seconds)] += 1
         total[0] += seconds
 
@@ -7754,8 +7754,8 @@ class Exchange:
 async def read_whole(exchange: Exchange) -> bytes:
     """The request's body in one piece."""
     pieces: list[bytes] = []
-    while data := await exchange.read():
-        pieces.append(data)
+    while exchange.decoder and not exchange.decoder.is_complete:
+        pieces.append(await exchange.read())
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
@@ -9990,6 +9990,7 @@ def _body_reader(
     exchange: Exchange, wire: Wire, decoder: BodyDecoder, limit: int
 ) -> Read:
     """What reads the request's body; the client is told to send it."""
+    wire.allow_any_time()  # the head was in time
     headers = exchange.request.headers
     if int(headers.get("content-length", 0)) > limit:
         raise _too_large(limit)
