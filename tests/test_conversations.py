@@ -1034,7 +1034,7 @@ ROLES = st.sampled_from(["user", "assistant", "tool", "system"])
 ANY_TEXT = st.text(max_size=20) | st.sampled_from(
     ["<message", "</message>", "<message-2 x>", '"', "a\n\n</message-3>\n\nb"]
 )
-ANY_MESSAGE = st.builds(Message, ROLES, ANY_TEXT, ANY_TEXT)
+ANY_MESSAGE = st.tuples(ROLES, ANY_TEXT, ANY_TEXT).map(lambda row: Message(*row))
 
 
 @settings(deadline=None, max_examples=60)

@@ -29,7 +29,6 @@ from opendify import (
     ReasoningSplitter,
     Recast,
     Replace,
-    ServerSentEvent,
     SSEDecoder,
     Text,
     Usage,
@@ -278,11 +277,11 @@ def test_no_character_is_lost_but_tags_and_their_newlines(answer: str) -> None:
 # ------------------------------------------------------------------------------
 
 
-def event(**fields: Any) -> ServerSentEvent:
-    return ServerSentEvent(json.dumps(fields))
+def event(**fields: Any) -> str:
+    return json.dumps(fields)
 
 
-def read(mode: str, *events: ServerSentEvent, **options: Any) -> list[Part]:
+def read(mode: str, *events: str, **options: Any) -> list[Part]:
     whole = AnswerReader(mode, BASE, **options).read(events)
     reader = AnswerReader(mode, BASE, **options)
     assert [part for one in events for part in reader.read([one])] == whole
@@ -295,7 +294,7 @@ PIECES = ["a", "字", "", "\n", "<", "<think>", "</think>", "x" * 90, *"\ud83d\u
 @given(st.lists(st.sampled_from([*PIECES, "ping", "end"]), max_size=12))
 def test_deltas_are_read_alike_one_by_one_and_in_a_row(pieces: list[str]) -> None:
     events = {
-        "ping": ServerSentEvent("", "ping"),
+        "ping": "ping",
         "end": event(event="message_end"),
         **{text: event(event="message", answer=text) for text in PIECES},
     }
@@ -319,18 +318,18 @@ def test_a_half_that_stays_alone_becomes_a_replacement_character() -> None:
     ["", "ping", "null", "[]", "7", '{"event":null}', '{"event":"unknown_event"}'],
 )
 def test_events_that_say_nothing_add_nothing(data: str) -> None:
-    assert AnswerReader("chat", BASE).read([ServerSentEvent(data)]) == []
+    assert AnswerReader("chat", BASE).read([data]) == []
 
 
 def test_an_event_that_is_not_json_is_a_failure() -> None:
-    (failure,) = AnswerReader("chat", BASE).read([ServerSentEvent('{"event":"mess')])
+    (failure,) = AnswerReader("chat", BASE).read(['{"event":"mess'])
     assert isinstance(failure, Failure)
     assert failure.error.code == "upstream_error"
 
 
 def test_megabytes_that_nobody_reads_are_not_parsed() -> None:
     data = '{"event":"node_retry","data":' + "x" * 5000  # would fail if it were parsed
-    assert AnswerReader("workflow", BASE).read([ServerSentEvent(data)]) == []
+    assert AnswerReader("workflow", BASE).read([data]) == []
 
 
 @given(
@@ -361,7 +360,7 @@ def test_no_event_of_wrong_types_raises(fields: Any, name: str, mode: str) -> No
         "event": name,
     }
     reader = AnswerReader(mode, BASE, show_process=True)
-    parts = reader.read([ServerSentEvent(json.dumps(value))])
+    parts = reader.read([json.dumps(value)])
     assert all(isinstance(part, opendify.Part.__args__) for part in parts)  # type: ignore[attr-defined]
 
 

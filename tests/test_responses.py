@@ -266,7 +266,7 @@ def test_calls_after_a_reference_belong_to_what_it_names() -> None:
     as_stored = ToolCall("call_of_proxy", "f", "{}")
     said = Message("assistant", "a", tool_calls=(as_stored,))
     result = Message("tool", "x", "f")  # the tool's name, not the call's id
-    own = replace(said, tool_calls=(CALLED,))
+    own = said._replace(tool_calls=(CALLED,))
     assert ask_of(parsed, {"rs_1": said}).messages == (HI, own, result)
     alone = Message("assistant", "", tool_calls=(CALLED,))
     assert ask_of(parsed, {}).messages == (HI, alone, result)

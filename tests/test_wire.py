@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from opendify import (
+    MAX_EXTENSION_BYTES,
     MAX_FIELDS,
     MAX_HEAD_BYTES,
     WRITE_TIMEOUT_S,
@@ -258,18 +259,22 @@ def test_malformed_chunk_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
+    ("before", "after", "most"),
     [
-        pytest.param(b"1;", b"\r\na\r\n0\r\n\r\n", id="first-extension"),
-        pytest.param(b"1\r\na\r\n0;", b"\r\n\r\n", id="last-extension"),
-        pytest.param(b"0\r\na:", b"\r\n\r\n", id="trailer"),
+        pytest.param(
+            *(b"1;", b"\r\na\r\n0\r\n\r\n", MAX_EXTENSION_BYTES), id="first-extension"
+        ),
+        pytest.param(
+            *(b"1\r\na\r\n0;", b"\r\n\r\n", MAX_EXTENSION_BYTES), id="last-extension"
+        ),
+        pytest.param(b"0\r\na:", b"\r\n\r\n", MAX_HEAD_BYTES, id="trailer"),
     ],
 )
 @pytest.mark.parametrize("pieces", [1, 9, 4000])
 def test_what_nobody_needs_is_bounded_however_it_is_cut(
-    before: bytes, after: bytes, pieces: int
+    before: bytes, after: bytes, most: int, pieces: int
 ) -> None:
-    for size, is_fine in ((MAX_HEAD_BYTES - 99, True), (MAX_HEAD_BYTES + 99, False)):
+    for size, is_fine in ((most - 99, True), (most + 99, False)):
         framed = before + b"x" * size + after
         step = max(1, len(framed) // pieces)
         parts = [framed[n : n + step] for n in range(0, len(framed), step)]
