@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -45,10 +46,12 @@ from opendify import (
     Failure,
     Finish,
     Origin,
+    Part,
     ProxyError,
     Settings,
     Text,
     TurnStream,
+    Usage,
     dify_request,
     open_wire,
     origin_of,
@@ -112,11 +115,26 @@ def outcome_of(text: str, error: ProxyError) -> Outcome:
     return Outcome(text, type(error).__name__, error.status, error.retry)
 
 
-async def read_turn(stream: TurnStream) -> Outcome:
+def joined(parts: Iterable[Part]) -> str:
+    return "".join(part.text for part in parts if isinstance(part, Text))
+
+
+async def read_turn(stream: TurnStream, takes: str = "") -> Outcome:
+    """Read all; text that comes meanwhile is taken (+) or refused (-), in turns."""
     text = ""
+    answers = itertools.cycle(takes)
+
+    def carry(parts: list[Part]) -> bool:
+        nonlocal text
+        is_taken = next(answers) == "+"
+        text += joined(parts) if is_taken else ""
+        return is_taken
+
+    if takes:
+        stream.carry_by(carry)
     try:
         while parts := await stream.read():
-            text += "".join(part.text for part in parts if isinstance(part, Text))
+            text += joined(parts)
             for part in parts:
                 if isinstance(part, Failure):
                     return outcome_of(text, part.error)
@@ -127,13 +145,15 @@ async def read_turn(stream: TurnStream) -> Outcome:
     return Outcome(text, "nothing")
 
 
-async def turn(dify: Dify, app: AppSettings, mode: str = "chat") -> Outcome:
+async def turn(
+    dify: Dify, app: AppSettings, mode: str = "chat", takes: str = ""
+) -> Outcome:
     """One whole turn."""
     try:
         stream = await dify.open_turn(app, mode, question(mode))
     except ProxyError as error:
         return outcome_of("", error)
-    return await read_turn(stream)
+    return await read_turn(stream, takes)
 
 
 @contextlib.asynccontextmanager
@@ -693,15 +713,50 @@ FAULTS: list[Any] = [
 ]
 
 
+@pytest.mark.parametrize("takes", ["", "+", "+-"], ids=["read", "carried", "both"])
 @pytest.mark.parametrize(("script", "expected"), FAULTS)
-async def test_turn_when_dify_fails(script: list[Step], expected: Outcome) -> None:
+async def test_turn_when_dify_fails(
+    script: list[Step], expected: Outcome, takes: str
+) -> None:
     async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
         fake.app(KEY, script=script)
-        assert await turn(dify, app) == expected
+        assert await turn(dify, app, takes=takes) == expected
         asked = [r.path for r in fake.requests if r.path != "/messages"]
         assert asked == ["/chat-messages"]
         fake.app(KEY, script=chat_answer("next"))  # what follows is not disturbed
         assert await turn(dify, app) == Outcome("next", "finish")
+
+
+async def test_text_is_carried_while_the_reading_task_sleeps() -> None:
+    pieces = ["a", "b", "", "字", "d"]
+    async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=chat_answer(*pieces, delay=1.0))
+        stream = await dify.open_turn(app, "chat", question())
+        carried: list[Part] = []
+
+        def carry(parts: list[Part]) -> bool:
+            carried.extend(parts)
+            return True
+
+        stream.carry_by(carry)
+        first, last = await stream.read(), await stream.read()
+        stream.close()
+    assert first == [Text("a")]  # it came with the head
+    assert carried == [Text("b"), Text("字")]
+    assert [type(part) for part in last] == [Text, Usage, Finish]
+
+
+async def test_carried_text_keeps_the_stream_from_timing_out() -> None:
+    limit = {"DIFY_IDLE_TIMEOUT": "2"}
+    async with (
+        FakeDify(ping_s=NEVER) as fake,
+        client(fake.base, **limit) as (dify, app),
+    ):
+        fake.app(KEY, script=chat_answer(*"abcdef", delay=1.5))
+        assert await turn(dify, app, takes="+") == Outcome("abcdef", "finish")
+        fake.app(KEY, script=chat_answer(*"ab", delay=2.5))
+        outcome = await turn(dify, app, takes="+")
+        assert outcome.end == "UpstreamTimeout"
 
 
 async def test_endless_line_ends_at_its_limit() -> None:
