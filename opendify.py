@@ -3158,34 +3158,33 @@ def parse_chat_request(body: Mapping[str, Any]) -> ChatRequest:
     Raises:
         BadRequest: a required field is missing, or one has the wrong type.
     """
-    system, messages = _parse_messages(body.get("messages"))
-    stops, n = _parse_stops(body.get("stop")), _parse_n(body.get("n"))
-    voice = _parse_spoken(body, n)
-    ask = parse_ask(body, messages, system=system, stops=stops, voice=voice)
+    ask, stream = parse_ask(body), parse_stream(body)
     options = body.get("stream_options")
+    system, messages = _parse_messages(body.get("messages"))
+    stops = _parse_stops(body.get("stop"))
+    n = _parse_n(body.get("n"))
+    voice = _parse_spoken(body, n)
+    ask = ask._replace(system=system, messages=messages, stops=stops, voice=voice)
     include_usage = isinstance(options, dict) and bool(options.get("include_usage"))
     is_legacy = bool(body.get("functions")) and not body.get("tools")
-    return ChatRequest(ask, parse_stream(body), include_usage, n, is_legacy)
+    return ChatRequest(ask, stream, include_usage, n, is_legacy)
 
 
-def parse_ask(
-    body: Mapping[str, Any], messages: tuple[Message, ...], **own: Any
-) -> Ask:
-    """What all requests say alike; `own` fields are said in one API's own way."""
+def parse_ask(body: Mapping[str, Any]) -> Ask:
+    """What all requests say alike: everything but the messages."""
     model = parse_model(body)
     tools, tool_mode = parse_tools(body)
     metadata = object_of(body.get("metadata"))
     conversation_id = body.get("conversation_id") or metadata.get("conversation_id")
     return Ask(
         model=model,
-        messages=messages,
+        messages=(),
         inputs=parse_inputs(body.get("inputs"), metadata.get("inputs")),
         user=parse_user(body),
         conversation_id=conversation_id if isinstance(conversation_id, str) else "",
         tools=tools,
         tool_mode=tool_mode,
         output=parse_output_format(body),
-        **own,
     )
 
 
@@ -4366,7 +4365,7 @@ def parse_responses_request(body: Mapping[str, Any]) -> ResponsesRequest:
     told = [row.text for row in items[:opening] if isinstance(row, Message)]
     system = [text for text in (instructions, *told) if text.strip()]
     return ResponsesRequest(
-        ask=parse_ask(_with_functions(body), (), system="\n\n".join(system)),
+        ask=parse_ask(_with_functions(body))._replace(system="\n\n".join(system)),
         items=tuple(items[opening:]),
         stream=parse_stream(body),
         previous_response_id=previous,
