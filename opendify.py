@@ -6810,6 +6810,7 @@ class UpstreamResponse:
         """As `close`, but read what little is left first, to keep the connection."""
         if not (self._is_released or self._is_lingering):
             self._is_lingering = True
+            self._wire.on_data = None  # what is left is for nobody
             task = self._pool.run_beside(self._linger())
             task.add_done_callback(lambda _: self.close())
 

@@ -746,6 +746,19 @@ async def test_text_is_carried_while_the_reading_task_sleeps() -> None:
     assert [type(part) for part in last] == [Text, Usage, Finish]
 
 
+@pytest.mark.parametrize("takes", ["", "+"], ids=["read", "carried"])
+async def test_events_after_the_end_do_not_cost_the_connection(takes: str) -> None:
+    """What is left of the body is read in peace, though it comes bit by bit."""
+    late = Send({"event": "tts_message_end", "audio": ""})
+    script = [*chat_answer("a", "b", delay=1.0), Sleep(0.2), late, Sleep(0.2), late]
+    async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=script)
+        for _ in range(2):
+            assert await turn(dify, app, takes=takes) == Outcome("ab", "finish")
+            await asyncio.sleep(1)
+        assert fake.connections == 1
+
+
 async def test_carried_text_keeps_the_stream_from_timing_out() -> None:
     limit = {"DIFY_IDLE_TIMEOUT": "2"}
     async with (
