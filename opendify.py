@@ -5819,6 +5819,7 @@ _NEXT_CHUNK = re.compile(rb"\r\n" + _SIZE + _EXTENSION)
 _FIRST_BEGUN = re.compile(rb"(?:" + _SIZE + _EXTENSION + rb"\r?)?\Z")
 _NEXT_BEGUN = re.compile(rb"\r?\Z|\r\n(?:" + _SIZE + _EXTENSION + rb"\r?)?\Z")
 _BAD_CHUNK = "The size of a chunk is malformed, or its extension too long."
+_BAD_TRAILER = "A trailer field is malformed."
 
 
 class MalformedHTTP(BadRequest):
@@ -5907,6 +5908,8 @@ class BodyDecoder:
             if size + self._trailer_bytes > MAX_HEAD_BYTES:
                 raise MalformedHTTP("The trailers are too long.")
             if end < 0:
+                if b"\n" in data[at:] or b"\r" in data[at:-1]:
+                    raise MalformedHTTP(_BAD_TRAILER)
                 return at
             line, at = data[at:end], end + 2
             if not line:
@@ -5917,7 +5920,7 @@ class BodyDecoder:
                 or b"\n" in line
                 or not re.match(rb"[!#$%&'*+.^_`|~\w-]+:", line)
             ):
-                raise MalformedHTTP("A trailer field is malformed.")
+                raise MalformedHTTP(_BAD_TRAILER)
             self._trailer_bytes += len(line) + 2
 
 
