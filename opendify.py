@@ -1027,11 +1027,14 @@ def parse_tools(body: Mapping[str, Any]) -> tuple[tuple[Tool, ...], str]:
         BadRequest: a tool must be called that there is not.
     """
     rows = body.get("tools") or body.get("functions") or []
+    choice = body.get("tool_choice") or body.get("function_call")
+    if not (rows or choice):  # nearly always
+        return (), "auto"
     if not isinstance(rows, list):
         raise _refused("tools", "invalid_type", "it must be an array.")
     tools = [tool for row in rows for tool in _parse_tool(row)]
     field_name = "tool_choice" if body.get("tool_choice") else "function_call"
-    mode, names = _parse_choice(body.get(field_name) or "auto")
+    mode, names = _parse_choice(choice or "auto")
     if mode not in _MODES:
         problem = f"{mode!r} is none of auto, none, required, a tool, allowed_tools."
         raise _refused(field_name, "invalid_value", problem)
@@ -2436,6 +2439,7 @@ class AnswerReader:
         self._reason = "stop"
         self._is_stored = False
         self._delta: tuple[str, int, str] | None = None  # see _learn_delta
+        self._like = ""  # the event that is to be learnt from
 
     def read(self, events: Iterable[str]) -> list[Part]:
         """The parts that these events add; one part for each delta of text.
@@ -2460,6 +2464,9 @@ class AnswerReader:
 
     def _text_of_delta(self, data: str) -> str | None:
         """The text of an event that is like the last delta, else None."""
+        if self._like:  # not before its own text was given out
+            self._learn_delta(self._like)
+            self._like = ""
         if not self._delta or not data.startswith(self._delta[0]):
             return None
         _, size, after = self._delta
@@ -2483,7 +2490,7 @@ class AnswerReader:
             self._learn_ids(value)
         translate = _TRANSLATORS.get(str(value.get("event")))
         if translate is AnswerReader._message and self._mode != "agent":
-            self._learn_delta(data)
+            self._like = data
         return translate(self, value) if translate else []
 
     def _learn_delta(self, data: str) -> None:
@@ -3311,6 +3318,8 @@ def bad_value(field_name: str, problem: str) -> BadRequest:
 def with_tool_names(messages: list[Message]) -> list[Message]:
     """Tool results by the names of their tools, instead of the ids of their calls."""
     names = {call.id: call.name for row in messages for call in row.tool_calls}
+    if not names:
+        return messages
     return [
         row._replace(name=names[row.name])
         if row.role == "tool" and row.name in names
@@ -3320,7 +3329,9 @@ def with_tool_names(messages: list[Message]) -> list[Message]:
 
 
 def _parse_stops(stop: Any) -> tuple[str, ...]:
-    stops = [stop] if isinstance(stop, str) else stop or []
+    if not stop:
+        return ()
+    stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(row, str) for row in stops):
         raise bad_type("stop", "a string or an array of strings")
     if len(stops) > MAX_STOPS:
@@ -5070,17 +5081,30 @@ class Tail(NamedTuple):
 class Plan(NamedTuple):
     """How a turn is put to Dify: `files` belong to the query, `inputs` go over others.
 
-    `tail` lacks the answer, and the conversation_id if it is a new one.
+    `tail` is where the conversation stands before `new`, without a conversation_id if
+    it is a new one; `told` are the system messages that Dify has been told before.
     """
 
     query: str
     inputs: Mapping[str, Any]
     files: tuple[Attachment, ...]
     tail: Tail
+    told: Sequence[Message]
+    new: Sequence[Message]
+    is_known: bool  # where it stands afterwards
 
     def finish(self, conversation_id: str, answer: Message) -> Tail:
-        """The tail to put into the table when Dify and the client have the answer."""
-        return self.tail.extend([answer], conversation_id=conversation_id)
+        """The tail to put into the table when Dify and the client have the answer.
+
+        What was new is hashed now, not while the question waits to be sent.
+        """
+        tail = self.tail
+        return tail.extend(
+            [*self.new, answer],
+            conversation_id=conversation_id,
+            system=_system_hash(tail.scope, [*self.told, *self.new]) or tail.system,
+            is_known=self.is_known,
+        )
 
 
 @functools.lru_cache(maxsize=256)
@@ -5184,21 +5208,18 @@ def plan_turn(
     if not is_new:
         context = [] if _system_hash(scope, told) == tail.system else told
     files = [file for row in new for file in row.attachments]
-    carried = _with_room(history if is_new else (), most_files - len(files))
+    room = most_files - len(files) if is_new else 0
+    carried = _with_room(history, room) if room > 0 else []
     inputs = dict(ask.inputs)
     if system_variable and ask.system.strip():
         inputs[system_variable] = ask.system
     if history_variable and elsewhere:
         inputs[history_variable] = fold(elsewhere, carried)
-    after = tail.extend(
-        new,
-        system=_system_hash(scope, [*told, *new]) or tail.system,
-        # Nobody can tell how a client shows an answer that was continued, or a title.
-        is_known=tail.is_known and bool(new) and not is_side_request(ask),
-    )
     query = _query(context, new, carried) if ask.messages else ask.system
     files = [file for row in carried for file in row.attachments] + files
-    return Plan(query or " ", inputs, tuple(files), after)
+    # Nobody can tell how a client shows an answer that was continued, or a title.
+    is_known = tail.is_known and bool(new) and not is_side_request(ask)
+    return Plan(query or " ", inputs, tuple(files), tail, told, new, is_known)
 
 
 def _with_room(history: Sequence[Message], room: int) -> list[Message]:
@@ -5213,11 +5234,13 @@ def _with_room(history: Sequence[Message], room: int) -> list[Message]:
 
 def _only_in_input(history: tuple[Message, ...], tail: Tail) -> tuple[Message, ...]:
     """The messages that Dify does not remember: they are an input of every turn."""
+    if not tail.folded:
+        return ()
     at, remembered = len(history), tail.length - tail.folded
     while at and remembered:
         at -= 1
         remembered -= history[at].role != "system"
-    return history[:at] if tail.folded else ()
+    return history[:at]
 
 
 def _query(
@@ -5230,6 +5253,8 @@ def _query(
         text = new[0].text  # as it is: apps search and branch by their query
         if not text.strip() and new[0].attachments:
             text = f"[attached: {_file_names(new[0])}]"
+        if not context:
+            return text
         ending = ["Answer this message:", text] if is_history else [text]
         parts += [fold(context, carried, beside=text), *ending]
     else:
@@ -6752,15 +6777,12 @@ class UpstreamResponse:
         close = "close" in self.headers.get("connection", "").lower()
         self.can_reuse = head.http_version == b"1.1" and not close
         self._is_released = self._is_lingering = False
+        self.allow = wire.allow  # what is read from now on may take so long
 
     @property
     def is_event_stream(self) -> bool:
         """Whether the body is SSE."""
         return self.headers.get("content-type", "").startswith("text/event-stream")
-
-    def allow(self, seconds: float, error: Callable[[], Exception]) -> None:
-        """What is read from now on may take `seconds`; then `error()` is raised."""
-        self._wire.allow(seconds, error)
 
     async def read(self) -> bytes:
         """The next bytes of the body; b"" at its end."""
@@ -7757,7 +7779,6 @@ async def no_body() -> bytes:
     return b""
 
 
-@dataclass(eq=False)
 class Exchange:
     """One request and its reply, and what the log will say of them.
 
@@ -7765,16 +7786,10 @@ class Exchange:
     are cancelled when the client leaves before the reply is complete.
     """
 
-    reply: Reply
-    id: str
-    peer: str = ""
     request: Request = NO_REQUEST
     decoder: BodyDecoder | None = None  # of the request's body
     body: bytes = b""
-    read: Read = no_body  # more of the body, where `body` is not read before
-    started_at: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     fail: Callable[[ProxyError], bytes] | None = None
-    waiting: set[asyncio.Task[Any]] = field(default_factory=set)
     has_left: bool = False
     error: ProxyError | None = None  # that it ended with
     body_bytes: int = 0
@@ -7784,6 +7799,12 @@ class Exchange:
     model: str = ""
     first_text_at: float | None = None
     text_chars: int = 0
+
+    def __init__(self, reply: Reply, id_: str, peer: str = "") -> None:
+        self.reply, self.id, self.peer = reply, id_, peer
+        self.read: Read = no_body  # more of the body, where `body` is not read before
+        self.waiting: set[asyncio.Task[Any]] = set()
+        self.started_at = asyncio.get_running_loop().time()
 
     def leave(self) -> None:
         """The client has gone; what serves it is interrupted if it wants to be."""
@@ -8059,15 +8080,18 @@ class Outlet:
         now = self._loop.time()
         out: list[bytes] = []
         for part in parts:
-            if isinstance(part, Failure):
-                self._write(b"".join([*out, self._flush()]))
+            if isinstance(part, (Text, Reasoning)):
+                out.append(self._put_text(part, now))
+            elif isinstance(part, Failure):
+                self._write(b"".join([*out, self._flush()]), now)
                 raise part.error
-            out.append(self._put(part, now))
+            else:
+                out.append(self._put(part, now))
         if self._pacer:
             is_flood = self._pacer.held > MAX_HELD_CHARS
             out.append(self._flush() if is_flood else self._take(self._pacer, now))
             self._arm()
-        self._write(b"".join(out))
+        self._write(b"".join(out), now)
 
     def stay(self) -> None:
         """Keep the connection alive once more, after `finish`."""
@@ -8096,9 +8120,7 @@ class Outlet:
             self._due = None
 
     def _put(self, part: Part, now: float) -> bytes:
-        """What a part adds to the stream at once."""
-        if isinstance(part, (Text, Reasoning)):
-            return self._put_text(part, now)
+        """What a part that is no text adds to the stream at once."""
         if isinstance(part, (Media, Recast, Replace)):
             return self._put_text(Text(self._words_for(part)), now)
         if isinstance(part, Finish):
@@ -8162,9 +8184,9 @@ class Outlet:
     def _flush(self) -> bytes:
         return self._encode(self._paced(self._pacer.flush())) if self._pacer else b""
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes, now: float) -> None:
         if data or self._opening:
-            self._written_at = self._loop.time()
+            self._written_at = now
             self._reply.write(self._opening + data)
             self._opening = b""
 
@@ -8182,20 +8204,22 @@ class Outlet:
     def _on_due(self) -> None:
         self._due = None
         if self._pacer:
-            self._write(self._take(self._pacer, self._loop.time()))
+            now = self._loop.time()
+            self._write(self._take(self._pacer, now), now)
         self._arm()
         if not self._due and self._drained and not self._drained.done():
             self._drained.set_result(None)
 
     def _on_beat(self) -> None:
         """Dify is silent: begin without it, then keep the connection alive."""
-        is_late = self._loop.time() >= self._written_at + KEEP_ALIVE_S
+        now = self._loop.time()
+        is_late = now >= self._written_at + KEEP_ALIVE_S
         if not self.has_begun and not self._stream.needs_ids:
             self.begin({})
-            self._write(b"")
+            self._write(b"", now)
         elif is_late or not self.has_begun:
             self._start({})
-            self._write(self._stream.heartbeat())
+            self._write(self._stream.heartbeat(), now)
         next_at = self._written_at + KEEP_ALIVE_S
         self._beat = self._loop.call_at(next_at, self._on_beat)
 

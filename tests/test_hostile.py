@@ -988,7 +988,8 @@ async def test_address_that_guesses_keys_has_to_wait() -> None:
         def ask(key: str, peer: str = "203.0.113.7") -> int:
             fields = {"authorization": f"Bearer {key}"} if key else {}
             request = Request("GET", "/v1/models", "", fields)
-            exchange = Exchange(Reply(Wire(), request), "id", peer, request)
+            exchange = Exchange(Reply(Wire(), request), "id", peer)
+            exchange.request = request
             try:
                 handlers.find(exchange)
             except (Unauthorized, RateLimited) as error:
