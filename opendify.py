@@ -604,11 +604,13 @@ class SSEDecoder:
         self._size += len(data)
         if self._size > MAX_EVENT_BYTES:
             raise SSEOverflow(f"an event of more than {MAX_EVENT_BYTES >> 20} MiB")
-        is_line = data.startswith(b"data: ") and data.endswith(b"\n\n")
-        if is_line and data.count(b"\n") == 2 and self._size == len(data):
-            # An event of Dify's that comes alone, as most do: saves 15% of it.
-            self._size, self._at_start = 0, False
-            return [data[6:-2].decode("utf-8", "replace")]
+        is_whole = data.startswith(b"data: ") and data.endswith(b"\n\n")
+        if is_whole and self._size == len(data):
+            # Dify's form, as a rule: nothing but whole events of one line each.
+            events = data[6:-2].decode("utf-8", "replace").split("\n\ndata: ")
+            if data.count(b"\n") == 2 * len(events):
+                self._size, self._at_start = 0, False
+                return events
         end = data.rfind(b"\n") + 1
         if not end:
             self._line += data
@@ -5889,12 +5891,8 @@ class BodyDecoder:
         if self._is_chunked:
             pieces: list[bytes] = []
             try:
-                if self._buffer == b"\r\n" and data.endswith(b"\r\n"):
-                    # Just one chunk, as an event is that comes alone: saves 8% of it.
-                    end = data.find(b"\r\n")
-                    size = _chunk_size(data[:end], _FIRST_CHUNK)
-                    if size and end + size + 4 == len(data):
-                        return data[end + 2 : -2]
+                if self._buffer == b"\r\n" and (body := _whole_chunks(data)):
+                    return body
                 self._feed_chunks(data, pieces)
             except MalformedHTTP as error:
                 self.failure = error
@@ -5958,6 +5956,19 @@ class BodyDecoder:
             ):
                 raise MalformedHTTP(_BAD_TRAILER)
             self._trailer_bytes += len(line) + 2
+
+
+def _whole_chunks(data: bytes) -> bytes:
+    """The body of chunks that all came whole, if their data holds no CR LF, else b"".
+
+    Dify's events are such chunks, so most reads are understood at once.
+    """
+    lines = data.split(b"\r\n")
+    sizes, chunks = lines[::2], lines[1::2]
+    for size, chunk in zip(sizes, chunks):
+        if not chunk or size != b"%x" % len(chunk):
+            return b""
+    return b"" if lines[-1] else b"".join(chunks)  # what follows the last line end
 
 
 @functools.lru_cache(maxsize=1024)
@@ -8089,6 +8100,9 @@ class Outlet:
     def put(self, parts: Sequence[Part]) -> None:
         """Take parts in and write what is due; raises the error of a Failure."""
         now = self._loop.time()
+        if len(parts) > 1 and not self._pacer and set(map(type, parts)) == {Text}:
+            self._write(self._encode_all(cast("Sequence[Text]", parts)), now)
+            return
         out: list[bytes] = []
         for part in parts:
             if isinstance(part, (Text, Reasoning)):
@@ -8174,12 +8188,22 @@ class Outlet:
     def _encode(self, part: Text | Reasoning) -> bytes:
         if not part.text:
             return b""
-        if isinstance(part, Text):
-            self._sent.add(part.text)
-            self._exchange.text_chars += len(part.text)
+        self._note(part.text if isinstance(part, Text) else "")
+        return self._stream.encode(part)
+
+    def _encode_all(self, parts: Sequence[Text]) -> bytes:
+        """Text of one read, noted as one: saves a tenth of a stream without pauses."""
+        self._has_text = True
+        self._note("".join([part.text for part in parts]))
+        return b"".join(map(self._stream.encode, parts))
+
+    def _note(self, text: str) -> None:
+        """Note what the client gets, "" for reasoning."""
+        if text:
+            self._sent.add(text)
+            self._exchange.text_chars += len(text)
         if self._exchange.first_text_at is None:
             self._exchange.first_text_at = self._loop.time()
-        return self._stream.encode(part)
 
     def _take(self, pacer: Pacer, now: float) -> bytes:
         """What is due now."""

@@ -192,6 +192,45 @@ def test_chunked_body_is_not_complete_before_its_last_byte(chunks: list[bytes]) 
         decoder.feed_eof()
 
 
+@pytest.mark.parametrize(
+    ("read", "body", "more"),
+    [
+        pytest.param(b"2\r\nbc\r\n", b"bc", b"", id="one"),
+        pytest.param(b"2\r\nbc\r\n1\r\nd\r\n", b"bcd", b"", id="two"),
+        pytest.param(b"02\r\nbc\r\n", b"bc", b"", id="zero-before"),
+        pytest.param(b"2;x\r\nbc\r\n", b"bc", b"", id="extension"),
+        pytest.param(b"4\r\nb\r\nc\r\n", b"b\r\nc", b"", id="line-end-inside"),
+        pytest.param(b"3\r\n2\r\n\r\n", b"2\r\n", b"", id="line-end-at-the-end"),
+        pytest.param(b"2\r\nbc", b"bc", b"\r\n", id="without-its-end"),
+        pytest.param(b"2\r\nbc\r\n1", b"bc", b"\r\nd\r\n", id="size"),
+        pytest.param(b"2\r\nbc\r\n1\r\n", b"bc", b"d\r\n", id="size-line"),
+        pytest.param(b"2\r\nbc\r\n2\r\nd", b"bcd", b"e\r\n", id="half-a-chunk"),
+        pytest.param(b"3\r\nbc\r\n", b"bc\r", b"", id="size-too-large"),
+        pytest.param(b"1\r\nbc\r\n", b"b", b"", id="size-too-small"),
+        pytest.param(b"2\r\nbc\r\nx\r\nd\r\n", b"bc", b"", id="no-size"),
+        pytest.param(b"2\r\nbc\r\n0\r\n\r\n", b"bc", b"", id="one-and-the-end"),
+        pytest.param(b"0\r\n\r\n", b"", b"", id="the-end"),
+    ],
+)
+def test_read_behind_a_chunk(read: bytes, body: bytes, more: bytes) -> None:
+    """A read is taken as chunks that came whole, if it is nothing else."""
+    framed = b"1\r\na\r\n" + read + more + b"0\r\n\r\n"
+    decoder = BodyDecoder(None)
+    assert decoder.feed(framed[:6]) + decoder.feed(read) == b"a" + body
+    rest = [] if decoder.is_complete else [more, b"0\r\n\r\n"]
+    try:
+        expected = judge(framed)
+    except h11.RemoteProtocolError:
+        with pytest.raises(MalformedHTTP):
+            feed(decoder, [b"", *rest])
+        return
+    assert expected is not None
+    assert decoder.is_complete == (judge(framed[:6] + read) is not None)
+    outcome = feed(decoder, rest) or (b"", b"")
+    assert b"a" + body + outcome[0] == expected[0]
+    assert decoder.is_complete
+
+
 WRONG_BYTES = st.sampled_from([bytes([n]) for n in b"\r\n \t;:-+_xgG0fF\x00\xff"])
 
 
