@@ -6799,7 +6799,7 @@ class UpstreamResponse:
         close = "close" in self.headers.get("connection", "").lower()
         self.can_reuse = head.http_version == b"1.1" and not close
         self._is_released = self._is_lingering = False
-        self.allow = wire.allow  # what is read from now on may take so long
+        self.allow = wire.allow  # how long what is read from now on may take
 
     @property
     def is_event_stream(self) -> bool:
@@ -8195,7 +8195,7 @@ class Outlet:
         """Text of one read, noted as one: saves a tenth of a stream without pauses."""
         self._has_text = True
         self._note("".join([part.text for part in parts]))
-        return b"".join(map(self._stream.encode, parts))
+        return b"".join([self._stream.encode(part) for part in parts if part.text])
 
     def _note(self, text: str) -> None:
         """Note what the client gets, "" for reasoning."""
