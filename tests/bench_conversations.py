@@ -1,4 +1,7 @@
-"""Measures the table of conversations: `python tests/bench_conversations.py`.
+#!/usr/bin/env python3
+"""Measure the table of conversations.
+
+    python tests/bench_conversations.py    # takes a minute
 
 Prints the medians of what a turn costs: hashing its history, finding and taking the
 conversation, putting it back moved on by one exchange. And what a conversation weighs.
@@ -6,6 +9,7 @@ conversation, putting it back moved on by one exchange. And what a conversation 
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -120,4 +124,7 @@ def resident_bytes() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     main()
