@@ -1400,7 +1400,10 @@ class Windows(RuleBasedStateMachine):
     def delete(self, i: int, at: int, size: int) -> None:
         chat = self.chats[i]
         if chat.is_sent(at - 1) and chat.is_sent(at + size):
+            before = list(chat.shown)
             del chat.shown[at : at + size]
+            if chat.shown == before[size:]:  # nobody can tell this from a cut
+                chat.past += before[:size]
             chat.own = ""
             self.talk_once(i, "and now?")
 
