@@ -2439,7 +2439,7 @@ class AnswerReader:
         self._answer = KeptText()  # as Dify sent it
         self._reasoned_in: object = None  # the block that reasoning was last added to
         self._thoughts: dict[str, str] = {}  # snapshots by id
-        self._files: dict[str, Media] = {}
+        self._files: dict[str, tuple[str, Media]] = {}  # by URL, unsigned: path
         self._resources: list[Mapping[str, Any]] = []
         self._usage: Usage | None = None  # as message_end tells it
         self._node_usage = Usage()
@@ -2701,14 +2701,16 @@ class AnswerReader:
 
     def _add_file(self, value: Mapping[str, Any]) -> None:
         url = value.get("url") or value.get("remote_url")
-        if isinstance(url, str) and url:
+        if not isinstance(url, str) or not url:
+            return
+        try:
             url = urllib.parse.urljoin(self._base, url)
-            key = _SIGNATURE.sub("", url)
-            name = value.get("filename") or urllib.parse.unquote(
-                urllib.parse.urlsplit(url).path.rpartition("/")[2]
-            )
-            media = Media(str(value.get("type") or "custom"), url, str(name))
-            self._files.setdefault(key, media)
+            path = urllib.parse.urlsplit(url).path
+        except ValueError:  # malformed: the client gets it as it is
+            path = url
+        name = value.get("filename") or urllib.parse.unquote(path.rpartition("/")[2])
+        media = Media(str(value.get("type") or "custom"), url, str(name))
+        self._files.setdefault(_SIGNATURE.sub("", url), (path or url, media))
 
     def _human_input(self, value: dict[str, Any]) -> list[Part]:
         data = object_of(value.get("data"))
@@ -2784,8 +2786,8 @@ class AnswerReader:
         self.is_finished = self._is_stored = True
         parts = self._close_text()
         answer = self._answer.text
-        for key, media in self._files.items():
-            if urllib.parse.urlsplit(key).path not in answer:
+        for path, media in self._files.values():
+            if path not in answer:
                 parts.append(media)
         if self._resources:
             parts.append(Citations(tuple(self._resources)))

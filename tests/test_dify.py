@@ -303,6 +303,25 @@ def test_deltas_are_read_alike_one_by_one_and_in_a_row(pieces: list[str]) -> Non
     read("chat", *(events[piece] for piece in pieces))
 
 
+@pytest.mark.parametrize(
+    ("url", "wanted", "name"),
+    [
+        (
+            "/files/a%20b.png?sign=1",
+            "http://dify.example/files/a%20b.png?sign=1",
+            "a b.png",
+        ),
+        ("http://x", "http://x", ""),
+        ("http://[/a.png", "http://[/a.png", "a.png"),
+        ("http://[", "http://[", "["),
+    ],
+)
+def test_a_file_is_given_whatever_its_url_is(url: str, wanted: str, name: str) -> None:
+    file = event(event="message_file", type="image", url=url)
+    parts = read("chat", file, event(event="message_end"))
+    assert only(parts, Media) == Media("image", wanted, name)
+
+
 def test_surrogate_halves_are_joined_over_events() -> None:
     halves = [event(event="message", answer=half) for half in ("a\ud83d", "\ude00b")]
     assert read("chat", *halves) == [Text("a"), Text("\U0001f600b")]

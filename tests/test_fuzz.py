@@ -678,6 +678,11 @@ TRAPS: list[Any] = [
         SSE_HEAD + FINE[:99] + FINE[99:150],
         id="user-surrogate-and-broken-stream",
     ),
+    pytest.param(
+        '{"content": "Hi"}',
+        SSE_HEAD + b'data: {"event": "message_file", "url": "http://["}\n\n' + FINE,
+        id="url-malformed-from-dify",
+    ),
 ]
 
 
