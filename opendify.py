@@ -10629,7 +10629,7 @@ def _read_env_file(path: Path) -> dict[str, str]:
 
 
 class _Formatter(logging.Formatter):
-    """Plain lines; the time of a second is written once."""
+    """Plain lines, one for each record; the time of a second is written once."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s")
@@ -10642,6 +10642,15 @@ class _Formatter(logging.Formatter):
             self._second = second
             self._text = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
         return f"{self._text},{record.msecs:03.0f}"
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """As always, with escapes for what could begin a line (CWE-117)."""
+        if not record.message.isprintable():
+            record.message = "".join(
+                char if char.isprintable() else ascii(char)[1:-1]
+                for char in record.message
+            )
+        return super().formatMessage(record)
 
 
 class _JsonFormatter(_Formatter):

@@ -16,6 +16,7 @@ import asyncio
 import functools
 import gc
 import inspect
+import json
 import os
 import signal
 import subprocess
@@ -64,6 +65,16 @@ def pytest_collection_finish() -> None:
     """Take what exists by now out of garbage collection, so that it stays quick."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Let a report with half a surrogate pair reach the process that prints it."""
+    data = yield
+    if data is None:
+        return None
+    text = json.dumps(data, ensure_ascii=False, default=str)
+    return json.loads(text.encode(errors="replace"))
 
 
 # ------------------------------------------------------------------------------

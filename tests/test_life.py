@@ -643,6 +643,21 @@ async def test_logs_and_errors_hold_no_secrets(tmp_path: Path, log_format: str) 
             assert {"time", "level", "message"} <= set(json.loads(line))
 
 
+@pytest.mark.real_clock
+async def test_what_dify_says_begins_no_line_of_the_log(tmp_path: Path) -> None:
+    error = Send({"event": "error", "message": "one\nERROR two\u2028\x1b[2J é"})
+    async with FakeDify() as dify:
+        dify.app(KEY, script=[error])
+        settings = {"MODEL_CONFIG": models("m"), "DIFY_API_BASE": dify.base}
+        async with running(tmp_path, **settings) as server:
+            await talk(server.port, chat("m", "Connection: close"))
+            assert await server.end() == 0
+    written = [line for line in server.log if "two" in line]
+    assert len(written) == 1
+    assert r"one\nERROR two\u2028\x1b[2J é" in written[0]
+    assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in server.log)
+
+
 RIGHT = f"Authorization: Bearer {SECRETS['client key']}"
 
 
