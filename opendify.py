@@ -1638,7 +1638,11 @@ class JsonReader:
         """The parts that are certain now."""
         done: list[Part] = []
         for part in parts:
-            if not isinstance(part, Text):
+            if isinstance(part, Recast):  # what was read was no answer
+                self._is_over = bool(self.text)  # and is out already
+                self.text = self._held = ""
+                self._value = _ValueEnd()
+            elif not isinstance(part, Text):
                 done.append(part)
             elif more := self._read(part.text):
                 done.append(Text(more))
@@ -2570,9 +2574,10 @@ class AnswerReader:
         answer = value.get("answer", object_of(value.get("data")).get("text"))
         if not isinstance(answer, str):
             return []
-        if not (self._answer.is_whole and answer.startswith(self._answer.text)):
-            self._reason = "content_filter"
-        self._answer, self._half = KeptText(), ""
+        self._half = ""
+        if self._answer.is_whole and answer.startswith(self._answer.text):
+            return self._add_text(answer[self._answer.size :])  # it goes on
+        self._reason, self._answer = "content_filter", KeptText()
         self._splitter = ReasoningSplitter()
         text = "".join(
             part.text
@@ -8309,18 +8314,21 @@ class Collector:
 class Reading:
     """Reads an answer as its request demands: calls, stops, JSON.
 
-    Parts go in as Dify's app makes them, and come out as the client is to get them.
+    Parts go in as Dify's app makes them, and come out as the client is to get them:
+    none while the answer may still turn out not to do, or another would follow it.
     `problem` says, when the answer is over, why it will not do; `is_cut`, that a stop
-    was found and the app need not go on.
+    was found and the app need not go on. The ids of calls follow from `message_id`, so
+    that an answer that is read again has the same.
     """
 
-    def __init__(self, ask: Ask, new_id: Callable[[], str], *, is_whole: bool) -> None:
+    def __init__(self, ask: Ask, message_id: str, *, is_whole: bool) -> None:
         self.problem = ""
         self.is_cut = False
         self._ask = ask
         self._calls: CallReader | None = None
         if ask.tools:
-            self._calls = CallReader(ask.tools, lambda: f"call_{new_id()[:24]}")
+            seeds = map(f"{message_id} {{}}".format, itertools.count())
+            self._calls = CallReader(ask.tools, lambda: _call_id(next(seeds)))
         self._stop = StopReader(ask.stops) if ask.stops else None
         self._json: JsonReader | None = None
         self._is_json = ask.output.kind != "text"
@@ -8341,20 +8349,21 @@ class Reading:
         if self.is_plain:
             return parts
         self._said += [part.text for part in parts if isinstance(part, Text)]
+        if self._is_json:  # there is no room for links beside it
+            parts = [part for part in parts if not isinstance(part, Media)]
         ready = self._calls.feed(parts) if self._calls else parts
         ready = self._stop.feed(ready) if self._stop else ready
         if self._json:
             ready = self._json.feed(ready)
         if self._stop and self._stop.is_cut and not self.is_cut:
             self.is_cut = True
-            ready = [*ready, Usage(), Finish()]
-        if self._is_open and not any(
-            isinstance(part, (Finish, Failure)) for part in ready
-        ):
-            self._held += [row for row in ready if not isinstance(row, Reasoning)]
-            return [row for row in ready if isinstance(row, Reasoning)]
+            there = set(map(type, ready))
+            ready += [end for end in (Usage(), Finish()) if type(end) not in there]
         self._held += ready
-        if any(isinstance(part, Finish) for part in ready):
+        ends = [part for part in ready if isinstance(part, (Finish, Failure))]
+        if not ends and self._is_open:
+            return []
+        if ends and ends[0] in (Finish("stop"), Finish("length")):
             self._judge()
         held, self._held = [] if self.problem else self._held, []
         self._has_given |= any(isinstance(part, Text) for part in held)
@@ -8367,8 +8376,10 @@ class Reading:
     @property
     def _is_open(self) -> bool:
         """Whether the answer may still turn out not to do."""
-        needs_call = self._ask.tool_mode == "required" and not self._has_call
-        return needs_call or (self._is_json and not self._json)
+        if self._has_call:
+            return False
+        has_json = bool(self._json and self._json.text)
+        return self._ask.tool_mode == "required" or (self._is_json and not has_json)
 
     def _judge(self) -> None:
         """The answer is over: will it do?"""
@@ -8382,10 +8393,18 @@ class Reading:
             if self.problem and self._has_given:
                 raise unsatisfied(self._ask, self.problem)
         elif self._is_json:
-            texts = [part.text for part in self._held if isinstance(part, Text)]
-            text, self.problem = extract_json("".join(texts), self._ask.output)
-            rest = [part for part in self._held if not isinstance(part, Text)]
-            self._held = [Text(text or ""), *rest]
+            answer = Answer()  # it knows what was reasoning after all
+            for part in self._held:
+                answer.add(part)
+            text, self.problem = extract_json(answer.text, self._ask.output)
+            kinds = (Text, Reasoning, Recast)
+            rest = [part for part in self._held if not isinstance(part, kinds)]
+            self._held = [Reasoning(answer.reasoning), Text(text or ""), *rest]
+
+
+def _call_id(seed: str) -> str:
+    data = seed.encode("utf-8", "replace")
+    return f"call_{hashlib.blake2b(data, digest_size=12).hexdigest()}"
 
 
 def unsatisfied(ask: Ask, reason: str) -> Unsatisfied:
@@ -8875,7 +8894,9 @@ class Handlers:
         if previous and is_free and not named:
             newest, _ = await self._stored_page(app, anchor, most=1)
             if [row.message_id for row in newest] == [anchor.message_id]:
-                return ask_of(asked, {})._replace(conversation_id=here)
+                known = self._transcript(newest, asked.ask.tools)  # names of calls
+                new = ask_of(asked, {}, known).messages[len(known) :]
+                return asked.ask._replace(messages=new, conversation_id=here)
         places = [anchor, *reversed(list(named.values()))]
         stored = await self._stored_at(app, places)
         rows = {row.message_id: row for turns in stored.values() for row in turns}
@@ -8952,7 +8973,7 @@ class Handlers:
             parts.pop()
         if tools:
             ask = Ask("", (), tools=tuple(tools))
-            parts = Reading(ask, self._new_id, is_whole=True).feed(parts)
+            parts = Reading(ask, turn.message_id, is_whole=True).feed(parts)
         for part in parts:
             answer.add(part)
         return answer
@@ -9378,7 +9399,8 @@ class Handlers:
         """Ask, and carry the answer to the sink; the reading says if it will do."""
         exchange.turn = turn = await self._open_turn(exchange, app, ask, joins, tail)
         is_whole = isinstance(sink, Collector)
-        reading = Reading(ask, self._new_id, is_whole=is_whole)
+        message_id = turn.stream.answer.message_id or self._new_id()
+        reading = Reading(ask, message_id, is_whole=is_whole)
         task = cast("asyncio.Task[Any]", asyncio.current_task())
         is_stored, was_there = False, not exchange.has_left
         try:
