@@ -738,6 +738,14 @@ class OutputFormat:
     name: str = ""
     schema: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_compound(self) -> bool:
+        """Whether it begins with a brace or a bracket, as far as the schema says."""
+        return self.schema.get("type") not in _SCALARS
+
+
+_SCALARS = ("string", "number", "integer", "boolean", "null")
+
 
 class Ask(NamedTuple):
     """What a client wants of an app, whichever API it came by.
@@ -1061,7 +1069,7 @@ def _refused(field_name: str, code: str, problem: str) -> BadRequest:
 def _function(row: Any) -> dict[str, Any]:
     """The function of a tool or a choice: nested (Chat) or flat (Responses, legacy)."""
     row = row if isinstance(row, dict) else {}
-    nested = row.get("function")
+    nested = row.get("function", row.get("custom"))
     return nested if isinstance(nested, dict) else row
 
 
@@ -1084,12 +1092,14 @@ def _parse_choice(choice: Any) -> tuple[str, list[Any]]:
     if kind == "allowed_tools":
         allowed = choice.get("allowed_tools")
         allowed = allowed if isinstance(allowed, dict) else choice
-        names = [_function(row).get("name") for row in allowed.get("tools") or []]
+        rows = allowed.get("tools")
+        rows = rows if isinstance(rows, list) else []
+        names = [_function(row).get("name") for row in rows]
         return str(allowed.get("mode") or "auto"), names
     name = _function(choice).get("name")
-    if kind in (None, "function", "tool") and name:
+    if kind in (None, "function", "tool", "custom") and name:
         return "required", [name]
-    return (kind if kind in _MODES else "auto"), []  # else a hosted tool
+    return (kind if kind in [*_MODES] else "auto"), []  # else a hosted tool
 
 
 def parse_output_format(body: Mapping[str, Any]) -> OutputFormat:
@@ -1099,7 +1109,9 @@ def parse_output_format(body: Mapping[str, Any]) -> OutputFormat:
         BadRequest: of a kind that nobody knows, or without a schema.
     """
     text, where = body.get("text"), "response_format"
-    row = body.get(where) or (text.get("format") if isinstance(text, dict) else None)
+    row = body.get(where)
+    if not row and isinstance(text, dict):
+        where, row = "text.format", text.get("format")
     kind = row.get("type", "text") if isinstance(row, dict) else row or "text"
     if kind == "text":
         return OutputFormat()
@@ -1112,7 +1124,8 @@ def parse_output_format(body: Mapping[str, Any]) -> OutputFormat:
     schema = row.get("schema") if isinstance(row, dict) else None
     if not isinstance(schema, dict):
         problem = "it must hold a JSON Schema, an object."
-        raise _refused(f"{where}.json_schema.schema", "invalid_type", problem)
+        place = f"{where}.json_schema" if where == "response_format" else where
+        raise _refused(f"{place}.schema", "invalid_type", problem)
     if row.get("description"):
         schema = {"description": row["description"], **schema}
     return OutputFormat(kind, str(row.get("name") or ""), schema)
@@ -1125,7 +1138,7 @@ def describe_tools(tools: Sequence[Tool], mode: str) -> str:
     """The words for the app, "" if there is nothing to say; from `parse_tools`."""
     if not tools:
         return _NO_TOOLS_TEXT if mode == "none" else ""
-    rows = [json.dumps(dataclasses.asdict(t), ensure_ascii=False) for t in tools]
+    rows = [json.dumps(vars(tool), ensure_ascii=False) for tool in tools]
     return _TOOLS_TEXT.format(tools="\n".join(rows)) + _RULES[mode]
 
 
@@ -1427,7 +1440,7 @@ class _Block:
     def _calls_in(self, value: Any) -> _Calls:
         """The calls that a value makes; raises ValueError if it is not only calls."""
         if self._name:
-            return [(self._name, _arguments(value))]
+            return [(self._name, _arguments(value, self._tools.get(self._name)))]
         if isinstance(value, list) and value:
             return [call for row in value for call in self._calls_in(row)]
         if not isinstance(value, dict):
@@ -1442,7 +1455,7 @@ class _Block:
             given = [{}]
         if name not in self._tools or not given or value.keys() - _CALL_KEYS:
             raise ValueError
-        return [(name, _arguments(given[0]))]
+        return [(name, _arguments(given[0], self._tools[name]))]
 
     def _finish(self, calls: _Calls, end: int) -> None:
         self._pending += calls
@@ -1457,20 +1470,27 @@ class _Block:
             self._pending, self.taken = [], self._at
 
 
-def _arguments(given: Any) -> dict[str, Any]:
+def _arguments(given: Any, tool: Tool | None) -> dict[str, Any]:
     """A call's arguments from an object, JSON text or nothing; else ValueError."""
     if isinstance(given, str) and given.strip():
         given = parse_sloppy_json(given)
     value: dict[str, Any] = {} if given in (None, "") else given
-    if not isinstance(value, dict) or {"type", "properties"} <= value.keys():
-        raise ValueError  # the latter describes a tool
+    if not isinstance(value, dict):
+        raise ValueError
+    described = {"type", "properties"}  # by the words for a tool
+    if described <= value.keys() and not described <= _properties(tool).keys():
+        raise ValueError
     return value
+
+
+def _properties(tool: Tool | None) -> dict[str, Any]:
+    properties = tool.parameters.get("properties") if tool else None
+    return properties if isinstance(properties, dict) else {}
 
 
 def _typed(tool: Tool, key: str, text: str) -> Any:
     """A parameter written as an element: JSON, unless a string is due."""
-    properties = tool.parameters.get("properties")
-    schema = properties.get(key) if isinstance(properties, dict) else None
+    schema = _properties(tool).get(key)
     if isinstance(schema, dict) and schema.get("type") == "string":
         return text
     try:
@@ -1485,13 +1505,24 @@ def _typed(tool: Tool, key: str, text: str) -> Any:
 def parse_json_text(text: str, *, strict: bool = True) -> Any:
     """The value of JSON text, or ValueError; `strict` allows no raw line breaks."""
     try:
-        return json.loads(text, strict=strict, parse_constant=_refuse_constant)
+        return json.loads(
+            text,
+            strict=strict,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_number,
+        )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite_number(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text} is too large")
+    return number
 
 
 def parse_sloppy_json(text: str) -> Any:
@@ -1731,27 +1762,39 @@ class _Checker:
             return any(not next(self.check(value, one, at), "") for one in limit)
         return keyword not in _HOLDS or _HOLDS[keyword](value, limit)
 
+    def _target(self, ref: str) -> Any:
+        """The schema that is referred to; None for an anchor or another document."""
+        document, *steps = ref.split("/")
+        target: Any = self._root if document == "#" else None
+        for step in steps if target else ():
+            target = target.get(step.replace("~1", "/").replace("~0", "~"), {})
+        return target
+
     def _inner(
         self, value: Any, schema: Any, at: str
     ) -> Iterator[tuple[Any, Any, str]]:
         """The values that other schemas are for, within this one or elsewhere."""
         if "$ref" in schema:
-            target: Any = self._root
-            for step in schema["$ref"].split("/")[1:]:
-                target = target.get(step.replace("~1", "/").replace("~0", "~"), {})
-            yield value, target, at
+            yield value, self._target(schema["$ref"]), at
         for one in schema.get("allOf", ()):
             yield value, one, at
         if isinstance(value, dict):
-            known = schema.get("properties", {})
-            others = schema.get("additionalProperties")
             for name, item in value.items():
-                yield item, known.get(name, others), f"{at}.{name}"
+                for rule in _rules_of(schema, name):
+                    yield item, rule, f"{at}.{name}"
         elif isinstance(value, list):
             first, others = schema.get("prefixItems", ()), schema.get("items")
             for index, item in enumerate(value):
                 inner = first[index] if index < len(first) else others
                 yield item, inner, f"{at}[{index}]"
+
+
+def _rules_of(schema: Any, name: str) -> list[Any]:
+    """The schemas for a property of this name."""
+    patterns, known = schema.get("patternProperties", {}), schema.get("properties", {})
+    rules = [rule for pattern, rule in patterns.items() if _matches(name, pattern)]
+    rules += [known[name]] if name in known else []
+    return rules or [schema.get("additionalProperties")]
 
 
 def _is_a(kind: Any, value: Any) -> bool:
@@ -1764,6 +1807,13 @@ def _is_a(kind: Any, value: Any) -> bool:
 
 def _is_same(value: Any, other: Any) -> bool:
     return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _divides(step: Any, value: Any) -> bool:
+    """Whether a number is a multiple, as it is written: 19.99 is one of 0.01."""
+    if isinstance(step, int) and isinstance(value, int):
+        return value % step == 0
+    return math.isclose(value / step, round(value / step), rel_tol=1e-12)
 
 
 def _matches(value: Any, pattern: str) -> bool:
@@ -1789,13 +1839,16 @@ _HOLDS: Mapping[str, Callable[[Any, Any], bool]] = {
     "pattern": _matches,
     "minimum": lambda value, limit: not _is_a("number", value) or value >= limit,
     "maximum": lambda value, limit: not _is_a("number", value) or value <= limit,
+    # In draft 4, and so in OpenAPI 3.0, these two were true or false.
     "exclusiveMinimum": lambda value, limit: (
-        not _is_a("number", value) or value > limit
+        not _is_a("number", value) or isinstance(limit, bool) or value > limit
     ),
     "exclusiveMaximum": lambda value, limit: (
-        not _is_a("number", value) or value < limit
+        not _is_a("number", value) or isinstance(limit, bool) or value < limit
     ),
-    "multipleOf": lambda value, step: not _is_a("number", value) or value % step == 0,
+    "multipleOf": lambda value, step: (
+        not _is_a("number", value) or _divides(step, value)
+    ),
     "minLength": lambda value, limit: not _is_a("string", value) or len(value) >= limit,
     "maxLength": lambda value, limit: not _is_a("string", value) or len(value) <= limit,
     "minItems": lambda value, limit: not _is_a("array", value) or len(value) >= limit,
@@ -3119,6 +3172,7 @@ def open_place(sealer: IdSealer, id_: str, *, user: str = "") -> Place | None:
 
 MAX_USER_CHARS = 200  # Dify keeps the end user's name in a column of 255
 MAX_STOPS, MAX_CHOICES = 4, 8
+MAX_NESTING = 100  # levels of JSON, far from Python's limit wherever it is walked
 _CHAT_ONLY = (
     *("tools", "tool_choice", "functions", "function_call", "response_format"),
     *("text", "modalities"),
@@ -3171,7 +3225,17 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
         raise BadRequest("The body of the request is not valid JSON.") from None
     if not isinstance(value, dict):
         raise BadRequest("The body of the request must be a JSON object.")
+    if body.count(b"{") + body.count(b"[") > MAX_NESTING and _is_deep(value):
+        raise BadRequest(f"The JSON is nested more than {MAX_NESTING} levels deep.")
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_NESTING):
+        rows = [row.values() if isinstance(row, dict) else row for row in level]
+        level = [v for row in rows for v in row if isinstance(v, (dict, list))]
+    return bool(level)
 
 
 def parse_chat_request(body: Mapping[str, Any]) -> ChatRequest:
@@ -3426,6 +3490,13 @@ def parse_calls(row: Mapping[str, Any]) -> tuple[ToolCall, ...]:
     return tuple(parsed)
 
 
+def _bad_part(part: Mapping[str, Any], where: str) -> BadRequest:
+    if "text" in part:
+        return bad_type(f"{where}.text", "a string")
+    kind = part.get("type")
+    return bad_value(where, f"content of type {kind!r} can't be sent to an app.")
+
+
 def parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...]]:
     """A message's text, its parts joined by newlines, and its files."""
     if content is None or isinstance(content, str):
@@ -3446,9 +3517,7 @@ def parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...]
         elif isinstance(text := part.get("text", part.get("refusal")), str):
             texts.append(text)
         else:
-            raise bad_value(
-                place, f"content of type {part.get('type')!r} can't be sent to an app."
-            )
+            raise _bad_part(part, place)
     return "\n".join(texts), tuple(files)
 
 
@@ -3529,7 +3598,9 @@ def _parse_data_url(url: str, where: str) -> tuple[str, bytes]:
     fields = [row.strip() for row in head.split(";")]
     if fields[-1].lower() == "base64":
         return fields[0].lower(), _decode_base64(urllib.parse.unquote(payload), where)
-    return fields[0].lower() or "text/plain", urllib.parse.unquote_to_bytes(payload)
+    return fields[0].lower() or "text/plain", urllib.parse.unquote_to_bytes(
+        payload.encode("utf-8", "replace")
+    )
 
 
 def _decode_base64(text: str, where: str) -> bytes:
@@ -4454,12 +4525,15 @@ def ask_of(
 
 
 def _parse_id(body: Mapping[str, Any], name: str) -> str:
-    value = body.get(name)
-    if isinstance(value, dict):  # {"id": "conv_…"}
-        value = value.get("id")
+    value = _id_in(body.get(name))
     if value is not None and not isinstance(value, str):
         raise bad_type(name, "a string")
     return value or ""
+
+
+def _id_in(value: Any) -> Any:
+    """The id in "conv_…" or {"id": "conv_…"}; None if there is none."""
+    return (value.get("id") if isinstance(value, dict) else value) or None
 
 
 def parse_items(value: Any) -> list[Item]:
@@ -4579,10 +4653,8 @@ _ECHOED: Mapping[str, Callable[[Any], Any]] = {
     "reasoning": lambda value: {"effort": None, "summary": None},
     "max_output_tokens": lambda value: value if type(value) is int else None,
     "truncation": lambda value: "auto" if value == "auto" else "disabled",
-    "previous_response_id": lambda value: value or None,
-    "conversation": lambda value: (
-        {"id": object_of(value).get("id", value)} if value else None
-    ),
+    "previous_response_id": _id_in,
+    "conversation": lambda value: {"id": _id_in(value)} if _id_in(value) else None,
     "store": lambda value: value is not False,
     "background": lambda value: False,  # it runs in the foreground, and is complete
     "service_tier": lambda value: "default",
@@ -4657,7 +4729,7 @@ def stored_item(row: Any, id_: str) -> dict[str, Any]:
     """An item that a client gave to a conversation, as it is given back."""
     given = {"role": "user", "content": row} if isinstance(row, str) else row
     item: dict[str, Any] = {"id": id_, "type": "message", "status": "completed"}
-    item.update(given)
+    item.update((name, v) for name, v in given.items() if v is not None)
     if item["type"] == "message" and isinstance(item.get("content"), str):
         is_answer = item.get("role") == "assistant"
         text: dict[str, Any] = {"type": "input_text", "text": item["content"]}
@@ -7904,7 +7976,7 @@ class Form:
             self._decoder = FormDecoder(content_type)
             while not self.file and (event := await self._next()):
                 self._take(event)
-        elif "json" in content_type.lower():
+        elif "json" in content_type.lower() and self._exchange.route != "files":
             self._open_json(await read_whole(self._exchange))
         else:
             error = BadRequest("A file must come as multipart/form-data.")
@@ -8332,7 +8404,7 @@ class Reading:
         self._stop = StopReader(ask.stops) if ask.stops else None
         self._json: JsonReader | None = None
         self._is_json = ask.output.kind != "text"
-        if self._is_json and not is_whole:
+        if self._is_json and not is_whole and ask.output.is_compound:
             self._json = JsonReader(ask.output)
         self.is_plain = not (ask.tools or ask.stops or self._is_json)
         self._held: list[Part] = []  # until it is certain that the answer will do
@@ -8784,6 +8856,8 @@ class Handlers:
 
     async def get_response(self, exchange: Exchange) -> None:
         """`GET /responses/{id}`: the answer, as Dify has stored it."""
+        if _query_of(exchange.request).get("stream", "").lower() == "true":
+            raise bad_value("stream", "a stored response comes whole.")
         frame, turn = await self._stored_response(exchange)
         exchange.reply.send(json_response(self._as_response(frame, turn)))
 
@@ -9398,9 +9472,8 @@ class Handlers:
     ) -> Reading:
         """Ask, and carry the answer to the sink; the reading says if it will do."""
         exchange.turn = turn = await self._open_turn(exchange, app, ask, joins, tail)
-        is_whole = isinstance(sink, Collector)
-        message_id = turn.stream.answer.message_id or self._new_id()
-        reading = Reading(ask, message_id, is_whole=is_whole)
+        seed = turn.stream.answer.message_id or self._new_id()
+        reading = Reading(ask, seed, is_whole=isinstance(sink, Collector))
         task = cast("asyncio.Task[Any]", asyncio.current_task())
         is_stored, was_there = False, not exchange.has_left
         try:
@@ -10152,11 +10225,14 @@ def check_host(request: Request, settings: Settings) -> None:
 
     Raises:
         Forbidden: the request is another page's.
+        BadRequest: it does not tell.
     """
     origin, host = request.headers.get("origin"), request.headers.get("host", "")
     allowed = [entry.rstrip("/").lower() for entry in settings.allowed_origins]
     name = host_name(host)
     is_private = is_loopback(settings.server_host) and not settings.valid_api_keys
+    if is_private and not name:
+        raise BadRequest("The request has no Host header.")
     if is_private and not (is_loopback(name) or _is_listed(name, allowed)):
         raise Forbidden(
             f"The host {name!r} is not this server's. If it is meant, add "

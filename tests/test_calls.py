@@ -22,6 +22,7 @@ from opendify import (
     OutputFormat,
     Part,
     Reasoning,
+    Recast,
     StopReader,
     Text,
     Tool,
@@ -403,6 +404,7 @@ TEXTS = {
     '"properties": {"query": {"type": "string"}}}}',
     "name-only": '{"name": "search"}',
     "result": '{"name": "search", "arguments": {}, "result": 3}',
+    "infinite": '{"name": "search", "arguments": {"query": 1e999}}',
     "not-json": "{name} and [tool_calls] and {tool: and <invoke name",
     "unfinished": '{"name": "sea',
     "marker-begun": "a <tool_c",
@@ -489,6 +491,17 @@ def test_call_comes_with_its_last_character() -> None:
     assert calls.feed([Text(text[:-1])]) == []
     call = ToolCall("call_1", "get_weather", '{"city": "Paris"}')
     assert calls.feed([Text(text[-1])]) == [call]
+
+
+@pytest.mark.parametrize("is_declared", [True, False])
+def test_arguments_may_look_like_a_description_if_declared(is_declared: bool) -> None:
+    arguments = {"type": "Person", "properties": {"name": "Ada"}}
+    properties: dict[str, Any] = {"type": {}, "properties": {}} if is_declared else {}
+    calls = CallReader([Tool("add", "", {"properties": properties})], lambda: "c")
+    text = json.dumps({"name": "add", "arguments": arguments})
+    got = calls.feed([Text(f"<tool_call>{text}</tool_call>")]) + calls.close()
+    call: Part = ToolCall("c", "add", json.dumps(arguments))
+    assert got == [call if is_declared else Text(f"<tool_call>{text}</tool_call>")]
 
 
 def test_described_call_is_read_back() -> None:
@@ -836,6 +849,14 @@ def test_json_is_streamed_as_soon_as_it_is_certain() -> None:
     assert got == [Text('{"na'), Text('me": '), Text('"Ada"'), Text("}")]
 
 
+def test_json_in_what_turns_out_to_be_reasoning_is_not_read() -> None:
+    reader = JsonReader(ANY)
+    assert not reader.feed([Text("I think of {"), Recast(), Text("So: ")])
+    assert reader.feed([Text('{"a": 1}')]) == [Text('{"a": 1}')]
+    assert not reader.feed([Recast(), Text('{"b": 1}')])  # too late to say another
+    assert reader.text == ""
+
+
 def test_other_parts_pass_the_json_reader() -> None:
     parts: list[Part] = [Reasoning("r"), Text("x"), Usage(1, 1), Finish()]
     assert JsonReader(ANY).feed(parts) == [Reasoning("r"), Usage(1, 1), Finish()]
@@ -964,6 +985,30 @@ def test_validator_agrees_with_jsonschema(value: Any, schema: Any) -> None:
         pytest.param({}, {"required": 3}, [], id="no-sense"),
         pytest.param("a" * 40 + "b", {"pattern": "^(a+)+$"}, [], id="slow-pattern"),
         pytest.param("a" * 40 + "b", {"pattern": "("}, [], id="broken-pattern"),
+        pytest.param(19.99, {"multipleOf": 0.01}, [], id="decimal-step"),
+        pytest.param(
+            1.005,
+            {"multipleOf": 0.01},
+            ["$ breaks multipleOf 0.01"],
+            id="between-steps",
+        ),
+        pytest.param(1, {"exclusiveMinimum": True}, [], id="draft-4"),
+        pytest.param(1, {"$ref": "#item"}, [], id="anchor"),
+        pytest.param(1, {"$ref": "other.json#/type"}, [], id="elsewhere"),
+        pytest.param(
+            {"k1": "x", "k": 1, "z": 1},
+            {
+                "properties": {"k": {"type": "string"}},
+                "patternProperties": {"^k": {"type": "integer"}},
+                "additionalProperties": False,
+            },
+            [
+                '$.k1 breaks type "integer"',
+                '$.k breaks type "string"',
+                "$.z is not allowed",
+            ],
+            id="pattern-properties",
+        ),
     ],
 )
 def test_problems_say_what_and_where(
@@ -1016,6 +1061,21 @@ BOTH = {"tools": [chat_tool("a"), chat_tool("b")]}
             {**BOTH, "tool_choice": {"type": "function", "function": {"name": "b"}}},
             ((B,), "required"),
             id="named",
+        ),
+        pytest.param(
+            {**BOTH, "tool_choice": {"type": ["custom"], "name": 1}},
+            ((A, B), "auto"),
+            id="no-sense",
+        ),
+        pytest.param(
+            {**BOTH, "tool_choice": {"type": "allowed_tools", "tools": 5}},
+            ((A, B), "auto"),
+            id="allowed-no-sense",
+        ),
+        pytest.param(
+            {**BOTH, "tool_choice": {"type": "custom", "name": "b"}},
+            ((B,), "required"),
+            id="custom",
         ),
         pytest.param(
             {**BOTH, "tool_choice": {"type": "function", "name": "b"}},
@@ -1118,6 +1178,12 @@ def test_tools_are_parsed(body: dict[str, Any], expected: Any) -> None:
             "tool_choice",
             "invalid_value",
             id="unknown",
+        ),
+        pytest.param(
+            {**BOTH, "tool_choice": {"type": "custom", "custom": {"name": "c"}}},
+            "tool_choice",
+            "invalid_value",
+            id="custom",
         ),
         pytest.param(
             {**BOTH, "function_call": {"name": "c"}},

@@ -384,6 +384,7 @@ def sent(served: Proxy) -> list[tuple[str, str, str, bytes, str]]:
 # ------------------------------------------------------------------------------
 
 TRANSCRIPTS = "/v1/audio/transcriptions"
+FILES = "/v1/files"
 SAID = "Hello, wörld"
 DELTA = '{"type":"transcript.text.delta","delta":"Hello, wörld"}'
 DONE = '{"type":"transcript.text.done","text":"Hello, wörld"}'
@@ -559,11 +560,13 @@ async def test_transcription_that_can_not_be_is_refused(
     assert again.status == 200
 
 
-async def test_other_body_than_a_form_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("path", "content_type"),
+    [(TRANSCRIPTS, "application/x-www-form-urlencoded"), (FILES, "application/json")],
+)
+async def test_other_body_than_a_form_is_refused(path: str, content_type: str) -> None:
     async with proxy(parameters=AUDIO) as served:
-        got = await post(
-            served, TRANSCRIPTS, b"a=b", "application/x-www-form-urlencoded"
-        )
+        got = await post(served, path, b"{}", content_type)
     assert (got.status, got.error["type"]) == (415, "invalid_request_error")
 
 
@@ -724,7 +727,6 @@ async def test_voices_and_models_are_those_of_the_apps_that_speak() -> None:
 # Files
 # ------------------------------------------------------------------------------
 
-FILES = "/v1/files"
 VISION: JSONObject = {
     "file_upload": {
         "enabled": True,

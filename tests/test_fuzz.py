@@ -669,6 +669,11 @@ IMAGE = '{"type": "image_url", "image_url": {"url": "http://["}}'
 TRAPS: list[Any] = [
     pytest.param(f'{{"content": [{IMAGE}]}}', SSE_HEAD + FINE, id="url-malformed"),
     pytest.param(
+        f'{{"content": [{IMAGE.replace("http://[", "data:," + chr(92) + "ud800")}]}}',
+        SSE_HEAD + FINE,
+        id="data-url-surrogate",
+    ),
+    pytest.param(
         '{"content": "Hi"}',
         SSE_HEAD + FINE.replace(b'"c"', b'"\\ud800"'),
         id="conversation-id-surrogate",

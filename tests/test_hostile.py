@@ -649,8 +649,8 @@ HOSTS: dict[str, int] = {
     "[::]": 403,
     "[::ffff:127.0.0.1]": 403,
     "[fe80::1]": 403,
-    "": 403,
-    ":5000": 403,
+    "": 400,
+    ":5000": 400,
 }
 
 # Origin of a page -> the status, with the default settings.

@@ -77,6 +77,17 @@ def test_body_that_is_no_object_is_refused(body: bytes) -> None:
     assert (caught.value.param, caught.value.code) == (None, None)
 
 
+@pytest.mark.parametrize("opening, closing", [("[", "]"), ('{"a":', "}")])
+def test_body_that_is_nested_too_deeply_is_refused(opening: str, closing: str) -> None:
+    depth = opendify.MAX_NESTING - 1  # the body is a level, too
+    body = '{"x": %s1%s, "y": [[], {}]}'
+    whole = body % (opening * depth, closing * depth)
+    assert opendify.parse_json_object(whole.encode())["y"] == [[], {}]
+    deeper = body % (opening * (depth + 1), closing * (depth + 1))
+    with pytest.raises(BadRequest, match="100 levels"):
+        opendify.parse_json_object(deeper.encode())
+
+
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf", b"  \r\n"])
 def test_body_that_is_an_object(mark: bytes) -> None:
     body = mark + '{"model": "应用"}'.encode()
@@ -191,6 +202,9 @@ REFUSED = [
     ),
     pytest.param(part(type="text"), IN_PART, VALUE, id="text-without-text"),
     pytest.param(part(type="video", video="x"), IN_PART, VALUE, id="part-unknown"),
+    pytest.param(
+        part(type="text", text=None), f"{IN_PART}.text", TYPE, id="part-no-text"
+    ),
     pytest.param(part(type="image_url"), IN_PART, VALUE, id="image-nothing"),
     pytest.param(
         part(type="image_url", image_url={}), IN_PART, VALUE, id="image-empty"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -459,6 +460,75 @@ async def test_result_of_a_tool_continues_on_another_replica(way: str) -> None:
         assert [len(row) for row in told(first)] == [2]
 
 
+TWO_CALLS = CALL + CALL.replace("get_weather", "get_time")
+TIME = {**WEATHER, "name": "get_time"}
+
+
+@pytest.mark.parametrize("way", ["id", "references", "calls"])
+async def test_results_are_told_by_their_tools_however_the_calls_are_named(
+    way: str,
+) -> None:
+    text = f"<think>hm</think>Let me look.\n{TWO_CALLS}"
+    script: list[list[fake.Step]] = [fake.chat_answer(text), fake.chat_answer("Sunny.")]
+    async with replicas(script=lambda _: script.pop(0)) as (first, second):
+        tools = [WEATHER, TIME]
+        one = await answer(first, "Rome?", tools=tools)
+        calls = [row for row in one["output"] if row["type"] == "function_call"]
+        results = [
+            {
+                "type": "function_call_output",
+                "call_id": row["call_id"],
+                "output": f"from {row['name']}",
+            }
+            for row in reversed(calls)
+        ]
+        if way == "id":
+            fields: JSONObject = {"previous_response_id": one["id"]}
+        else:
+            named = [
+                row for row in one["output"] if way == "references" or row not in calls
+            ]
+            rest = [] if way == "references" else calls
+            results = [user("Rome?"), *map(reference, named), *rest, *results]
+            fields = {}
+        await answer(second, results, tools=tools, **fields)
+        ((_, query),) = told(first)
+    found = re.findall(r'<message role="tool" name="(\w+)">\nfrom (\w+)', query)
+    assert found == [("get_time", "get_time"), ("get_weather", "get_weather")]
+    assert "Let me look" not in query
+
+
+@pytest.mark.parametrize(
+    ("form", "param"),
+    [
+        ({"type": "yaml"}, "text.format.type"),
+        ({"type": "json_schema", "name": "n"}, "text.format.schema"),
+    ],
+)
+async def test_format_that_is_refused_is_named(form: JSONObject, param: str) -> None:
+    async with proxy() as served:
+        got = await respond(served, text={"format": form})
+    assert (got.status, got.error["param"]) == (400, param)
+
+
+async def test_stored_response_is_not_streamed() -> None:
+    async with proxy() as served:
+        one = await answer(served)
+        got = await served.get(f"{PATH}/{one['id']}?stream=true")
+    assert (got.status, got.error["param"]) == (400, "stream")
+
+
+@BOTH
+async def test_second_try_is_what_goes_on(stream: bool) -> None:
+    """A response names the conversation of the try that it gives."""
+    texts = ["<think>hm</think>No.", CALL, "Sunny."]
+    async with replicas(script=lambda _: fake.chat_answer(texts.pop(0))) as (first, _):
+        required: Any = {"tools": [WEATHER], "tool_choice": "required"}
+        one = await answer(first, "Rome?", stream=stream, **required)
+        await answer(first, "And?", previous_response_id=one["id"])
+        assert [len(row) for row in told(first)] == [1, 2]
+
+
 @BOTH
 async def test_json_is_what_was_asked_for(stream: bool) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -540,6 +610,18 @@ async def test_items_of_a_conversation_go_with_its_first_turn() -> None:
     assert texts == ["One", "Two"]
     assert ">\nOne\n<" in first and ">\nTwo\n<" in first
     assert first.endswith("\n\nThree") and last == "Four"
+
+
+async def test_item_with_nulls_can_be_paged_past() -> None:
+    nulls = dict.fromkeys(("id", "type", "status"))
+    async with proxy() as served:
+        items = [{**nulls, **user("One")}, user("Two")]
+        made = (await post(served, CONVERSATIONS, {"items": items})).json
+        path = f"{CONVERSATIONS}/{made['id']}/items?order=asc"
+        page = (await served.get(f"{path}&limit=1")).json
+        rest = (await served.get(f"{path}&after={page['last_id']}")).json
+    validate("ResponseItemList", page)
+    assert [item["content"][0]["text"] for item in rest["data"]] == ["Two"]
 
 
 async def test_conversation_survives_in_the_file(tmp_path: Any) -> None:

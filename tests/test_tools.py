@@ -540,6 +540,17 @@ async def test_second_try_gives_the_call_that_was_required(stream: bool) -> None
     assert query(served).endswith(f"Answer this message:\n\n{SECOND_TRY}")
 
 
+@WHOLE_OR_STREAMED
+async def test_second_try_has_nothing_of_the_first(stream: bool) -> None:
+    texts = ["<think>One.</think>No.", f"<think>Two.</think>{OSLO}"]
+    async with proxy(says(*texts)) as served:
+        got = await served.chat(tools=TOOLS, tool_choice="required", stream=stream)
+        first, second = served.dify.conversations
+    assert choices_of(got) == [OSLO_CALL]
+    assert b"Two." in got.body and b"One." not in got.body
+    assert got.headers["x-dify-conversation-id"] == second != first
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -746,6 +757,56 @@ async def test_json_is_all_that_is_left(
 
 
 @WHOLE_OR_STREAMED
+async def test_json_is_not_looked_for_in_reasoning(stream: bool) -> None:
+    """Some models leave out the opening tag."""
+    thoughts = "Some {braces}."
+    async with proxy(says(f"{thoughts}\n</think>\n\n{GOOD}")) as served:
+        got = await served.chat(response_format=CITY, stream=stream)
+    assert choices_of(got) == [Choice(GOOD, [], "stop")]
+    assert len(served.turns) == 1
+
+
+@WHOLE_OR_STREAMED
+async def test_files_of_the_app_do_not_follow_json(stream: bool) -> None:
+    file = {
+        "type": "image",
+        "url": "/files/a.png",
+        "belongs_to": "assistant",
+        "id": "f",
+    }
+    events = [fake.message(GOOD), fake.Send({"event": "message_file", **file})]
+    async with proxy([*events, *fake.chat_answer("")]) as served:
+        got = await served.chat(response_format=CITY, stream=stream)
+    assert choices_of(got) == [Choice(GOOD, [], "stop")]
+
+
+@WHOLE_OR_STREAMED
+@pytest.mark.parametrize(
+    "fields",
+    [{"response_format": OBJECT}, {"tools": TOOLS, "tool_choice": "required"}],
+    ids=["json", "call"],
+)
+async def test_withdrawn_answer_is_not_asked_for_again(
+    fields: JSONObject, stream: bool
+) -> None:
+    replace = fake.Send({"event": "message_replace", "answer": "No."})
+    script = [fake.message("Well"), replace, *fake.chat_answer("")]
+    async with proxy(script) as served:
+        got = await served.chat(**fields, stream=stream)
+    assert choices_of(got)[0].finish == "content_filter"
+    assert len(served.turns) == 1
+
+
+@WHOLE_OR_STREAMED
+async def test_json_of_one_text_is_known_at_its_end(stream: bool) -> None:
+    form = {"name": "n", "schema": {"type": "string"}}
+    output = {"type": "json_schema", "json_schema": form}
+    async with proxy(says('"Oslo"')) as served:
+        got = await served.chat(response_format=output, stream=stream)
+    assert choices_of(got) == [Choice('"Oslo"', [], "stop")]
+
+
+@WHOLE_OR_STREAMED
 async def test_text_is_asked_for_without_words(stream: bool) -> None:
     async with proxy(says(f"So: {GOOD}")) as served:
         got = await served.chat(response_format={"type": "text"}, stream=stream)
@@ -923,6 +984,15 @@ async def test_app_of_every_mode_is_stopped(mode: str, stream: bool) -> None:
         await served.dify.until(lambda: served.dify.stops and not served.dify.running)
     assert choices_of(got) == [Choice(CUT, [], "stop")]
     assert [row.effective for row in served.dify.stops] == [True]
+
+
+@WHOLE_OR_STREAMED
+async def test_usage_that_came_with_the_stop_is_told(stream: bool) -> None:
+    async with proxy(at_once("one STOP two")) as served:
+        more: JSONObject = {"stream_options": {"include_usage": True}} if stream else {}
+        got = await served.chat(stop="STOP", stream=stream, **more)
+    usage = got.chunks[-1]["usage"] if stream else got.json["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (14, 8)
 
 
 @WHOLE_OR_STREAMED
