@@ -439,6 +439,10 @@ class ProxyError(Exception):
         self.retry = self.retry if retry is None else retry
         self.headers = list(headers)
 
+    def __str__(self) -> str:
+        """The message as it is now: a key may have been masked in it."""
+        return self.message
+
 
 class BadRequest(ProxyError):
     """The request can't be served as it is."""
@@ -2814,7 +2818,7 @@ class AnswerReader:
         for file in [*objects_of(data.get("files")), *_files_in(outputs)]:
             self._add_file(file)
         parts: list[Part] = []
-        if not self._answer.size:
+        if not self._answer.size and self._reason != "content_filter":
             text = answer_from_outputs(outputs, self._output_variable, self._mode)
             parts = self._add_text(text)
         if self._mode == "workflow":
@@ -6318,6 +6322,10 @@ class Wire(asyncio.Protocol):
         if self._now() < self._deadline:
             self._arm()
             return
+        is_awaited = bool(self._reader and not self._reader.done())
+        if self._buffer and not (is_awaited or self._room or self._unsent):
+            self._deadline = 0.0  # it is not the peer that is late
+            return
         self._failure = self._failure or self._on_deadline()
         self.wake()
         if self._unsent:
@@ -6975,6 +6983,11 @@ class Pool:
         self._reaper: asyncio.TimerHandle | None = None
         self._beside: set[asyncio.Task[Any]] = set()
 
+    def use(self, settings: Settings) -> None:
+        """Go on with other settings: what failed may work now."""
+        self.settings, self._tls = settings, None
+        self._failed.clear()
+
     def run_beside(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run something that nobody waits for; `close` cancels it."""
         task = asyncio.ensure_future(coroutine)
@@ -7288,9 +7301,14 @@ class TurnStream:
         self._is_draining = False
         self.is_given_up = False  # the run may go on: it should be stopped
 
-    async def read(self) -> list[Part]:
-        """The next parts; [] after the last. A failure is a part, not an exception."""
+    async def read(self, *, until_named: bool = False) -> list[Part]:
+        """The next parts; [] after the last. A failure is a part, not an exception.
+
+        With `until_named` also [] when the run has a name by which it can be stopped.
+        """
         while not (self._parts or self.answer.is_finished):
+            if until_named and self.answer.task_id:
+                break
             data = b""
             try:
                 data = await self._response.read()
@@ -7427,12 +7445,12 @@ class Dify:
 
     def __init__(self, settings: Settings, connect: Connect) -> None:
         self._pool = Pool(connect, settings)
-        self._facts: dict[tuple[str, str], AppFacts] = defaultdict(AppFacts)
+        self._facts: dict[tuple[str, ...], AppFacts] = defaultdict(AppFacts)
         self._answered_at = -inf
 
     def use(self, settings: Settings) -> None:
         """Go on with other settings."""
-        self._pool.settings = settings
+        self._pool.use(settings)
 
     @property
     def has_answered_lately(self) -> bool:
@@ -7475,7 +7493,7 @@ class Dify:
         return facts.form
 
     def _facts_of(self, app: AppSettings) -> AppFacts:
-        return self._facts[app.base, app.key]
+        return self._facts[app.base, app.key, app.mode]
 
     async def _ask_info(self, app: AppSettings) -> str:
         info = await self.call(app, "GET", "/info")
@@ -7628,6 +7646,9 @@ class Dify:
         more = {"limit": most, **({"first_id": first_id} if first_id else {})}
         page = await self._messages(app, conversation_id, user, **more)
         rows = [stored_turn(row, app.base) for row in objects_of(page.get("data"))]
+        for part in (part for row in rows for part in row.parts[-1:]):
+            if isinstance(part, Failure):
+                without_key(part.error, app)
         return rows, page.get("has_more") is True
 
     async def _messages(
@@ -7923,6 +7944,8 @@ async def read_whole(exchange: Exchange) -> bytes:
 @contextlib.contextmanager
 def _while_present(exchange: Exchange) -> Iterator[None]:
     """What is done inside ends when the client leaves."""
+    if exchange.has_left:
+        raise ConnectionBroken("the client left")
     task = cast("asyncio.Task[None]", asyncio.current_task())
     exchange.waiting.add(task)
     try:
@@ -9489,10 +9512,7 @@ class Handlers:
             raise
         finally:
             exchange.waiting.discard(task)
-            if turn.stream.is_given_up and turn.stream.answer.task_id:
-                self._dify.run_beside(self._stop(turn))
-            else:
-                turn.stream.close()
+            self._let_end(turn)
             self._settle(turn, sink if is_stored else None)
         return reading
 
@@ -9534,6 +9554,13 @@ class Handlers:
             tail = turn.plan.finish(answer.conversation_id, said)
             self._conversations.put(tail, self._wall_clock())
 
+    def _let_end(self, turn: Turn) -> None:
+        """Close the turn's stream; a run that may go on is stopped."""
+        if turn.stream.is_given_up and turn.stream.answer.task_id:
+            self._dify.run_beside(self._stop(turn))
+        else:
+            turn.stream.close()
+
     async def _stop(self, turn: Turn) -> bool:
         """End the run, and read on so that Dify stores what it has.
 
@@ -9557,13 +9584,17 @@ class Handlers:
         tail: Tail | None,
     ) -> Turn:
         """Send the question to Dify, until it begins to answer."""
-        ask = await self._with_stored_files(exchange, ask)
+        try:
+            ask = await self._with_stored_files(exchange, ask)
+        except BaseException:
+            self._give_back(tail)
+            raise
         user = _user_of(exchange, ask)
         explicit = _named_conversation(ask, exchange)
         if explicit != ask.conversation_id:
             ask = ask._replace(conversation_id=explicit)
         scope = scope_of(app.key, user)
-        question = Question(app, ask, user, scope, exchange.id, joins, tail)
+        question = Question(app, ask, user, scope, exchange, joins, tail)
         try:
             return await self._ask(question)
         except MissingInput as error:
@@ -9622,14 +9653,26 @@ class Handlers:
         request = await self._request_for(question, plan, mode)
         stream = await self._dify.open_turn(app, mode, request)
         question.is_accepted = True
+        turn = Turn(app, mode, question.user, plan, stream)
         try:
-            parts = await stream.read()
-            if parts and isinstance(parts[0], Failure):
-                raise parts[0].error
-        except BaseException:
-            stream.close()
+            turn.first_parts = await self._first_parts(question.exchange, stream)
+        except (asyncio.CancelledError, ConnectionBroken):
+            await self._stop(turn)
             raise
-        return Turn(app, mode, question.user, plan, stream, parts)
+        except BaseException:
+            self._let_end(turn)
+            raise
+        return turn
+
+    @staticmethod
+    async def _first_parts(exchange: Exchange, stream: TurnStream) -> list[Part]:
+        parts = await stream.read(until_named=True)
+        if not (parts or stream.answer.is_finished):  # it may be long till it has text
+            with _while_present(exchange):
+                parts = await stream.read()
+        if parts and isinstance(parts[0], Failure):
+            raise parts[0].error
+        return parts
 
     async def _request_for(
         self, question: Question, plan: Plan, mode: str
@@ -9640,7 +9683,7 @@ class Handlers:
         form = await self._dify.form_of(app) if needs_form else NO_FORM
         inputs = {**app.inputs, **plan.inputs}
         common: dict[str, Any] = {"inputs": inputs, "user": question.user}
-        common["trace_id"] = question.trace_id
+        common["trace_id"] = question.exchange.id
         if plan.files:
             check_files(form, plan.files)
             mappings = [await self._mapping(question, file) for file in plan.files]
@@ -9673,7 +9716,7 @@ class Question:
     ask: Ask
     user: str
     scope: bytes
-    trace_id: str
+    exchange: Exchange
     joins: bool
     tail: Tail | None = None
     is_accepted: bool = False  # Dify has begun to answer: it may remember the question
@@ -9689,7 +9732,7 @@ class Turn:
     user: str
     plan: Plan
     stream: TurnStream
-    first_parts: list[Part]
+    first_parts: list[Part] = field(default_factory=list)
 
     @property
     def ids(self) -> dict[str, str]:

@@ -322,6 +322,24 @@ def test_a_file_is_given_whatever_its_url_is(url: str, wanted: str, name: str) -
     assert only(parts, Media) == Media("image", wanted, name)
 
 
+def test_withdrawn_text_does_not_come_back_with_the_outputs() -> None:
+    outputs = {"status": "succeeded", "outputs": {"answer": "bad"}}
+    parts = read(
+        "advanced-chat",
+        event(event="message", answer="bad"),
+        event(event="message_replace", answer=""),
+        event(event="workflow_finished", data=outputs),
+        event(event="message_end"),
+    )
+    assert parts == [Text("bad"), Replace(""), Usage(), Finish("content_filter")]
+
+
+def test_replacement_that_goes_on_with_the_answer_is_more_of_it() -> None:
+    replacing = [event(event="message_replace", answer=text) for text in ("ab", "abc")]
+    parts = read("chat", event(event="message", answer="a"), *replacing)
+    assert parts == [Text("a"), Text("b"), Text("c")]
+
+
 def test_surrogate_halves_are_joined_over_events() -> None:
     halves = [event(event="message", answer=half) for half in ("a\ud83d", "\ude00b")]
     assert read("chat", *halves) == [Text("a"), Text("\U0001f600b")]

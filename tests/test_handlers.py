@@ -400,6 +400,16 @@ async def test_apps_without_a_model_name_are_listed_by_their_own() -> None:
     assert fourth.startswith("app-") and "broken" not in fourth
 
 
+async def test_key_that_dify_repeats_is_in_no_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    denied = {"code": "unauthorized", "message": "app-secret is invalid", "status": 401}
+    async with proxy(variables={"DIFY_API_KEYS": "app-secret"}) as served:
+        served.dify.app("app-secret", overrides={"/info": [fake.Status(401, denied)]})
+        assert (await served.get("/v1/models")).status == 200
+    assert "is invalid" in caplog.text and "app-secret" not in caplog.text
+
+
 ODD = "team/应用 1"
 
 
@@ -1632,6 +1642,24 @@ async def test_run_is_stopped_as_soon_as_it_has_a_name(stream: bool) -> None:
         assert served.dify.stops == []
         gate.set()
         await see_stop(served, "chat")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("late", [False, True], ids=["named", "named-later"])
+async def test_run_without_text_so_far_is_stopped(late: bool, stream: bool) -> None:
+    """A workflow may show its output at its end only."""
+    gate, mode = asyncio.Event(), "workflow"
+    script: list[Step] = [fake.Wait(gate), Send({"event": "workflow_started"}), Hang()]
+    async with proxy(script, mode=mode, parameters=form_of(mode)) as served:
+        call = await served.begin(stream=stream, user="al")
+        await served.dify.until(lambda: served.dify.running)
+        if not late:
+            gate.set()
+        await asyncio.sleep(1)
+        await call.leave()
+        await asyncio.sleep(0)
+        gate.set()
+        await see_stop(served, mode)
 
 
 async def test_finished_answer_is_not_stopped() -> None:

@@ -511,6 +511,36 @@ async def test_format_that_is_refused_is_named(form: JSONObject, param: str) -> 
     assert (got.status, got.error["param"]) == (400, param)
 
 
+async def test_stored_error_shows_no_key() -> None:
+    row = {
+        "id": "m",
+        "conversation_id": "c",
+        "query": "Hi",
+        "answer": "",
+        "status": "error",
+    }
+    async with proxy() as served:
+        one = await answer(served)
+        ids = {"id": one["dify"]["message_id"], "error": f"{KEY} is wrong"}
+        page = fake.Status(200, {"data": [{**row, **ids}], "has_more": False})
+        served.dify.app(KEY, overrides={"/messages": [page]})
+        got = await served.get(f"{PATH}/{one['id']}")
+    assert b"is wrong" in got.body and KEY.encode() not in got.body
+
+
+async def test_unknown_file_leaves_the_conversation_as_it_was() -> None:
+    file = {"type": "input_file", "file_id": "file-none"}
+    async with proxy() as served:
+        one = await answer(served, "One")
+        refused = await respond(
+            served,
+            [{"role": "user", "content": [file]}],
+            previous_response_id=one["id"],
+        )
+        await answer(served, "Two", previous_response_id=one["id"])
+        assert (refused.status, told(served)) == (404, [["One", "Two"]])
+
+
 async def test_stored_response_is_not_streamed() -> None:
     async with proxy() as served:
         one = await answer(served)

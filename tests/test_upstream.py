@@ -1225,6 +1225,14 @@ async def test_configured_mode_is_not_asked_for() -> None:
         assert fake.requests == []
 
 
+async def test_mode_is_that_of_the_newest_settings() -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        assert await dify.mode_of(app) == "chat"
+        dify.use(settings_for(fake.base))
+        changed = dataclasses.replace(app, mode="advanced-chat")
+        assert await dify.mode_of(changed) == "advanced-chat"
+
+
 async def test_wrong_mode_is_corrected() -> None:
     async with FakeDify() as fake, client(fake.base) as (dify, app):
         fake.app(KEY, mode="workflow")
@@ -1324,6 +1332,18 @@ async def fails(base: str) -> ProxyError:
         with pytest.raises(ProxyError) as caught:
             await dify.call(app, "GET", "/info")
         return caught.value
+
+
+@pytest.mark.real_clock
+async def test_authority_is_trusted_from_when_the_settings_name_it() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        serving = raw_server(answer_info, tls_context("localhost"))
+        base = await stack.enter_async_context(serving)
+        dify, app = await stack.enter_async_context(client(base))
+        with quiet_loop(), pytest.raises(ProxyError):
+            await dify.call(app, "GET", "/info")
+        dify.use(settings_for(base, DIFY_CA_FILE=str(TLS / "authority.pem")))
+        assert await dify.call(app, "GET", "/info") == {"name": "n"}
 
 
 @pytest.mark.real_clock

@@ -939,6 +939,18 @@ async def test_deadline_that_is_lifted_does_not_strike() -> None:
         assert now() == 9
 
 
+async def test_deadline_does_not_strike_while_nobody_takes_what_came() -> None:
+    async with wired() as (wire, far):
+        wire.allow(5, TooLate)
+        far.send(b"in time")
+        await asyncio.sleep(9)
+        assert await wire.read() == b"in time"
+        wire.allow(5, TooLate)
+        with pytest.raises(TooLate):
+            await wire.read()
+        assert now() == 14
+
+
 async def test_deadline_of_a_head_counts_from_its_beginning() -> None:
     """One byte now and then does not buy more time."""
     async with wired() as (wire, far):
