@@ -8422,8 +8422,8 @@ class Reading:
         self._ask = ask
         self._calls: CallReader | None = None
         if ask.tools:
-            seeds = map(f"{message_id} {{}}".format, itertools.count())
-            self._calls = CallReader(ask.tools, lambda: _call_id(next(seeds)))
+            ids = (_call_id(f"{message_id} {n}") for n in itertools.count())
+            self._calls = CallReader(ask.tools, ids.__next__)
         self._stop = StopReader(ask.stops) if ask.stops else None
         self._json: JsonReader | None = None
         self._is_json = ask.output.kind != "text"

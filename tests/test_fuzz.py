@@ -282,11 +282,11 @@ def mutated(draw: st.DrawFn) -> bytes:
     return data
 
 
-@pytest.mark.parametrize("shard", range(3))
+@pytest.mark.parametrize("shard", range(6))
 def test_bytes_for_a_request(fuzzed: Fuzzed, shard: int) -> None:
-    bytes_sent = mutated() if shard else WILD.map(b"".join)
+    bytes_sent = mutated() if shard % 3 else WILD.map(b"".join)
 
-    @fuzz(0.1)
+    @fuzz(0.05)
     @hypothesis.given(bytes_sent, CUTS)
     def check(data: bytes, cuts: tuple[int, ...]) -> None:
         received = fuzzed.talk(data, cuts)
@@ -540,6 +540,7 @@ ANSWERS = st.sampled_from(
         "<think>",
         "</think>",
         "a</think>b",
+        '{"name": "f", "arguments": {"a": 1}}',
         "<details",
         "👩‍👩‍👧",
         "\ud83d",
@@ -566,7 +567,7 @@ EVENT = st.fixed_dictionaries(
     optional={
         "answer": rarely(ANSWERS),
         "conversation_id": rarely(st.sampled_from(["c", "c", "", "\ud800", "\r\n"])),
-        "message_id": rarely(st.sampled_from(["m", "n", ""])),
+        "message_id": rarely(st.sampled_from(["m", "n", "", "{}", "\ud800"])),
         "task_id": rarely(st.sampled_from(["t", "\ud800/../..", ""])),
         "id": rarely(st.sampled_from(["1", "2"])),
         "data": rarely(DATA),
@@ -607,6 +608,14 @@ NOISE = st.one_of(
 EVENTS = st.lists(EVENT, max_size=5)
 ENDINGS = st.sampled_from([b"", FINE, FINE, b'data: {"event": "error"}\n\n'])
 QUESTION = {"messages": [{"role": "user", "content": "Hi"}]}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+QUESTIONS: list[Any] = [
+    QUESTION,
+    {**QUESTION, "tools": TOOLS},
+    {**QUESTION, "tools": TOOLS, "tool_choice": "required"},
+    {**QUESTION, "response_format": {"type": "json_object"}},
+    {**QUESTION, "stop": ["lo", "</"]},
+]
 
 
 @pytest.mark.parametrize("mode", APP_MODES)
@@ -621,7 +630,8 @@ def test_events_of_dify(fuzzed: Fuzzed, mode: str) -> None:
             lines = b"".join(map(_line, rows)) + noise
             fuzzed.world.answer, fuzzed.world.cuts = SSE_HEAD + lines + end, cuts
             stream = bool(number % 2)
-            body = json.dumps({**QUESTION, "model": mode, "stream": stream}).encode()
+            question = QUESTIONS[(seed + number // 2) % len(QUESTIONS)]
+            body = json.dumps({**question, "model": mode, "stream": stream}).encode()
             received = fuzzed.talk(post(PATHS[0], body))
             outcome, message = understand(received, stream=stream)
             assert outcome.status != 500
