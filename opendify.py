@@ -2220,6 +2220,43 @@ def stop_path(mode: str, task_id: str) -> str:
     return f"{_PATHS.get(mode, '/chat-messages')}/{task}/stop"
 
 
+# What Dify says...
+
+_MAX_DEPTH = 100  # of lists and objects; what walks or writes a value is recursive
+
+
+def read_json(text: str) -> Any:
+    """A value of Dify's JSON that can be written as JSON again.
+
+    Python writes NaN and 1e999, which JSON lacks: they become null, and so does what is
+    nested deeper than _MAX_DEPTH.
+
+    Raises:
+        ValueError, RecursionError.
+    """
+    value = _decode_json(text)
+    is_deep = text.count("[") + text.count("{") > _MAX_DEPTH  # perhaps
+    return _shallow(value, _MAX_DEPTH) if is_deep else value
+
+
+def _shallow(value: Any, depth: int) -> Any:
+    if isinstance(value, dict) and depth:
+        return {key: _shallow(item, depth - 1) for key, item in value.items()}
+    if isinstance(value, list) and depth:
+        return [_shallow(item, depth - 1) for item in value]
+    return None if isinstance(value, (dict, list)) else value
+
+
+def _finite(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+_decode_json: Callable[[str], Any] = json.JSONDecoder(
+    parse_float=_finite, parse_constant=_finite
+).decode
+
+
 # Errors...
 
 
@@ -2550,9 +2587,11 @@ class AnswerReader:
         if _is_idle(data):
             return []
         try:
-            value = json.loads(data)
-        except (ValueError, RecursionError):
+            value = read_json(data)
+        except ValueError:
             return self.fail(UpstreamFailed("Dify sent an event that is not JSON."))
+        except RecursionError:  # some tool's output: the answer does not hang on it
+            return []
         if not isinstance(value, dict):
             return []
         if not self.task_id or not self.conversation_id:
@@ -7434,7 +7473,7 @@ def without_key(error: ProxyError, app: AppSettings) -> ProxyError:
 def parse_json(content: bytes) -> dict[str, Any]:
     """A JSON object of Dify's; {} for anything else."""
     try:
-        value = json.loads(content)
+        value = read_json(content.decode())
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -366,6 +366,38 @@ def test_an_event_that_is_not_json_is_a_failure() -> None:
     assert failure.error.code == "upstream_error"
 
 
+NO_NUMBERS = '{"position": 1, "score": NaN, "rows": [-Infinity, 1e999, 0.5]}'
+
+
+CITED = '{"event":"message_end","metadata":{"retriever_resources":[%s]}}'
+OUTPUT = '{"event":"workflow_finished","data":{"outputs":{"x":%s}}}'
+
+
+def test_numbers_that_json_lacks_are_null() -> None:
+    wanted = {"position": 1, "score": None, "rows": [None, None, 0.5]}
+    citations = only(read("chat", CITED.replace("%s", NO_NUMBERS)), Citations)
+    assert citations == Citations((wanted,))
+    text = joined(read("workflow", OUTPUT.replace("%s", NO_NUMBERS)), Text)
+    assert text == json.dumps(wanted)
+
+
+def test_what_is_nested_too_deeply_to_be_read_costs_no_answer() -> None:
+    deep = '{"x":' * 100_000 + "1" + "}" * 100_000
+    said = event(event="message", answer="Hi")
+    output = OUTPUT.replace("%s", deep).replace("workflow", "node")
+    parts = read("chat", said, output, event(event="message_end"))
+    assert parts == [Text("Hi"), Usage(), Finish("stop")]
+
+
+def test_what_is_nested_deeply_is_cut() -> None:
+    deep = '{"x":' * 600 + "1" + "}" * 600
+    citations = only(read("chat", CITED.replace("%s", deep)), Citations)
+    text = joined(read("workflow", OUTPUT.replace("%s", deep)), Text)
+    for cut in (json.dumps(citations.resources[0]), text):
+        assert 90 < cut.count("{") <= 100
+        assert cut.strip('{}"x: ') == "null"
+
+
 def test_megabytes_that_nobody_reads_are_not_parsed() -> None:
     data = '{"event":"node_retry","data":' + "x" * 5000  # would fail if it were parsed
     assert AnswerReader("workflow", BASE).read([data]) == []
