@@ -2956,17 +2956,17 @@ def answer_from_outputs(
 ) -> str:
     """The output of a run that is its answer, when none was streamed.
 
-    The one the operator named; else by a usual name; else the only one; else all, as
-    JSON. Files are left out: they follow as links.
+    The one the operator named; else by a usual name, and not empty if possible; else
+    the only one; else all, as JSON. Files are left out: they follow as links.
     """
     if mode != "workflow":
         return str(outputs.get("answer") or "")
-    texts = {key: value for key, value in outputs.items() if not _files_in(value)}
+    texts = object_of(_without_files(outputs))
     if variable:
         texts = {variable: texts[variable]} if variable in texts else {}
-    for name in _OUTPUT_NAMES:
-        if isinstance(texts.get(name), str):
-            return str(texts[name])
+    named = [texts[name] for name in _OUTPUT_NAMES if isinstance(texts.get(name), str)]
+    if named:
+        return next(filter(None, named), "")
     if not texts:
         return ""
     value = next(iter(texts.values())) if len(texts) == 1 else texts
@@ -2975,13 +2975,37 @@ def answer_from_outputs(
 
 def _files_in(value: Any) -> list[Mapping[str, Any]]:
     """The file objects in an output, however deep in lists and objects."""
+    if _is_file(value):
+        return [value]
     if isinstance(value, dict):
-        if value.get("dify_model_identity") == "__dify__file__":
-            return [value]
         value = list(value.values())
     if isinstance(value, list):
         return [file for item in value for file in _files_in(item)]
     return []
+
+
+def _without_files(value: Any) -> Any:
+    """An output without its file objects, and without what held nothing else.
+
+    _NOTHING if nothing is left.
+    """
+    if _is_file(value):
+        return _NOTHING
+    kept = value
+    if isinstance(value, dict):
+        pairs = ((key, _without_files(item)) for key, item in value.items())
+        kept = {key: item for key, item in pairs if item is not _NOTHING}
+    elif isinstance(value, list):
+        kept = [item for item in map(_without_files, value) if item is not _NOTHING]
+    return _NOTHING if value and kept in ({}, []) else kept
+
+
+def _is_file(value: Any) -> bool:
+    is_object = isinstance(value, dict)
+    return is_object and value.get("dify_model_identity") == "__dify__file__"
+
+
+_NOTHING = object()
 
 
 def _usage(usage: Mapping[str, Any]) -> Usage:

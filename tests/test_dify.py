@@ -547,6 +547,9 @@ def test_workflow_without_text_input_is_refused_with_its_inputs() -> None:
     assert opendify.query_variable("completion", form()) == "query"
 
 
+A_FILE = {"dify_model_identity": "__dify__file__", "url": "/f"}
+
+
 @pytest.mark.parametrize(
     ("outputs", "variable", "text"),
     [
@@ -556,7 +559,13 @@ def test_workflow_without_text_input_is_refused_with_its_inputs() -> None:
         ({"x": [1, "é"]}, "", '[1, "é"]'),
         ({"x": 1, "y": None}, "", '{"x": 1, "y": null}'),
         ({"text": "a", "x": 1}, "x", "1"),
-        ({"f": {"dify_model_identity": "__dify__file__", "url": "/f"}}, "", ""),
+        ({"text": "", "answer": "a"}, "", "a"),
+        ({"text": "", "x": 1}, "", ""),
+        ({"f": A_FILE}, "", ""),
+        ({"f": [A_FILE, {"f": A_FILE}], "x": "only"}, "", "only"),
+        ({"result": {"caption": "hi", "img": A_FILE}}, "", '{"caption": "hi"}'),
+        ({"x": [{}, None, 0, A_FILE], "y": []}, "", '{"x": [{}, null, 0], "y": []}'),
+        ({"f": A_FILE, "x": 1}, "f", ""),
         ({}, "", ""),
     ],
 )
