@@ -2811,7 +2811,7 @@ class AnswerReader:
             path = url
         name = value.get("filename") or urllib.parse.unquote(path.rpartition("/")[2])
         media = Media(str(value.get("type") or "custom"), url, str(name))
-        self._files.setdefault(_SIGNATURE.sub("", url), (path or url, media))
+        self._files.setdefault(_SIGNATURE.sub("", url), (path, media))
 
     def _human_input(self, value: dict[str, Any]) -> list[Part]:
         data = object_of(value.get("data"))
@@ -2887,8 +2887,9 @@ class AnswerReader:
         self.is_finished = self._is_stored = True
         parts = self._close_text()
         answer = self._answer.text
-        for path, media in self._files.values():
-            if path not in answer:
+        for unsigned, (path, media) in self._files.items():
+            is_own = path.startswith("/files/")  # Dify's, which may stand there alone
+            if unsigned not in answer and not (is_own and path in answer):
                 parts.append(media)
         if self._resources:
             parts.append(Citations(tuple(self._resources)))

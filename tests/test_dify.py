@@ -340,6 +340,30 @@ def test_replacement_that_goes_on_with_the_answer_is_more_of_it() -> None:
     assert parts == [Text("a"), Text("b"), Text("c")]
 
 
+@pytest.mark.parametrize(
+    ("text", "url", "is_shown"),
+    [
+        ("see https://h/download?id=1 and/or", "https://h/download?id=2", False),
+        ("see https://h/download?id=1 and/or", "https://cdn/?f=1", False),
+        ("see https://h/download?id=1 and/or", "https://h/download?id=1", True),
+        ("![](/files/tools/a.png?sign=1)", "/files/tools/a.png?sign=2", True),
+        ("![](http://web/files/tools/a.png)", "/files/tools/a.png?sign=2", True),
+        ("![](/files/tools/b.png)", "/files/tools/a.png?sign=2", False),
+        ("https://h/a.png?timestamp=1&sign=1", "https://h/a.png?timestamp=2", True),
+    ],
+)
+def test_a_file_is_given_unless_the_text_shows_it(
+    text: str, url: str, is_shown: bool
+) -> None:
+    parts = read(
+        "chat",
+        event(event="message", answer=text),
+        event(event="message_file", type="image", url=url),
+        event(event="message_end"),
+    )
+    assert (only(parts, Media) is None) == is_shown
+
+
 def test_surrogate_halves_are_joined_over_events() -> None:
     halves = [event(event="message", answer=half) for half in ("a\ud83d", "\ude00b")]
     assert read("chat", *halves) == [Text("a"), Text("\U0001f600b")]
