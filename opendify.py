@@ -2423,7 +2423,7 @@ class ReasoningSplitter:
     """
 
     def __init__(self) -> None:
-        self.blocks = 0
+        self._blocks = 0  # of reasoning so far
         self._held = ""
         self._closing = ""  # the tag that ends the block we are in; "" outside
         self._is_fresh = False  # only newlines and the marker since the opening tag
@@ -2435,23 +2435,26 @@ class ReasoningSplitter:
         """Whether text that holds no tag is more than text."""
         return bool(self._held or self._closing or self._newlines)
 
-    def feed(self, text: str) -> list[Part]:
-        """The parts that are certain now."""
+    def feed(self, text: str) -> list[tuple[int, Part]]:
+        """The parts that are certain now, each with the number of its block."""
         if "<" in text or self.is_busy:
             return self._split(self._held + text, is_last=False)
-        return [Text(text)]
+        return [(self._blocks, Text(text))]
 
-    def close(self) -> list[Part]:
+    def close(self) -> list[tuple[int, Part]]:
         """What is still held back; no more text will come."""
         return self._split(self._held, is_last=True)
 
-    def _split(self, text: str, *, is_last: bool) -> list[Part]:
-        parts: list[Part] = []
+    def _split(self, text: str, *, is_last: bool) -> list[tuple[int, Part]]:
+        numbered: list[tuple[int, Part]] = []
         self._held = ""
         while text:
+            parts: list[Part] = []
+            block = self._blocks  # that this step is in, or is behind
             step = self._split_inside if self._closing else self._split_outside
             text = step(parts, text, is_last)
-        return parts
+            numbered += [(block, part) for part in parts]
+        return numbered
 
     def _split_outside(self, parts: list[Part], text: str, is_last: bool) -> str:
         """Take the text up to the next tag, and the tag; returns the rest."""
@@ -2465,12 +2468,12 @@ class ReasoningSplitter:
         self._take(parts, text[: tag.start()], None)
         if tag[0].startswith("</"):
             self._newlines = 2
-            if not self.blocks:
+            if not self._blocks:
                 parts.append(Recast())
         else:
             self._closing = "</details" if tag[0][1] in "dD" else "</think"
             self._is_fresh, self._is_escaped = True, False
-            self.blocks += 1
+            self._blocks += 1
         return text[tag.end() :]
 
     def _split_inside(self, parts: list[Part], text: str, is_last: bool) -> str:
@@ -2675,11 +2678,12 @@ class AnswerReader:
             return self._add_text(answer[self._answer.size :])  # it goes on
         self._reason, self._answer = "content_filter", KeptText()
         self._splitter = ReasoningSplitter()
-        text = "".join(
-            part.text
-            for part in self._add_text(answer) + self._splitter.close()
-            if isinstance(part, Text)
-        )
+        text = ""
+        for part in self._add_text(answer) + self._mark_blocks(self._splitter.close()):
+            if isinstance(part, Recast):
+                text = ""
+            elif isinstance(part, Text):
+                text += part.text
         return [Replace(text)]
 
     def _add_texts(self, texts: Sequence[str]) -> list[Part]:
@@ -2698,10 +2702,7 @@ class AnswerReader:
         if not text:
             return []
         self._answer.add(text)
-        parts = self._splitter.feed(text)
-        if self._splitter.blocks:
-            return self._mark_blocks(parts)
-        return parts
+        return self._mark_blocks(self._splitter.feed(text))
 
     def _whole_characters(self, text: str) -> str:
         """Join surrogate halves that came apart; one that stays alone is U+FFFD."""
@@ -2710,11 +2711,11 @@ class AnswerReader:
             text, self._half = text[:-1], text[-1]
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-    def _mark_blocks(self, parts: list[Part]) -> list[Part]:
+    def _mark_blocks(self, numbered: Iterable[tuple[int, Part]]) -> list[Part]:
         marked: list[Part] = []
-        for part in parts:
+        for block, part in numbered:
             if isinstance(part, Reasoning):
-                marked += self._reason_in(("tag", self._splitter.blocks), part.text)
+                marked += self._reason_in(("tag", block), part.text)
             else:
                 marked.append(part)
         return marked

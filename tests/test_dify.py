@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -173,8 +174,8 @@ MARKER = "<!--dify-deepseek-reasoning-->"
 def split(*pieces: str) -> tuple[str, str]:
     """(reasoning, text) of an answer that comes in pieces."""
     splitter = ReasoningSplitter()
-    parts = [part for piece in pieces for part in splitter.feed(piece)]
-    parts += splitter.close()
+    numbered = [pair for piece in pieces for pair in splitter.feed(piece)]
+    parts = [part for _, part in numbered + splitter.close()]
     return joined(parts, Reasoning), joined(parts, Text)
 
 
@@ -215,8 +216,8 @@ def test_reasoning_is_told_from_text_however_it_is_cut(
 
 def test_text_before_a_closing_tag_alone_was_reasoning() -> None:
     splitter = ReasoningSplitter()
-    assert splitter.feed("I think so.</thi") == [Text("I think so.")]
-    assert splitter.feed("nk>\n\nYes") == [Recast(), Text("Yes")]
+    assert splitter.feed("I think so.</thi") == [(0, Text("I think so."))]
+    assert splitter.feed("nk>\n\nYes") == [(0, Recast()), (0, Text("Yes"))]
 
 
 def test_nothing_longer_than_the_longest_tag_is_held_back() -> None:
@@ -235,11 +236,25 @@ def test_nothing_longer_than_the_longest_tag_is_held_back() -> None:
         DETAILS[:-1],
     ]:
         given_ += piece
-        parts = splitter.feed(piece)
+        parts = [part for _, part in splitter.feed(piece)]
         out += "".join(part.text for part in parts if isinstance(part, Text))
         assert len(given_) - len(out) < len(DETAILS)
         held = given_[len(out) :]
         assert not held or held.startswith("<")
+
+
+THOUGHT_TWICE = "<think>foo bar</think>x<think>baz</think>y"
+
+
+@pytest.mark.parametrize("cuts", [(), (12,), (23,), (12, 23, 32), range(43)])
+def test_blocks_of_reasoning_stand_apart_however_they_are_cut(
+    cuts: Sequence[int],
+) -> None:
+    ends = [0, *cuts, len(THOUGHT_TWICE)]
+    pieces = [THOUGHT_TWICE[start:end] for start, end in zip(ends, ends[1:])]
+    parts = read("chat", *[event(event="message", answer=piece) for piece in pieces])
+    assert joined(parts, Reasoning) == "foo bar\n\nbaz"
+    assert joined(parts, Text) == "xy"
 
 
 SCRAPS = st.sampled_from(
@@ -261,7 +276,7 @@ def test_any_cut_gives_the_same_parts(answer: str, data: Any) -> None:
 @given(st.lists(SCRAPS, max_size=12).map("".join))
 def test_no_character_is_lost_but_tags_and_their_newlines(answer: str) -> None:
     splitter = ReasoningSplitter()
-    parts = splitter.feed(answer) + splitter.close()
+    parts = [part for _, part in splitter.feed(answer) + splitter.close()]
     kept = "".join(part.text for part in parts if isinstance(part, (Text, Reasoning)))
 
     def plain(text: str) -> str:
@@ -362,6 +377,12 @@ def test_a_file_is_given_unless_the_text_shows_it(
         event(event="message_end"),
     )
     assert (only(parts, Media) is None) == is_shown
+
+
+def test_replaced_text_shows_no_reasoning() -> None:
+    said = event(event="message", answer="Hm")
+    replaced = event(event="message_replace", answer="hidden</think>answer")
+    assert read("chat", said, replaced) == [Text("Hm"), Replace("answer")]
 
 
 def test_surrogate_halves_are_joined_over_events() -> None:
