@@ -6888,6 +6888,12 @@ def origin_of(url: str) -> Origin:
     return Origin(parts.scheme, parts.hostname or "", parts.port or default)
 
 
+def _authority(origin: Origin) -> str:
+    """Host and port as requests name them (RFC 3986, section 3.2)."""
+    host = f"[{origin.host}]" if ":" in origin.host else origin.host
+    return f"{host}:{origin.port}"
+
+
 @contextlib.contextmanager
 def _as_proxy_errors(origin: Origin, cure: str = "") -> Iterator[None]:
     """Turn what sockets, TLS and HTTP raise into errors that say what to do."""
@@ -7262,15 +7268,26 @@ class Pool:
 
 
 async def _open_tunnel(proxy: Proxy, origin: Origin) -> socket.socket:
-    """A socket to the origin through a proxy's CONNECT (RFC 9110, section 9.3.6)."""
+    """A socket to the origin through a proxy, by its first address that works."""
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(proxy.host, proxy.port, type=socket.SOCK_STREAM)
-    family, kind, protocol, _, address = found[0]
+    for address in found[:-1]:
+        with contextlib.suppress(OSError):
+            return await _tunnel_by(address, proxy, origin)
+    return await _tunnel_by(found[-1], proxy, origin)
+
+
+async def _tunnel_by(
+    found: tuple[Any, ...], proxy: Proxy, origin: Origin
+) -> socket.socket:
+    """A tunnel made by CONNECT (RFC 9110, section 9.3.6), by this address."""
+    loop = asyncio.get_running_loop()
+    family, kind, protocol, _, address = found
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setblocking(False)
         await loop.sock_connect(sock, address)
-        where = f"{origin.host}:{origin.port}"
+        where = _authority(origin)
         fields = [("Host", where)]
         if proxy.authorization:
             fields.append(("Proxy-Authorization", proxy.authorization))
@@ -7797,9 +7814,8 @@ class Dify:
         timeout_s: float,
     ) -> UpstreamResponse:
         origin, (body, content_type) = origin_of(app.base), content
-        host = f"[{origin.host}]" if ":" in origin.host else origin.host
         fields = [
-            ("Host", f"{host}:{origin.port}"),
+            ("Host", _authority(origin)),
             ("Authorization", f"Bearer {app.key}"),
             ("User-Agent", f"OpenDify/{__version__}"),
             ("Accept-Encoding", "identity"),
@@ -7812,7 +7828,7 @@ class Dify:
                 fields.append(("Transfer-Encoding", "chunked"))
         proxy = proxy_for(origin, self._pool.settings)
         if proxy and origin.scheme == "http":  # RFC 9112, section 3.2.2
-            target = f"http://{host}:{origin.port}{target}"
+            target = f"http://{_authority(origin)}{target}"
             if proxy.authorization:
                 fields.append(("Proxy-Authorization", proxy.authorization))
         head = encode_head(f"{method} {target} HTTP/1.1", fields)

@@ -961,6 +961,26 @@ async def test_proxy_that_refuses_is_named(answer: bytes, words: str) -> None:
     assert "secret-word" not in asked.message
 
 
+async def test_each_address_of_a_proxy_is_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    between = Between(answer=b"HTTP/1.1 403 Forbidden\r\n\r\n")
+    async with raw_server(between.serve) as here:
+        ports = [free_port(), port_of(here)]
+
+        async def resolve(*_: object, **__: object) -> list[tuple[Any, ...]]:
+            inet, stream = socket.AF_INET, socket.SOCK_STREAM
+            return [(inet, stream, 6, "", ("127.0.0.1", port)) for port in ports]
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+        variables = {"HTTPS_PROXY": "http://two.example:3128"}
+        async with proxying("https://[2001:db8::1]/v1", variables=variables) as front:
+            asked = await front.ask(stream=False)
+    assert between.first_line() == "CONNECT [2001:db8::1]:443 HTTP/1.1"
+    assert between.fields() == {"host": "[2001:db8::1]:443"}
+    assert (asked.outcome, "two.example:3128" in asked.message) == (REFUSED, True)
+
+
 async def test_proxy_that_says_nothing_has_a_limit() -> None:
     async with raw_server(Between(answer=b"").serve) as here:
         url = f"http://127.0.0.1:{port_of(here)}"
