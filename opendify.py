@@ -2003,20 +2003,25 @@ def describe_inputs(form: AppForm) -> str:
 # Files for the app...
 
 
-def check_files(form: AppForm, files: Sequence[Attachment]) -> None:
+def check_files(
+    form: AppForm, files: Sequence[Attachment], given: Mapping[str, Any]
+) -> None:
     """Refuse files that the app would refuse, or lose, before they are uploaded.
+
+    Args:
+        form: the app's.
+        files: that go with one message.
+        given: inputs that the request has already.
 
     Raises:
         BadRequest: it names the file, and the limit.
     """
     has_fields = any(row.type in _FILE_TYPES for row in form.inputs)
-    images = object_of(form.uploads.get("image"))
-    is_on = form.uploads.get("enabled") or images.get("enabled")
-    rules = {**images, **form.uploads} if is_on else {}
+    rules = _upload_rules(form)
     limit = count_of(rules.get("number_limits"))
     for index, file in enumerate(files):
         reason = _size_problem(form, file)
-        if not has_fields and not is_on:
+        if not has_fields and not rules:
             reason = "the app takes no files; file upload is switched on in Dify"
         elif not has_fields and limit and index >= limit:
             reason = f"the app takes {limit} files at a time"
@@ -2024,16 +2029,34 @@ def check_files(form: AppForm, files: Sequence[Attachment]) -> None:
             reason = reason or _kind_problem(rules, file)
         if reason:
             raise _refused_file(file, reason)
+    for file in () if rules else _left_over(form, files, given):
+        raise _refused_file(file, "the app has no file input left that takes it")
 
 
-def most_files(form: AppForm) -> int:
-    """How many files the app takes with one message."""
+def has_room(
+    form: AppForm, files: Sequence[Attachment], given: Mapping[str, Any]
+) -> bool:
+    """Whether the app surely takes that many files; arguments as of `check_files`."""
+    if rules := _upload_rules(form):
+        return len(files) <= (count_of(rules.get("number_limits")) or 1)
     fields = sum(row.type in _FILE_TYPES for row in form.inputs)
+    return len(files) <= fields and not _left_over(form, files, given)
+
+
+def _upload_rules(form: AppForm) -> dict[str, Any]:
+    """Which files may go beside the inputs; {} if none may, and Dify drops them."""
     images = object_of(form.uploads.get("image"))
-    if not (form.uploads.get("enabled") or images.get("enabled")):
-        return fields
-    rules = {**images, **form.uploads}
-    return count_of(rules.get("number_limits")) or 1
+    is_on = form.uploads.get("enabled") or images.get("enabled")
+    return {**images, **form.uploads} if is_on else {}
+
+
+def _left_over(
+    form: AppForm, files: Sequence[Attachment], given: Mapping[str, Any]
+) -> list[Attachment]:
+    """The files that no input takes."""
+    numbered = [file_mapping(file, str(index)) for index, file in enumerate(files)]
+    rest = place_files(form, numbered, given)["files"]
+    return [files[int(row["upload_file_id"])] for row in rest]
 
 
 def size_limit_mb(form: AppForm, file: Attachment) -> int:
@@ -5337,7 +5360,7 @@ def plan_turn(
     *,
     system_variable: str = "",
     history_variable: str = "",
-    most_files: int = 0,
+    has_room: Callable[[Sequence[Attachment]], bool] = lambda files: not files,
 ) -> Plan:
     """What goes to Dify: the new messages to the tail's conversation, or all of them.
 
@@ -5347,8 +5370,8 @@ def plan_turn(
         tail: what `Conversations.take` returned; None starts a new conversation.
         system_variable: the app's input for the system text, "" if it has none.
         history_variable: the app's input for the folded history, likewise.
-        most_files: how many files the app takes; those of earlier messages go along
-            with a folded history as far as there is room, the newest first.
+        has_room: whether the app takes these files; those of earlier messages go
+            along with a folded history as far as there is room, the newest first.
     """
     history, new = split_turn(ask)
     system = "" if system_variable else ask.system
@@ -5364,7 +5387,7 @@ def plan_turn(
     if not is_new:
         context = [] if _system_hash(scope, told) == tail.system else told
     files = [file for row in new for file in row.attachments]
-    carried = _with_room(history if is_new else (), most_files - len(files))
+    carried = _with_room(history if is_new else (), files, has_room)
     inputs = dict(ask.inputs)
     if system_variable and ask.system.strip():
         inputs[system_variable] = ask.system
@@ -5377,12 +5400,16 @@ def plan_turn(
     return Plan(query or " ", inputs, tuple(files), tail, told, new, is_known)
 
 
-def _with_room(history: Sequence[Message], room: int) -> list[Message]:
-    """The newest messages of a history whose files there is room for, in order."""
+def _with_room(
+    history: Sequence[Message],
+    files: Sequence[Attachment],
+    has_room: Callable[[Sequence[Attachment]], bool],
+) -> list[Message]:
+    """The newest messages whose files have room beside the others, in order."""
     carried: list[Message] = []
     for row in reversed(history):
-        if row.attachments and len(row.attachments) <= room:
-            room -= len(row.attachments)
+        if row.attachments and has_room([*row.attachments, *files]):
+            files = [*row.attachments, *files]
             carried.insert(0, row)
     return carried
 
@@ -9723,13 +9750,14 @@ class Handlers:
         app, ask = question.app, question.ask
         has_files = any(row.attachments for row in ask.messages)
         form = await self._dify.form_of(app) if has_files else NO_FORM
+        inputs = {**app.inputs, **ask.inputs}
         plan = plan_turn(
             ask,
             question.scope,
             question.tail,
             system_variable=app.system_variable,
             history_variable=app.history_variable,
-            most_files=most_files(form),
+            has_room=lambda files: has_room(form, files, inputs),
         )
         request = await self._request_for(question, plan, mode)
         stream = await self._dify.open_turn(app, mode, request)
@@ -9766,7 +9794,7 @@ class Handlers:
         common: dict[str, Any] = {"inputs": inputs, "user": question.user}
         common["trace_id"] = question.exchange.id
         if plan.files:
-            check_files(form, plan.files)
+            check_files(form, plan.files, inputs)
             mappings = [await self._mapping(question, file) for file in plan.files]
             placed = place_files(form, mappings, inputs)
             common["inputs"] = {**inputs, **placed["inputs"]}

@@ -670,7 +670,7 @@ def test_files_that_the_app_would_refuse_are_refused_by_name(
 ) -> None:
     limits = {"image_file_size_limit": "1"}
     with pytest.raises(opendify.BadRequest, match=reason) as error:
-        opendify.check_files(AppForm((), uploads, limits), files)
+        opendify.check_files(AppForm((), uploads, limits), files, {})
     assert repr(files[-1].name) in error.value.message
 
 
@@ -680,7 +680,54 @@ def test_files_that_the_app_would_refuse_are_refused_by_name(
     ids=["new", "before-0.10"],
 )
 def test_files_that_the_app_takes_pass(uploads: dict[str, Any]) -> None:
-    opendify.check_files(AppForm((), uploads, {}), [PNG, PNG])
+    opendify.check_files(AppForm((), uploads, {}), [PNG, PNG], {})
+
+
+A_PICTURE = AppInput("pic", "file", kinds=("image",))
+A_DOCUMENT = AppInput("doc", "file", kinds=("document",))
+PICTURES = AppInput("pics", "file-list", kinds=("image",))
+
+
+@pytest.mark.parametrize(
+    ("fields", "files", "refused"),
+    [
+        pytest.param([A_DOCUMENT], [PNG], PNG, id="kind"),
+        pytest.param([A_PICTURE], [PNG, LINK], LINK, id="second"),
+        pytest.param([A_PICTURE], [PNG, PNG], PNG, id="twice-the-same"),
+        pytest.param([A_PICTURE, A_DOCUMENT], [PDF, PNG], None, id="one-each"),
+        pytest.param([PICTURES], [PNG, LINK, PNG], None, id="list"),
+        pytest.param([AppInput("any", "file")], [PDF], None, id="any-kind"),
+        pytest.param([AppInput("given", "file")], [PDF], PDF, id="given"),
+    ],
+)
+def test_files_without_an_input_are_refused_unless_they_go_beside(
+    fields: list[AppInput], files: list[Attachment], refused: Attachment | None
+) -> None:
+    given = {"given": {"type": "document"}}
+    opendify.check_files(AppForm(tuple(fields), UPLOADS), files, given)
+    if not refused:
+        opendify.check_files(form(*fields), files, given)
+        return
+    with pytest.raises(opendify.BadRequest, match="no file input left") as error:
+        opendify.check_files(form(*fields), files, given)
+    assert repr(refused.name) in error.value.message
+    assert not opendify.has_room(form(*fields), files, given)
+
+
+@pytest.mark.parametrize(
+    ("app", "files", "wanted"),
+    [
+        (form(A_PICTURE, A_DOCUMENT), [PNG, PDF], True),
+        (form(A_PICTURE, A_DOCUMENT), [PNG, PNG], False),
+        (form(PICTURES), [PNG, PNG], False),  # Dify does not say how many it takes
+        (AppForm((), UPLOADS), [PNG, PNG], True),
+        (AppForm((), UPLOADS), [PNG, PNG, PNG], False),
+        (AppForm((), {"image": {"enabled": True}}), [PNG, PNG], False),
+        (form(), [PNG], False),
+    ],
+)
+def test_room_for_files(app: AppForm, files: list[Attachment], wanted: bool) -> None:
+    assert opendify.has_room(app, files, {}) == wanted
 
 
 def test_files_go_to_file_inputs_first() -> None:
