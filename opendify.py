@@ -1930,8 +1930,8 @@ NO_FORM = AppForm()  # of an app that was not asked
 def parse_form(parameters: Mapping[str, Any]) -> AppForm:
     """`GET /parameters` to a form; anything missing or odd is left out."""
     inputs = []
-    for entry in parameters.get("user_input_form") or ():
-        for type_, row in entry.items() if isinstance(entry, dict) else ():
+    for entry in objects_of(parameters.get("user_input_form")):
+        for type_, row in entry.items():
             if isinstance(row, dict) and row.get("variable"):
                 inputs.append(
                     AppInput(
@@ -7540,13 +7540,16 @@ def without_key(error: ProxyError, app: AppSettings) -> ProxyError:
     return error
 
 
-def parse_json(content: bytes) -> dict[str, Any]:
-    """A JSON object of Dify's; {} for anything else."""
-    try:
+def parse_answer(status: int, content: bytes) -> dict[str, Any]:
+    """The JSON object that a call is answered with; raises UpstreamFailed if none."""
+    value = None
+    with contextlib.suppress(ValueError, RecursionError):
         value = read_json(content.decode())
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    if isinstance(value, dict):
+        return value
+    if content.lstrip()[:1] in (b"", b"{"):
+        raise UpstreamFailed("Dify's answer is empty, or it broke off.")
+    raise error_from_body(status, content)
 
 
 class Dify:
@@ -7630,16 +7633,18 @@ class Dify:
     async def call(
         self, app: AppSettings, method: str, path: str, value: Any = None
     ) -> dict[str, Any]:
-        """A call whose answer is a JSON object; raises the ProxyError of an error."""
+        """A call whose answer is a JSON object; raises the ProxyError of an error.
+
+        What is no question may be answered by nothing: {}.
+        """
         body = b"" if value is None else json_bytes(value)
         response = await self._request(app, method, path, body, CALL_TIMEOUT_S)
         content = await response.read_all(MAX_JSON_BYTES)
         if response.status >= 300:
             raise self._error(response, content, app)
-        answer = parse_json(content) if content else {}
-        if not answer and content.lstrip()[:1] not in (b"{", b""):
-            raise error_from_body(response.status, content)
-        return answer
+        if method != "GET" and not content:
+            return {}
+        return parse_answer(response.status, content)
 
     async def upload(self, app: AppSettings, file: Attachment, user: str) -> str:
         """Upload a file; returns its id in Dify. Errors name the file."""
@@ -7651,7 +7656,7 @@ class Dify:
             content = await response.read_all(MAX_ERROR_BYTES)
             if response.status not in (200, 201):
                 raise self._error(response, content, app)
-            if id_ := parse_json(content).get("id"):
+            if id_ := parse_answer(response.status, content).get("id"):
                 return str(id_)
             raise UpstreamFailed("Dify gave it no id.")
         except ProxyError as error:
@@ -7692,7 +7697,7 @@ class Dify:
         )
         content = await response.read_all(MAX_JSON_BYTES)
         if response.status in (200, 201):
-            return parse_json(content)
+            return parse_answer(response.status, content)
         error = self._error(response, content, app)
         error.message = f"The file {file.name!r} was refused: {error.message}"
         raise error
@@ -7934,6 +7939,7 @@ _NO_FILE = (
 )
 _NO_CONTENT = "Dify (from 1.7.2 on) gives a file back once a message has used it."
 _NO_SOUND = "Dify made no sound of this text."
+_UNTYPED = "application/octet-stream"  # a file of any kind
 MAX_SOUND_BYTES = MAX_JSON_BYTES  # of a whole answer: a quarter of an hour of mp3
 _UNSPOKEN = "The app has answered, but its speech failed: "
 _LOUD = f"It is over {MAX_SOUND_BYTES >> 20} MB; a streamed answer may be longer."
@@ -9292,7 +9298,7 @@ class Handlers:
         user = self._user(exchange, {"user": speech.user})
         with _while_present(exchange):
             response = await self._open_speech(app, speech.text, speech.voice, user)
-            kind = response.headers.get("content-type", "application/octet-stream")
+            kind = response.headers.get("content-type", _UNTYPED)
             if speech.is_sse:
                 exchange.fail = encode_failure
                 await self._pass_file(exchange, response, _SSE_HEADERS, encode_speech)
@@ -9306,7 +9312,8 @@ class Handlers:
         voice = voice_for(voice, (await self._dify.form_of(app)).voice)
         asked = {"text": text, "user": user, **({"voice": voice} if voice else {})}
         response = await self._dify.open_file(app, "/text-to-audio", value=asked)
-        if response.headers.get("content-type", "").startswith("application/json"):
+        kind = response.headers.get("content-type", _UNTYPED).lower()
+        if not kind.startswith(("audio/", _UNTYPED)):
             response.close()
             raise UpstreamFailed(_NO_SOUND)
         return response
@@ -9460,7 +9467,7 @@ class Handlers:
         with _while_present(exchange):
             missing = file_not_found(stored.name, _NO_CONTENT)
             response = await self._dify.open_file(app, path, missing)
-            kind = response.headers.get("content-type", "application/octet-stream")
+            kind = response.headers.get("content-type", _UNTYPED)
             name = urllib.parse.quote(stored.name, safe="")
             # As an attachment: a page that somebody uploaded must not be one of here.
             headers = [

@@ -836,6 +836,11 @@ def test_innermost_message_of_a_plugin_is_shown() -> None:
 # ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rows", [5, "text", {"a": 1}, None, [None, 5, "x", [], {}]])
+def test_form_of_a_wrong_type_has_no_inputs(rows: Any) -> None:
+    assert opendify.parse_form({"user_input_form": rows}) == AppForm()
+
+
 def test_form_is_read_from_the_recorded_parameters() -> None:
     recording = replay.load("dify-1.12.1/files-in-workflow.json")
     assert recording["shows"]

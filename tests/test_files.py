@@ -588,6 +588,14 @@ async def test_refusal_of_dify_names_the_file() -> None:
     assert got.error["message"] == f"The file 'a.mp3' was refused: {text}"
 
 
+@pytest.mark.parametrize("body", [b"<html>", b"null", b""])
+async def test_answer_that_is_no_transcript_is_an_error(body: bytes) -> None:
+    overrides = {"/audio-to-text": [Status(200, body)]}
+    async with proxy(parameters=AUDIO, overrides=overrides) as served:
+        got = await post(served, TRANSCRIPTS, form_of(MP3, model="m"))
+    assert (got.status, got.error["code"]) == (502, "upstream_error")
+
+
 # ------------------------------------------------------------------------------
 # Speech
 # ------------------------------------------------------------------------------
@@ -680,6 +688,8 @@ async def test_app_that_does_not_speak_is_not_asked() -> None:
 
 
 NO_SOUND = {
+    "page": b"HTTP/1.1 200 OK\r\nContent-Type: Text/HTML; charset=utf-8\r\n"
+    b"Content-Length: 6\r\n\r\n<html>",
     "null": b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
     b"Content-Length: 5\r\n\r\nnull\n",
     "empty": b"HTTP/1.1 200 OK\r\nContent-Type: audio/mpeg\r\n"
@@ -693,6 +703,19 @@ async def test_speech_without_sound_is_an_error(answer: bytes) -> None:
     async with proxy(parameters=AUDIO, overrides=overrides) as served:
         got = await speak(served)
     assert (got.status, got.error["code"]) == (502, "upstream_error")
+
+
+@pytest.mark.parametrize(
+    "kind", [b"", b"Content-Type: application/octet-stream\r\n"], ids=["none", "any"]
+)
+async def test_speech_may_be_of_a_type_that_says_nothing(kind: bytes) -> None:
+    answer = b"HTTP/1.1 200 OK\r\n" + kind + b"Content-Length: 3\r\n\r\nID3"
+    async with proxy(
+        parameters=AUDIO, overrides={"/text-to-audio": [Raw(answer)]}
+    ) as served:
+        got = await speak(served)
+    assert (got.status, got.body) == (200, b"ID3")
+    assert got.headers["content-type"] == "application/octet-stream"
 
 
 async def test_speech_that_breaks_off_is_not_complete() -> None:

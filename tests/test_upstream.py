@@ -51,11 +51,13 @@ from opendify import (
     Settings,
     Text,
     TurnStream,
+    UpstreamFailed,
     Usage,
     dify_request,
     open_wire,
     origin_of,
     parse_settings,
+    stop_path,
 )
 
 TLS = Path(__file__).parent / "data" / "tls"
@@ -860,6 +862,37 @@ async def test_small_answers_are_bounded() -> None:
         assert caught.value.status == 502
         fake.app(KEY)
         assert await dify.call(app, "GET", "/info")
+
+
+NO_OBJECT = [
+    pytest.param(Status(204), id="no-content"),
+    pytest.param(Status(200, b""), id="empty"),
+    pytest.param(Status(200, b" \n"), id="blank"),
+    pytest.param(Status(200, b'{"user_input_form": ['), id="cut"),
+    pytest.param(Status(200, b'{"a": "\xff"}'), id="not-utf-8"),
+    pytest.param(Status(200, b"null"), id="null"),
+    pytest.param(Status(200, b"[]"), id="list"),
+    pytest.param(Status(200, b"<html>"), id="html"),
+]
+
+
+@pytest.mark.parametrize("answer", NO_OBJECT)
+async def test_form_that_is_no_object_is_an_error_and_not_kept(answer: Step) -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, overrides={"/parameters": [answer]})
+        with pytest.raises(UpstreamFailed):
+            await dify.form_of(app)
+        rows = [{"paragraph": {"variable": "text"}}]
+        fake.app(KEY, parameters={"user_input_form": rows})
+        assert [row.variable for row in (await dify.form_of(app)).inputs] == ["text"]
+
+
+@pytest.mark.parametrize("answer", [Status(204), Status(200, b""), Status(200, b"{}")])
+async def test_what_is_no_question_needs_no_answer(answer: Step) -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, overrides={"stop": [answer]})
+        path = stop_path("chat", "t")
+        assert await dify.call(app, "POST", path, {"user": USER}) == {}
 
 
 # ------------------------------------------------------------------------------
