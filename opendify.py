@@ -609,7 +609,7 @@ class SSEDecoder:
         if self._size > MAX_EVENT_BYTES:
             raise SSEOverflow(f"an event of more than {MAX_EVENT_BYTES >> 20} MiB")
         is_whole = data.startswith(b"data: ") and data.endswith(b"\n\n")
-        if is_whole and self._size == len(data):
+        if is_whole and self._size == len(data) and not self._data:
             # Dify's form, as a rule: nothing but whole events of one line each.
             events = data[6:-2].decode("utf-8", "replace").split("\n\ndata: ")
             if data.count(b"\n") == 2 * len(events):

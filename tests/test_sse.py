@@ -31,6 +31,9 @@ TABLE = [
     pytest.param(b"data: a\n\ndata: b\n\n", ["a", "b"], id="two"),
     pytest.param(b"data: a\ndata: b\n\n", ["a\nb"], id="two-lines"),
     pytest.param(b"data: a\ndata:\ndata: b\n\n", ["a\n\nb"], id="empty-line-inside"),
+    pytest.param(
+        b"data: a\n\ndata: b\ndata: c\n\n", ["a", "b\nc"], id="two-lines-later"
+    ),
     pytest.param(b"data:a\n\n", ["a"], id="no-space"),
     pytest.param(b"data:  a \n\n", [" a "], id="one-space-goes"),
     pytest.param(b"data:\ta\n\n", ["\ta"], id="tab-stays"),
@@ -91,6 +94,12 @@ def test_stream_decodes_when_fed_byte_by_byte(
     data: bytes, expected: list[str], end: bytes
 ) -> None:
     assert decode(single_bytes(data.replace(b"\n", end))) == expected
+
+
+@pytest.mark.parametrize(("data", "expected"), TABLE)
+def test_stream_decodes_when_cut_anywhere(data: bytes, expected: list[str]) -> None:
+    for at in range(len(data)):
+        assert decode([data[:at], data[at:]]) == expected
 
 
 @pytest.mark.parametrize(("data", "expected"), TABLE)
@@ -289,7 +298,10 @@ def test_decoding_undoes_encoding(
     assert decode(pieces) == [data for data, _ in pairs]
 
 
-@given(st.lists(st.binary(max_size=40) | st.sampled_from([b"\r", b"\n", b"data: "])))
+LINES = [b"\r", b"\n", b"data: ", b"data: a\n", b"data: b\n\n"]
+
+
+@given(st.lists(st.binary(max_size=40) | st.sampled_from(LINES)))
 def test_any_bytes_decode_alike_however_they_are_cut(pieces: list[bytes]) -> None:
     data = b"".join(pieces)
     whole = SSEDecoder().feed(data)
