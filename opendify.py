@@ -2620,7 +2620,7 @@ class AnswerReader:
             return []
         if not isinstance(value, dict):
             return []
-        if not self.task_id or not self.conversation_id:
+        if not (self.task_id and self.conversation_id and self.message_id):
             self._learn_ids(value)
         translate = _TRANSLATORS.get(str(value.get("event")))
         if translate is AnswerReader._message and self._mode != "agent":
@@ -2667,6 +2667,7 @@ class AnswerReader:
         streamed = self._answer.text
         if not answer.startswith(streamed):
             return []
+        self._half = ""  # the stored answer has it whole
         return self._add_text(answer[len(streamed) :]) + self._finish()
 
     @property

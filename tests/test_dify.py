@@ -496,6 +496,23 @@ def test_process_lines_are_reasoning_when_wanted() -> None:
     assert read("advanced-chat", *events) == []
 
 
+def test_ids_are_learnt_from_the_first_event_that_has_them() -> None:
+    reader = AnswerReader("chat", BASE)
+    ids = {"task_id": "t", "conversation_id": "c"}
+    reader.read([event(event="agent_thought", **ids)])
+    reader.read([event(event="message", answer="a", message_id="m", **ids)])
+    assert (reader.task_id, reader.conversation_id, reader.message_id) == tuple("tcm")
+
+
+def test_recovery_joins_a_surrogate_pair_that_broke_apart() -> None:
+    reader = AnswerReader("chat", BASE)
+    half = event(
+        event="message", answer="A \ud83d", conversation_id="c", message_id="m"
+    )
+    assert reader.read([half]) == [Text("A ")]
+    assert reader.recover("A 😀 B")[0] == Text("😀 B")
+
+
 def test_recovery_adds_the_rest_only_to_what_was_sent() -> None:
     reader = AnswerReader("chat", BASE)
     begun = event(event="message", answer="Hel", conversation_id="c", message_id="m")
