@@ -6988,7 +6988,8 @@ class UpstreamResponse:
     @property
     def is_event_stream(self) -> bool:
         """Whether the body is SSE."""
-        return self.headers.get("content-type", "").startswith("text/event-stream")
+        kind = self.headers.get("content-type", "").lower()
+        return kind.startswith("text/event-stream")
 
     async def read(self) -> bytes:
         """The next bytes of the body; b"" at its end."""

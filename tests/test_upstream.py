@@ -630,6 +630,11 @@ FAULTS: list[Any] = [
         id="two-framings",
     ),
     pytest.param([plain("Transfer-Encoding: gzip\r\n", HELLO)], REFUSED, id="coding"),
+    pytest.param(
+        [Raw(HEAD.replace(b"text/", b"Text/") + chunk(HELLO + END) + b"0\r\n\r\n")],
+        FINE,
+        id="upper-case",
+    ),
     # Interim responses
     pytest.param(
         [
