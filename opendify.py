@@ -2829,11 +2829,7 @@ class AnswerReader:
         url = value.get("url") or value.get("remote_url")
         if not isinstance(url, str) or not url:
             return
-        try:
-            url = urllib.parse.urljoin(self._base, url)
-            path = urllib.parse.urlsplit(url).path
-        except ValueError:  # malformed: the client gets it as it is
-            path = url
+        url, path = _resolved(self._base, url)
         name = value.get("filename") or urllib.parse.unquote(path.rpartition("/")[2])
         media = Media(str(value.get("type") or "custom"), url, str(name))
         self._files.setdefault(_SIGNATURE.sub("", url), (path, media))
@@ -2969,6 +2965,15 @@ _EVENT_NAME = re.compile(r'\{"event": ?"(\w+)"')
 _SIGNATURE = re.compile(r"[?&](?:timestamp|nonce|sign|as_attachment)=[^&]*")
 
 
+def _resolved(base: str, url: str) -> tuple[str, str]:
+    """(a file's URL made absolute, its path); a malformed one as it is, twice."""
+    try:
+        url = urllib.parse.urljoin(base, url)
+        return url, urllib.parse.urlsplit(url).path
+    except ValueError:
+        return url, url
+
+
 def _is_idle(data: str) -> bool:
     """Whether an event says nothing, or is long and of a kind that nobody reads."""
     if len(data) <= _LONG_EVENT:
@@ -3092,7 +3097,7 @@ def stored_turn(row: Mapping[str, Any], base: str) -> StoredTurn:
         Attachment(
             name=str(file.get("filename") or file.get("type") or "file"),
             media_type=str(file.get("mime_type") or ""),
-            url=str(file["url"]),
+            url=_resolved(base, str(file["url"]))[0],
         )
         for file in asked
         if file.get("url")

@@ -22,7 +22,7 @@ BUDGETS = {
     "SSE": 90,
     "Turn": 150,
     "Calls": 730,
-    "Dify": 890,
+    "Dify": 900,
     "Ids": 110,
     "OpenAI": 890,
     "Responses": 560,

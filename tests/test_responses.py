@@ -968,6 +968,20 @@ def test_stored_turn() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("url", "wanted"),
+    [
+        ("/files/x/file-preview?sign=1", "http://dify/files/x/file-preview?sign=1"),
+        ("https://h/a.png", "https://h/a.png"),
+        ("http://[", "http://["),
+    ],
+)
+def test_stored_file_of_the_user_has_a_whole_url(url: str, wanted: str) -> None:
+    files = [{"belongs_to": "user", "type": "image", "url": url}]
+    turn = stored_turn({**ROW, "message_files": files}, "http://dify/v1")
+    assert [file.url for file in turn.question.attachments] == [wanted]
+
+
 def test_stored_turn_of_an_old_release() -> None:
     row = {"id": "m", "conversation_id": "c", "query": "q", "answer": "a"}
     turn = stored_turn(row, "http://dify/v1")
