@@ -7736,14 +7736,15 @@ class Dify:
     async def stored_answer(
         self, app: AppSettings, answer: AnswerReader, user: str
     ) -> str:
-        """The answer to a message as Dify stored it, "" if it did not."""
+        """The answer to a message as Dify stored it, "" if it did not, or failed."""
         try:
             page = await self._messages(app, answer.conversation_id, user, limit=5)
         except ProxyError:
             return ""
         for row in objects_of(page.get("data")):
             if row.get("id") == answer.message_id:
-                return str(row.get("answer") or "")
+                is_failed = row.get("status") == "error"
+                return "" if is_failed else str(row.get("answer") or "")
         return ""
 
     async def messages(

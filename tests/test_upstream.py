@@ -1065,6 +1065,8 @@ BREAKS: list[Any] = [
         pytest.param(stored("Other text"), BROKEN, id="other"),
         pytest.param(stored(""), BROKEN, id="nothing"),
         pytest.param(stored("Hello", id="m2"), BROKEN, id="other-message"),
+        pytest.param(stored("Hello wor", status="error"), BROKEN, id="failed"),
+        pytest.param(stored("Hello", status="normal"), FINE, id="normal"),
         pytest.param({"/messages": [Status(404, {"code": "x"})]}, BROKEN, id="404"),
         pytest.param({"/messages": [Status(200, {"data": 5})]}, BROKEN, id="odd"),
         pytest.param({"/messages": [Status(200, "<html>")]}, BROKEN, id="html"),
