@@ -28,7 +28,7 @@ BUDGETS = {
     "Responses": 560,
     "Conversations": 390,
     "Pacer": 135,
-    "Wire": 558,
+    "Wire": 565,
     "Upstream": 820,
     "Handlers": 1700,
     "Server": 300,
