@@ -685,8 +685,8 @@ def encode_comment(text: str) -> bytes:
 class Attachment:
     """A file that came with a message: its bytes, or the URL where they are.
 
-    `data` and `url` exclude each other. `media_type` is "" where the client did not
-    say; `name` never has a path in it.
+    `data` and `url` exclude each other; an `upload_id` counts for more. `media_type` is
+    "" where the client did not say; `name` never has a path in it.
     """
 
     name: str
@@ -2083,7 +2083,8 @@ def _kind_problem(rules: Mapping[str, Any], file: Attachment) -> str:
         return f"the app takes files of type {', '.join(kinds)}, not {kind}"
     methods = _texts(rules.get("allowed_file_upload_methods"))
     methods = methods or _texts(rules.get("transfer_methods"))
-    if file.url and methods and "remote_url" not in methods:
+    is_remote = bool(file.url and not file.upload_id)
+    if is_remote and methods and "remote_url" not in methods:
         return "the app takes no URLs; send the file's data"
     if not file.url and methods and "local_file" not in methods:
         return "the app takes URLs only"
@@ -3093,15 +3094,7 @@ def stored_turn(row: Mapping[str, Any], base: str) -> StoredTurn:
     """
     files = objects_of(row.get("message_files"))
     asked = [file for file in files if file.get("belongs_to") == "user"]
-    attachments = tuple(
-        Attachment(
-            name=str(file.get("filename") or file.get("type") or "file"),
-            media_type=str(file.get("mime_type") or ""),
-            url=_resolved(base, str(file["url"]))[0],
-        )
-        for file in asked
-        if file.get("url")
-    )
+    attachments = tuple(_stored_file(file, base) for file in asked if file.get("url"))
     return StoredTurn(
         str(row.get("conversation_id") or ""),
         str(row.get("id") or ""),
@@ -3109,6 +3102,21 @@ def stored_turn(row: Mapping[str, Any], base: str) -> StoredTurn:
         Message("user", str(row.get("query") or ""), attachments=attachments),
         _stored_parts(row, [file for file in files if file not in asked], base),
     )
+
+
+def _stored_file(file: Mapping[str, Any], base: str) -> Attachment:
+    """A file of a user's; what was uploaded is named by its upload again."""
+    url, path = _resolved(base, str(file["url"]))
+    upload = _UPLOADED.match(path)
+    return Attachment(
+        name=str(file.get("filename") or file.get("type") or "file"),
+        media_type=str(file.get("mime_type") or ""),
+        url=url,
+        upload_id=upload[1] if upload else "",
+    )
+
+
+_UPLOADED = re.compile(r"/files/([0-9a-f-]{36})/(?:file|image)-preview\Z")
 
 
 def _stored_parts(

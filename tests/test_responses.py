@@ -16,6 +16,7 @@ from schemas import check_responses_stream, validate
 import opendify
 from opendify import (
     Answer,
+    AppForm,
     Ask,
     Attachment,
     BadRequest,
@@ -45,6 +46,7 @@ from opendify import (
     UpstreamTimeout,
     Usage,
     ask_of,
+    check_files,
     conversation_object,
     deleted_object,
     derive_key,
@@ -980,6 +982,17 @@ def test_stored_file_of_the_user_has_a_whole_url(url: str, wanted: str) -> None:
     files = [{"belongs_to": "user", "type": "image", "url": url}]
     turn = stored_turn({**ROW, "message_files": files}, "http://dify/v1")
     assert [file.url for file in turn.question.attachments] == [wanted]
+
+
+def test_stored_upload_is_named_by_its_upload() -> None:
+    upload = "7bee7308-8ba2-4781-955a-f98e5e3f6fbb"
+    file = {"type": "image", "filename": "a.png", "belongs_to": "user"}
+    files = [{**file, "url": f"/files/{upload}/file-preview?timestamp=1&sign=2"}]
+    turn = stored_turn({**ROW, "message_files": files}, "http://dify/v1")
+    (found,) = turn.question.attachments
+    assert found.upload_id == upload and found.url.startswith("http://dify/files/")
+    uploads = {"enabled": True, "allowed_file_upload_methods": ["local_file"]}
+    check_files(AppForm(uploads=uploads), [found], {})
 
 
 def test_stored_turn_of_an_old_release() -> None:
