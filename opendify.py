@@ -205,6 +205,11 @@ class Settings:
     http_proxy: str = _setting("", "proxy for http")
     no_proxy: str = _setting("", "hosts that need no proxy, comma-separated; * for all")
 
+    @property
+    def has_apps(self) -> bool:
+        """Whether there is anything to serve."""
+        return bool(self.model_config or self.dify_api_keys)
+
 
 def setting_rows() -> list[tuple[str, str, str]]:
     """(variable, default as one writes it, meaning) of every setting, in order."""
@@ -276,12 +281,27 @@ def written(value: Any) -> str:
 
 def mask_password(url: str) -> str:
     """A URL as it may be shown: without the user and password in it."""
-    return re.sub(r"(?<=://)[^/]*@", "…@", url)
+    return re.sub(r"^(\w+://)?.*@", r"\1…@", url)
 
 
 def _complaints(values: Mapping[str, Any]) -> list[str]:
     """What is wrong with values that parsed."""
     apps: Mapping[str, AppSettings] = values.get("model_config", {})
+    complaints = _complaints_of_urls(values, apps)
+    for key in [*(app.key for app in apps.values()), *values.get("dify_api_keys", ())]:
+        if not re.fullmatch(r"[!-~]+", key):
+            complaints.append(f"the app key {mask_key(key)} has characters no key has")
+    for name, choices in (("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS)):
+        if values.get(name, choices[0]) not in choices:
+            complaints.append(f"{name.upper()}: must be one of {', '.join(choices)}")
+    if values.get("server_port", 0) > 65535:
+        complaints.append("SERVER_PORT: must be 65535 or less")
+    return complaints
+
+
+def _complaints_of_urls(
+    values: Mapping[str, Any], apps: Mapping[str, AppSettings]
+) -> list[str]:
     urls = {
         name.upper(): values.get(name, "")
         for name in ("dify_api_base", "https_proxy", "http_proxy")
@@ -295,14 +315,9 @@ def _complaints(values: Mapping[str, Any]) -> list[str]:
             like = "http://host:3128" if name.endswith("PROXY") else "https://host/v1"
             shown = mask_password(url)
             complaints.append(f"{name}: must be a URL like {like}, not {shown!r}")
-    for key in [*(app.key for app in apps.values()), *values.get("dify_api_keys", ())]:
-        if not re.fullmatch(r"[!-~]+", key):
-            complaints.append(f"the app key {mask_key(key)} has characters no key has")
-    for name, choices in (("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS)):
-        if values.get(name, choices[0]) not in choices:
-            complaints.append(f"{name.upper()}: must be one of {', '.join(choices)}")
-    if values.get("server_port", 0) > 65535:
-        complaints.append("SERVER_PORT: must be 65535 or less")
+    for origin in values.get("allowed_origins", ()):
+        if _is_malformed(origin):
+            complaints.append(f"ALLOWED_ORIGINS: {origin!r} is malformed")
     return complaints
 
 
@@ -316,6 +331,14 @@ def _is_url(base: str) -> bool:
         )
     except ValueError:
         return False
+
+
+def _is_malformed(url: str) -> bool:
+    try:
+        urllib.parse.urlsplit(url)
+    except ValueError:
+        return True
+    return False
 
 
 def _parse_switch(text: str) -> bool:
@@ -6451,6 +6474,12 @@ class Wire(asyncio.Protocol):
         """Whether bytes are here that nobody took yet."""
         return bool(self._buffer)
 
+    def skip_empty_lines(self) -> bool:
+        """Drop those before a request (RFC 9112, section 2.2); whether more is here."""
+        if self._buffer.startswith(b"\r\n"):
+            self._buffer = re.sub(rb"\A(?:\r\n)+", b"", self._buffer)
+        return bool(self._buffer)
+
     async def wait_for_data(self) -> bool:
         """Whether anything comes, or `wake` is called, before the peer closes.
 
@@ -6962,7 +6991,7 @@ def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError
             f"TLS with {where} failed ({error.reason or error}); check the scheme and "
             "the port of DIFY_API_BASE."
         )
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, (socket.gaierror, UnicodeError)):  # the latter: no such name
         return UpstreamFailed(
             f"The host name {origin.host!r} can't be resolved; {cure}."
         )
@@ -6974,7 +7003,7 @@ def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError
 
 
 _WIRE_ERRORS = (
-    *(OSError, asyncio.TimeoutError, ConnectionBroken),
+    *(OSError, asyncio.TimeoutError, ConnectionBroken, UnicodeError),
     *(h11.RemoteProtocolError, MalformedHTTP, HeadTooLarge),
 )
 
@@ -8791,7 +8820,9 @@ class Handlers:
     async def ready(self, exchange: Exchange) -> None:
         """`GET /ready`: an app has answered lately, or answers now."""
         app = next(iter((await self._models()).values()), None)
-        if app and not self._dify.has_answered_lately:
+        if app is None:
+            raise ConfigurationFault("No app is configured.")
+        if not self._dify.has_answered_lately:
             await self._dify.call(app, "GET", "/info")
         exchange.reply.send(json_response({"status": "ready"}))
 
@@ -10053,7 +10084,8 @@ def _no_spoken(id_: str) -> BadRequest:
 
 def _no_such_model(model: str, models: Iterable[str]) -> ProxyError:
     known = ", ".join(models) or "none"
-    shown = model if len(model) <= 100 else model[:100] + "…"
+    shown = re.sub(r"app-[\w-]+", lambda key: mask_key(key[0]), model)  # a pasted key
+    shown = shown if len(shown) <= 100 else shown[:100] + "…"
     return ModelNotFound(
         f"The model {shown!r} does not exist here. Available: {known}.", param="model"
     )
@@ -10153,7 +10185,7 @@ class _Idle(Exception):
 
 
 class Server:
-    """Listens, serves, and drains.
+    """Listens, serves, and drains; `is_local` if only this machine can reach it.
 
     Args:
         handlers: what answers the requests.
@@ -10169,6 +10201,7 @@ class Server:
         self._running: set[Exchange] = set()
         self._is_draining = False
         self._servers: list[asyncio.base_events.Server] = []
+        self.is_local = is_loopback(handlers.settings.server_host)
 
     async def listen(self, host: str, port: int) -> list[tuple[str, int]]:
         """Begin to accept; returns the real addresses. Raises OSError."""
@@ -10177,10 +10210,12 @@ class Server:
             lambda: Wire(self._accept), host, port, backlog=ACCEPTS_AT_ONCE
         )
         self._servers.append(server)
+        addresses = [socket_.getsockname()[:2] for socket_ in server.sockets]
+        self.is_local = all(is_loopback(host) for host, _ in addresses)
         for socket_ in server.sockets:
             with socket.fromfd(socket_.fileno(), socket_.family, socket_.type) as twin:
                 twin.listen(BACKLOG)
-        return [socket_.getsockname()[:2] for socket_ in server.sockets]
+        return addresses
 
     async def drain(self, grace_s: float = DRAIN_S) -> bool:
         """Stop accepting, let running requests end; whether all of them did."""
@@ -10243,11 +10278,16 @@ class Server:
         return await _make_ready(exchange, wire)
 
     async def _is_called(self, wire: Wire) -> bool:
-        """Wait for the next request; False if the client closes."""
+        """Wait for the next request; False if none will come."""
         self._idle.add(wire)
         wire.allow(IDLE_TIMEOUT_S, _Idle)
         try:
-            return await wire.wait_for_data()
+            while wire.has_unread or not self._is_draining:
+                if not await wire.wait_for_data():
+                    break
+                if wire.skip_empty_lines():
+                    return True
+            return False
         finally:
             self._idle.discard(wire)
 
@@ -10259,7 +10299,7 @@ class Server:
         settings, reply = self._handlers.settings, exchange.reply
         reply.suit(request)
         reply.must_close = reply.must_close or self._is_draining
-        check_host(request, settings)
+        check_host(request, settings, is_local=self.is_local)
         reply.headers += cors_headers(request, settings)
         if request.method == "OPTIONS":
             reply.send(Response(204, b"", _preflight(request)))
@@ -10392,7 +10432,7 @@ def _too_large(limit: int) -> ProxyError:
     return BodyTooLarge(f"The body is over {limit >> 20} MiB.")
 
 
-def check_host(request: Request, settings: Settings) -> None:
+def check_host(request: Request, settings: Settings, *, is_local: bool) -> None:
     """Keep web pages of elsewhere from a server that only this machine should reach.
 
     A page can make a browser send requests to 127.0.0.1, under a name of its own that
@@ -10405,7 +10445,7 @@ def check_host(request: Request, settings: Settings) -> None:
     origin, host = request.headers.get("origin"), request.headers.get("host", "")
     allowed = [entry.rstrip("/").lower() for entry in settings.allowed_origins]
     name = host_name(host)
-    is_private = is_loopback(settings.server_host) and not settings.valid_api_keys
+    is_private = is_local and not settings.valid_api_keys
     if is_private and not name:
         raise BadRequest("The request has no Host header.")
     if is_private and not (is_loopback(name) or _is_listed(name, allowed)):
@@ -10608,10 +10648,15 @@ async function load() {
   $("door").hidden = key || !root.dataset.key;
   if (!$("door").hidden) return $("key").focus();
   try {
-    const ids = (await list("/models")).map(({ id }) => id);
+    const ids = (await list("/models")).map(({ id }) => id), was = $("model").value;
     $("model").replaceChildren(...ids.map((id) => make("option", id)));
+    if (ids.includes(was)) $("model").value = was;
+    if (key) sessionStorage.setItem("api-key", key);
     showSettings(), showApps(ids.map((id) => ({ id }))), showApps(await list("/apps"));
-  } catch (error) { $("apps").replaceChildren(make("li", told(error))); }
+  } catch (error) {
+    $("apps").replaceChildren(make("li", told(error)));
+    $("door").hidden = !root.dataset.key;
+  }
 }
 const showApps = (apps) => $("apps").replaceChildren(...apps.map((app) => {
   const { id, name, mode, error } = app, className = error ? "bad" : mode && "good";
@@ -10707,7 +10752,7 @@ $("text").onkeydown = (event) => {
   event.preventDefault(), run.stop || $("ask").requestSubmit();
 };
 $("door").onsubmit = (event) => {
-  event.preventDefault(), sessionStorage.setItem("api-key", key = $("key").value);
+  event.preventDefault(), key = $("key").value;
   load();
 };
 onkeydown = (event) => { if (event.key === "Escape") stop(); };
@@ -10806,6 +10851,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run OpenDify; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = build_parser().parse_args(argv)
     source = SettingsSource(options)
     try:
@@ -10817,7 +10864,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging(settings)
     for warning in source.warnings:
         log.warning(warning)
-    if not (settings.model_config or settings.dify_api_keys or options.demo):
+    if not (settings.has_apps or options.demo):
         print(_NOTHING_CONFIGURED, file=sys.stderr)
         return 2
     try:
@@ -10847,7 +10894,7 @@ class SettingsSource:
     def load(self) -> Settings:
         """The settings as they are now; raises SettingsError."""
         written: dict[str, str] = {}
-        if self._path.is_file():
+        if self._path.exists() and not self._path.is_dir():  # it may be a pipe
             written = _read_env_file(self._path)
         elif self._is_named:
             raise SettingsError([f"--env-file: there is no file {self._path}"])
@@ -10871,11 +10918,17 @@ class SettingsSource:
             return None
         self._stamp = stamp
         try:
-            return self.load()
+            settings = self.load()
+            if not settings.has_apps:
+                raise SettingsError([f"{self._path} has no app any more"])
         except SettingsError as error:
             for complaint in error.complaints:
                 log.error("%s (the settings stay as they were)", complaint)
             return None
+        log.info("settings read anew: models %s", ", ".join(settings.model_config))
+        for warning in self.warnings:
+            log.warning(warning)
+        return settings
 
     def _look(self) -> tuple[float, int] | None:
         try:
@@ -10887,7 +10940,7 @@ class SettingsSource:
 
 def _find_env_file(named: str | None) -> Path:
     """The one named, or .env in the working directory, or .env beside this file."""
-    here = Path.cwd() / ".env"
+    here = Path(".env")
     if named is not None:
         return Path(named)
     return here if here.is_file() else Path(__file__).resolve().parent / ".env"
@@ -10905,7 +10958,7 @@ class _Formatter(logging.Formatter):
     """Plain lines, one for each record; the time of a second is written once."""
 
     def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)-7s %(message)s")
+        super().__init__()
         self._second, self._text = -1, ""
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
@@ -10914,16 +10967,18 @@ class _Formatter(logging.Formatter):
         if second != self._second:
             self._second = second
             self._text = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
-        return f"{self._text},{record.msecs:03.0f}"
+        return f"{self._text},{int(record.msecs):03d}"
 
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """As always, with escapes for what could begin a line (CWE-117)."""
-        if not record.message.isprintable():
-            record.message = "".join(
-                char if char.isprintable() else ascii(char)[1:-1]
-                for char in record.message
-            )
-        return super().formatMessage(record)
+    def format(self, record: logging.LogRecord) -> str:
+        """As always, but what could begin a line is escaped (CWE-117)."""
+        text = record.getMessage()
+        if not text.isprintable():
+            pieces = [c if c.isprintable() else ascii(c)[1:-1] for c in text]
+            text = "".join(pieces)
+        line = f"{self.formatTime(record)} {record.levelname:7} {text}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
 
 
 class _JsonFormatter(_Formatter):
@@ -11006,7 +11061,7 @@ async def _serve(settings: Settings, source: SettingsSource, *, is_demo: bool) -
         if changed := source.load_if_changed():
             dify.use(changed)
             handlers.settings = changed
-            log.info("settings read anew: models %s", ", ".join(changed.model_config))
+            _warn_of_strangers(changed, server)
 
     server.before_request = (lambda: None) if is_demo else reload
     try:
@@ -11025,11 +11080,12 @@ async def _serve_until_signal(settings: Settings, server: Server) -> int:
     host, port = settings.server_host, settings.server_port
     try:
         addresses = await server.listen(host, port)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         print(f"opendify: can't listen on {host}:{port}: {reason}", file=sys.stderr)
         return 1
     _announce(settings, addresses)
+    _warn_of_strangers(settings, server)
     await stop.wait()
     log.info("stopping: open requests have %g s to end", DRAIN_S)
     return 0 if await server.drain() else 1
@@ -11038,11 +11094,15 @@ async def _serve_until_signal(settings: Settings, server: Server) -> int:
 def _announce(settings: Settings, addresses: Sequence[tuple[str, int]]) -> None:
     for host, port in addresses:
         shown = f"[{host}]" if ":" in host else host
-        print(f"OpenDify {__version__} listens on http://{shown}:{port}/v1", flush=True)
+        with contextlib.suppress(OSError):  # a full disk, a pipe that nobody reads
+            text = f"OpenDify {__version__} listens on http://{shown}:{port}/v1"
+            print(text, flush=True)
     names = ", ".join(settings.model_config) or "named by Dify"
-    log.info("models: %s; Dify: %s", names, settings.dify_api_base)
-    is_local = all(is_loopback(host) for host, _ in addresses)
-    if not settings.valid_api_keys and not is_local:
+    log.info("models: %s; Dify: %s", names, mask_password(settings.dify_api_base))
+
+
+def _warn_of_strangers(settings: Settings, server: Server) -> None:
+    if not settings.valid_api_keys and not server.is_local:
         log.warning("anyone who reaches this port can use the apps: set VALID_API_KEYS")
 
 

@@ -322,7 +322,8 @@ def ticks(monkeypatch: pytest.MonkeyPatch) -> Ticks:
 
 
 @pytest.fixture
-def edited(home: Path, ticks: Ticks) -> EditedFile:
+def edited(home: Path, ticks: Ticks, monkeypatch: pytest.MonkeyPatch) -> EditedFile:
+    monkeypatch.setenv("DIFY_API_KEYS", KEY)
     return EditedFile(home / "edited.env", ticks)
 
 
@@ -355,6 +356,25 @@ def test_bad_env_file_is_reported_and_changes_nothing(
     assert (edited.port(), len(caplog.messages)) == (None, 2)
     edited.write("SERVER_PORT=1003")
     assert edited.port() == 1003
+
+
+def test_unknown_name_in_a_changed_env_file_is_a_warning(
+    edited: EditedFile, caplog: pytest.LogCaptureFixture
+) -> None:
+    edited.write("SERVER_PORT=1002\nVALID_API_KEY=k")
+    assert edited.port() == 1002
+    assert any("VALID_API_KEYS" in text for text in caplog.messages)
+
+
+def test_env_file_that_names_no_app_any_more_changes_nothing(
+    edited: EditedFile,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.delenv("DIFY_API_KEYS")
+    edited.write("")
+    assert edited.port() is None
+    assert "no app any more" in caplog.text
 
 
 def test_vanished_env_file_changes_nothing(
@@ -435,6 +455,16 @@ async def test_check_tells_every_app_of_dify_api_keys(
     assert [row[1] for row in rows(outcome)] == ["APP", "One", "Two"]
 
 
+def test_check_tells_of_a_base_that_is_no_host_name(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apps = {"m": {"key": KEY, "base": "http://api..dify.example/v1"}}
+    monkeypatch.setenv("MODEL_CONFIG", json.dumps(apps))
+    outcome = run("--check")
+    assert outcome.status == 1
+    assert "can't be resolved" in rows(outcome)[1][-1]
+
+
 def test_check_masks_keys(checked: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     secrets = [f"app-{digit * 20}" for digit in "12"] + ["sk-client-key-of-ours"]
     monkeypatch.setenv("MODEL_CONFIG", json.dumps({"m": secrets[0]}))
@@ -501,6 +531,21 @@ START = [sys.executable, "-X", "utf8", str(FILE)]
 def environment() -> dict[str, str]:
     """What a process needs, without any setting."""
     return {name: os.environ[name] for name in FEW_VARIABLES if name in os.environ}
+
+
+@pytest.mark.parametrize("argument", ["--help", "--check"])
+def test_output_in_another_encoding_is_no_failure(home: Path, argument: str) -> None:
+    app = json.dumps({"应用 \U0001f600": {"key": KEY, "base": NOWHERE}})
+    names = {"PYTHONIOENCODING": "latin-1", "MODEL_CONFIG": app}
+    ended = subprocess.run(
+        [sys.executable, str(FILE), argument],
+        env={**os.environ, **names},
+        cwd=home,
+        capture_output=True,
+        check=False,
+    )
+    assert b"Traceback" not in ended.stderr
+    assert ended.stdout
 
 
 def test_missing_package_is_one_line_and_status_1(

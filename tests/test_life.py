@@ -300,6 +300,11 @@ async def test_metrics_need_a_key_where_keys_are_configured() -> None:
         assert status_of(await talk(front.port, right)) == 200
 
 
+async def test_nothing_is_ready_without_an_app() -> None:
+    async with proxying("http://127.0.0.1:9/v1", MODEL_CONFIG="{}") as front:
+        assert status_of(await talk(front.port, get("/ready"))) >= 500
+
+
 async def test_health_and_readiness_need_no_key() -> None:
     async with FakeDify() as dify, proxying(dify.base, VALID_API_KEYS="k") as front:
         dify.app(KEY, overrides={"/info": [Status(500, "<html>")]})

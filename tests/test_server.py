@@ -938,6 +938,27 @@ async def test_drain_closes_idle_connections_at_once(serving: Serving) -> None:
         assert now() == 0
 
 
+@pytest.mark.parametrize("turns", range(8))
+async def test_drain_closes_who_has_just_come(serving: Serving, turns: int) -> None:
+    async with serving() as world:
+        late = await world.connect()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        assert await world.server.drain()
+        assert await late.is_closed()
+        assert now() == 0
+
+
+async def test_empty_line_behind_a_request_is_no_request(serving: Serving) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        await client.ask("/health")
+        client.send(b"\r\n")
+        await asyncio.sleep(40)  # longer than a head may take
+        assert (await client.ask("/health")).status == 200
+        assert await world.server.drain()
+
+
 async def test_drain_accepts_nobody_any_more(serving: Serving) -> None:
     async with serving() as world:
         await world.server.drain()

@@ -213,6 +213,9 @@ DURATION = "must be seconds, or like 30s, 5m, 12h, 7d, not"
             "must be a URL like http://host:3128, not 'proxy:3128'",
             id="proxy",
         ),
+        pytest.param(
+            "ALLOWED_ORIGINS", "http://[a.b", "'http://[a.b' is malformed", id="origin"
+        ),
     ],
 )
 def test_bad_value_is_a_complaint_that_says_what_to_write(
@@ -430,8 +433,16 @@ def test_no_key_is_in_any_complaint(value: Any) -> None:
 
 
 @pytest.mark.parametrize("variable", ["DIFY_API_BASE", "HTTP_PROXY", "HTTPS_PROXY"])
-def test_no_password_is_in_any_complaint(variable: str) -> None:
-    said = complaints(**{variable: "socks5://me:our-secret@proxy:1080"})
+@pytest.mark.parametrize(
+    "url",
+    [
+        "socks5://me:our-secret@proxy:1080",
+        "me:our-secret@proxy:3128",
+        "http://me:p/our-secret@proxy:3128",
+    ],
+)
+def test_no_password_is_in_any_complaint(variable: str, url: str) -> None:
+    said = complaints(**{variable: url})
     assert len(said) == 1
     assert "our-secret" not in said[0]
 
