@@ -10727,7 +10727,8 @@ async function chat(question) {
     sources.unshift(make("summary", say("Sources", "引用来源")));
     if (sources[1]) answer.append(make("details", sources));
   } catch (error) {
-    answer.append(make("p", told(error), { className: "error", role: "alert" }));
+    const why = told(mine.stop.signal.reason || error);
+    answer.append(make("p", why, { className: "error", role: "alert" }));
     $("text").value ||= question;
   }
   clearInterval(timer), mine.end = clock(), mine.stop = undefined, draw();

@@ -363,6 +363,14 @@ def test_page_loads_silently_and_shows_the_apps(tab: Tab) -> None:
     assert (tab.messages, tab.elsewhere) == ([], [])
 
 
+def test_chosen_model_is_kept_when_the_apps_are_checked_again(tab: Tab) -> None:
+    tab.page.select_option("#model", "gone")
+    tab.page.evaluate("document.querySelector('#model').firstChild.id = 'old'")
+    tab.page.click("#again")
+    tab.page.locator("#model:not(:has(#old))").wait_for(state="attached")
+    assert tab.page.input_value("#model") == "gone"
+
+
 def test_answer_appears_while_it_comes(tab: Tab) -> None:
     lengths: list[int] = []
     tab.ask("tell me")
@@ -513,6 +521,11 @@ def test_key_is_asked_for_and_kept_in_the_tab_only(browser: Any, guarded: Site) 
         tab.page.keyboard.type("wrong")
         tab.page.keyboard.press("Enter")
         assert "Incorrect API key" in tab.text("#apps li")
+        tab.page.fill("#key", "“pasted”")  # it can't even be sent
+        tab.page.press("#key", "Enter")
+        tab.page.locator("#apps li", has_text="can't be reached").wait_for()
+        assert tab.page.is_visible("#door")
+        tab.page.reload()
         tab.page.fill("#key", CLIENT_KEY)
         tab.page.press("#key", "Enter")
         tab.text("#apps .good")
