@@ -5650,6 +5650,8 @@ class Conversations:
             self._put(tail, now)
         elif tail.is_taken:
             self.forget(tail)
+        elif tail.conversation_id:
+            self._lose(tail, now)  # again: another process may have been in the way
 
     def forget(self, tail: Tail | None) -> None:
         """Drop a conversation: Dify has lost it, or may remember what was not seen."""
@@ -5705,9 +5707,13 @@ class Conversations:
         unknown = named._replace(chain=_id(named), length=1)
         if taken := self._mark(self._by_id(named, now), now):
             return taken
-        lost = f"UPDATE opendify_tails SET state = {_LOST}, used = ? WHERE id = ?"
-        self._run(lost, now, _id(named))
+        self._lose(named, now)
         return unknown._replace(is_known=False)
+
+    def _lose(self, tail: Tail, now: float) -> None:
+        """Nobody knows where the conversation stands: it is not continued."""
+        sql = f"UPDATE opendify_tails SET state = {_LOST}, used = ? WHERE id = ?"
+        self._run(sql, now, _id(tail))
 
     def _put(self, tail: Tail, now: float) -> None:
         key, state = _id(tail), _TAKEN if tail.is_taken else None

@@ -949,6 +949,25 @@ def test_no_later_failure_reaches_a_request(
     store.close()
 
 
+def test_what_a_locked_file_missed_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn went into a conversation by its id while another process was writing."""
+    monkeypatch.setattr(opendify, "_BUSY_TIMEOUT_S", 0.0)
+    path = str(tmp_path / "table.db")
+    with (
+        closing(Conversations(path, WEEK)) as store,
+        closing(sqlite3.connect(path, isolation_level=None)) as other,
+    ):
+        record(store, "c", *chat(*TALK))
+        other.execute("BEGIN IMMEDIATE")
+        tail = store.take(ask(user("x"), conversation_id="c"), SCOPE, 0.0)
+        other.execute("ROLLBACK")
+        assert tail is not None
+        store.put(tail.extend([user("x"), answer("y")]), 0.0)
+        assert found(store, ask_of(*TALK, "new")) == ""
+
+
 # Properties...
 
 TEXTS = st.sampled_from(["hi", "OK", "more", LONG])

@@ -26,7 +26,7 @@ BUDGETS = {
     "Ids": 110,
     "OpenAI": 890,
     "Responses": 560,
-    "Conversations": 390,
+    "Conversations": 395,
     "Pacer": 135,
     "Wire": 570,
     "Upstream": 820,
