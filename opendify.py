@@ -5653,11 +5653,17 @@ class Conversations:
         elif tail.conversation_id:
             self._lose(tail, now)  # again: another process may have been in the way
 
-    def forget(self, tail: Tail | None) -> None:
-        """Drop a conversation: Dify has lost it, or may remember what was not seen."""
+    def forget(self, tail: Tail | None, *, is_gone: bool = False) -> None:
+        """Drop a conversation: Dify may remember what was not seen, or has lost it.
+
+        Where `is_gone` is false, somebody's first turn may be under way in one that was
+        new to the table: that must not bring it back.
+        """
         if tail:
-            sql = f"DELETE FROM opendify_tails WHERE id = ? AND state != {_LOST}"
-            self._run(sql, _id(tail))
+            is_new = tail.chain == _id(tail) and not is_gone
+            lose = f"UPDATE opendify_tails SET state = {_LOST}"
+            sql = lose if is_new else "DELETE FROM opendify_tails"
+            self._run(f"{sql} WHERE id = ? AND state != {_LOST}", _id(tail))
 
     def named(self, id_: str, owner: str, now: float) -> NamedConversation | None:
         """What a client of this key has named so."""
@@ -9788,7 +9794,7 @@ class Handlers:
                 is_lost = isinstance(error, ConversationGone) or mode == "advanced-chat"
                 if question.ask.conversation_id or not (question.tail and is_lost):
                     raise
-                self._conversations.forget(question.tail)
+                self._conversations.forget(question.tail, is_gone=True)
                 question.tail, question.is_accepted = None, False
             except WrongMode:
                 corrected = await self._dify.correct_mode(question.app)
@@ -9800,10 +9806,11 @@ class Handlers:
     def _let_go(self, question: Question, error: BaseException) -> None:
         """The turn did not begin: its conversation stays as it was, if nothing ran."""
         is_refused = isinstance(error, _REFUSALS) and not question.is_accepted
-        if is_refused and not isinstance(error, ConversationGone) and question.tail:
+        is_gone = isinstance(error, ConversationGone)
+        if is_refused and not is_gone and question.tail:
             self._conversations.put(question.tail, self._wall_clock())
         else:
-            self._conversations.forget(question.tail)
+            self._conversations.forget(question.tail, is_gone=is_gone)
 
     async def _try_turn(self, question: Question, mode: str) -> Turn:
         """One attempt; raises what Dify says before its first word."""

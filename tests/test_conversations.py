@@ -454,7 +454,7 @@ def test_ids_that_are_no_ids_do_no_harm(store: Conversations) -> None:
         assert tail is not None
         assert tail.conversation_id == bad
         store.put(plan_turn(named, SCOPE, tail).finish(bad, answer("x")), 0.0)
-        store.forget(tail)
+        store.forget(tail, is_gone=True)
     assert len(store) == 0
 
 
@@ -949,6 +949,15 @@ def test_no_later_failure_reaches_a_request(
     store.close()
 
 
+def test_left_turn_by_id_is_known_to_the_first_turn_beside_it() -> None:
+    """Neither knows of the other: Dify's memory has more than each client."""
+    with closing(Conversations(":memory:", WEEK)) as store:
+        tail = store.take(ask(user("by id"), conversation_id="c"), SCOPE, 0.0)
+        store.forget(tail)  # its client left
+        record(store, "c", *chat(*TALK))
+        assert found(store, ask_of(*TALK, "new")) == ""
+
+
 def test_what_a_locked_file_missed_is_made_up_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1185,7 +1194,7 @@ class Clients(RuleBasedStateMachine):
         store = self.stores[which % len(self.stores)]
         tail = store.take(request, chat.scope, 0.0)
         if tail and tail.conversation_id not in self.dify:  # 404
-            store.forget(tail)
+            store.forget(tail, is_gone=True)
             tail = None
         plan = plan_turn(request, chat.scope, tail)
         name = plan.tail.conversation_id
@@ -1252,7 +1261,7 @@ class Clients(RuleBasedStateMachine):
         if chat.turn:
             turn = self.end(chat, answer(stored))
             chat.shown += [answer("OK")] * is_shown
-            self.stores[0].forget(turn.plan.finish(turn.name, answer("")))
+            self.stores[0].forget(turn.plan.tail)
 
     @rule(i=CHATS)
     def refuse(self, i: int) -> None:
