@@ -1467,7 +1467,7 @@ class _Block:
     def _calls_in(self, value: Any) -> _Calls:
         """The calls that a value makes; raises ValueError if it is not only calls."""
         if self._name:
-            return [(self._name, _arguments(value, self._tools.get(self._name)))]
+            return [(self._name, _arguments(value, self._tools[self._name]))]
         if isinstance(value, list) and value:
             return [call for row in value for call in self._calls_in(row)]
         if not isinstance(value, dict):
@@ -1497,7 +1497,7 @@ class _Block:
             self._pending, self.taken = [], self._at
 
 
-def _arguments(given: Any, tool: Tool | None) -> dict[str, Any]:
+def _arguments(given: Any, tool: Tool) -> dict[str, Any]:
     """A call's arguments from an object, JSON text or nothing; else ValueError."""
     if isinstance(given, str) and given.strip():
         given = parse_sloppy_json(given)
@@ -1510,8 +1510,8 @@ def _arguments(given: Any, tool: Tool | None) -> dict[str, Any]:
     return value
 
 
-def _properties(tool: Tool | None) -> dict[str, Any]:
-    properties = tool.parameters.get("properties") if tool else None
+def _properties(tool: Tool) -> dict[str, Any]:
+    properties = tool.parameters.get("properties")
     return properties if isinstance(properties, dict) else {}
 
 
@@ -9639,7 +9639,8 @@ class Handlers:
         """
         try:
             asked = with_words(ask, app.tools)
-        except BadRequest:
+            asked = await self._with_stored_files(exchange, asked)
+        except BaseException:
             self._give_back(tail)
             raise
         reading = await self._run_once(exchange, app, asked, sink, joins, tail)
@@ -9758,11 +9759,6 @@ class Handlers:
         tail: Tail | None,
     ) -> Turn:
         """Send the question to Dify, until it begins to answer."""
-        try:
-            ask = await self._with_stored_files(exchange, ask)
-        except BaseException:
-            self._give_back(tail)
-            raise
         user = _user_of(exchange, ask)
         explicit = _named_conversation(ask, exchange)
         if explicit != ask.conversation_id:
@@ -9817,14 +9813,13 @@ class Handlers:
         app, ask = question.app, question.ask
         has_files = any(row.attachments for row in ask.messages)
         form = await self._dify.form_of(app) if has_files else NO_FORM
-        inputs = {**app.inputs, **ask.inputs}
         plan = plan_turn(
             ask,
             question.scope,
             question.tail,
             system_variable=app.system_variable,
             history_variable=app.history_variable,
-            has_room=lambda files: has_room(form, files, inputs),
+            has_room=lambda files: has_room(form, files, {**app.inputs, **ask.inputs}),
         )
         request = await self._request_for(question, plan, mode)
         stream = await self._dify.open_turn(app, mode, request)

@@ -918,15 +918,24 @@ def test_memory_needs_no_file() -> None:
         assert complaint == ""
 
 
-def test_no_later_failure_reaches_a_request(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+Shared = tuple[Conversations, sqlite3.Connection]
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shared]:
+    """A table in a file, and another connection to it; neither waits for a lock."""
     monkeypatch.setattr(opendify, "_BUSY_TIMEOUT_S", 0.0)
     path = str(tmp_path / "table.db")
     with (
         closing(Conversations(path, WEEK)) as store,
         closing(sqlite3.connect(path, isolation_level=None)) as other,
     ):
+        yield store, other
+
+
+def test_no_later_failure_reaches_a_request(shared: Shared) -> None:
+    store, other = shared
+    with closing(store):
         record(store, "c", *chat(*TALK))
         request = ask_of(*TALK, "new")
         tail = store.take(request, SCOPE, 0.0)
@@ -958,23 +967,16 @@ def test_left_turn_by_id_is_known_to_the_first_turn_beside_it() -> None:
         assert found(store, ask_of(*TALK, "new")) == ""
 
 
-def test_what_a_locked_file_missed_is_made_up_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_locked_file_missed_is_made_up_for(shared: Shared) -> None:
     """A turn went into a conversation by its id while another process was writing."""
-    monkeypatch.setattr(opendify, "_BUSY_TIMEOUT_S", 0.0)
-    path = str(tmp_path / "table.db")
-    with (
-        closing(Conversations(path, WEEK)) as store,
-        closing(sqlite3.connect(path, isolation_level=None)) as other,
-    ):
-        record(store, "c", *chat(*TALK))
-        other.execute("BEGIN IMMEDIATE")
-        tail = store.take(ask(user("x"), conversation_id="c"), SCOPE, 0.0)
-        other.execute("ROLLBACK")
-        assert tail is not None
-        store.put(tail.extend([user("x"), answer("y")]), 0.0)
-        assert found(store, ask_of(*TALK, "new")) == ""
+    store, other = shared
+    record(store, "c", *chat(*TALK))
+    other.execute("BEGIN IMMEDIATE")
+    tail = store.take(ask(user("x"), conversation_id="c"), SCOPE, 0.0)
+    other.execute("ROLLBACK")
+    assert tail is not None
+    store.put(tail.extend([user("x"), answer("y")]), 0.0)
+    assert found(store, ask_of(*TALK, "new")) == ""
 
 
 # Properties...
