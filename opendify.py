@@ -5920,6 +5920,7 @@ class Pacer:
         # next character is due already: all of it, so that the first goes at once.
         self._drawn = self._tick = self._shown = -inf
         self._credit = 1.0
+        self._half = ""  # of a flag that was shown without its other half
         self._is_closed = False
 
     @property
@@ -6014,16 +6015,18 @@ class Pacer:
 
     def _cut(self, wish: int, must: int) -> str:
         """Remove about `wish` characters from what is held, and no less than `must`."""
-        text = "".join(self._texts)
-        end = _boundary(text, min(len(text), max(wish, must, 0)), 1)
-        if end == len(text) > must and not self._is_closed and _GROWING.match(text[-1]):
+        text, shown = self._half + "".join(self._texts), len(self._half)
+        least = shown + max(must, 0)
+        end = _boundary(text, min(len(text), max(shown + wish, least)), 1)
+        if end == len(text) > least and not self._is_closed and _GROWING.match(text[-1]):
             whole = _boundary(text, end - 1, -1)
-            if whole >= must and (whole or self._gone):
+            if whole >= least and (whole > shown or self._gone):
                 end = whole
+        self._half = text[end - 1 : end] if _ends_in_half_a_flag(text[:end]) else ""
         self._texts = [text[end:]]
-        self._gone += end
+        self._gone += end - shown
         self._deadlines = {by: n for by, n in self._deadlines.items() if n > self._gone}
-        return text[:end]
+        return text[shown:end]
 
 
 def _boundary(text: str, at: int, step: int) -> int:
@@ -6039,11 +6042,15 @@ def _is_tied(text: str, at: int) -> bool:
     before, after = text[at - 1], text[at]
     if before < "\u0300" and after < "\u0300":  # nearly always
         return before == "\r" and after == "\n"
-    run = text[max(0, at - 2 * _MAX_CLUSTER) : at]  # flags are pairs in a run
-    is_half = after in _FLAGS and (len(run) - len(run.rstrip(_FLAGS))) % 2 == 1
+    run = text[max(0, at - 2 * _MAX_CLUSTER) : at]
+    is_half = after in _FLAGS and _ends_in_half_a_flag(run)
     is_mark = unicodedata.category(after) in _TYING
     binds = unicodedata.combining(before) == _VIRAMA
     return is_half or is_mark or binds or bool(_PAIR.match(before + after))
+
+
+def _ends_in_half_a_flag(text: str) -> bool:
+    return (len(text) - len(text.rstrip(_FLAGS))) % 2 == 1  # they are pairs in a run
 
 
 # ==============================================================================

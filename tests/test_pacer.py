@@ -250,6 +250,17 @@ def test_first_text_goes_even_if_it_may_grow() -> None:
     assert pacer.take(0.0) == WOMAN
 
 
+@pytest.mark.parametrize("gap_s", [0.05, 0.45])
+def test_flags_stay_whole_after_half_a_flag(gap_s: float) -> None:
+    flags = "\U0001f1e8\U0001f1f3" * 20
+    halves = [(at * gap_s / 2, half) for at, half in enumerate(flags)]
+    first, *rest = play(halves)
+    assert joined([first, *rest]) == flags
+    assert len(first[1]) == 1  # the first text goes at once
+    ends = list(accumulate(len(text) for _, text in [first, *rest]))
+    assert all(end % 2 == 0 for end in ends[1:])
+
+
 def test_close_and_flush_end_the_wait() -> None:
     for end in ("close", "flush"):
         pacer = Pacer()
