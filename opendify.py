@@ -759,11 +759,13 @@ class OutputFormat:
     """How the answer is written: kind "text", "json_object" or "json_schema".
 
     `name` and `schema` say more of a json_schema; an empty schema allows any JSON.
+    `param` is the field that asked for it.
     """
 
     kind: str = "text"
     name: str = ""
     schema: Mapping[str, Any] = field(default_factory=dict)
+    param: str = "response_format"
 
     @property
     def is_compound(self) -> bool:
@@ -1143,7 +1145,7 @@ def parse_output_format(body: Mapping[str, Any]) -> OutputFormat:
     if kind == "text":
         return OutputFormat()
     if kind == "json_object":
-        return OutputFormat(kind, schema={"type": "object"})
+        return OutputFormat(kind, schema={"type": "object"}, param=where)
     if kind != "json_schema" or not isinstance(row, dict):
         problem = "it must be text, json_object or json_schema."
         raise _refused(f"{where}.type", "invalid_value", problem)
@@ -1155,7 +1157,7 @@ def parse_output_format(body: Mapping[str, Any]) -> OutputFormat:
         raise _refused(f"{place}.schema", "invalid_type", problem)
     if row.get("description"):
         schema = {"description": row["description"], **schema}
-    return OutputFormat(kind, str(row.get("name") or ""), schema)
+    return OutputFormat(kind, str(row.get("name") or ""), schema, where)
 
 
 # What the app is told...
@@ -6018,7 +6020,11 @@ class Pacer:
         text, shown = self._half + "".join(self._texts), len(self._half)
         least = shown + max(must, 0)
         end = _boundary(text, min(len(text), max(shown + wish, least)), 1)
-        if end == len(text) > least and not self._is_closed and _GROWING.match(text[-1]):
+        if (
+            end == len(text) > least
+            and not self._is_closed
+            and _GROWING.match(text[-1])
+        ):
             whole = _boundary(text, end - 1, -1)
             if whole >= least and (whole > shown or self._gone):
                 end = whole
@@ -6995,7 +7001,7 @@ def _as_proxy_errors(origin: Origin, cure: str = "") -> Iterator[None]:
 def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError:
     """What to do about an error of sockets, TLS or HTTP."""
     cure = cure or "check DIFY_API_BASE"
-    where = f"{origin.scheme}://{origin.host}:{origin.port}"
+    where = f"{origin.scheme}://{_authority(origin)}"
     if isinstance(error, ssl.SSLCertVerificationError):
         is_for_another = error.verify_code in (62, 64)  # X509_V_ERR_…_MISMATCH
         cure = (
@@ -8690,7 +8696,7 @@ def unsatisfied(ask: Ask, reason: str) -> Unsatisfied:
         )
     return Unsatisfied(
         f"The app's answer is not the JSON that was asked for: {reason}.",
-        param="response_format",
+        param=ask.output.param,
         code="response_format_unsatisfied",
     )
 
@@ -11009,7 +11015,7 @@ class _JsonFormatter(_Formatter):
         }
         if record.exc_info:
             value["exception"] = self.formatException(record.exc_info)
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value)  # in ASCII: the log's encoding is anybody's
 
 
 def _set_up_logging(settings: Settings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from dataclasses import replace
 from itertools import count
 from typing import Any, Union
 
@@ -1234,7 +1235,7 @@ def test_tools_are_refused(body: dict[str, Any], param: str, code: str) -> None:
                     }
                 }
             },
-            PERSON,
+            replace(PERSON, param="text.format"),
             id="responses",
         ),
         pytest.param(

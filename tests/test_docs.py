@@ -800,3 +800,11 @@ def test_log_in_json_is_as_shown(tmp_path: Path) -> None:
     written = json.loads(opendify._JsonFormatter().format(record))
     assert {**written, "time": ""} == {**shown, "time": ""}
     assert logged(written["time"]) == logged(shown["time"])
+
+
+def test_log_in_json_suits_every_encoding() -> None:
+    """A stream that can't encode a letter writes what no JSON allows."""
+    record = logging.LogRecord("", logging.INFO, "", 0, "应用 é", (), None)
+    written = opendify._JsonFormatter().format(record)
+    assert written.isascii()
+    assert json.loads(written)["message"] == "应用 é"

@@ -650,6 +650,13 @@ async def test_no_connection(name: str, stream: bool) -> None:
     assert asked.took_s <= CONNECT_S + 0.1
 
 
+async def test_ipv6_address_is_told_as_in_a_url() -> None:
+    connect = raising(ConnectionRefusedError(111, "refused"))
+    async with proxying("http://[::1]:9/v1", connect) as front:
+        asked = await front.ask(stream=True)
+    assert "http://[::1]:9 " in asked.message
+
+
 async def test_really_nobody_listens() -> None:
     async with proxying(f"http://127.0.0.1:{free_port()}/v1") as front:
         for stream in (True, False):

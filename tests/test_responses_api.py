@@ -511,6 +511,13 @@ async def test_format_that_is_refused_is_named(form: JSONObject, param: str) -> 
     assert (got.status, got.error["param"]) == (400, param)
 
 
+async def test_answer_that_is_not_the_format_names_it() -> None:
+    async with proxy() as served:
+        got = await respond(served, text={"format": {"type": "json_object"}})
+    assert (got.status, got.error["param"]) == (502, "text.format")
+    assert got.error["code"] == "response_format_unsatisfied"
+
+
 async def test_stored_error_shows_no_key() -> None:
     row = {
         "id": "m",
