@@ -104,6 +104,7 @@ log = logging.getLogger("opendify")
 CHAT_MODES = ("chat", "agent-chat", "advanced-chat", "agent")
 APP_MODES = (*CHAT_MODES, "completion", "workflow")
 TOOLS_PLACES = ("prompt", "inputs", "off")
+BASE_SETTING = "DIFY_API_BASE (or the model's `base`)"  # as errors name it
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -175,7 +176,7 @@ class Settings:
         Seconds(0.4), "seconds that text may be held back, at most", 0
     )
     conversation_store: str = _setting(
-        "memory", "or the path of an SQLite file, to survive a restart"
+        "memory", "memory, or the path of an SQLite file, to survive a restart"
     )
     conversation_ttl: Seconds = _setting(
         Seconds(7 * 86400), "how long an unused conversation is remembered", 1
@@ -369,7 +370,8 @@ def _parse_models(text: str) -> dict[str, AppSettings]:
     try:
         models = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f'is not JSON ({error}): {{"name": "app-…"}}') from None
+        like = 'it must be like {"name": "app-…"}'
+        raise ValueError(f"is not JSON ({error}); {like}") from None
     if not isinstance(models, dict):
         raise ValueError('must be a JSON object like {"name": "app-…"}')
     problems: list[str] = []
@@ -391,9 +393,10 @@ def _parse_app(name: str, value: Any, problems: list[str]) -> AppSettings:
             near = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             problems.append(f"{name!r} has an unknown {key!r}{hint}")
-        elif not isinstance(entry, _APP_TYPES.get(key, str)):
-            wanted = _APP_TYPES.get(key, str).__name__
-            problems.append(f"the {key} of {name!r} must be of type {wanted}")
+            continue
+        type_, wanted = _APP_TYPES.get(key, (str, "a text"))
+        if not isinstance(entry, type_):
+            problems.append(f"the {key} of {name!r} must be {wanted}")
     if described.get("tools", "prompt") not in TOOLS_PLACES:
         problems.append(f"the tools of {name!r} must be {' or '.join(TOOLS_PLACES)}")
     if described.get("mode", "") not in ("", *APP_MODES):
@@ -401,7 +404,10 @@ def _parse_app(name: str, value: Any, problems: list[str]) -> AppSettings:
     return AppSettings(**{key: described[key] for key in known if key in described})
 
 
-_APP_TYPES: Mapping[str, type] = {"inputs": dict, "smoothing": bool}
+_APP_TYPES: Mapping[str, tuple[type, str]] = {
+    "inputs": (dict, "a JSON object"),
+    "smoothing": (bool, "true or false"),
+}
 _PARSERS: Mapping[type, Callable[[str], Any]] = {
     bool: _parse_switch,
     int: _parse_int,
@@ -2047,7 +2053,7 @@ def check_files(
     for index, file in enumerate(files):
         reason = _size_problem(form, file)
         if not has_fields and not rules:
-            reason = "the app takes no files; file upload is switched on in Dify"
+            reason = "the app takes no files; switch file upload on in Dify"
         elif not has_fields and limit and index >= limit:
             reason = f"the app takes {limit} files at a time"
         elif not has_fields:
@@ -2392,8 +2398,8 @@ def error_from_body(status: int, body: bytes) -> ProxyError:
     if status >= 500:
         return UpstreamFailed(f"The gateway before Dify answered {status}.")
     return ConfigurationFault(
-        f"DIFY_API_BASE does not lead to Dify's API: the answer ({status}) is no "
-        "JSON. It must be like https://host/v1."
+        f"The base URL does not lead to Dify's API: the answer ({status}) is no JSON. "
+        f"Check {BASE_SETTING}: it must be like https://host/v1."
     )
 
 
@@ -6640,7 +6646,9 @@ def check_line_ends(data: bytes) -> None:
     first = data.startswith(b"\n")  # its CR was checked before
     last = data.endswith(b"\r")  # its LF may still come
     if data.count(b"\n") != pairs + first or data.count(b"\r") != pairs + last:
-        raise MalformedHTTP("Lines must end with CR LF.")
+        is_tls = data.startswith(b"\x16\x03")  # a handshake (RFC 8446, section 5.1)
+        cure = "This port speaks no TLS: the base URL begins with http://."
+        raise MalformedHTTP(cure if is_tls else "Lines must end with CR LF.")
 
 
 class Request(NamedTuple):
@@ -7000,12 +7008,12 @@ def _as_proxy_errors(origin: Origin, cure: str = "") -> Iterator[None]:
 
 def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError:
     """What to do about an error of sockets, TLS or HTTP."""
-    cure = cure or "check DIFY_API_BASE"
+    cure = cure or f"check {BASE_SETTING}"
     where = f"{origin.scheme}://{_authority(origin)}"
     if isinstance(error, ssl.SSLCertVerificationError):
         is_for_another = error.verify_code in (62, 64)  # X509_V_ERR_…_MISMATCH
         cure = (
-            "Name the host that it is for in DIFY_API_BASE."
+            f"Name the host that it is for in {BASE_SETTING}."
             if is_for_another
             else "If a private authority signed it, name its file in DIFY_CA_FILE."
         )
@@ -7013,8 +7021,8 @@ def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError
         return ConfigurationFault(f"The certificate of {where} fails: {reason}. {cure}")
     if isinstance(error, ssl.SSLError):
         return UpstreamFailed(
-            f"TLS with {where} failed ({error.reason or error}); check the scheme and "
-            "the port of DIFY_API_BASE."
+            f"TLS with {where} failed ({error.reason or error}); check scheme and port "
+            f"in {BASE_SETTING}."
         )
     if isinstance(error, (socket.gaierror, UnicodeError)):  # the latter: no such name
         return UpstreamFailed(
@@ -7407,7 +7415,7 @@ async def _tunnel_by(
 
 
 def _no_answer() -> ProxyError:
-    return UpstreamTimeout("Dify does not answer.")
+    return UpstreamTimeout("Dify does not answer in time (DIFY_FIRST_EVENT_TIMEOUT).")
 
 
 class _NoAnswer(Exception):
@@ -7968,13 +7976,13 @@ class Dify:
         if 300 <= response.status < 400:
             return ConfigurationFault(
                 f"Dify redirects ({response.status}) to "
-                f"{response.headers.get('location', 'nowhere')!r}; set DIFY_API_BASE "
-                "to where the API really is."
+                f"{response.headers.get('location', 'nowhere')!r}; say in "
+                f"{BASE_SETTING} where the API really is."
             )
         if response.status < 300:
             return ConfigurationFault(
-                f"What DIFY_API_BASE leads to answers {response.status}, but with no "
-                "event stream; it must be like https://host/v1."
+                f"What the base URL leads to answers {response.status}, but without an "
+                f"event stream. Check {BASE_SETTING}: it must be like https://host/v1."
             )
         return without_key(error_from_body(response.status, content), app)
 
@@ -8297,10 +8305,10 @@ def find_endpoint(path: str) -> tuple[str, str]:
         return f"files{file[2] or '/'}", file[1]
     if tail.startswith("models/"):
         return "models/", tail[len("models/") :]
-    for endpoint in filter(None, ROUTES):  # ".../chat/completions/chat/completions"
-        times = len(tail) // len(endpoint)
-        if times > 1 and tail == "/".join([endpoint] * times):
-            return endpoint, name
+    for base in ROUTES:  # "…/chat/completions/models": the base URL is an endpoint
+        rest = tail[len(base) + 1 :]
+        if rest in ROUTES and tail == f"{base}/{rest}":
+            return rest, name
     resource = _RESOURCE.match(tail)
     if resource:
         return f"{resource[1]}/{{id}}{resource[3]}", resource[2]
@@ -8761,8 +8769,15 @@ class Handlers:
         request = exchange.request
         endpoint, exchange.name_in_path = find_endpoint(request.path)
         methods = ROUTES.get(endpoint)
+        if endpoint in NOT_SERVED:
+            raise NotFound(
+                f"{request.path} is not served: Dify apps have no embeddings, "
+                "moderations or images. Ask a model provider for those directly."
+            )
         if methods is None:
-            raise NotFound(f"Invalid URL ({request.method} {request.path}).")
+            raise NotFound(
+                f"Invalid URL ({request.method} {request.path}): base URLs end in /v1."
+            )
         method = "GET" if request.method == "HEAD" else request.method
         if method not in methods:
             allowed = ", ".join(methods)
@@ -9265,13 +9280,6 @@ class Handlers:
         """A conversation that was taken, and that nothing was sent to."""
         if tail:
             self._conversations.put(tail, self._wall_clock())
-
-    async def not_served(self, exchange: Exchange) -> None:
-        """Endpoints of OpenAI's that no Dify app has anything for."""
-        raise NotFound(
-            f"{exchange.request.path} is not served: Dify apps have no embeddings, "
-            "moderation or image endpoints. Ask a model provider for those directly."
-        )
 
     def _envelope(self, prefix: str, model: str) -> Envelope:
         return Envelope(f"{prefix}-{self._new_id()}", int(self._wall_clock()), model)
@@ -10029,7 +10037,7 @@ def _with_something(ask: Ask, asked: ResponsesRequest) -> Ask:
 
 def _no_previous(id_: str) -> BadRequest:
     return BadRequest(
-        f"Previous response with id {_shown(id_)} not found.",
+        f"Previous response with id {_shown(id_)} not found. Send the history instead.",
         param="previous_response_id",
         code="previous_response_not_found",
     )
@@ -10089,8 +10097,8 @@ def _decoded_name(raw: str, models: Iterable[str]) -> str:
 
 def _switched_off(feature: str, model: str, param: str = "model") -> ProxyError:
     return BadRequest(
-        f"{feature} is switched off in the app of {model!r}; it is one of the app's "
-        "features in Dify.",
+        f"{feature} is switched off in the app of {model!r}; switch it on among the "
+        "app's features in Dify.",
         param=param,
     )
 
@@ -10138,7 +10146,6 @@ ROUTES: dict[str, Mapping[str, Callable[[Handlers, Exchange], Awaitable[None]]]]
         "GET": Handlers.list_conversation_items,
         "POST": Handlers.add_conversation_items,
     },
-    **{endpoint: {"POST": Handlers.not_served} for endpoint in NOT_SERVED},
     "models": {"GET": Handlers.list_models},
     "models/": {"GET": Handlers.get_model},
     "audio/transcriptions": {"POST": Handlers.transcribe},
@@ -10382,7 +10389,7 @@ def _slow_request() -> ProxyError:
 
 def _turn_away(wire: Wire, id_: str) -> None:
     """Too many connections: say so, and close."""
-    busy = Overloaded("Too many connections.")
+    busy = Overloaded("Too many connections (MAX_CONNECTIONS).")
     exchange = Exchange(Reply(wire), id_, wire.peer)
     exchange.reply.headers.append(("x-request-id", id_))
     _refuse(exchange, busy)
@@ -10450,7 +10457,7 @@ def _body_reader(
 
 
 def _too_large(limit: int) -> ProxyError:
-    return BodyTooLarge(f"The body is over {limit >> 20} MiB.")
+    return BodyTooLarge(f"The body is over {limit >> 20} MiB (MAX_BODY_MB).")
 
 
 def check_host(request: Request, settings: Settings, *, is_local: bool) -> None:
@@ -10880,7 +10887,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = source.load()
     except SettingsError as error:
-        for complaint in error.complaints:
+        for complaint in [*source.warnings, *error.complaints]:
             print(f"opendify: {complaint}", file=sys.stderr)
         return 2
     _set_up_logging(settings)
@@ -11104,7 +11111,8 @@ async def _serve_until_signal(settings: Settings, server: Server) -> int:
         addresses = await server.listen(host, port)
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        print(f"opendify: can't listen on {host}:{port}: {reason}", file=sys.stderr)
+        text = f"opendify: can't listen on {host}:{port}: {reason}"
+        print(f"{text}; choose another with --host or --port", file=sys.stderr)
         return 1
     _announce(settings, addresses)
     _warn_of_strangers(settings, server)
@@ -11120,7 +11128,10 @@ def _announce(settings: Settings, addresses: Sequence[tuple[str, int]]) -> None:
             text = f"OpenDify {__version__} listens on http://{shown}:{port}/v1"
             print(text, flush=True)
     names = ", ".join(settings.model_config) or "named by Dify"
-    log.info("models: %s; Dify: %s", names, mask_password(settings.dify_api_base))
+    bases = [app.base for app in settings.model_config.values()]
+    bases += [settings.dify_api_base] if settings.dify_api_keys else []
+    shown = ", ".join(map(mask_password, dict.fromkeys(bases)))
+    log.info("models: %s; Dify: %s", names, shown)
 
 
 def _warn_of_strangers(settings: Settings, server: Server) -> None:

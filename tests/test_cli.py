@@ -187,6 +187,18 @@ def test_all_complaints_are_printed(run: Run, monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
+def test_unknown_name_is_told_beside_complaints(run: Run) -> None:
+    """It may be the reason of them."""
+    Path(".env").write_text("DIFY_API_BAS=x\nSERVER_PORT=x\n", encoding="utf-8")
+    status, out, err = run()
+    assert (status, out) == (2, "")
+    assert err.splitlines() == [
+        "opendify: DIFY_API_BAS is not a setting of OpenDify; did you mean "
+        "DIFY_API_BASE?",
+        "opendify: SERVER_PORT: must be a whole number, not 'x'",
+    ]
+
+
 def test_port_in_use_is_one_line_and_status_1(run: Run) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

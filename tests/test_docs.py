@@ -24,7 +24,6 @@ from dotenv import dotenv_values
 
 import opendify
 from opendify import (
-    NOT_SERVED,
     OPEN_ENDPOINTS,
     ROUTES,
     TOOLS_PLACES,
@@ -478,8 +477,7 @@ def test_table_of_endpoints_has_every_route() -> None:
     for methods, path in (row[0][1:-1].rsplit(" ", 1) for row in table("Endpoint")):
         endpoint = find_endpoint(path)[0]
         told |= {(method, endpoint) for method in re.findall(r"[A-Z]+", methods)}
-    served = {name: row for name, row in ROUTES.items() if name not in NOT_SERVED}
-    assert told == {(method, name) for name, row in served.items() for method in row}
+    assert told == {(method, name) for name, row in ROUTES.items() for method in row}
 
 
 def test_endpoints_without_a_key_are_those_of_the_file() -> None:
@@ -490,8 +488,7 @@ def test_endpoints_without_a_key_are_those_of_the_file() -> None:
 def test_paths_that_are_said_to_be_served_are() -> None:
     paths = re.findall(r"`(?:GET|POST) (/[\w/]+)`", PROSE)
     assert len(paths) > 4
-    served = ROUTES.keys() - set(NOT_SERVED)
-    assert [path for path in paths if find_endpoint(path)[0] not in served] == []
+    assert [path for path in paths if find_endpoint(path)[0] not in ROUTES] == []
 
 
 # ------------------------------------------------------------------------------
@@ -789,7 +786,7 @@ def test_quick_start_prints_what_it_shows(demo_base: str, tmp_path: Path) -> Non
         assert other.wait(timeout=20) == 0
     assert re.fullmatch(pattern(block_after("ask it something", "text")), curled + "\n")
     assert printed == block_after("with OpenAI's own\nclient", "text")
-    shown = logged(block_after("message texts are never in it.", "text").rstrip())
+    shown = logged(block_after("no message texts into it.", "text").rstrip())
     lines = (tmp_path / LOG).read_text(encoding="utf-8").splitlines()
     assert [logged(line) for line in lines].count(shown) == 3
 

@@ -619,7 +619,7 @@ NO_CONNECTION: dict[str, tuple[Connect, Outcome, str]] = {
     "unknown-host": (
         raising(socket.gaierror(socket.EAI_NONAME, "Name or service not known")),
         REFUSED,
-        "'127.0.0.1' can't be resolved; check DIFY_API_BASE",
+        "'127.0.0.1' can't be resolved; check DIFY_API_BASE (or the model's `base`)",
     ),
     "refused": (
         raising(ConnectionRefusedError(111, "refused")),

@@ -899,7 +899,10 @@ async def test_file_of_the_app_s_limit_passes() -> None:
 async def test_body_over_the_proxy_s_limit_is_refused() -> None:
     async with proxy(parameters=VISION, variables={"MAX_BODY_MB": "1"}) as served:
         got = await post(served, FILES, pdf(b"x" * (1 << 20)), is_chunked=True)
-    assert (got.status, got.error["message"]) == (413, "The body is over 1 MiB.")
+    assert (got.status, got.error["message"]) == (
+        413,
+        "The body is over 1 MiB (MAX_BODY_MB).",
+    )
 
 
 async def test_first_app_takes_a_file_that_names_none() -> None:

@@ -17,7 +17,7 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 240,
+    "Settings": 245,
     "Errors": 100,
     "SSE": 90,
     "Turn": 150,

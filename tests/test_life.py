@@ -473,6 +473,18 @@ async def test_host_that_is_not_ours_is_one_line_and_status_1(
 
 
 @pytest.mark.real_clock
+async def test_log_begins_with_the_bases_that_are_used(tmp_path: Path) -> None:
+    far = {"key": KEY, "base": "https://me:planted@far.test/v1"}
+    config = json.dumps({"near": KEY, "far": far, "farther": far})
+    settings = {"MODEL_CONFIG": config, "DIFY_API_BASE": "http://near.test/v1"}
+    async with running(tmp_path, **settings) as server:
+        assert await server.end() == 0
+    (line,) = [line for line in server.log if "models: " in line]
+    bases = "http://near.test/v1, https://…@far.test/v1"
+    assert line.endswith(f"models: near, far, farther; Dify: {bases}")
+
+
+@pytest.mark.real_clock
 @pytest.mark.parametrize(
     ("host", "keys", "warns"),
     [("0.0.0.0", "", True), ("0.0.0.0", "k", False), ("127.0.0.1", "", False)],

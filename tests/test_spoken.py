@@ -165,8 +165,8 @@ async def test_app_that_does_not_speak_is_not_asked(stream: bool) -> None:
         got = await served.chat(stream=stream, **ASKED)
     assert (got.status, got.error["param"]) == (400, "modalities")
     assert got.error["message"] == (
-        "Text to speech is switched off in the app of 'm'; it is one of the app's "
-        "features in Dify."
+        "Text to speech is switched off in the app of 'm'; switch it on among the "
+        "app's features in Dify."
     )
     assert (served.turns, speeches(served)) == ([], [])
 

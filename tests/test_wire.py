@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, Callable, Optional
 
@@ -29,6 +30,7 @@ from opendify import (
     Response,
     Wire,
     body_decoder,
+    check_line_ends,
     encode_head,
     parse_request_head,
     read_fields,
@@ -710,6 +712,15 @@ def test_any_head_is_a_request_or_a_refusal(
         assert error.status in (400, 431, 501, 505)
     else:
         assert request.http_version in ("1.0", "1.1")
+
+
+def test_tls_on_a_plain_port_is_told() -> None:
+    hello = ssl.MemoryBIO()
+    secure = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), hello, False, "a")
+    with pytest.raises(ssl.SSLWantReadError):
+        secure.do_handshake()
+    with pytest.raises(MalformedHTTP, match="begins with http://"):
+        check_line_ends(hello.read() + b"\n")  # nearly all have one anyway
 
 
 def test_response_fields_are_read_as_strictly() -> None:
