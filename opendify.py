@@ -3864,8 +3864,8 @@ def encode_speech(audio: bytes) -> bytes:
 
 
 def encode_failure(error: ProxyError) -> bytes:
-    """The end of speech that can't be finished, streamed as SSE."""
-    return encode_event(json_bytes(error_body(error))) + encode_event(b"[DONE]")
+    """The end of chunks, or of speech, that can't be finished, streamed as SSE."""
+    return encode_event(json_bytes(error_body(error))) + _DONE
 
 
 def transcript_format(fields: Mapping[str, str]) -> str:
@@ -4220,16 +4220,32 @@ class AnswerStream(Protocol):
 
 
 class _ChunkStream:
-    """What chat and the legacy API have in common."""
+    """What chat and the legacy API have in common; their `_chunk` writes a chunk."""
 
     needs_ids = False
+    _chunk: Callable[..., bytes]
 
-    def __init__(self) -> None:
+    def __init__(
+        self, envelope: Envelope, *, include_usage: bool, index: int = 0
+    ) -> None:
         self.usage = Usage()
+        self._envelope = envelope
+        self._usage_key = {"usage": None} if include_usage else {}
+        self._index = index
 
     def heartbeat(self) -> bytes:
         """A comment, which every reader skips."""
         return encode_comment("keep-alive")
+
+    def end(self, usage: Usage) -> bytes:
+        """The end of the stream, once all its choices are finished."""
+        if not self._usage_key:
+            return _DONE
+        return self._chunk(None, None, {"usage": _usage_object(usage)}) + _DONE
+
+    def fail(self, error: ProxyError) -> bytes:
+        """The end of a stream that can't be finished: no finish_reason, ever."""
+        return encode_failure(error)
 
 
 class ChatStream(_ChunkStream):
@@ -4248,10 +4264,7 @@ class ChatStream(_ChunkStream):
         index: int = 0,
         is_legacy: bool = False,
     ) -> None:
-        super().__init__()
-        self._envelope = envelope
-        self._usage_key = {"usage": None} if include_usage else {}
-        self._index = index
+        super().__init__(envelope, include_usage=include_usage, index=index)
         self._is_legacy = is_legacy
         head, _, tail = self._chunk({"@": 0}, None).partition(b'{"@":0}')
         self._text = (head + b'{"content":', b"}" + tail)
@@ -4284,16 +4297,6 @@ class ChatStream(_ChunkStream):
             reason = _finish_reason(part.reason, self._calls, self._is_legacy)
             return self._chunk(cite(self._citations, self._chars), reason)
         return b""
-
-    def end(self, usage: Usage) -> bytes:
-        """The end of the stream, once all its choices are finished."""
-        if not self._usage_key:
-            return _DONE
-        return self._chunk(None, None, {"usage": _usage_object(usage)}) + _DONE
-
-    def fail(self, error: ProxyError) -> bytes:
-        """The end of a stream that can't be finished: no finish_reason, ever."""
-        return encode_event(json_bytes(error_body(error))) + _DONE
 
     def _call(self, call: ToolCall) -> bytes:
         """Two chunks: which tool, and with what. Legacy clients know but one call."""
@@ -4386,10 +4389,7 @@ class CompletionStream(_ChunkStream):
     def __init__(
         self, envelope: Envelope, *, include_usage: bool, index: int, echo: str
     ) -> None:
-        super().__init__()
-        self._envelope = envelope
-        self._usage_key = {"usage": None} if include_usage else {}
-        self._index = index
+        super().__init__(envelope, include_usage=include_usage, index=index)
         self._echo = echo
 
     def begin(self, extra: Mapping[str, Any]) -> bytes:
@@ -4406,22 +4406,14 @@ class CompletionStream(_ChunkStream):
             self.usage = part
         return b""
 
-    def end(self, usage: Usage) -> bytes:
-        """The end of the stream, once all its choices are finished."""
-        if not self._usage_key:
-            return _DONE
-        chunk = {**_completion(self._envelope, []), "usage": _usage_object(usage)}
-        return encode_event(json_bytes(chunk)) + _DONE
-
-    def fail(self, error: ProxyError) -> bytes:
-        """The end of a stream that can't be finished."""
-        return encode_event(json_bytes(error_body(error))) + _DONE
-
     def _chunk(
-        self, text: str, reason: str | None, extra: Mapping[str, Any] | None = None
+        self,
+        text: str | None,
+        reason: str | None,
+        extra: Mapping[str, Any] | None = None,
     ) -> bytes:
-        choices = [_completion_choice(self._index, text, reason)]
-        chunk = _completion(self._envelope, choices)
+        choice = _completion_choice(self._index, text or "", reason)
+        chunk = _completion(self._envelope, [] if text is None else [choice])
         return encode_event(json_bytes({**chunk, **self._usage_key, **(extra or {})}))
 
 
