@@ -2006,11 +2006,9 @@ def query_variable(mode: str, form: AppForm) -> str:
     texts = [row for row in form.inputs if row.type in _TEXT_TYPES]
     names = [row.variable for row in texts]
     required = [row.variable for row in texts if row.required]
-    for name in _QUERY_NAMES:
-        if name in names:
-            return name
-    if len(required) == 1 or names:
-        return required[0] if len(required) == 1 else names[0]
+    usual = [name for name in _QUERY_NAMES if name in names]
+    if names:
+        return (usual or (required if len(required) == 1 else names))[0]
     if mode == "completion":
         return "query"
     raise BadRequest(
