@@ -860,6 +860,13 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
+    def __add__(self, other: Usage) -> Usage:
+        """The tokens of both."""
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
+
     @property
     def total_tokens(self) -> int:
         """Always the sum: Dify's own total is wrong in some releases."""
@@ -2834,11 +2841,7 @@ class AnswerReader:
             usage = outputs.get("usage") or object_of(data.get("process_data")).get(
                 "usage"
             )
-            more = _usage(object_of(usage))
-            self._node_usage = Usage(
-                self._node_usage.prompt_tokens + more.prompt_tokens,
-                self._node_usage.completion_tokens + more.completion_tokens,
-            )
+            self._node_usage += _usage(object_of(usage))
         elif (
             data.get("node_type") == "knowledge-retrieval" and self._mode == "workflow"
         ):
@@ -4132,7 +4135,7 @@ def chat_completion(
         "model": envelope.model,
         "system_fingerprint": _FINGERPRINT,
         "choices": choices,
-        "usage": _usage_object(sum_usage(answer.usage for answer in answers)),
+        "usage": _usage_object(sum((answer.usage for answer in answers), Usage())),
         **extra,
     }
 
@@ -4177,13 +4180,6 @@ def _finish_reason(reason: str, calls: Sequence[ToolCall], is_legacy: bool) -> s
     if reason != "stop" or not calls:
         return reason
     return "function_call" if is_legacy else "tool_calls"
-
-
-def sum_usage(usages: Iterable[Usage]) -> Usage:
-    """The tokens of several answers together."""
-    rows = list(usages)
-    prompt = sum(row.prompt_tokens for row in rows)
-    return Usage(prompt, sum(row.completion_tokens for row in rows))
 
 
 class AnswerStream(Protocol):
@@ -4426,7 +4422,7 @@ def text_completion(
         _completion_choice(index, echo + answer.text, answer.finish_reason)
         for index, (answer, echo) in enumerate(zip(answers, echoes))
     ]
-    usage = sum_usage(answer.usage for answer in answers)
+    usage = sum((answer.usage for answer in answers), Usage())
     value = _completion(envelope, choices)
     return {**value, "usage": _usage_object(usage), **extra}
 
@@ -9309,7 +9305,7 @@ class Handlers:
             for sink in sinks:
                 sink.close()
         if streams:
-            usage = sum_usage(row.usage for row in streams)
+            usage = sum((row.usage for row in streams), Usage())
             exchange.reply.end(b"".join(ends) + streams[0].end(usage))
             return
         collectors = [sink for sink in sinks if isinstance(sink, Collector)]
