@@ -3316,8 +3316,10 @@ _CHAT_ONLY = (
     *("text", "modalities"),
 )
 _FINGERPRINT = "fp_opendify"
-_CREATIVE_ROLES = {"developer": "system", "function": "tool"}
-_ROLES = ("system", "user", "assistant", "tool")
+_ROLES = {  # every other one is the user's
+    **{"system": "system", "developer": "system", "assistant": "assistant"},
+    **{"tool": "tool", "function": "tool"},
+}
 _EXTENSION_BY_MEDIA_TYPE = {
     "image/jpeg": "jpg",
     "image/svg+xml": "svg",
@@ -3597,9 +3599,7 @@ def parse_message(row: Any, where: str) -> Message:
     """One message of a history."""
     if not isinstance(row, dict):
         raise bad_type(where, "an object")
-    role = str(row.get("role") or "user")
-    role = _CREATIVE_ROLES.get(role, role)
-    role = role if role in _ROLES else "user"
+    role = _ROLES.get(str(row.get("role")), "user")
     text, attachments = parse_content(row.get("content"), f"{where}.content")
     name = row.get("name") or (row.get("tool_call_id") if role == "tool" else "")
     is_named = role == "assistant" and not text
