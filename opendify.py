@@ -3097,11 +3097,8 @@ def object_of(value: Any) -> dict[str, Any]:
 
 def objects_of(value: Any) -> list[dict[str, Any]]:
     """The objects in a list, [] if it is none."""
-    return (
-        [item for item in value if isinstance(item, dict)]
-        if isinstance(value, list)
-        else []
-    )
+    items = value if isinstance(value, list) else []
+    return [item for item in items if isinstance(item, dict)]
 
 
 # What Dify has stored (`GET /messages`)...
@@ -3385,13 +3382,13 @@ def parse_chat_request(body: Mapping[str, Any]) -> ChatRequest:
         BadRequest: a required field is missing, or one has the wrong type.
     """
     ask, stream = parse_ask(body), parse_stream(body)
-    options = body.get("stream_options")
+    options = object_of(body.get("stream_options"))
     system, messages = _parse_messages(body.get("messages"))
     stops = _parse_stops(body.get("stop"))
     n = _parse_n(body.get("n"))
     voice = _parse_spoken(body, n)
     ask = ask._replace(system=system, messages=messages, stops=stops, voice=voice)
-    include_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+    include_usage = bool(options.get("include_usage"))
     is_legacy = bool(body.get("functions")) and not body.get("tools")
     return ChatRequest(ask, stream, include_usage, n, is_legacy)
 
@@ -3618,7 +3615,7 @@ def parse_calls(row: Mapping[str, Any]) -> tuple[ToolCall, ...]:
         calls.append({"function": row["function_call"]})
     parsed = []
     for call in calls:
-        function = call.get("function") if isinstance(call, dict) else None
+        function = object_of(call).get("function")
         if isinstance(function, dict):
             arguments = function.get("arguments")
             if not isinstance(arguments, str):
@@ -3675,9 +3672,9 @@ def _parse_image(part: Mapping[str, Any], where: str) -> Attachment:
 
 
 def _parse_audio(part: Mapping[str, Any], where: str) -> Attachment:
-    audio = part.get("input_audio")
-    data = audio.get("data") if isinstance(audio, dict) else None
-    if not isinstance(audio, dict) or not isinstance(data, str) or not data:
+    audio = object_of(part.get("input_audio"))
+    data = audio.get("data")
+    if not isinstance(data, str) or not data:
         raise bad_value(
             where, "audio needs `input_audio.data` in base64, and `format`."
         )
@@ -3691,8 +3688,7 @@ def _parse_audio(part: Mapping[str, Any], where: str) -> Attachment:
 def _parse_file(part: Mapping[str, Any], where: str) -> Attachment:
     if stored := _stored(part, part.get("file")):
         return stored
-    file = part.get("file", part)
-    file = file if isinstance(file, dict) else {}
+    file = object_of(part.get("file", part))
     name = str(file.get("filename") or "")
     data = file.get("file_data") or file.get("file_url")
     if not isinstance(data, str) or not data:
@@ -4512,9 +4508,8 @@ def cite(resources: Sequence[Mapping[str, Any]], at: int) -> dict[str, Any]:
 
 def url_of(resource: Mapping[str, Any]) -> str:
     """Where the cited document is, "" if that is unknown."""
-    metadata = resource.get("doc_metadata")
-    values = list(metadata.values()) if isinstance(metadata, dict) else []
-    for value in [*values, resource.get("url")]:
+    metadata = object_of(resource.get("doc_metadata"))
+    for value in (*metadata.values(), resource.get("url")):
         if isinstance(value, str) and re.match(r"https?://\S+\Z", value):
             return value
     return ""
