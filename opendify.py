@@ -2097,7 +2097,7 @@ def _left_over(
 
 def size_limit_mb(form: AppForm, file: Attachment) -> int:
     """How many MB a file of this kind may have; 0 if the app does not say."""
-    kind = file_kind(file.name, file.media_type)
+    kind = file_kind(file)
     name = "file" if kind in ("document", "custom") else f"{kind}_file"
     return count_of(form.limits.get(f"{name}_size_limit"))
 
@@ -2110,7 +2110,7 @@ def _size_problem(form: AppForm, file: Attachment) -> str:
 
 
 def _kind_problem(rules: Mapping[str, Any], file: Attachment) -> str:
-    kind = file_kind(file.name, file.media_type)
+    kind = file_kind(file)
     kinds = _texts(rules.get("allowed_file_types")) or ("image",)
     extensions = _texts(rules.get("allowed_file_extensions"))
     extension = file.name.rpartition(".")[2].lower()
@@ -2137,12 +2137,11 @@ def _refused_file(file: Attachment, reason: str) -> BadRequest:
 
 def file_mapping(file: Attachment, upload_id: str = "") -> dict[str, str]:
     """A file as a request names it: by its upload, else by its URL."""
-    kind = file_kind(file.name, file.media_type)
     if upload_id:
         where = {"transfer_method": "local_file", "upload_file_id": upload_id}
     else:
         where = {"transfer_method": "remote_url", "url": file.url}
-    return {"type": kind, **where}
+    return {"type": file_kind(file), **where}
 
 
 def place_files(
@@ -2219,10 +2218,10 @@ def audio_type(file: Attachment) -> str:
     return f"audio/{_SOUNDS.get(subtype, 'mp3')}"
 
 
-def file_kind(name: str, media_type: str) -> str:
+def file_kind(file: Attachment) -> str:
     """Dify's type of a file: by its extension, else by its media type."""
-    extension = name.rpartition(".")[2].lower()
-    family = media_type.partition("/")[0]
+    extension = file.name.rpartition(".")[2].lower()
+    family = file.media_type.partition("/")[0]
     other = family if family in ("image", "audio", "video") else "custom"
     return _KIND_BY_EXTENSION.get(extension, other)
 
@@ -3719,8 +3718,7 @@ def _attachment(source: str, name: str, stem: str, where: str) -> Attachment:
         media_type, data = _parse_data_url(source, where)
     else:
         media_type, data = "", _decode_base64(source, where)
-    extension = name.rpartition(".")[2].lower() if "." in name else ""
-    media_type = media_type or _guess_media_type(extension, data)
+    media_type = media_type or _guess_media_type(name, data)
     return Attachment(_plain_name(name or stem, media_type), media_type, data)
 
 
@@ -3746,8 +3744,9 @@ def _decode_base64(text: str, where: str) -> bytes:
         raise bad_value(where, "the file's data is not base64.") from None
 
 
-def _guess_media_type(extension: str, data: bytes) -> str:
+def _guess_media_type(name: str, data: bytes) -> str:
     """For data whose type nobody told: by the extension, else by the first bytes."""
+    extension = name.rpartition(".")[2].lower() if "." in name else ""
     if extension in _MEDIA_TYPE_BY_EXTENSION:
         return _MEDIA_TYPE_BY_EXTENSION[extension]
     if extension in ("png", "gif", "webp", "bmp"):
@@ -3983,8 +3982,7 @@ def form_file(filename: str | None, media_type: str) -> Attachment:
     name, kind = filename or "file", media_type.partition(";")[0].strip().lower()
     is_told = re.fullmatch(r"[\w.+-]+/[\w.+-]+", kind, re.ASCII)
     if not is_told or kind == "application/octet-stream":
-        extension = name.rpartition(".")[2].lower() if "." in name else ""
-        kind = _guess_media_type(extension, b"")
+        kind = _guess_media_type(name, b"")
     return Attachment(_plain_name(name, kind), kind)
 
 
