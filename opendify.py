@@ -3394,7 +3394,7 @@ def parse_chat_request(body: Mapping[str, Any]) -> ChatRequest:
 
 def parse_ask(body: Mapping[str, Any]) -> Ask:
     """What all requests say alike: everything but the messages."""
-    model = parse_model(body)
+    model = _parse_required(body, "model")
     tools, tool_mode = parse_tools(body)
     metadata = object_of(body.get("metadata"))
     conversation_id = body.get("conversation_id") or metadata.get("conversation_id")
@@ -3426,14 +3426,14 @@ def opening_length(items: Sequence[object]) -> int:
     return at
 
 
-def parse_model(body: Mapping[str, Any]) -> str:
-    """The model that a request names."""
-    model = body.get("model")
-    if model is None or model == "":
-        raise missing_parameter("model")
-    if not isinstance(model, str):
-        raise bad_type("model", "a string")
-    return model
+def _parse_required(body: Mapping[str, Any], name: str) -> str:
+    """A text that a request must have."""
+    text = body.get(name)
+    if text is None or text == "":
+        raise missing_parameter(name)
+    if not isinstance(text, str):
+        raise bad_type(name, "a string")
+    return text
 
 
 def _parse_messages(rows: Any) -> tuple[str, tuple[Message, ...]]:
@@ -3805,16 +3805,12 @@ class SpeechRequest(NamedTuple):
 
 def parse_speech_request(body: Mapping[str, Any]) -> SpeechRequest:
     """The body of `POST /audio/speech`; the format is the app's choice."""
-    for name in ("model", "input"):
-        if body.get(name) in (None, ""):
-            raise missing_parameter(name)
-        if not isinstance(body[name], str):
-            raise bad_type(name, "a string")
-    if len(body["input"]) > MAX_SPEECH_CHARS:
+    model, text = _parse_required(body, "model"), _parse_required(body, "input")
+    if len(text) > MAX_SPEECH_CHARS:
         raise bad_value("input", f"it is over {MAX_SPEECH_CHARS} characters.")
     voice = _parse_voice(body.get("voice"), "voice")
     is_sse = body.get("stream_format") == "sse"
-    return SpeechRequest(body["model"], body["input"], voice, parse_user(body), is_sse)
+    return SpeechRequest(model, text, voice, parse_user(body), is_sse)
 
 
 def _parse_voice(voice: Any, field_name: str) -> str:
