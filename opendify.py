@@ -1643,13 +1643,13 @@ class _ValueEnd:
 class StopReader:
     """Cuts an answer before the first of some texts; other parts go through.
 
-    First is what is complete first, as for a model that stops there. Once `is_cut`,
-    the app can be told to stop.
+    There is one at least, none is empty. First is what is complete first, as for a
+    model that stops there. Once `is_cut`, the app can be told to stop.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.is_cut = False
-        self._stops = [stop for stop in stops if stop]
+        self._stops = stops
         self._held = ""
 
     def feed(self, parts: Iterable[Part]) -> list[Part]:
@@ -1677,7 +1677,7 @@ class StopReader:
         if ends:
             size, self._held = min(ends)[1], ""
         else:
-            size = min(_begun_at(text, stop) for stop in self._stops or [""])
+            size = min(_begun_at(text, stop) for stop in self._stops)
             self._held = text[size:]
         return [Text(text[:size])] if size else []
 

@@ -684,7 +684,7 @@ def cut(stops: list[str], *pieces: str) -> tuple[list[Part], bool]:
         pytest.param(["cd", "bcde"], "abcdef", "ab", id="complete-first"),
         pytest.param(["c", "abc"], "abc", "", id="same-end-longest"),
         pytest.param(["中文"], "说中国中文吧", "说中国", id="cjk"),
-        pytest.param(["END", "", "STOP"], "go STOP END", "go ", id="several"),
+        pytest.param(["END", "STOP"], "go STOP END", "go ", id="several"),
         pytest.param(["a"], "a", "", id="at-once"),
     ],
 )
@@ -698,7 +698,7 @@ def test_answer_is_cut_before_the_first_stop(
         assert cut(stops, text[:at], text[at:]) == wanted
 
 
-@pytest.mark.parametrize("stops", [["xyz"], ["Observation:", "\n\n\n"], [], [""]])
+@pytest.mark.parametrize("stops", [["xyz"], ["Observation:", "\n\n\n"]])
 def test_answer_without_stop_is_whole(stops: list[str]) -> None:
     text = "a\n\nObservatio\n Obs xy"
     assert cut(stops, text) == ([Text(text)], False)
