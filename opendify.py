@@ -3533,8 +3533,6 @@ def bad_value(field_name: str, problem: str) -> BadRequest:
 def with_tool_names(messages: list[Message]) -> list[Message]:
     """Tool results by the names of their tools, instead of the ids of their calls."""
     names = {call.id: call.name for row in messages for call in row.tool_calls}
-    if not names:
-        return messages
     return [
         row._replace(name=names[row.name])
         if row.role == "tool" and row.name in names
@@ -3966,11 +3964,6 @@ def file_not_found(name: str, reason: str) -> BadRequest:
     error = BadRequest(f"No such File object: {name:.80}. {reason}", param="id")
     error.status = 404
     return error
-
-
-def missing_file() -> BadRequest:
-    """The error for a form without its file."""
-    return missing_parameter("file")
 
 
 def form_file(filename: str | None, media_type: str) -> Attachment:
@@ -8173,7 +8166,7 @@ class Form:
             error.status = 415
             raise error
         if not self.file:
-            raise missing_file()
+            raise missing_parameter("file")
         return self.file
 
     def _open_json(self, body: bytes) -> None:
