@@ -441,8 +441,8 @@ class ProxyError(Exception):
     Args:
         message: for the client's user: what is wrong and what to do.
         param: the request's field at fault.
-        code: OpenAI's or Dify's code, where it differs from the class's.
-        status: likewise.
+        status: where it differs from the class's.
+        code: likewise: OpenAI's or Dify's.
         retry: whether repeating the request can help; None leaves it to the client.
         headers: further response headers, (name, value).
     """
@@ -457,6 +457,7 @@ class ProxyError(Exception):
         message: str,
         *,
         param: str | None = None,
+        status: int = 0,
         code: str | None = None,
         retry: bool | None = None,
         headers: Sequence[tuple[str, str]] = (),
@@ -464,6 +465,7 @@ class ProxyError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
+        self.status = status or self.status
         self.code = code or self.code
         self.retry = self.retry if retry is None else retry
         self.headers = list(headers)
@@ -3961,9 +3963,8 @@ def open_file(id_: str, sealer: IdSealer) -> StoredFile | None:
 
 def file_not_found(name: str, reason: str) -> BadRequest:
     """The error for a file, or its content, that can't be had."""
-    error = BadRequest(f"No such File object: {name:.80}. {reason}", param="id")
-    error.status = 404
-    return error
+    message = f"No such File object: {name:.80}. {reason}"
+    return BadRequest(message, param="id", status=404)
 
 
 def form_file(filename: str | None, media_type: str) -> Attachment:
@@ -6068,10 +6069,6 @@ _BAD_TRAILER = "A trailer field is malformed."
 class MalformedHTTP(BadRequest):
     """The peer does not speak HTTP/1.1 as it must be spoken."""
 
-    def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
-        self.status = status
-
 
 class ConnectionBroken(Exception):
     """The peer closed or reset the connection in the middle of something."""
@@ -8162,9 +8159,8 @@ class Form:
         elif "json" in content_type.lower() and self._exchange.route != "files":
             self._open_json(await read_whole(self._exchange))
         else:
-            error = BadRequest("A file must come as multipart/form-data.")
-            error.status = 415
-            raise error
+            message = "A file must come as multipart/form-data."
+            raise BadRequest(message, status=415)
         if not self.file:
             raise missing_parameter("file")
         return self.file
