@@ -4076,7 +4076,7 @@ def media_text(media: Media, *, is_first: bool) -> str:
     name = re.sub(r"([\[\]\\])", r"\\\1", media.name) or media.kind
     url = media.url.replace(" ", "%20").replace("(", "%28").replace(")", "%29")
     sign = "!" if media.kind == "image" else ""
-    return f"{'' if is_first else chr(10) * 2}{sign}[{name}]({url})"
+    return ("" if is_first else "\n\n") + f"{sign}[{name}]({url})"
 
 
 class Spoken(NamedTuple):
@@ -4282,14 +4282,15 @@ class ChatStream(_ChunkStream):
         self._calls.append(call)
         named = {"name": call.name, "arguments": ""}
         given = {"arguments": call.arguments}
+        deltas: list[dict[str, Any]]
         if self._is_legacy:
-            deltas = [{"function_call": named}, {"function_call": given}][
-                : 2 * (not index)
-            ]
-            return b"".join(self._chunk(delta, None) for delta in deltas)
-        opening = {"index": index, "id": call.id, "type": "function", "function": named}
-        rows = [opening, {"index": index, "function": given}]
-        return b"".join(self._chunk({"tool_calls": [row]}, None) for row in rows)
+            deltas = [{"function_call": named}, {"function_call": given}]
+            deltas = [] if index else deltas
+        else:
+            about = {"id": call.id, "type": "function"}
+            rows = ({**about, "function": named}, {"function": given})
+            deltas = [{"tool_calls": [{"index": index, **row}]} for row in rows]
+        return b"".join(self._chunk(delta, None) for delta in deltas)
 
     def _chunk(
         self,
