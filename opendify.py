@@ -3569,7 +3569,7 @@ def parse_inputs(direct: Any, in_metadata: Any) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     if isinstance(in_metadata, str) and in_metadata:
         try:
-            in_metadata = json.loads(in_metadata)
+            in_metadata = read_json(in_metadata)
         except (ValueError, RecursionError):
             raise bad_value("metadata.inputs", "it is not JSON text.") from None
     for name, value in (("metadata.inputs", in_metadata), ("inputs", direct)):

@@ -251,6 +251,13 @@ REFUSED = [
 ]
 
 
+def test_inputs_in_metadata_can_be_written_again() -> None:
+    """The depth of a body is limited, but this text hides its own in one string."""
+    text = '{"a": NaN, "b": ' + "[" * 500 + "]" * 500 + "}"
+    again = json.dumps(opendify.parse_inputs(None, text))
+    assert again == '{"a": null, "b": ' + "[" * 99 + "null" + "]" * 99 + "}"
+
+
 @pytest.mark.parametrize(("body", "param", "code"), REFUSED)
 def test_refused_field_is_named(body: JSONObject, param: str, code: str) -> None:
     with pytest.raises(BadRequest) as caught:
