@@ -2160,7 +2160,8 @@ def place_files(
         if row.type in _FILE_TYPES and row.variable not in given:
             fit = [file for file in rest if not row.kinds or file["type"] in row.kinds]
             fit = fit[:1] if row.type == "file" else fit
-            rest = [file for file in rest if file not in fit]
+            for file in fit:
+                rest.remove(file)  # one of several that are alike
             if fit:
                 inputs[row.variable] = fit[0] if row.type == "file" else fit
     return {"inputs": inputs, "files": rest}

@@ -762,6 +762,13 @@ def test_files_go_to_file_inputs_first() -> None:
     }
 
 
+def test_file_that_comes_twice_fills_two_fields() -> None:
+    image = opendify.file_mapping(opendify.Attachment("", url="https://x/cat.png"))
+    fields = (AppInput("first", "file"), AppInput("second", "file"))
+    placed = opendify.place_files(AppForm(fields), [image] * 3, {})
+    assert placed == {"inputs": {"first": image, "second": image}, "files": [image]}
+
+
 def test_upload_is_multipart_with_name_type_and_user() -> None:
     content_type, body = opendify.encode_upload(PNG, "ada")
     boundary = content_type.partition("boundary=")[2]
