@@ -6869,7 +6869,7 @@ class Reply:
 #
 # The way to Dify: connections that are kept and reused, TLS that is always verified,
 # the Dify client, and one turn's stream of answer parts. Every error of sockets, TLS
-# and HTTP becomes a ProxyError in `_as_proxy_errors`, and nowhere else.
+# and HTTP becomes a ProxyError in `_proxy_error`, and nowhere else.
 #
 # A connection:  none -> open -> sent -> head -> body -> idle -> sent …
 #                [_open, _exchange, read, release]; anything unexpected -> closed
@@ -6964,15 +6964,6 @@ def _authority(origin: Origin) -> str:
     return f"{host}:{origin.port}"
 
 
-@contextlib.contextmanager
-def _as_proxy_errors(origin: Origin, cure: str = "") -> Iterator[None]:
-    """Turn what sockets, TLS and HTTP raise into errors that say what to do."""
-    try:
-        yield
-    except _WIRE_ERRORS as error:
-        raise _proxy_error(origin, error, cure) from error
-
-
 def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError:
     """What to do about an error of sockets, TLS or HTTP."""
     cure = cure or f"check {BASE_SETTING}"
@@ -7035,7 +7026,7 @@ class UpstreamResponse:
 
     async def read(self) -> bytes:
         """The next bytes of the body; b"" at its end."""
-        try:  # a context manager would cost 3% of an event
+        try:
             data = await self._wire.read_body(self._body)
         except _WIRE_ERRORS as error:
             raise _proxy_error(self._origin, error) from error
@@ -7286,16 +7277,16 @@ class Pool:
         proxy = proxy_for(origin, self.settings)
         name = f"{origin.scheme.upper()}_PROXY"
         cure = f"check {name}: {proxy.host}:{proxy.port}" if proxy else ""
-        with _as_proxy_errors(origin, cure):
-            opening = self._connect_to(origin)
-            timeout_s = self.settings.dify_connect_timeout
-            return await asyncio.wait_for(opening, timeout_s)
+        opening = self._connect_to(origin, proxy)
+        try:
+            return await asyncio.wait_for(opening, self.settings.dify_connect_timeout)
+        except _WIRE_ERRORS as error:
+            raise _proxy_error(origin, error, cure) from error
 
-    async def _connect_to(self, origin: Origin) -> Wire:
+    async def _connect_to(self, origin: Origin, proxy: Proxy | None) -> Wire:
         options: dict[str, Any] = {}
         if origin.scheme == "https":
             options.update(ssl=self._trust(), server_hostname=origin.host)
-        proxy = proxy_for(origin, self.settings)
         if proxy and origin.scheme == "https":
             return await self._connect(
                 sock=await _open_tunnel(proxy, origin), **options
