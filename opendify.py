@@ -6932,7 +6932,7 @@ def proxy_for(origin: Origin, settings: Settings) -> Proxy | None:
     """The proxy on the way to an origin; loopback and NO_PROXY's hosts need none."""
     is_tls = origin.scheme == "https"
     url = settings.https_proxy if is_tls else settings.http_proxy
-    if not url:
+    if not url or is_loopback(origin.host):
         return None
     direct = [name.strip().lower() for name in settings.no_proxy.split(",")]
     names = (origin.host, f"{origin.host}:{origin.port}")
@@ -6940,8 +6940,6 @@ def proxy_for(origin: Origin, settings: Settings) -> Proxy | None:
         plain = suffix.lstrip("*").lstrip(".")
         if not plain or any(f".{name}".endswith(f".{plain}") for name in names):
             return None
-    if not url or is_loopback(origin.host):
-        return None
     parts = urllib.parse.urlsplit(url)
     user = urllib.parse.unquote(f"{parts.username or ''}:{parts.password or ''}")
     token = base64.b64encode(user.encode()).decode()
