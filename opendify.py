@@ -4541,7 +4541,6 @@ class ResponsesRequest:
     stream: bool = False
     previous_response_id: str = ""
     conversation: str = ""
-    store: bool = True
     echo: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -4575,7 +4574,6 @@ def parse_responses_request(body: Mapping[str, Any]) -> ResponsesRequest:
         stream=parse_stream(body),
         previous_response_id=previous,
         conversation=conversation,
-        store=body.get("store") is not False,
         echo=echo_of(body),
     )
 

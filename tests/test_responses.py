@@ -438,7 +438,7 @@ def test_fields_that_chat_has_too() -> None:
         )
     )
     ask = Ask("m", (), inputs={"a": 1, "b": 2}, user="u", conversation_id="c")
-    assert (parsed.ask, parsed.stream, parsed.store) == (ask, True, False)
+    assert (parsed.ask, parsed.stream, parsed.echo["store"]) == (ask, True, False)
 
 
 # Streams...
