@@ -8676,12 +8676,10 @@ _ID_HEADERS = {
 }
 
 
-def json_response(
-    value: Any, headers: Sequence[tuple[str, str]] = (), status: int = 200
-) -> Response:
+def json_response(value: Any, headers: Sequence[tuple[str, str]] = ()) -> Response:
     """A response of JSON."""
     fields = [("Content-Type", "application/json"), *headers]
-    return Response(status, json_bytes(value), fields)
+    return Response(200, json_bytes(value), fields)
 
 
 class Handlers:
