@@ -8134,9 +8134,14 @@ class Form:
     @property
     def model(self) -> str:
         """The model that the form, the query or the path names, "" if none does yet."""
-        query = dict(urllib.parse.parse_qsl(self._exchange.request.query))
+        query = _query_of(self._exchange.request)
         in_path = urllib.parse.unquote(self._exchange.name_in_path)
         return self.fields.get("model") or query.get("model") or in_path
+
+    @property
+    def user(self) -> str:
+        """The end user that the form names, "" if none."""
+        return self.fields.get("safety_identifier") or self.fields.get("user", "")
 
     async def open(self) -> Attachment:
         """Read on to the file; raises BadRequest if there is none."""
@@ -8925,7 +8930,7 @@ class Handlers:
         asked = parse_responses_request(body)
         del body
         app = await self._app(asked.ask.model)
-        user, sealer = _user_of(exchange, asked.ask), self._sealer(exchange, app)
+        user, sealer = _user_of(exchange, asked.ask.user), self._sealer(exchange, app)
         now, new_id = int(self._wall_clock()), self._new_id()
         frame = ResponseFrame(now, asked.ask.model, asked.echo, sealer, user, new_id)
 
@@ -9326,7 +9331,7 @@ class Handlers:
         app = await self._app(speech.model)
         if not (await self._dify.form_of(app)).speaks:
             raise _switched_off("Text to speech", exchange.model)
-        user = self._user(exchange, {"user": speech.user})
+        user = _user_of(exchange, speech.user)
         with _while_present(exchange):
             response = await self._open_speech(app, speech.text, speech.voice, user)
             kind = response.headers.get("content-type", _UNTYPED)
@@ -9363,7 +9368,7 @@ class Handlers:
         if is_spoken and not (await self._dify.form_of(app)).speaks:
             raise _switched_off("Text to speech", ask.model, "modalities")
         ask = await self._with_stored_files(exchange, ask)  # they may name the user
-        user, sealer = _user_of(exchange, ask), self._sealer(exchange, app)
+        user, sealer = _user_of(exchange, ask.user), self._sealer(exchange, app)
         ask = await self._with_spoken(app, ask, sealer, user)
         frame = ResponseFrame(now, ask.model, echo_of({}), sealer, user, self._new_id())
 
@@ -9411,7 +9416,7 @@ class Handlers:
         if sink.calls or not (sink.text.strip() or sink.is_behind):
             return
         sink.stay()
-        size, user = 0, _user_of(exchange, ask)
+        size, user = 0, _user_of(exchange, ask.user)
         try:
             if sink.is_behind:
                 raise UpstreamFailed("The text is too long.")
@@ -9468,7 +9473,7 @@ class Handlers:
             raise UpstreamFailed(f"Dify gave the file {file.name!r} no id.")
         stored = StoredFile(
             str(answer["id"]),
-            self._user(exchange, form.fields),
+            _user_of(exchange, form.user),
             file.name,
             file.media_type,
             str(form.size),
@@ -9549,18 +9554,11 @@ class Handlers:
         """Pass a form's file on to Dify as it comes; returns Dify's answer."""
         path = "/files/upload" if exchange.route == "files" else "/audio-to-text"
         answer = await self._dify.send_file(
-            app, path, file, form.read, lambda: self._user(exchange, form.fields)
+            app, path, file, form.read, lambda: _user_of(exchange, form.user)
         )
         if form.model not in ("", exchange.model):
             raise _no_such_model(form.model, await self._models())
         return answer
-
-    def _user(self, exchange: Exchange, fields: Mapping[str, str]) -> str:
-        """The end user's name in Dify, by the body's fields, a header, or the key."""
-        asked = fields.get("safety_identifier") or fields.get("user", "")
-        headers = exchange.request.headers
-        forwarded = urllib.parse.unquote(headers.get("x-openwebui-user-id", ""))
-        return end_user(asked, forwarded, client_key(headers))
 
     async def _stored_file(
         self, exchange: Exchange, id_: str
@@ -9731,7 +9729,7 @@ class Handlers:
         tail: Tail | None,
     ) -> Turn:
         """Send the question to Dify, until it begins to answer."""
-        user = _user_of(exchange, ask)
+        user = _user_of(exchange, ask.user)
         explicit = _named_conversation(ask, exchange)
         if explicit != ask.conversation_id:
             ask = ask._replace(conversation_id=explicit)
@@ -9994,11 +9992,11 @@ def _no_previous(id_: str) -> BadRequest:
     )
 
 
-def _user_of(exchange: Exchange, ask: Ask) -> str:
-    """The end user, by the name that Dify gets."""
+def _user_of(exchange: Exchange, asked: str) -> str:
+    """The end user's name in Dify, by the body, a header, or the key."""
     headers = exchange.request.headers
     forwarded = urllib.parse.unquote(headers.get("x-openwebui-user-id", ""))
-    return end_user(ask.user, forwarded, client_key(headers))
+    return end_user(asked, forwarded, client_key(headers))
 
 
 def with_words(ask: Ask, place: str) -> Ask:
