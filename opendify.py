@@ -9018,9 +9018,13 @@ class Handlers:
         page = list_page([*items, *named.items], _query_of(exchange.request))
         exchange.reply.send(json_response(page))
 
+    def _owner_of(self, exchange: Exchange) -> str:
+        """The client's key where keys tell clients apart; else all are one: ""."""
+        key = client_key(exchange.request.headers)
+        return key if self.settings.valid_api_keys else ""
+
     def _named(self, exchange: Exchange, id_: str) -> NamedConversation:
-        key, now = client_key(exchange.request.headers), self._wall_clock()
-        owner = key if self.settings.valid_api_keys else ""
+        owner, now = self._owner_of(exchange), self._wall_clock()
         named = self._conversations.named(id_, owner, now)
         if not named:
             message = f"Conversation with id {_shown(id_)} not found."
@@ -9028,9 +9032,8 @@ class Handlers:
         return named
 
     def _keep(self, exchange: Exchange, named: NamedConversation) -> None:
-        key = client_key(exchange.request.headers)
-        owner = key if self.settings.valid_api_keys else ""
-        self._conversations.keep(named, owner, self._wall_clock())
+        owner, now = self._owner_of(exchange), self._wall_clock()
+        self._conversations.keep(named, owner, now)
 
     # Stored responses...
 
@@ -9056,10 +9059,8 @@ class Handlers:
     async def cancel_response(self, exchange: Exchange) -> None:
         """`POST /responses/{id}/cancel`: the app stops, its stream ends with that."""
         id_ = exchange.name_in_path
-        key = client_key(exchange.request.headers)
         for stream, other in self._running.items():
-            is_own = key == client_key(other.request.headers)
-            is_own = is_own or not self.settings.valid_api_keys
+            is_own = self._owner_of(exchange) == self._owner_of(other)
             if stream.response.get("id") == id_ and is_own and other.turn:
                 turn, value = other.turn, {**stream.response, "status": "cancelled"}
                 task_id = turn.stream.answer.task_id
@@ -9092,10 +9093,7 @@ class Handlers:
 
     def _sealer(self, exchange: Exchange, app: AppSettings) -> IdSealer:
         """What makes and opens the ids of an app, and of a client's key."""
-        key = client_key(exchange.request.headers)
-        return IdSealer(
-            derive_key(app.key), key if self.settings.valid_api_keys else ""
-        )
+        return IdSealer(derive_key(app.key), self._owner_of(exchange))
 
     async def _continued(
         self, app: AppSettings, asked: ResponsesRequest, sealer: IdSealer, user: str
