@@ -8850,14 +8850,10 @@ class Handlers:
             for key in self.settings.dify_api_keys
         ]
         unnamed = [app for app in apps if not self._dify.known_name(app)]
-        if unnamed:
-            asking = [asyncio.ensure_future(self._dify.name_of(app)) for app in unnamed]
-            _, late = await asyncio.wait(asking, timeout=NAMES_TIMEOUT_S)
-            for task in late:
-                task.cancel()
-            for task in asking:
-                if not task.cancelled() and task.done() and task.exception():
-                    log.warning("an app of DIFY_API_KEYS: %s", task.exception())
+        for got in await _in_time(map(self._dify.name_of, unnamed)):
+            is_late = isinstance(got, asyncio.TimeoutError)
+            if isinstance(got, Exception) and not is_late:
+                log.warning("an app of DIFY_API_KEYS: %s", got)
         for app in apps:
             digest = hashlib.sha256(app.key.encode()).hexdigest()
             name = self._dify.known_name(app) or f"app-{digest[:8]}"
@@ -9442,11 +9438,7 @@ class Handlers:
         voices that they are set to.
         """
         models = await self._models()
-        asking = [
-            asyncio.wait_for(self._dify.form_of(app), NAMES_TIMEOUT_S)
-            for app in models.values()
-        ]
-        forms = await asyncio.gather(*asking, return_exceptions=True)
+        forms = await _in_time(map(self._dify.form_of, models.values()))
         voices = {
             model: form.voice or "default"
             for model, form in zip(models, forms)
@@ -10022,6 +10014,12 @@ def with_words(ask: Ask, place: str) -> Ask:
         return ask
     texts = [text for text in (ask.system, *words) if text]
     return ask._replace(system="\n\n".join(texts))
+
+
+async def _in_time(asking: Iterable[Awaitable[Any]]) -> list[Any]:
+    """What each gives within NAMES_TIMEOUT_S, or the exception that it raises."""
+    timed = [asyncio.wait_for(row, NAMES_TIMEOUT_S) for row in asking]
+    return await asyncio.gather(*timed, return_exceptions=True)
 
 
 async def _all_of(coroutines: Iterable[Coroutine[Any, Any, bytes]]) -> list[bytes]:

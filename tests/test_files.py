@@ -19,10 +19,20 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from fake_dify import Close, Raw, Status, chat_answer
+from fake_dify import Close, Raw, Status, Wait, chat_answer
 from schemas import validate
 from test_end_to_end import run_client
-from test_handlers import KEY, NOW, Call, Got, JSONObject, Proxy, proxy, with_parts
+from test_handlers import (
+    KEY,
+    NOW,
+    Call,
+    Got,
+    JSONObject,
+    Proxy,
+    own_tasks,
+    proxy,
+    with_parts,
+)
 
 import opendify
 from opendify import BadRequest, FormDecoder, FormPart
@@ -968,6 +978,23 @@ async def test_upload_is_given_up_when_the_client_leaves() -> None:
         writer.close()
         await served.dify.until(lambda: served.dify.open_connections <= 1)
         assert served.dify.uploads == {}
+
+
+async def test_names_are_not_asked_for_after_the_client_left() -> None:
+    """Their tasks would go on, and their errors reach nobody."""
+    gate = asyncio.Event()
+    async with proxy(variables={"DIFY_API_KEYS": "app-one"}) as served:
+        served.dify.app("app-one", overrides={"/info": [Wait(gate)]})
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        form = pdf()
+        head = b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
+        kind = b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
+        writer.write(head % len(form) + kind + form)
+        await served.dify.until(lambda: served.dify.running)
+        writer.close()
+        await served.dify.until(lambda: not served.dify.open_connections)
+        assert await reader.read() == b""
+        assert own_tasks() == []
 
 
 @pytest.mark.parametrize("method", ["PUT", "PATCH"])
