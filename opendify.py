@@ -8062,7 +8062,7 @@ class Exchange:
     name_in_path: str = ""
     turn: Turn | None = None  # that Dify answers, or has answered last
     route: str = "-"  # the endpoint, for the metrics
-    model: str = ""
+    model: str = ""  # for the log and the metrics: only one that is known here
     first_text_at: float | None = None
     text_chars: int = 0
 
@@ -9252,7 +9252,7 @@ class Handlers:
             tail: the conversation that the question continues, taken already.
         """
         app = await self._app(asks[0].model)
-        exchange.model = asks[0].model  # known by now: it labels metrics
+        exchange.model = asks[0].model
         streams = [stream(index) for index in range(len(asks))] if stream else []
         sinks: list[Outlet | Collector] = [
             Outlet(exchange, row, self._pacer(exchange, app), self.metrics)
@@ -9321,8 +9321,7 @@ class Handlers:
         if exchange.name_in_path:
             body["model"] = _decoded_name(exchange.name_in_path, await self._models())
         speech = parse_speech_request(body)
-        exchange.model = speech.model
-        app = await self._app(speech.model)
+        app, exchange.model = await self._app(speech.model), speech.model
         if not (await self._dify.form_of(app)).speaks:
             raise _switched_off("Text to speech", exchange.model)
         user = _user_of(exchange, speech.user)
@@ -9535,8 +9534,9 @@ class Handlers:
         models = await self._models()
         if not form.model and len(models) > 1:
             await form.hold()
-        exchange.model = form.model or next(iter(models), "")
-        return await self._app(exchange.model)
+        model = form.model or next(iter(models), "")
+        app, exchange.model = await self._app(model), model
+        return app
 
     async def _send_form(
         self, exchange: Exchange, form: Form, app: AppSettings, file: Attachment

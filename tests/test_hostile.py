@@ -942,6 +942,23 @@ async def test_unknown_models_leave_nothing_behind() -> None:
         assert b"spam" not in shown
 
 
+@pytest.mark.parametrize("path", ["/v1/audio/speech", "/v1/audio/transcriptions"])
+async def test_key_in_the_place_of_a_model_is_nowhere_shown(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    audio = {"data": "AAAA", "format": "wav"}
+    body = {"model": "app-pasted", "input": "x", "voice": "v", "input_audio": audio}
+    kind = "Content-Type: application/json"
+    async with hosting() as host:
+        asked = post(json.dumps(body), kind, "Connection: close", path=path)
+        (answer,) = parse_answers(await talk(host, asked))
+        shown = await talk(host, get("/metrics", "Connection: close"))
+    assert json.loads(answer.body)["error"]["code"] == "model_not_found"
+    assert "pasted" not in caplog.text
+    assert b"pasted" not in shown
+
+
 @pytest.mark.parametrize(
     "path",
     [
