@@ -7258,7 +7258,7 @@ class Pool:
             failed_at, error = self._failed.get(origin, (-inf, None))
             if error and failed_at >= now:
                 raise copy.copy(error) from None  # another attempt failed
-            task.cancel()
+            _give_up(task)
             raise
         except ProxyError as error:
             failed_at = asyncio.get_running_loop().time()
@@ -7323,6 +7323,13 @@ class Pool:
         except BaseException:
             wire.abort()
             raise
+
+
+def _give_up(opening: asyncio.Task[Wire]) -> None:
+    """End an attempt to connect, or the connection if it was made just now."""
+    opening.cancel()
+    if opening.done() and not (opening.cancelled() or opening.exception()):
+        opening.result().abort()
 
 
 async def _open_tunnel(proxy: Proxy, origin: Origin) -> socket.socket:

@@ -53,6 +53,7 @@ from opendify import (
     TurnStream,
     UpstreamFailed,
     Usage,
+    Wire,
     dify_request,
     open_wire,
     origin_of,
@@ -471,6 +472,37 @@ async def test_cancelled_call_closes_its_connection() -> None:
         calling.cancel()
         with pytest.raises(asyncio.CancelledError):
             await calling
+        await fake.until(lambda: fake.open_connections == 0)
+
+
+@pytest.mark.parametrize("turns", range(7))
+async def test_connection_made_while_its_call_is_cancelled_is_closed(
+    turns: int,
+) -> None:
+    gate = asyncio.Event()
+    async with FakeDify() as fake:
+        fake.app(KEY)
+        made = await open_wire(*origin_of(fake.base)[1:])
+
+        async def connect(*_: Any, **__: Any) -> Wire:
+            try:
+                await gate.wait()
+            except asyncio.CancelledError:
+                made.close()
+                raise
+            return made
+
+        settings = settings_for(fake.base)
+        dify = Dify(settings, connect)
+        app = settings.model_config["m"]
+        calling = asyncio.ensure_future(dify.call(app, "GET", "/info"))
+        await some_turns()
+        gate.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        calling.cancel()
+        await asyncio.gather(calling, return_exceptions=True)
+        dify.close()
         await fake.until(lambda: fake.open_connections == 0)
 
 
