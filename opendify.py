@@ -9715,6 +9715,7 @@ class Handlers:
                 await self._dify.stop(turn.app, turn.mode, answer.task_id, turn.user)
             return not await stream.drain() and answer.is_as_sent
         finally:
+            stream.is_given_up = False  # it is stopped, as well as can be
             stream.close()
 
     async def _open_turn(

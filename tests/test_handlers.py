@@ -1665,6 +1665,17 @@ async def test_run_without_text_so_far_is_stopped(late: bool, stream: bool) -> N
         await see_stop(served, mode)
 
 
+async def test_answer_that_was_cut_is_stopped_once() -> None:
+    """The client leaves while what came before its stop is still being shown."""
+    script: list[Step] = [fake.message("One."), fake.message(" Two. STOP"), Hang()]
+    async with proxy(script, variables={"STREAM_MAX_LAG": "5"}) as served:
+        call = await served.begin(stream=True, stop=["STOP"], user="al")
+        await call.read_text()
+        await call.leave()
+        await see_stop(served, "chat")
+        assert len(served.dify.stops) == 1
+
+
 async def test_finished_answer_is_not_stopped() -> None:
     async with proxy(fake.chat_answer("Hi")) as served:
         call = await served.begin(stream=True)
