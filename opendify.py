@@ -7435,7 +7435,7 @@ class TurnStream:
         answer: AnswerReader,
         idle_timeout_s: float,
         app: AppSettings,
-        find_stored: Callable[[AnswerReader], Awaitable[str]],
+        find_stored: Callable[[], Awaitable[str]],
     ) -> None:
         self.answer = answer
         self._app = app
@@ -7496,7 +7496,7 @@ class TurnStream:
         if answer.is_closing:
             return answer.end()
         if answer.can_recover:
-            parts = answer.recover(await self._find_stored(answer))
+            parts = answer.recover(await self._find_stored())
         return parts or self._give_up(UpstreamFailed(BROKEN_OFF, retry=False))
 
     def _give_up(self, error: ProxyError) -> list[Part]:
@@ -7836,12 +7836,10 @@ class Dify:
             show_process=settings.show_process,
         )
         user = str(request.body["user"])
-
-        async def find_stored(answer: AnswerReader) -> str:
-            return await self.stored_answer(app, answer, user)
-
-        timeout_s = settings.dify_idle_timeout
-        return TurnStream(response, answer, timeout_s, app, find_stored)
+        find_stored = functools.partial(self.stored_answer, app, answer, user)
+        return TurnStream(
+            response, answer, settings.dify_idle_timeout, app, find_stored
+        )
 
     async def stop(self, app: AppSettings, mode: str, task_id: str, user: str) -> None:
         """Ask Dify to stop a run, as well as it can."""
