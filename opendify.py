@@ -10220,7 +10220,8 @@ class Server:
         """One connection, from its first byte to its last."""
         try:
             if len(self._tasks) > self._handlers.settings.max_connections:
-                _turn_away(wire, self._new_id())
+                busy = Overloaded("Too many connections (MAX_CONNECTIONS).")
+                _refuse(self._exchange(wire), busy)
                 return
             while await self._serve_one(wire) and not self._is_draining:
                 pass
@@ -10229,12 +10230,17 @@ class Server:
         finally:
             wire.close()
 
+    def _exchange(self, wire: Wire) -> Exchange:
+        """The next one of a connection; its request is not read yet."""
+        exchange = Exchange(Reply(wire), self._new_id(), wire.peer)
+        exchange.reply.headers.append(("x-request-id", exchange.id))
+        return exchange
+
     async def _serve_one(self, wire: Wire) -> bool:
         """One request and its response; whether another may follow."""
         if not await self._is_called(wire):
             return False
-        exchange = Exchange(Reply(wire), self._new_id(), wire.peer)
-        exchange.reply.headers.append(("x-request-id", exchange.id))
+        exchange = self._exchange(wire)
         wire.allow(HEAD_TIMEOUT_S, _slow_request)
         self._running.add(exchange)
         try:
@@ -10336,14 +10342,6 @@ def log_exchange(exchange: Exchange) -> None:
 
 def _slow_request() -> ProxyError:
     return RequestTimeout("The request took too long to arrive.")
-
-
-def _turn_away(wire: Wire, id_: str) -> None:
-    """Too many connections: say so, and close."""
-    busy = Overloaded("Too many connections (MAX_CONNECTIONS).")
-    exchange = Exchange(Reply(wire), id_, wire.peer)
-    exchange.reply.headers.append(("x-request-id", id_))
-    _refuse(exchange, busy)
 
 
 # After these nobody knows where the next request begins, or there is none to be.
