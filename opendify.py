@@ -8867,16 +8867,22 @@ class Handlers:
             models[name] = app
         return models
 
-    # Chat...
+    async def _body_of(self, exchange: Exchange) -> dict[str, Any]:
+        """The request's JSON, its model as the path names it, if it does.
 
-    async def chat_completions(self, exchange: Exchange) -> None:
-        """`POST /chat/completions`."""
+        It is not kept: an answer may take minutes, and the question may be long.
+        """
         body = parse_json_object(exchange.body)
         exchange.body = b""
         if exchange.name_in_path:
             body["model"] = _decoded_name(exchange.name_in_path, await self._models())
-        chat = parse_chat_request(body)
-        del body  # an answer may take minutes, and the question may be long
+        return body
+
+    # Chat...
+
+    async def chat_completions(self, exchange: Exchange) -> None:
+        """`POST /chat/completions`."""
+        chat = parse_chat_request(await self._body_of(exchange))
         envelope = self._envelope("chatcmpl", chat.ask.model)
         ask, spoken = await self._with_speech(exchange, chat.ask, envelope.created)
 
@@ -8901,11 +8907,7 @@ class Handlers:
 
     async def completions(self, exchange: Exchange) -> None:
         """`POST /completions`, the legacy API."""
-        body = parse_json_object(exchange.body)
-        exchange.body = b""
-        if exchange.name_in_path:
-            body["model"] = _decoded_name(exchange.name_in_path, await self._models())
-        asked = parse_completion_request(body)
+        asked = parse_completion_request(await self._body_of(exchange))
         envelope = self._envelope("cmpl", asked.asks[0].model)
 
         def stream(index: int) -> CompletionStream:
@@ -8926,10 +8928,7 @@ class Handlers:
 
     async def responses(self, exchange: Exchange) -> None:
         """`POST /responses`."""
-        body = parse_json_object(exchange.body)
-        exchange.body = b""
-        asked = parse_responses_request(body)
-        del body
+        asked = parse_responses_request(await self._body_of(exchange))
         app = await self._app(asked.ask.model)
         user, sealer = _user_of(exchange, asked.ask.user), self._sealer(exchange, app)
         now, new_id = int(self._wall_clock()), self._new_id()
@@ -9322,10 +9321,7 @@ class Handlers:
 
     async def speak(self, exchange: Exchange) -> None:
         """`POST /audio/speech`: audio as it comes, in the format that the app makes."""
-        body = parse_json_object(exchange.body)
-        if exchange.name_in_path:
-            body["model"] = _decoded_name(exchange.name_in_path, await self._models())
-        speech = parse_speech_request(body)
+        speech = parse_speech_request(await self._body_of(exchange))
         app, exchange.model = await self._app(speech.model), speech.model
         if not (await self._dify.form_of(app)).speaks:
             raise _switched_off("Text to speech", exchange.model)
