@@ -8936,40 +8936,29 @@ class Handlers:
 
         running = ResponseStream(frame)
 
-        def stream(_: int) -> ResponseStream:
-            return running
-
         def whole(answers: list[Answer], extra: Mapping[str, Any]) -> dict[str, Any]:
             return response_object(replace(frame, extra=extra), answers[0])
 
-        named = (
-            self._named(exchange, asked.conversation) if asked.conversation else None
-        )
-        if named:
+        named = None
+        if asked.conversation:
+            named = self._named(exchange, asked.conversation)
             asked = _in_conversation(asked, named, scope_of(app.key, user))
         ask, tail = await self._continued(app, asked, sealer, user)
-        streams = stream if asked.stream else None
+        streams = (lambda _: running) if asked.stream else None
         self._running[running] = exchange
         try:
             await self._answer_all(exchange, [ask], streams, whole, tail)
         finally:
             del self._running[running]
             if named and exchange.turn:
-                self._bind(exchange, named, app, ask.model, exchange.turn)
+                self._bind(exchange, named, exchange.turn)
 
-    def _bind(
-        self,
-        exchange: Exchange,
-        named: NamedConversation,
-        app: AppSettings,
-        model: str,
-        turn: Turn,
-    ) -> None:
+    def _bind(self, exchange: Exchange, named: NamedConversation, turn: Turn) -> None:
         """Dify has the conversation from this turn on."""
-        scope, id_ = scope_of(app.key, turn.user), turn.ids.get("conversation_id")
+        id_, scope = turn.ids.get("conversation_id"), scope_of(turn.app.key, turn.user)
         if id_:
-            bound = named.bind(scope, model=model, user=turn.user, conversation_id=id_)
-            self._keep(exchange, bound)
+            about = {"model": exchange.model, "user": turn.user}
+            self._keep(exchange, named.bind(scope, **about, conversation_id=id_))
 
     # Conversations that clients name...
 
