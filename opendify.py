@@ -8929,6 +8929,7 @@ class Handlers:
     async def responses(self, exchange: Exchange) -> None:
         """`POST /responses`."""
         asked = parse_responses_request(await self._body_of(exchange))
+        asked = await self._as_owner(exchange, asked)
         app = await self._app(asked.ask.model)
         user, sealer = _user_of(exchange, asked.ask.user), self._sealer(exchange, app)
         now, new_id = int(self._wall_clock()), self._new_id()
@@ -9565,6 +9566,14 @@ class Handlers:
         is_named = ask.user or exchange.request.headers.get("x-openwebui-user-id")
         user = ask.user if is_named else owner
         return ask._replace(messages=tuple(messages), user=user)
+
+    async def _as_owner(
+        self, exchange: Exchange, asked: ResponsesRequest
+    ) -> ResponsesRequest:
+        """The request as its stored files' user if it names none; ids hold the user."""
+        said = tuple(row for row in asked.items if isinstance(row, Message))
+        ask = await self._with_stored_files(exchange, asked.ask._replace(messages=said))
+        return replace(asked, ask=asked.ask._replace(user=ask.user))
 
     # Turns...
 

@@ -1068,6 +1068,28 @@ async def test_chat_with_a_stored_file_goes_on() -> None:
     assert second.json["conversation_id"]
 
 
+async def test_response_to_a_stored_file_goes_on_as_the_user_of_the_file() -> None:
+    async with proxy(parameters=VISION, memory=True) as served:
+        value = await upload(served, pdf(user="al"))
+        text = {"type": "input_text", "text": "What is it?"}
+        content = [text, {"type": "input_file", "file_id": value["id"]}]
+        body: JSONObject = {
+            "model": "m",
+            "input": [{"role": "user", "content": content}],
+        }
+        call = await served.open("POST", "/v1/responses", body)
+        first = (await call.read_rest()).json
+        again = await served.get(f"/v1/responses/{first['id']}")
+        body = {"model": "m", "input": "And?", "previous_response_id": first["id"]}
+        call = await served.open("POST", "/v1/responses", {**body, "user": "al"})
+        second = await call.read_rest()
+        one, two = served.turns
+    assert again.json["output"] == first["output"]
+    assert second.status == 200
+    assert [one.json["user"], two.json["user"]] == ["al", "al"]
+    assert two.json["conversation_id"] == first["dify"]["conversation_id"]
+
+
 async def test_chat_with_an_unknown_file_is_refused() -> None:
     async with proxy(parameters=VISION) as served:
         row = {"type": "file", "file": {"file_id": "file-abc"}}
