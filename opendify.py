@@ -7199,7 +7199,7 @@ class Pool:
             self._reaper = loop.call_later(IDLE_CONNECTION_S, self._reap)
 
     def close(self) -> None:
-        """Close all idle connections."""
+        """End what runs beside, and close all idle connections."""
         for task in self._beside:
             task.cancel()
         if self._reaper:
@@ -7853,7 +7853,7 @@ class Dify:
         self._pool.run_beside(coroutine)
 
     def close(self) -> None:
-        """Close the connections that are kept."""
+        """End what runs beside, and close the connections that are kept."""
         self._pool.close()
 
     async def _request(
@@ -9291,9 +9291,7 @@ class Handlers:
         form = Form(exchange)
         with _while_present(exchange), contextlib.closing(form):
             file = await form.open()
-            transcript_format(
-                form.fields
-            )  # before the upload, if it can be told by then
+            transcript_format(form.fields)  # refused before the upload, if known
             app = await self._app_for(exchange, form)
             if not (await self._dify.form_of(app)).hears:
                 raise _switched_off("Speech to text", exchange.model)
