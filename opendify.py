@@ -75,7 +75,7 @@ from itertools import count
 from math import exp, inf, sqrt
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Callable, NamedTuple, Optional, Protocol, Union, cast
+from typing import IO, Any, Callable, NamedTuple, Protocol, Union, cast
 
 try:
     import h11
@@ -4838,10 +4838,8 @@ def stored_item(row: Any, id_: str) -> dict[str, Any]:
     item.update((name, v) for name, v in given.items() if v is not None)
     if item["type"] == "message" and isinstance(item.get("content"), str):
         is_answer = item.get("role") == "assistant"
-        text: dict[str, Any] = {"type": "input_text", "text": item["content"]}
-        if is_answer:
-            text = {**_MESSAGE_FORM.part, "text": item["content"]}
-        item["content"] = [text]
+        part = _MESSAGE_FORM.part if is_answer else {"type": "input_text"}
+        item["content"] = [{**part, "text": item["content"]}]
     return item
 
 
@@ -5901,7 +5899,7 @@ class Pacer:
         self._is_closed = False
 
     @property
-    def oldest(self) -> Optional[float]:
+    def oldest(self) -> float | None:
         """When the oldest text held arrived; None if nothing is held."""
         due = next(iter(self._deadlines), None)
         return None if due is None else due - self._max_lag_s
@@ -5943,7 +5941,7 @@ class Pacer:
         self._tick = max(at + self._beat_s, tick) if piece or wish < 1.0 else inf
         return piece
 
-    def next_due(self) -> Optional[float]:
+    def next_due(self) -> float | None:
         """When to call `take` next; None while nothing is held."""
         return min(self._tick, next(iter(self._deadlines))) if self.held else None
 
@@ -9718,9 +9716,7 @@ class Handlers:
     ) -> Turn:
         """Send the question to Dify, until it begins to answer."""
         user = _user_of(exchange, ask.user)
-        explicit = _named_conversation(ask, exchange)
-        if explicit != ask.conversation_id:
-            ask = ask._replace(conversation_id=explicit)
+        ask = ask._replace(conversation_id=_named_conversation(ask, exchange))
         scope = scope_of(app.key, user)
         question = Question(app, ask, user, scope, exchange, joins, tail)
         try:
