@@ -3283,14 +3283,19 @@ class Place:
     item: str = ""
 
 
-def open_place(sealer: IdSealer, id_: str, *, user: str = "") -> Place | None:
+def open_place(
+    sealer: IdSealer, id_: str, kind: str = "", *, user: str = ""
+) -> Place | None:
     """What an id stands for; None if it is not ours, not stored, or another user's.
 
     Args:
         sealer: of the app, and the client's key.
         id_: of a response (`resp_…`) or an item.
+        kind: how it must begin; "" if all kinds will do.
         user: who asks; "" where a request can't say it (`GET /responses/{id}`).
     """
+    if not id_.startswith(kind):
+        return None
     prefix, sign, _ = id_.partition("_")
     fields = sealer.open(id_, prefix + sign)
     if not fields or (user and user != fields[0]):
@@ -9066,8 +9071,8 @@ class Handlers:
         user = end_user("", urllib.parse.unquote(forwarded), "") if forwarded else ""
         for model, app in (await self._models()).items():
             sealer = self._sealer(exchange, app)
-            place = open_place(sealer, id_, user=user)
-            if not place or not id_.startswith("resp_"):
+            place = open_place(sealer, id_, "resp_", user=user)
+            if not place:
                 continue
             for turn in await self._stored_turns(app, place):
                 if turn.message_id == place.message_id:
@@ -9092,12 +9097,9 @@ class Handlers:
         ends with it and nobody else has a turn there. Else its history is folded.
         """
         previous = asked.previous_response_id
-        place = None
-        if previous:
-            is_response = previous.startswith("resp_")
-            place = open_place(sealer, previous, user=user) if is_response else None
-            if not place:
-                raise _no_previous(previous)
+        place = open_place(sealer, previous, "resp_", user=user)
+        if previous and not place:
+            raise _no_previous(previous)
         named = {
             id_: at
             for id_ in list(dict.fromkeys(asked.references))[-MAX_REFERENCES:]
@@ -9368,8 +9370,7 @@ class Handlers:
         """
         places: dict[str, Place] = {}
         for id_ in filter(None, (row.spoken_id for row in ask.messages)):
-            is_audio = id_.startswith("audio_")
-            place = open_place(sealer, id_, user=user) if is_audio else None
+            place = open_place(sealer, id_, "audio_", user=user)
             if not place:
                 raise _no_spoken(id_)
             places[id_] = place
