@@ -6338,7 +6338,7 @@ class Wire(asyncio.Protocol):
 
     def __init__(self, on_open: Callable[[Wire], None] | None = None) -> None:
         self._on_open = on_open
-        self._on_leave: Callable[[], None] | None = None
+        self.on_leave: Callable[[], None] | None = None  # the peer, though nobody reads
         self.on_data: Callable[[], None] | None = None  # called while a task waits
         self._loop = asyncio.get_running_loop()
         self._now = self._loop.time
@@ -6358,10 +6358,6 @@ class Wire(asyncio.Protocol):
         """The peer's address, for the log."""
         name = self._transport.get_extra_info("peername")
         return str(name[0]) if isinstance(name, tuple) else "-"
-
-    def on_leave(self, callback: Callable[[], None] | None) -> None:
-        """Be told at once when the peer leaves, though nobody reads."""
-        self._on_leave = callback
 
     @property
     def _unsent(self) -> int:
@@ -6416,8 +6412,8 @@ class Wire(asyncio.Protocol):
     def _end(self) -> None:
         self._is_at_end = True
         self.wake()
-        if self._on_leave:
-            self._on_leave()
+        if self.on_leave:
+            self.on_leave()
 
     def wake(self) -> None:
         """Let the task go on that waits for bytes, be there any or not."""
@@ -10247,7 +10243,7 @@ class Server:
             _refuse(exchange, ProxyError("OpenDify failed; its log says more."))
         finally:
             self._running.discard(exchange)
-            wire.on_leave(None)
+            wire.on_leave = None
             self._note(exchange)
         return await _make_ready(exchange, wire)
 
@@ -10284,7 +10280,7 @@ class Server:
         if exchange.route not in READING_ENDPOINTS:
             exchange.body = await read_whole(exchange)
             exchange.read = no_body
-        wire.on_leave(exchange.leave)
+        wire.on_leave = exchange.leave
         self._handlers.metrics.in_flight += 1
         try:
             await handler(exchange)

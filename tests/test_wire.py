@@ -1065,7 +1065,7 @@ async def test_abort_closes_at_once() -> None:
 async def test_leaving_is_told_while_nobody_reads(unread: bytes) -> None:
     async with wired() as (wire, far):
         left = asyncio.Event()
-        wire.on_leave(left.set)
+        wire.on_leave = left.set
         wire.write(unread)
         await asyncio.sleep(0)
         far.close()  # an end, or with data unread a reset
@@ -1075,7 +1075,7 @@ async def test_leaving_is_told_while_nobody_reads(unread: bytes) -> None:
 async def test_deadline_is_no_leaving() -> None:
     async with wired() as (wire, _):
         left = asyncio.Event()
-        wire.on_leave(left.set)
+        wire.on_leave = left.set
         wire.allow(1, TooLate)
         await asyncio.sleep(2)
         assert not left.is_set()
