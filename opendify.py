@@ -9624,21 +9624,18 @@ class Handlers:
         exchange.turn = turn = await self._open_turn(exchange, app, ask, joins, tail)
         seed = turn.stream.answer.message_id or self._new_id()
         reading = Reading(ask, seed, is_whole=isinstance(sink, Collector))
-        task = cast("asyncio.Task[Any]", asyncio.current_task())
         is_stored, was_there = False, not exchange.has_left
         try:
-            exchange.waiting.add(task)
-            await self._pass_on(exchange, turn, sink, reading)
+            with _while_present(exchange):
+                await self._pass_on(exchange, turn, sink, reading)
             will_do = not (reading.problem or reading.is_cut or sink.is_behind)
             is_stored = turn.stream.answer.is_as_sent and joins and will_do
         except (asyncio.CancelledError, ConnectionBroken):
-            exchange.waiting.discard(task)
             sink.close()  # nobody reads any more
             has_all = was_there and joins and not sink.is_behind
             is_stored = await self._stop(turn) and has_all
             raise
         finally:
-            exchange.waiting.discard(task)
             self._let_end(turn)
             self._settle(turn, sink if is_stored else None)
         return reading
@@ -9647,8 +9644,6 @@ class Handlers:
         self, exchange: Exchange, turn: Turn, sink: Outlet | Collector, reading: Reading
     ) -> None:
         """Carry the answer from Dify to the client."""
-        if exchange.has_left:
-            raise ConnectionBroken("the client left before the answer began")
 
         def carry(parts: list[Part]) -> bool:
             has_room = not exchange.reply.must_drain
