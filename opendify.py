@@ -753,6 +753,23 @@ class Message(NamedTuple):
     spoken_id: str = ""  # of a spoken answer, in the place of its text
 
 
+def plain_text(message: Message) -> str:
+    """A message's text as it is compared: no thoughts, and one space for any."""
+    text = message.text
+    if message.role == "assistant" and (match := _REASONING.match(text)):
+        text = text[match.end() :]
+    # Half a surrogate pair reaches the client as U+FFFD, and comes back so.
+    text = text.replace("\ufffd", "?").encode("utf-8", "replace").decode()
+    return " ".join(text.split())
+
+
+_REASONING = re.compile(
+    r"(?:\s*(?:<(think(?:ing)?|thought|reason(?:ing)?)\b[^>]*>.*?</\1>"
+    r"|<details\b[^>]*>\s*<summary[^>]*>\s*(?:Thinking|Thought).*?</details>))+",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
 @dataclass(frozen=True)
 class Tool:
     """A function of the client's that the app may call; `parameters` is JSON Schema."""
@@ -2296,7 +2313,7 @@ def read_json(text: str) -> Any:
     Raises:
         ValueError, RecursionError.
     """
-    value = _decode_json(text)
+    value = decode_json(text)
     is_deep = text.count("[") + text.count("{") > _MAX_DEPTH  # perhaps
     return _shallow(value, _MAX_DEPTH) if is_deep else value
 
@@ -2314,7 +2331,8 @@ def _finite(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-_decode_json: Callable[[str], Any] = json.JSONDecoder(
+# As `json.loads`, but numbers that JSON lacks are None.
+decode_json: Callable[[str], Any] = json.JSONDecoder(
     parse_float=_finite, parse_constant=_finite
 ).decode
 
@@ -3358,13 +3376,14 @@ class ChatRequest(NamedTuple):
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:
-    """A request's body.
+    """A request's body; NaN and the like, which are no JSON, become null.
 
     Raises:
         BadRequest: it is not a JSON object.
     """
     try:
-        value = json.loads(body)
+        text = body.decode(json.detect_encoding(body), "surrogatepass")
+        value = decode_json(text)
     except (ValueError, RecursionError):
         raise BadRequest("The body of the request is not valid JSON.") from None
     if not isinstance(value, dict):
@@ -3539,14 +3558,23 @@ def bad_value(field_name: str, problem: str) -> BadRequest:
 
 
 def with_tool_names(messages: list[Message]) -> list[Message]:
-    """Tool results by the names of their tools, instead of the ids of their calls."""
-    names = {call.id: call.name for row in messages for call in row.tool_calls}
-    return [
-        row._replace(name=names[row.name])
-        if row.role == "tool" and row.name in names
-        else row
-        for row in messages
-    ]
+    """Tool results by the names of their tools, in the order of their calls.
+
+    The app knows no ids: which result is whose, two calls of one tool tell by order.
+    """
+    names: dict[str, str] = {}
+    told: list[Message] = []
+    for is_result, run in itertools.groupby(messages, lambda row: row.role == "tool"):
+        rows = list(run)
+        if is_result:
+            at = {id_: index for index, id_ in enumerate(names)}
+            rows.sort(key=lambda row: at.get(row.name, len(at)))
+            rows = [row._replace(name=names.get(row.name, row.name)) for row in rows]
+        for call in (call for row in rows for call in row.tool_calls):
+            names.pop(call.id, None)  # some clients count them anew in each answer
+            names[call.id] = call.name
+        told += rows
+    return told
 
 
 def _parse_stops(stop: Any) -> tuple[str, ...]:
@@ -3604,6 +3632,7 @@ def parse_message(row: Any, where: str) -> Message:
     role = _ROLES.get(str(row.get("role")), "user")
     text, attachments = parse_content(row.get("content"), f"{where}.content")
     name = row.get("name") or (row.get("tool_call_id") if role == "tool" else "")
+    name = "" if name == role else name  # AutoGen calls each user "user"
     is_named = role == "assistant" and not text
     spoken_id = object_of(row.get("audio")).get("id") if is_named else ""
     calls = parse_calls(row)
@@ -3637,6 +3666,10 @@ def _bad_part(part: Mapping[str, Any], where: str) -> BadRequest:
     return bad_value(where, f"content of type {kind!r} can't be sent to an app.")
 
 
+# What an assistant thought: Anthropic's and LangChain's clients send it back.
+_THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning")
+
+
 def parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...]]:
     """A message's text, its parts joined by newlines, and its files."""
     if content is None or isinstance(content, str):
@@ -3644,16 +3677,16 @@ def parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...]
     if not isinstance(content, list):
         raise bad_type(where, "a string or an array of parts")
     texts, files = [], []
-    for index, part in enumerate(content):
+    for index, row in enumerate(content):
         place = f"{where}[{index}]"
-        if isinstance(part, str):
-            texts.append(part)
-            continue
+        part = {"text": row} if isinstance(row, str) else row
         if not isinstance(part, dict):
             raise bad_type(place, "an object")
-        parse = _FILE_PARTS.get(str(part.get("type")))
-        if parse:
-            files.append(parse(part, place))
+        kind = str(part.get("type"))
+        if kind in _FILE_PARTS:
+            files.append(_FILE_PARTS[kind](part, place))
+        elif kind in _THOUGHT_PARTS:
+            continue
         elif isinstance(text := part.get("text", part.get("refusal")), str):
             texts.append(text)
         else:
@@ -3734,9 +3767,10 @@ def _parse_data_url(url: str, where: str) -> tuple[str, bytes]:
     if not comma:
         raise bad_value(where, "the data URL has no comma.")
     fields = [row.strip() for row in head.split(";")]
+    media_type = fields[0].lower() if "/" in fields[0] else ""
     if fields[-1].lower() == "base64":
-        return fields[0].lower(), _decode_base64(urllib.parse.unquote(payload), where)
-    return fields[0].lower() or "text/plain", urllib.parse.unquote_to_bytes(
+        return media_type, _decode_base64(urllib.parse.unquote(payload), where)
+    return media_type or "text/plain", urllib.parse.unquote_to_bytes(
         payload.encode("utf-8", "replace")
     )
 
@@ -4553,6 +4587,14 @@ class ResponsesRequest:
         """The ids of the items that are only named, in order."""
         return tuple(row.id for row in self.items if isinstance(row, ItemReference))
 
+    @property
+    def known_tools(self) -> tuple[Tool, ...]:
+        """Whose calls stored answers may hold: tools that are withdrawn, too."""
+        messages = [row for row in self.items if isinstance(row, Message)]
+        calls = [call for row in messages for call in row.tool_calls]
+        tools = {call.name: Tool(call.name) for call in calls}
+        return tuple({**tools, **{row.name: row for row in self.ask.tools}}.values())
+
 
 def parse_responses_request(body: Mapping[str, Any]) -> ResponsesRequest:
     """The body of `POST /responses`; unknown fields, items and nulls are normal.
@@ -4656,18 +4698,25 @@ def parse_items(value: Any) -> list[Item]:
     items: list[Item] = []
     for index, row in enumerate(value):
         item = _parse_item(row, f"input[{index}]")
-        if items and isinstance(item, Message) and item.tool_calls:
-            items += _joined(items.pop(), item)
-        elif item:
-            items.append(item)
+        last = items.pop() if items else None
+        items += filter(None, _joined(last, item))
     return items
 
 
-def _joined(last: Item, call: Message) -> list[Item]:
-    """A call with the assistant's message or call before it; they are one answer."""
-    if isinstance(last, Message) and last.role == "assistant" and not call.text:
-        return [last._replace(tool_calls=last.tool_calls + call.tool_calls)]
-    return [last, call]
+def _joined(last: Item | None, item: Item | None) -> list[Item | None]:
+    """One answer's thoughts, text and calls, in whatever order, are one message.
+
+    Two texts are not: agents that take turns leave several in a row.
+    """
+    if not (isinstance(last, Message) and isinstance(item, Message)):
+        return [last, item]
+    is_one = last.tool_calls or item.tool_calls or not plain_text(last)
+    if not (is_one and last.role == item.role == "assistant"):
+        return [last, item]
+    text = "\n".join(filter(None, (last.text, item.text)))
+    calls = last.tool_calls + item.tool_calls
+    files = last.attachments + item.attachments
+    return [last._replace(text=text, attachments=files, tool_calls=calls)]
 
 
 def _parse_item(row: Any, where: str) -> Item | None:
@@ -5215,6 +5264,7 @@ _OPEN_TIMEOUT_S = 1.0  # other processes may be opening it too
 _MAX_CANDIDATES = 64  # with the same last answer; with more it is a stock phrase
 _MOST_WAITING = 64  # rows for a table in memory
 _SWEEP_EVERY, _SWEEP_MOST = 100, 200  # new tails, old tails: a sweep takes milliseconds
+_NEXT = "Write the assistant's next message."
 _GO_ON = "Continue your last message exactly where it ends, without repeating it."
 _SIDE_REQUESTS = (
     "### Task:",  # Open WebUI; the others are of NextChat and its descendants
@@ -5222,11 +5272,6 @@ _SIDE_REQUESTS = (
     "使用四到五个字直接返回这句话的简要主题",
     "Summarize the discussion briefly in",
     "简要总结一下对话内容，用作后续的上下文提示",
-)
-_REASONING = re.compile(
-    r"(?:\s*(?:<(think(?:ing)?|thought|reason(?:ing)?)\b[^>]*>.*?</\1>"
-    r"|<details\b[^>]*>\s*<summary[^>]*>\s*(?:Thinking|Thought).*?</details>))+",
-    re.IGNORECASE | re.DOTALL,
 )
 _TAG = re.compile(r"<(?i:/?message(?:-(\d+))?)")  # of a folded message
 
@@ -5338,21 +5383,12 @@ def message_digest(scope: bytes, message: Message) -> bytes:
             for file in message.attachments
         ],
     ]
-    content = f"{about!a}\0{_plain_text(message)}"
+    content = f"{about!a}\0{plain_text(message)}"
     return _hash(scope, content.encode(), _DIGEST_BYTES)
 
 
 def _hash(scope: bytes, data: bytes, size: int) -> bytes:
     return hashlib.blake2b(data, digest_size=size, key=scope).digest()
-
-
-def _plain_text(message: Message) -> str:
-    text = message.text
-    if message.role == "assistant" and (match := _REASONING.match(text)):
-        text = text[match.end() :]
-    # Half a surrogate pair reaches the client as U+FFFD, and comes back so.
-    text = text.replace("\ufffd", "?").encode("utf-8", "replace").decode()
-    return " ".join(text.split())
 
 
 def _canonical(arguments: str) -> str:
@@ -5410,7 +5446,7 @@ def plan_turn(
         inputs[system_variable] = ask.system
     if history_variable and elsewhere:
         inputs[history_variable] = fold(elsewhere, carried)
-    query = _query(context, new, carried) if ask.messages else ask.system
+    query = _query(ask, context, new, carried) if ask.messages else ask.system
     files = [file for row in carried for file in row.attachments] + files
     # Nobody can tell how a client shows an answer that was continued, or a title.
     is_known = tail.is_known and bool(new) and not is_side_request(ask)
@@ -5443,7 +5479,10 @@ def _only_in_input(history: tuple[Message, ...], tail: Tail) -> tuple[Message, .
 
 
 def _query(
-    context: Sequence[Message], new: Sequence[Message], carried: Sequence[Message]
+    ask: Ask,
+    context: Sequence[Message],
+    new: Sequence[Message],
+    carried: Sequence[Message],
 ) -> str:
     """The new messages and, if need be, what Dify does not know yet, as one text."""
     is_history = any(row.role != "system" for row in context)
@@ -5458,8 +5497,11 @@ def _query(
         parts += [fold(context, carried, beside=text), *ending]
     else:
         parts.append(fold([*context, *new], [*carried, *new]))
-        ask_for = "Write the assistant's next message." if is_history else ""
-        parts.append(ask_for if new else _GO_ON)
+        ask_for = _NEXT if is_history or not new else ""
+        # An answer that is to be a call or JSON is another one; and so is another's.
+        is_other = ask.tool_mode == "required" or ask.output.kind != "text"
+        goes_on = not (new or is_other or ask.messages[-1].name)
+        parts.append(_GO_ON if goes_on else ask_for)
     return "\n\n".join(part for part in parts if part)
 
 
@@ -5753,7 +5795,7 @@ def _id(tail: Tail) -> bytes:
 
 def _is_clear(history: Sequence[Message]) -> bool:
     """Whether a window can be told from others: two answers, or a long one."""
-    answers = [_plain_text(row) for row in history if row.role == "assistant"]
+    answers = [plain_text(row) for row in history if row.role == "assistant"]
     return len(answers) > 1 or len(answers[0].encode()) >= _CLEAR_BYTES
 
 
@@ -8137,10 +8179,9 @@ class Form:
 
     @property
     def model(self) -> str:
-        """The model that the form, the query or the path names, "" if none does yet."""
+        """The model that the form or the query names, "" if none does yet."""
         query = _query_of(self._exchange.request)
-        in_path = urllib.parse.unquote(self._exchange.name_in_path)
-        return self.fields.get("model") or query.get("model") or in_path
+        return self.fields.get("model") or query.get("model", "")
 
     @property
     def user(self) -> str:
@@ -8625,27 +8666,28 @@ class Reading:
     @property
     def _is_open(self) -> bool:
         """Whether the answer may still turn out not to do."""
+        if self._is_json and not self._json:
+            return True  # it is judged as a whole
         if self._has_call:
             return False
         has_json = bool(self._json and self._json.text)
         return self._ask.tool_mode == "required" or (self._is_json and not has_json)
 
     def _judge(self) -> None:
-        """The answer is over: will it do?"""
-        if self._has_call:
-            return
-        if self._ask.tool_mode == "required":
+        """The answer is over: will it do? Beside a call no JSON is needed."""
+        if self._ask.tool_mode == "required" and not self._has_call:
             names = ", ".join(tool.name for tool in self._ask.tools)
             self.problem = f"Call {names}."
-        elif self._json:
+        elif self._json and not self._has_call:
             self.problem = json_problem(self._json.text, self._ask.output)
             if self.problem and self._has_given:
                 raise unsatisfied(self._ask, self.problem)
-        elif self._is_json:
+        elif self._is_json and not self._json:
             answer = Answer()  # it knows what was reasoning after all
             for part in self._held:
                 answer.add(part)
-            text, self.problem = extract_json(answer.text, self._ask.output)
+            text, problem = extract_json(answer.text, self._ask.output)
+            self.problem = "" if self._has_call else problem
             kinds = (Text, Reasoning, Recast)
             rest = [part for part in self._held if not isinstance(part, kinds)]
             self._held = [Reasoning(answer.reasoning), Text(text or ""), *rest]
@@ -8901,8 +8943,9 @@ class Handlers:
                 envelope, answers, extra, is_legacy=chat.is_legacy, spoken=spoken
             )
 
-        asks = [ask] * chat.n
-        await self._answer_all(exchange, asks, stream if chat.stream else None, whole)
+        app, asks = await self._app(ask.model), [ask] * chat.n
+        streams = stream if chat.stream else None
+        await self._answer_all(exchange, app, asks, streams, whole)
 
     async def completions(self, exchange: Exchange) -> None:
         """`POST /completions`, the legacy API."""
@@ -8920,8 +8963,9 @@ class Handlers:
         def whole(answers: list[Answer], extra: Mapping[str, Any]) -> dict[str, Any]:
             return text_completion(envelope, answers, asked.echoes, extra)
 
+        app = await self._app(asked.asks[0].model)
         streams = stream if asked.stream else None
-        await self._answer_all(exchange, asked.asks, streams, whole)
+        await self._answer_all(exchange, app, asked.asks, streams, whole)
 
     # Responses...
 
@@ -8942,12 +8986,13 @@ class Handlers:
         named = None
         if asked.conversation:
             named = self._named(exchange, asked.conversation)
-            asked = _in_conversation(asked, named, scope_of(app.key, user))
+            mode, scope = await self._dify.mode_of(app), scope_of(app.key, user)
+            asked = _in_conversation(asked, named, scope, mode)
         ask, tail = await self._continued(app, asked, sealer, user)
         streams = (lambda _: running) if asked.stream else None
         self._running[running] = exchange
         try:
-            await self._answer_all(exchange, [ask], streams, whole, tail)
+            await self._answer_all(exchange, app, [ask], streams, whole, tail)
         finally:
             del self._running[running]
             if named and exchange.turn:
@@ -9129,10 +9174,11 @@ class Handlers:
         Only the former has the conversation's id.
         """
         previous, here = asked.previous_response_id, anchor.conversation_id
+        tools = asked.known_tools
         if previous and is_free and not named:
             newest, _ = await self._stored_page(app, anchor, most=1)
             if [row.message_id for row in newest] == [anchor.message_id]:
-                known = self._transcript(newest, asked.ask.tools)  # names of calls
+                known = self._transcript(newest, tools)  # names of calls
                 new = ask_of(asked, {}, known).messages[len(known) :]
                 return asked.ask._replace(messages=new, conversation_id=here)
         places = [anchor, *reversed(list(named.values()))]
@@ -9141,7 +9187,7 @@ class Handlers:
         if previous and anchor.message_id not in rows:
             raise _no_previous(previous)
         found = {
-            id_: self._said_at(place, rows[place.message_id], asked.ask.tools)
+            id_: self._said_at(place, rows[place.message_id], tools)
             for id_, place in named.items()
             if place.message_id in rows
         }
@@ -9149,7 +9195,7 @@ class Handlers:
         ends = [
             n for n, row in enumerate(turns, 1) if row.message_id == anchor.message_id
         ]
-        known = self._transcript(turns[: max(ends, default=0)], asked.ask.tools)
+        known = self._transcript(turns[: max(ends, default=0)], tools)
         ask = _with_something(ask_of(asked, found, known if previous else ()), asked)
         is_newest = ends == [len(turns)]
         if is_free and is_newest and is_known_history(split_turn(ask)[0], known):
@@ -9227,6 +9273,7 @@ class Handlers:
     async def _answer_all(
         self,
         exchange: Exchange,
+        app: AppSettings,
         asks: Sequence[Ask],
         stream: Callable[[int], AnswerStream] | None,
         whole: Callable[[list[Answer], Mapping[str, Any]], dict[str, Any]],
@@ -9236,12 +9283,12 @@ class Handlers:
 
         Args:
             exchange: whose client waits.
+            app: that is asked.
             asks: the questions.
             stream: makes the stream of a choice; None for a whole answer.
             whole: makes the object of a whole answer.
             tail: the conversation that the question continues, taken already.
         """
-        app = await self._app(asks[0].model)
         exchange.model = asks[0].model
         streams = [stream(index) for index in range(len(asks))] if stream else []
         sinks: list[Outlet | Collector] = [
@@ -9254,7 +9301,7 @@ class Handlers:
                 for ask, sink in zip(asks, sinks)
             ]
             is_one = len(turns) == 1
-            ends = [await turns[0]] if is_one else await _all_of(turns)
+            ends = [await turns[0]] if is_one else await self._all_of(turns)
         finally:
             for sink in sinks:
                 sink.close()
@@ -9267,6 +9314,29 @@ class Handlers:
         extra = {"dify": dict(ids)} if ids else {}
         value = whole([sink.answer for sink in collectors], extra)
         exchange.reply.send(json_response(value, id_headers(ids)))
+
+    async def _all_of(
+        self, coroutines: Iterable[Coroutine[Any, Any, bytes]]
+    ) -> list[bytes]:
+        """All results; when one fails, the others are cancelled.
+
+        Their runs are stopped beside: the client's error does not wait for that.
+        """
+        tasks = [asyncio.ensure_future(row) for row in coroutines]
+
+        async def end() -> None:
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        try:
+            return list(await asyncio.gather(*tasks))
+        except BaseException as error:
+            for task in tasks:
+                task.cancel()
+            if isinstance(error, ProxyError):
+                self._dify.run_beside(end())
+            else:
+                await end()
+            raise
 
     def _pacer(self, exchange: Exchange, app: AppSettings) -> Pacer | None:
         """The delay buffer, unless the operator or the request switched it off."""
@@ -9514,11 +9584,12 @@ class Handlers:
         exchange.reply.send(json_response(value))
 
     async def _app_for(self, exchange: Exchange, form: Form) -> AppSettings:
-        """The app that a form names, before its file or behind it; else the first."""
+        """The app that is named, before the file or behind it; else the first."""
         models = await self._models()
-        if not form.model and len(models) > 1:
+        in_path = _decoded_name(exchange.name_in_path, models)
+        if not (form.model or in_path) and len(models) > 1:
             await form.hold()
-        model = form.model or next(iter(models), "")
+        model = form.model or in_path or next(iter(models), "")
         app, exchange.model = await self._app(model), model
         return app
 
@@ -9919,9 +9990,12 @@ def _frame_of(
 
 
 def _in_conversation(
-    asked: ResponsesRequest, named: NamedConversation, scope: bytes
+    asked: ResponsesRequest, named: NamedConversation, scope: bytes, mode: str
 ) -> ResponsesRequest:
     """The request with what its conversation has, or is bound to."""
+    if mode not in CHAT_MODES:
+        problem = f"a {mode} app keeps none; send the history as `input`."
+        raise bad_value("conversation", problem)
     if not named.is_bound_to(scope):
         raise bad_value("conversation", "it belongs to another model or end user.")
     items = (*parse_items(list(named.items)), *asked.items)
@@ -9990,7 +10064,9 @@ def with_words(ask: Ask, place: str) -> Ask:
                 code="unsupported_parameter",
             )
         ask = ask._replace(tools=())
-    tools = describe_tools(ask.tools, ask.tool_mode) if place != "off" else ""
+    has_called = any(row.tool_calls or row.role == "tool" for row in ask.messages)
+    mode = "none" if has_called and not ask.tools else ask.tool_mode
+    tools = describe_tools(ask.tools, mode) if place != "off" else ""
     words = [describe_format(ask.output)]
     if place == "inputs" and tools:
         ask = ask._replace(inputs={**ask.inputs, "tools": tools})
@@ -10006,18 +10082,6 @@ async def _in_time(asking: Iterable[Awaitable[Any]]) -> list[Any]:
     """What each gives within NAMES_TIMEOUT_S, or the exception that it raises."""
     timed = [asyncio.wait_for(row, NAMES_TIMEOUT_S) for row in asking]
     return await asyncio.gather(*timed, return_exceptions=True)
-
-
-async def _all_of(coroutines: Iterable[Coroutine[Any, Any, bytes]]) -> list[bytes]:
-    """All results; when one fails, the others are cancelled and waited for."""
-    tasks = [asyncio.ensure_future(row) for row in coroutines]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
 
 
 def _decoded_name(raw: str, models: Iterable[str]) -> str:

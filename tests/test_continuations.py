@@ -1161,7 +1161,9 @@ async def test_tool_messages_are_folded_and_continued() -> None:
     written = (
         '<tool_call>\n{"name": "weather", "arguments": {"at":"Rome"}}\n</tool_call>'
     )
+    no_tools = "Do not call a tool this time: answer in words."
     shown = [
+        {"role": "system", "content": no_tools},
         user("Rain?"),
         {"role": "assistant", "content": written},
         {"role": "tool", "name": "weather", "content": "dry"},

@@ -31,6 +31,7 @@ from opendify import (
     Attachment,
     Conversations,
     Message,
+    OutputFormat,
     Tail,
     ToolCall,
     fold,
@@ -655,6 +656,23 @@ def test_an_answer_to_be_continued_is_folded() -> None:
         '<message role="assistant">\n1 2\n</message>\n\n'
         "Continue your last message exactly where it ends, without repeating it."
     )
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        ask(*chat("Count.", "1 2"))._replace(output=OutputFormat("json_object")),
+        ask(*chat("Count.", "1 2"))._replace(tool_mode="required"),
+        ask(user("Count."), Message("assistant", "1 2", "Other agent")),
+    ],
+    ids=["json", "call", "other's"],
+)
+def test_an_answer_of_another_kind_is_not_continued(last: Any) -> None:
+    """Agents ask so for their result as JSON, after they had it as text."""
+    query = plan_turn(last, SCOPE, None).query
+    assert query.endswith("\n1 2\n</message>\n\nWrite the assistant's next message.")
+    known = plan_turn(last, SCOPE, Tail(SCOPE, "c")).query
+    assert known == "Write the assistant's next message."
 
 
 @pytest.mark.parametrize(

@@ -515,8 +515,9 @@ async def test_model_is_found_behind_the_file(size: int) -> None:
         (f"{TRANSCRIPTS}?model=m", {}),
         ("/openai/deployments/m/audio/transcriptions?api-version=1", {}),
         (TRANSCRIPTS, {"model": "m"}),
+        ("/openai/deployments/m/audio/transcriptions", {"model": "m"}),
     ],
-    ids=["query", "azure", "field"],
+    ids=["query", "azure", "field", "azure-and-field"],
 )
 async def test_model_is_found_wherever_it_is_named(
     path: str, fields: dict[str, str]

@@ -1665,6 +1665,22 @@ async def test_run_without_text_so_far_is_stopped(late: bool, stream: bool) -> N
         await see_stop(served, mode)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_failed_choice_does_not_wait_for_the_others(stream: bool) -> None:
+    """Their runs are stopped beside; Dify may take its time for that."""
+    scripts: list[list[Step]] = [
+        [fake.message("One."), Hang()],
+        [Sleep(1), Send({"event": "error", "code": "x", "message": "No."})],
+    ]
+    async with proxy(lambda _: scripts.pop(0), stop_delay_s=8.0) as served:
+        start = asyncio.get_running_loop().time()
+        got = await served.chat(n=2, stream=stream)
+        assert got.error["message"] == "No."
+        assert asyncio.get_running_loop().time() - start < 2
+        await served.dify.until(lambda: not served.dify.open_connections)
+        assert [stop.effective for stop in served.dify.stops] == [True]
+
+
 async def test_answer_that_was_cut_is_stopped_once() -> None:
     """The client leaves while what came before its stop is still being shown."""
     script: list[Step] = [fake.message("One."), fake.message(" Two. STOP"), Hang()]

@@ -251,6 +251,13 @@ REFUSED = [
 ]
 
 
+def test_numbers_that_json_lacks_are_null() -> None:
+    """Python would write them to Dify, and back to the client."""
+    body = b'{"temperature": NaN, "inputs": {"a": [1e999, -Infinity, 1.5]}}'
+    value = opendify.parse_json_object(b"\xef\xbb\xbf" + body)
+    assert value == {"temperature": None, "inputs": {"a": [None, None, 1.5]}}
+
+
 def test_inputs_in_metadata_can_be_written_again() -> None:
     """The depth of a body is limited, but this text hides its own in one string."""
     text = '{"a": NaN, "b": ' + "[" * 500 + "]" * 500 + "}"
@@ -312,6 +319,18 @@ def test_refused_field_is_named(body: JSONObject, param: str, code: str) -> None
         (content("a", {"type": "text", "text": "b"}), Message("user", "a\nb")),
         (content({"type": "input_text", "text": "a"}), Message("user", "a")),
         (content(), Message("user", "")),
+        ({"role": "user", "content": "a", "name": "user"}, Message("user", "a")),
+        (
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "hm", "signature": "x"},
+                    {"type": "reasoning", "text": "hm"},
+                    {"type": "text", "text": "a"},
+                ],
+            },
+            Message("assistant", "a"),
+        ),
         (
             {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
             Message("assistant", "No."),
@@ -495,6 +514,7 @@ FILES = [
         id="data-url-parameters",
     ),
     pytest.param(image(f"data:;base64,{BASE64}"), IMAGE, id="data-url-no-type"),
+    pytest.param(image(f"data:base64,{BASE64}"), IMAGE, id="data-url-only-base64"),
     pytest.param(
         image(f"data:;charset=utf-8;base64,{BASE64}"), IMAGE, id="data-url-only-charset"
     ),

@@ -222,8 +222,19 @@ def test_calls_join_the_message_that_they_follow() -> None:
         HI,
         Message("assistant", "a", tool_calls=(CALLED, ToolCall("call_2", "f", "{}"))),
         Message("tool", "x", "call_1"),
-        Message("assistant", "", tool_calls=(CALLED,)),
-        Message("assistant", "a"),
+        Message("assistant", "a", tool_calls=(CALLED,)),
+        HI,
+    )
+
+
+def test_thoughts_join_the_message_that_they_lead_to() -> None:
+    """Some clients send them back as a message of their own."""
+    thought = {"role": "assistant", "content": "<think>hm</think>"}
+    other = {"role": "assistant", "content": "b"}
+    assert items_of(HI_ROW, thought, SAID, other, HI_ROW) == (
+        HI,
+        Message("assistant", "<think>hm</think>\na"),
+        Message("assistant", "b"),
         HI,
     )
 

@@ -494,7 +494,7 @@ async def test_results_are_told_by_their_tools_however_the_calls_are_named(
         await answer(second, results, tools=tools, **fields)
         ((_, query),) = told(first)
     found = re.findall(r'<message role="tool" name="(\w+)">\nfrom (\w+)', query)
-    assert found == [("get_time", "get_time"), ("get_weather", "get_weather")]
+    assert found == [("get_weather", "get_weather"), ("get_time", "get_time")]
     assert "Let me look" not in query
 
 
@@ -516,6 +516,34 @@ async def test_answer_that_is_not_the_format_names_it() -> None:
         got = await respond(served, text={"format": {"type": "json_object"}})
     assert (got.status, got.error["param"]) == (502, "text.format")
     assert got.error["code"] == "response_format_unsatisfied"
+
+
+async def test_calls_of_tools_that_are_withdrawn_are_still_calls() -> None:
+    """An agent's last step often has no tools; it repeats the calls before."""
+    text = f"Let me look.\n{CALL}"
+    script: list[list[fake.Step]] = [fake.chat_answer(text), fake.chat_answer("Sunny.")]
+    async with replicas(script=lambda _: script.pop(0)) as (first, second):
+        one = await answer(first, "Rome?", tools=[WEATHER])
+        said, call = one["output"]
+        result = {"type": "function_call_output", "call_id": call["call_id"]}
+        items = [user("Rome?"), reference(said), call, {**result, "output": "sun"}]
+        await answer(second, items)
+        ((_, query),) = told(first)
+    assert query.count("<tool_call>") == 0
+    assert '<message role="tool" name="get_weather">\nsun\n</message>' in query
+    assert "Do not call a tool this time" in query
+
+
+@pytest.mark.parametrize("mode", ["workflow", "completion"])
+async def test_app_without_conversations_is_no_part_of_one(mode: str) -> None:
+    config = {"query_variable": "query"} if mode == "workflow" else {}
+    async with proxy(mode=mode, config=config) as served:
+        call = await served.open("POST", "/v1/conversations", {})
+        made = (await call.read_rest()).json
+        got = await respond(served, conversation=made["id"])
+        assert served.turns == []
+    assert (got.status, got.error["param"]) == (400, "conversation")
+    assert f"a {mode} app keeps none" in got.error["message"]
 
 
 async def test_stored_error_shows_no_key() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -19,6 +20,8 @@ import pytest
 from fake_dify import Hang, Sleep, Wait
 from schemas import FILE, check_chat_stream, validate
 from test_handlers import HI, KEY, MODES, Got, Proxy, answer, form_of, proxy
+
+from opendify import Message, ToolCall, with_tool_names
 
 JSONObject = dict[str, Any]
 WHOLE_OR_STREAMED = pytest.mark.parametrize(
@@ -836,6 +839,47 @@ async def test_sloppy_json_is_mended() -> None:
     mended = {"name": "Oslo", "size": 7, "twins": []}
     assert json.loads(got.message["content"]) == mended
     assert len(served.turns) == 1
+
+
+@WHOLE_OR_STREAMED
+async def test_text_beside_a_call_is_no_json(stream: bool) -> None:
+    """Clients parse every text that comes when they asked for JSON."""
+    async with proxy(says(f"Let me look that up.\n{called(city='Oslo')}")) as served:
+        got = await served.chat(response_format=CITY, tools=TOOLS, stream=stream)
+    (choice,) = choices_of(got)
+    assert choice == Choice("", [("get_weather", {"city": "Oslo"})], "tool_calls")
+    assert len(served.turns) == 1
+
+
+@pytest.mark.parametrize("order", [1, -1])
+async def test_results_are_told_in_the_order_of_their_calls(order: int) -> None:
+    """Two calls of one tool: only the order tells the app which result is whose."""
+    names = {"a": "first", "b": "second"}
+    function = {"name": "f", "arguments": "{}"}
+    calls = [{"id": id_, "type": "function", "function": function} for id_ in names]
+    results = [
+        {"role": "tool", "tool_call_id": id_, "content": text}
+        for id_, text in names.items()
+    ]
+    messages: Any = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        *results[::order],
+    ]
+    async with proxy() as served:
+        await served.chat(messages=messages)
+    told = re.findall(r'name="(\w+)">\n(\w+)', query(served))
+    assert told == [("f", "first"), ("f", "second")]
+
+
+def test_ids_of_calls_may_return() -> None:
+    """Some clients count them anew in each answer."""
+    rows = []
+    for name in ("f", "g"):
+        rows.append(Message("assistant", "", tool_calls=(ToolCall("1", name, "{}"),)))
+        rows.append(Message("tool", "x", "1"))
+    named = with_tool_names(rows)
+    assert [row.name for row in named] == ["", "f", "", "g"]
 
 
 BAD_ANSWERS = {
