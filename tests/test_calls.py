@@ -638,30 +638,30 @@ def test_any_text_reads_the_same_however_it_is_cut(words: list[str]) -> None:
 def test_long_arguments_take_no_quadratic_time(content: str) -> None:
     call = json.dumps({"name": "write_file", "arguments": {"content": content}})
     text = f"<tool_call>{call}</tool_call>"
-    started = time.perf_counter()
+    started = time.process_time()
     (part,) = read(*(text[at : at + 4] for at in range(0, len(text), 4)))
     assert isinstance(part, ToolCall)
     assert json.loads(part.arguments) == {"content": content}
-    assert time.perf_counter() - started < 3
+    assert time.process_time() - started < 3
 
 
 def test_long_parameter_takes_no_quadratic_time() -> None:
     content = "<b>word</b> " * 10_000
     text = f'<invoke name="write_file"><parameter name="content">{content}</parameter>'
-    started = time.perf_counter()
+    started = time.process_time()
     (part,) = read(*(text[at : at + 4] for at in range(0, len(text), 4)), "</invoke>")
     assert isinstance(part, ToolCall)
     assert json.loads(part.arguments) == {"content": content}
-    assert time.perf_counter() - started < 3
+    assert time.process_time() - started < 3
 
 
 def test_hostile_answers_take_no_quadratic_time() -> None:
     call = '{"name": "search", "arguments": {"query": '
     for text in (f"\n{call}" * 3_000, ":{" * 50_000, "<tool_call" * 10_000):
-        started = time.perf_counter()
+        started = time.process_time()
         assert read(text) == [Text(text)]
         assert read(f'<tool_call>{call}"{text}') == [Text(f'<tool_call>{call}"{text}')]
-        assert time.perf_counter() - started < 4
+        assert time.process_time() - started < 4
 
 
 # Stop strings...
@@ -1024,9 +1024,9 @@ def test_validator_takes_no_exponential_time() -> None:
     value: Any = 1
     for _ in range(40):
         value = [value]
-    started = time.perf_counter()
+    started = time.process_time()
     schema_problems(value, schema)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 # What is asked, and the words...

@@ -972,9 +972,9 @@ async def test_key_in_the_place_of_a_model_is_nowhere_shown(
 )
 def test_no_path_takes_long(path: str) -> None:
     """Anyone may ask for any path: it must not stop all other streams."""
-    began = time.perf_counter()
+    began = time.process_time()
     find_endpoint(path)
-    assert time.perf_counter() - began < 0.1
+    assert time.process_time() - began < 0.1
 
 
 async def test_client_that_reads_nothing_is_cut_off() -> None:
