@@ -1017,6 +1017,19 @@ async def test_drain_waits_for_a_peer_that_reads_late() -> None:
             await wire.read()
 
 
+async def test_socket_rests_while_nobody_takes_what_came() -> None:
+    """Else a peer that sends without end would fill the memory."""
+    async with wired() as (wire, far):
+        loop = asyncio.get_running_loop()
+        sending = asyncio.ensure_future(loop.sock_sendall(far, MUCH))
+        await asyncio.sleep(1)
+        assert not sending.done()
+        got = 0
+        while got < len(MUCH):
+            got += len(await wire.read())
+        await sending
+
+
 async def test_drain_tells_that_the_connection_is_closed() -> None:
     async with wired() as (wire, _):
         wire.close()
