@@ -901,7 +901,10 @@ def test_id_is_short_url_safe_and_does_not_tell() -> None:
 any_text = st.text(
     st.one_of(st.characters(), st.characters(categories=["Cs"])), max_size=40
 )
-field_texts = st.one_of(any_text, st.uuids().map(str), st.just("0:"), st.just("u"))
+field_texts = st.one_of(
+    *(any_text, st.uuids().map(str), st.just("0:"), st.just("u")),
+    *(st.uuids().map(form.format) for form in ("{}0", "{}-ab", "u{}")),
+)
 
 
 @given(st.lists(field_texts, max_size=5).map(tuple), any_text, any_text)
