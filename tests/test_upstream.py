@@ -284,19 +284,44 @@ async def test_answer_that_says_close_is_not_followed_by_another_request() -> No
     ],
 )
 async def test_connection_in_doubt_is_not_used_again(answer: bytes) -> None:
-    seen: list[bytes] = []
+    seen: list[list[bytes]] = []  # the paths, by connection
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append([])
         while True:
-            seen.append(await read_request(reader))
+            seen[-1].append((await read_request(reader)).split()[1])
             writer.write(answer)
-            if len(seen) > 1:
-                return
 
     async with raw_server(serve) as base, client(base) as (dify, app):
         assert await dify.call(app, "GET", "/one") == {}
         assert await dify.call(app, "GET", "/two") == {}
-    assert [request.split()[1] for request in seen] == [b"/v1/one", b"/v1/two"]
+    assert seen == [[b"/v1/one"], [b"/v1/two"]]
+
+
+async def test_connection_is_not_kept_when_a_file_is_refused_before_its_end() -> None:
+    """What followed would be read as more of the file."""
+    seen: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(await reader.readuntil(b"\r\n\r\n"))
+        if b"upload" not in seen[-1]:
+            writer.write(json_answer({"name": "n"}))
+            return
+        writer.write(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
+        while await reader.read(1000):
+            pass
+
+    async def read() -> bytes:
+        await asyncio.sleep(0.1)
+        return b"more"
+
+    file = Attachment("a.bin", "image/png")
+    async with raw_server(serve) as base, client(base) as (dify, app):
+        with pytest.raises(ProxyError) as caught:
+            await dify.send_file(app, "/files/upload", file, read, lambda: USER)
+        assert caught.value.status == 413
+        assert await dify.call(app, "GET", "/info") == {"name": "n"}
+    assert len(seen) == 2
 
 
 async def test_connection_is_not_kept_while_its_request_is_not_taken() -> None:
