@@ -997,6 +997,12 @@ def test_validator_agrees_with_jsonschema(value: Any, schema: Any) -> None:
         pytest.param(1, {"$ref": "#item"}, [], id="anchor"),
         pytest.param(1, {"$ref": "other.json#/type"}, [], id="elsewhere"),
         pytest.param(
+            1,
+            {"$ref": "#/$defs/a~01b~1c", "$defs": {"a~1b/c": {"type": "string"}}},
+            ['$ breaks type "string"'],
+            id="escaped-name",
+        ),
+        pytest.param(
             {"k1": "x", "k": 1, "z": 1},
             {
                 "properties": {"k": {"type": "string"}},

@@ -798,6 +798,7 @@ def test_upload_is_multipart_with_name_type_and_user() -> None:
         (400, "provider_quota_exceeded", "x", False, (429, None, False)),
         (500, "internal_server_error", "x", False, (502, "upstream_error", None)),
         (400, "completion_request_error", "x", True, (502, None, False)),
+        (401, "invalid_api_key", "the provider's", True, (502, None, False)),
         (400, "invalid_param", "Run failed: 429", True, (429, None, None)),
         (
             400,

@@ -731,6 +731,18 @@ def test_stream_fits_the_schemas(reason: str) -> None:
     check_chat_stream(events(streamed(*parts, include_usage=True)), include_usage=True)
 
 
+@pytest.mark.parametrize("reason", ["length", "content_filter"])
+def test_calls_do_not_hide_that_an_answer_was_cut(reason: str) -> None:
+    parts = (ToolCall("call_1", "f", "{}"), Finish(reason))
+    last = events(streamed(*parts))[-1]["choices"][0]
+    assert last["finish_reason"] == reason
+    whole = Answer()
+    for part in parts:
+        whole.add(part)
+    (choice,) = opendify.chat_completion(ENVELOPE, [whole], {})["choices"]
+    assert choice["finish_reason"] == reason
+
+
 def test_usage_that_dify_does_not_tell_is_zero() -> None:
     last = events(streamed(Text("Hi"), Finish(), include_usage=True))[-1]
     zeros = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}

@@ -1164,7 +1164,11 @@ async def test_choices_join_no_conversation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "code"), [(9, "invalid_value"), (0, "invalid_value"), ("2", "invalid_type")]
+    ("n", "code"),
+    [
+        *((9, "invalid_value"), (0, "invalid_value")),
+        *(("2", "invalid_type"), (True, "invalid_type")),
+    ],
 )
 async def test_number_of_choices_is_refused(n: Any, code: str) -> None:
     async with proxy() as served:
