@@ -20,6 +20,7 @@ from opendify import Pacer
 Pieces = list[tuple[float, str]]
 MAX_LAG = 0.4
 CLOSE = 1e-6  # floats that should be equal
+COMPUTING = "\U0001f469\u200d\U0001f4bb"  # one cluster of three characters
 LONG = "Streaming text should feel like watching somebody write. " * 40
 
 
@@ -197,6 +198,18 @@ def test_huge_text_costs_no_more_than_its_length() -> None:
         pieces = play([(0.0, text)])
         assert joined(pieces) == text
         assert len(pieces) <= 20
+
+
+def test_long_cluster_does_not_delay_the_next_by_more_than_a_beat_or_two() -> None:
+    """It is shown whole, though less was due: that is no debt to be paid back."""
+    pieces = play([(0.0, "x"), (0.1, COMPUTING * 3)], lateness=[0.01])
+    assert [text for _, text in pieces] == ["x", *[COMPUTING] * 3]
+    assert [at for at, _ in pieces] == pytest.approx([0, 0.1, 0.151, 0.192], abs=0.001)
+
+
+def test_text_that_waited_for_its_end_brings_no_clump_later() -> None:
+    pieces = play([(0.0, COMPUTING * 2), (0.6, "word ")])
+    assert [text for _, text in pieces] == [COMPUTING, COMPUTING, *"word "]
 
 
 # Clusters...
