@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, cast
 
 import pytest
-from fake_dify import FakeDify, Hang, Send, chat_answer, message
+from fake_dify import FakeDify, Hang, Send, Sleep, chat_answer, error_event, message
 from test_wire import HOSTILE, bytewise
 
 import opendify
@@ -25,6 +25,7 @@ from opendify import (
     DRAIN_S,
     HEAD_TIMEOUT_S,
     IDLE_TIMEOUT_S,
+    KEEP_ALIVE_S,
     BadRequest,
     ChatStream,
     Dify,
@@ -830,6 +831,20 @@ async def test_error_after_the_head_is_an_event_and_the_end(
 # ------------------------------------------------------------------------------
 # Refused before the body was read
 # ------------------------------------------------------------------------------
+
+
+async def test_failed_stream_is_not_kept_alive(serving: Serving) -> None:
+    """A heartbeat behind its end would begin the next response."""
+    script = [message("Hel"), Sleep(1), error_event("No.")]
+    body = {"model": "m", "messages": [{"content": "Hi"}], "stream": True}
+    async with FakeDify() as dify, serving(dify.base) as world:
+        dify.app(KEY, script=script)
+        client = await world.connect()
+        data = json.dumps(body).encode()
+        got = await client.ask("/v1/chat/completions", method="POST", body=data)
+        assert got.body.endswith(b"data: [DONE]\n\n")
+        await asyncio.sleep(3 * KEEP_ALIVE_S)
+        assert (await client.ask("/health")).status == 200
 
 
 async def test_small_body_of_a_refused_request_is_thrown_away(serving: Serving) -> None:
