@@ -954,6 +954,25 @@ async def test_streamed_json_that_turns_out_wrong_is_an_error(bad: str) -> None:
 
 
 @WHOLE_OR_STREAMED
+async def test_failure_before_the_json_is_a_status(stream: bool) -> None:
+    """The talk before it was not sent on, so the client has no answer yet."""
+    script: list[fake.Step] = [fake.message("Sure: "), Sleep(1)]
+    script.append(fake.error_event("The model failed."))
+    async with proxy(script) as served:
+        got = await served.chat(response_format=CITY, stream=stream)
+    assert (got.status, got.error["code"]) == (502, "completion_request_error")
+
+
+async def test_streamed_json_is_not_asked_for_again_after_talk_behind_it() -> None:
+    script: list[fake.Step] = [fake.message('{"town": 5}'), Sleep(1)]
+    script += [fake.message(" That's it."), Sleep(1), fake.message_end()]
+    async with proxy(script) as served:
+        got = await served.chat(response_format=CITY, stream=True)
+    assert (got.status, got.error["code"]) == (200, "response_format_unsatisfied")
+    assert len(served.turns) == 1
+
+
+@WHOLE_OR_STREAMED
 async def test_call_comes_before_the_final_json(stream: bool) -> None:
     async with proxy(says(OSLO, GOOD), memory=True) as served:
         fields: JSONObject = {"tools": TOOLS, "response_format": CITY, "stream": stream}
@@ -1040,7 +1059,9 @@ async def test_usage_that_came_with_the_stop_is_told(stream: bool) -> None:
 
 
 @WHOLE_OR_STREAMED
-@pytest.mark.parametrize("stop", [None, [], "", [""], "never", ["made upX"]])
+@pytest.mark.parametrize(
+    "stop", [None, [], "", [""], "never", ["made upX"], list("1234")]
+)
 async def test_answer_without_a_stop_is_whole(stop: Any, stream: bool) -> None:
     async with proxy(says(REACT)) as served:
         got = await served.chat(stop=stop, stream=stream)
