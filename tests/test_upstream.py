@@ -1178,12 +1178,16 @@ async def test_stop_ends_the_run_and_the_answer_is_stored(mode: str) -> None:
             assert [m.answer for m in conversation.messages] == ["Hello"]
 
 
-async def test_drain_tells_whether_more_text_came() -> None:
+@pytest.mark.parametrize("is_carried", [False, True])
+async def test_drain_tells_whether_more_text_came(is_carried: bool) -> None:
     async with FakeDify() as fake, client(fake.base) as (dify, app):
         gate = asyncio.Event()
-        fake.app(KEY, script=[message("Hel"), Wait(gate), message("lo"), message_end()])
+        more = [message("lo"), Sleep(1), message_end()]
+        fake.app(KEY, script=[message("Hel"), Wait(gate), *more])
         stream = await dify.open_turn(app, "chat", question())
         assert await stream.read() == [Text("Hel")]
+        if is_carried:
+            stream.carry_by(lambda parts: True)
         gate.set()
         assert await stream.drain()
         stream.close()
