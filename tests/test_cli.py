@@ -614,3 +614,12 @@ def test_demo_serves_until_a_signal_and_ends_with_0(
     assert (demo.returncode, out) == (0, "")
     assert " GET /v1/models 200 " in err
     assert "Traceback" not in err
+
+
+def test_time_of_a_line_is_its_own() -> None:
+    formatter, times = opendify._Formatter(), []
+    for created in (1700000000.25, 1700000000.5, 1700000001.75, 1700000061.0):
+        record = logging.makeLogRecord({"msg": "x"})
+        record.created, record.msecs = created, created % 1 * 1000
+        times.append(formatter.format(record).split()[1][-6:])
+    assert times == ["20,250", "20,500", "21,750", "21,000"]

@@ -153,6 +153,11 @@ def test_instance_overrides_its_class(
     validate("ErrorResponse", error_body(error))
 
 
+def test_own_retry_after_is_the_only_one() -> None:
+    own = [("Retry-After", "60")]
+    assert error_headers(opendify.RateLimited("m", headers=own)) == own
+
+
 def test_retry_of_a_class_may_be_overridden() -> None:
     error = opendify.QuotaExceeded("m", retry=True)
     assert error_headers(error) == [("x-should-retry", "true")]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import opendify
 from opendify import (
     APP_MODES,
     AppSettings,
@@ -274,6 +275,11 @@ def test_bad_value_is_a_complaint_that_says_what_to_write(
             id="mode",
         ),
         pytest.param(
+            {"m": {"key": KEY, "tools": "input"}},
+            "the tools of 'm' must be prompt or inputs or off",
+            id="tools",
+        ),
+        pytest.param(
             {"a": "", "b": {"key": KEY, "bas": BASE}},
             '\'a\' needs an app key: "app-…" or {"key": "app-…"}; '
             "'b' has an unknown 'bas'; did you mean 'base'?",
@@ -500,3 +506,15 @@ def test_any_duration_is_its_number_times_its_unit(number: float, unit: str) -> 
     seconds = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[unit]
     settings = parse_settings({"DIFY_IDLE_TIMEOUT": text})
     assert settings.dify_idle_timeout == float(f"{number:.3f}") * seconds
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://proxy:3128", "http://proxy:3128"),
+        ("http://user:p@ss@proxy:3128", "http://…@proxy:3128"),
+        ("user:p@ss@proxy:3128", "…@proxy:3128"),
+    ],
+)
+def test_no_part_of_a_password_is_shown(url: str, shown: str) -> None:
+    assert opendify.mask_password(url) == shown
