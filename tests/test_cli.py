@@ -1,4 +1,4 @@
-"""Room 13: arguments, the env file, exit statuses, the self-check, the demo."""
+"""Room Command line: arguments, env file, exit statuses, the self-check, the demo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room 5: every recorded answer of Dify, requests for each mode, errors, reasoning."""
+"""Room Dify: recorded answers of Dify, requests for each mode, errors, reasoning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room 2: the table of errors, row by row, as OpenAI's clients read them."""
+"""Room Errors: the table of errors, row by row, as OpenAI's clients read them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TABLE = [
         opendify.Unauthorized,
         401,
         INVALID,
-        None,  # a wrong key has a code, see `find` in room 11
+        None,  # a wrong key has a code, see `Handlers.find`
         (("WWW-Authenticate", "Bearer"),),
     ),
     Row(opendify.Forbidden, 403, INVALID, "permission_denied"),

@@ -1,4 +1,4 @@
-"""Rooms 11 and 12 in one process: a server on loopback, before a fake Dify.
+"""Rooms Handlers and Server in one process: a server on loopback, before a fake Dify.
 
 `proxy()` starts both; `Proxy.chat` sends a chat request on a connection of its own.
 """

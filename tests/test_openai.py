@@ -1,4 +1,4 @@
-"""Room 6: chat requests to an Ask, answer parts to chunks and whole objects."""
+"""Room OpenAI: chat requests to an Ask, answer parts to chunks and whole objects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room 12: connections, the error boundary, clients that leave, drain, the log."""
+"""Room Server: connections, the error boundary, clients that leave, drain, the log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room 1: every setting parses, every complaint says what to change, no key shows."""
+"""Room Settings: every setting parses, complaints say what to change, no key shows."""
 
 from __future__ import annotations
 

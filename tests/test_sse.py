@@ -1,4 +1,4 @@
-"""Room 3: the same events however the bytes are cut, and back again."""
+"""Room SSE: the same events however the bytes are cut, and back again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room 10: reuse, faults at every step of an exchange, TLS, modes, timeouts."""
+"""Room Upstream: reuse, faults at every step of an exchange, TLS, modes, timeouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room 9: framing with h11 as the oracle, hostile heads, replies, deadlines."""
+"""Room Wire: framing with h11 as the oracle, hostile heads, replies, deadlines."""
 
 from __future__ import annotations
 
