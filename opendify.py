@@ -751,6 +751,7 @@ class Message(NamedTuple):
     attachments: tuple[Attachment, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
     spoken_id: str = ""  # of a spoken answer, in the place of its text
+    call_id: str = ""  # of a tool's result, until its tool is known
 
 
 def plain_text(message: Message) -> str:
@@ -998,7 +999,7 @@ _RULES = {
     "auto": "If you need no tool, answer as usual, without such a block.",
     "required": "This time you must call a tool: write nothing but the blocks.",
 }
-_NO_TOOLS_TEXT = "Do not call a tool this time: answer in words."
+_NO_TOOLS_TEXT = "Write no <tool_call> block this time: answer without one."
 _FORMAT_TEXT = """\
 Write your final answer as JSON and nothing else: {what}, without an introduction, an \
 explanation or a code fence."""
@@ -3562,19 +3563,28 @@ def with_tool_names(messages: list[Message]) -> list[Message]:
 
     The app knows no ids: which result is whose, two calls of one tool tell by order.
     """
-    names: dict[str, str] = {}
+    calls: dict[str, tuple[int, str]] = {}  # id: (which of all, the tool's name)
     told: list[Message] = []
+    numbers = itertools.count()
     for is_result, run in itertools.groupby(messages, lambda row: row.role == "tool"):
         rows = list(run)
         if is_result:
-            at = {id_: index for index, id_ in enumerate(names)}
-            rows.sort(key=lambda row: at.get(row.name, len(at)))
-            rows = [row._replace(name=names.get(row.name, row.name)) for row in rows]
+            rows = _by_calls(rows, calls)
         for call in (call for row in rows for call in row.tool_calls):
-            names.pop(call.id, None)  # some clients count them anew in each answer
-            names[call.id] = call.name
+            calls[call.id] = (next(numbers), call.name)  # ids may return
         told += rows
     return told
+
+
+def _by_calls(
+    results: Sequence[Message], calls: Mapping[str, tuple[int, str]]
+) -> list[Message]:
+    rows = []
+    for row in results:
+        unknown = (inf, row.name or row.call_id)
+        number, name = calls.get(row.call_id or row.name, unknown)
+        rows.append((number, row._replace(name=name, call_id="")))
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
 
 def _parse_stops(stop: Any) -> tuple[str, ...]:
@@ -3631,14 +3641,13 @@ def parse_message(row: Any, where: str) -> Message:
         raise bad_type(where, "an object")
     role = _ROLES.get(str(row.get("role")), "user")
     text, attachments = parse_content(row.get("content"), f"{where}.content")
-    name = row.get("name") or (row.get("tool_call_id") if role == "tool" else "")
-    name = "" if name == role else name  # AutoGen calls each user "user"
+    name = row.get("name") if row.get("name") != role else ""  # AutoGen's users
+    call_id = row.get("tool_call_id") if role == "tool" else ""
     is_named = role == "assistant" and not text
     spoken_id = object_of(row.get("audio")).get("id") if is_named else ""
     calls = parse_calls(row)
-    return Message(
-        role, text, str(name or ""), attachments, calls, str(spoken_id or "")
-    )
+    ids = (str(spoken_id or ""), str(call_id or ""))
+    return Message(role, text, str(name or ""), attachments, calls, *ids)
 
 
 def parse_calls(row: Mapping[str, Any]) -> tuple[ToolCall, ...]:
@@ -4695,28 +4704,41 @@ def parse_items(value: Any) -> list[Item]:
         return [Message("user", value)] if value else []
     if not isinstance(value, list):
         raise bad_type("input", "a string or an array of items")
+    parsed = [_parse_item(row, f"input[{index}]") for index, row in enumerate(value)]
+    known = [item for item in parsed if item]
     items: list[Item] = []
-    for index, row in enumerate(value):
-        item = _parse_item(row, f"input[{index}]")
-        last = items.pop() if items else None
-        items += filter(None, _joined(last, item))
+    for is_answer, run in itertools.groupby(known, _is_assistants):
+        rows = list(run)
+        items += _joined(cast("list[Message]", rows)) if is_answer else rows
     return items
 
 
-def _joined(last: Item | None, item: Item | None) -> list[Item | None]:
+def _is_assistants(item: Item) -> bool:
+    return isinstance(item, Message) and item.role == "assistant"
+
+
+def _joined(said: Iterable[Message]) -> list[Message]:
     """One answer's thoughts, text and calls, in whatever order, are one message.
 
     Two texts are not: agents that take turns leave several in a row.
     """
-    if not (isinstance(last, Message) and isinstance(item, Message)):
-        return [last, item]
-    is_one = last.tool_calls or item.tool_calls or not plain_text(last)
-    if not (is_one and last.role == item.role == "assistant"):
-        return [last, item]
-    text = "\n".join(filter(None, (last.text, item.text)))
-    calls = last.tool_calls + item.tool_calls
-    files = last.attachments + item.attachments
-    return [last._replace(text=text, attachments=files, tool_calls=calls)]
+    answers: list[list[Message]] = []
+    goes_on = has_calls = False
+    for item in said:
+        if not (goes_on or (answers and item.tool_calls)):
+            answers.append([])
+            goes_on, has_calls = True, False
+        answers[-1].append(item)
+        has_calls = has_calls or bool(item.tool_calls)
+        goes_on = has_calls or (goes_on and not plain_text(item))
+    return [
+        rows[0]._replace(
+            text="\n".join(row.text for row in rows if row.text),
+            attachments=tuple(file for row in rows for file in row.attachments),
+            tool_calls=tuple(call for row in rows for call in row.tool_calls),
+        )
+        for rows in answers
+    ]
 
 
 def _parse_item(row: Any, where: str) -> Item | None:
@@ -7417,7 +7439,7 @@ async def _tunnel_by(
 
 
 def _no_answer() -> ProxyError:
-    return UpstreamTimeout("Dify does not answer in time (DIFY_FIRST_EVENT_TIMEOUT).")
+    return UpstreamTimeout("Dify does not answer in time.")
 
 
 class _NoAnswer(Exception):
@@ -8026,7 +8048,10 @@ _SSE_HEADERS = [
     ("Cache-Control", "no-cache"),
     ("X-Accel-Buffering", "no"),
 ]
-_PREFIX = re.compile(r"(?:(?:v1|api|openai)(?:/|\Z))+")
+_PREFIX = re.compile(  # an endpoint is one, too, if another is behind it
+    r"(?:(?:v1|api|openai|(?:chat/)?completions(?=/.)"
+    r"|responses(?=/(?:responses|models)(?:/|\Z)))(?:/|\Z))+"
+)
 _DEPLOYMENT = re.compile(
     r"(?:deployments|engines)/(.+?)/((?:v1/)?(?:chat/)?completions"
     r"|embeddings|images/\w+|models"
@@ -8308,10 +8333,6 @@ def find_endpoint(path: str) -> tuple[str, str]:
         return f"files{file[2] or '/'}", file[1]
     if tail.startswith("models/"):
         return "models/", tail[len("models/") :]
-    for base in ROUTES:  # "…/chat/completions/models": the base URL is an endpoint
-        rest = tail[len(base) + 1 :]
-        if rest in ROUTES and tail == f"{base}/{rest}":
-            return rest, name
     resource = _RESOURCE.match(tail)
     if resource:
         return f"{resource[1]}/{{id}}{resource[3]}", resource[2]
@@ -8394,6 +8415,8 @@ class Outlet:
 
     def put(self, parts: Sequence[Part]) -> None:
         """Take parts in and write what is due; raises the error of a Failure."""
+        if self._reply.is_complete:  # another choice has failed
+            raise ConnectionBroken("its response has ended")
         now = self._loop.time()
         if len(parts) > 1 and not self._pacer and set(map(type, parts)) == {Text}:
             self._write(self._encode_all(cast("Sequence[Text]", parts)), now)
@@ -8777,9 +8800,8 @@ class Handlers:
                 "moderations or images. Ask a model provider for those directly."
             )
         if methods is None:
-            raise NotFound(
-                f"Invalid URL ({request.method} {request.path}): base URLs end in /v1."
-            )
+            hint = "" if "/v1/" in request.path else " A base URL ends in /v1."
+            raise NotFound(f"Invalid URL ({request.method} {request.path}).{hint}")
         method = "GET" if request.method == "HEAD" else request.method
         if method not in methods:
             allowed = ", ".join(methods)

@@ -1300,7 +1300,8 @@ def test_words_say_which_tools_there_are() -> None:
     assert describe_tools(TOOLS, "required").endswith("write nothing but the blocks.")
     assert describe_tools((), "auto") == ""
     assert (
-        describe_tools((), "none") == "Do not call a tool this time: answer in words."
+        describe_tools((), "none")
+        == "Write no <tool_call> block this time: answer without one."
     )
 
 

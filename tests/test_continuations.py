@@ -1161,7 +1161,7 @@ async def test_tool_messages_are_folded_and_continued() -> None:
     written = (
         '<tool_call>\n{"name": "weather", "arguments": {"at":"Rome"}}\n</tool_call>'
     )
-    no_tools = "Do not call a tool this time: answer in words."
+    no_tools = "Write no <tool_call> block this time: answer without one."
     shown = [
         {"role": "system", "content": no_tools},
         user("Rain?"),

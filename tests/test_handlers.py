@@ -312,7 +312,12 @@ CHAT = "chat/completions"
         ("/v1/chat/completions/", CHAT, ""),
         ("/v1/chat/completions//", CHAT, ""),
         ("/v1/chat/completions/chat/completions", CHAT, ""),
+        ("/v1/chat/completions/chat/completions/chat/completions", CHAT, ""),
         ("/v1/chat/completions/models", "models", ""),
+        ("/v1/chat/completions/models/m", "models/", "m"),
+        ("/v1/chat/completions/files/f/content", "files/content", "f"),
+        ("/v1/completions/completions", "completions", ""),
+        ("/v1/responses/responses_1", "responses/{id}", "responses_1"),
         ("/v1/responses/responses", "responses", ""),
         ("/v1/responses/models", "models", ""),
         ("/api/v1/chat/completions", CHAT, ""),
@@ -345,7 +350,8 @@ async def test_unknown_path_is_a_json_404(path: str) -> None:
     async with proxy() as served:
         got = await served.get(path)
     assert (got.status, got.error["code"]) == (404, "unknown_url")
-    assert got.error["message"].startswith(f"Invalid URL (GET {path})")
+    hint = "" if "/v1/" in path else " A base URL ends in /v1."
+    assert got.error["message"] == f"Invalid URL (GET {path}).{hint}"
     assert got.headers["x-request-id"].startswith("req_")
 
 
@@ -1679,6 +1685,46 @@ async def test_failed_choice_does_not_wait_for_the_others(stream: bool) -> None:
         assert asyncio.get_running_loop().time() - start < 2
         await served.dify.until(lambda: not served.dify.open_connections)
         assert [stop.effective for stop in served.dify.stops] == [True]
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_choice_that_was_late_writes_nothing_behind_the_end(
+    turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to Python 3.11 `wait_for` may swallow a cancel that comes with its result."""
+    first_parts = opendify.Handlers._first_parts
+    failed, connections = asyncio.Event(), itertools.count()
+
+    async def fail(*arguments: Any) -> list[opendify.Part]:
+        try:
+            return await first_parts(*arguments)
+        except opendify.ProxyError:
+            failed.set()
+            raise
+
+    async def connect(*address: Any, **options: Any) -> opendify.Wire:
+        wire = await opendify.open_wire(*address, **options)
+        try:
+            if next(connections) == 1:
+                await failed.wait()
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            wire.abort()
+            raise
+        return wire
+
+    monkeypatch.setattr(opendify.Handlers, "_first_parts", staticmethod(fail))
+    scripts: list[list[Step]] = [
+        [Sleep(0.2), fake.error_event("No.")],
+        fake.chat_answer("Late."),
+    ]
+    async with proxy(lambda _: scripts.pop(0)) as served:
+        monkeypatch.setattr(served.server._handlers._dify._pool, "_connect", connect)
+        call = await served.begin(n=2, stream=True)
+        assert (await call.read_rest()).error["message"] == "No."
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(call._reader.read(1), 2)
 
 
 async def test_answer_that_was_cut_is_stopped_once() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import string
+import time
 from dataclasses import replace
 from typing import Any, Union
 
@@ -225,6 +226,14 @@ def test_calls_join_the_message_that_they_follow() -> None:
         Message("assistant", "a", tool_calls=(CALLED,)),
         HI,
     )
+
+
+def test_many_thoughts_take_little_time() -> None:
+    thought = {"role": "assistant", "content": "<think>abc</think>"}
+    began = time.process_time()
+    (message,) = items_of(*[thought] * 8000)
+    assert time.process_time() - began < 1
+    assert isinstance(message, Message) and message.text.count("abc") == 8000
 
 
 def test_thoughts_join_the_message_that_they_lead_to() -> None:

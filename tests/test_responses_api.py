@@ -529,9 +529,9 @@ async def test_calls_of_tools_that_are_withdrawn_are_still_calls() -> None:
         items = [user("Rome?"), reference(said), call, {**result, "output": "sun"}]
         await answer(second, items)
         ((_, query),) = told(first)
-    assert query.count("<tool_call>") == 0
+    assert '{"name": "get_weather"' not in query
     assert '<message role="tool" name="get_weather">\nsun\n</message>' in query
-    assert "Do not call a tool this time" in query
+    assert "Write no <tool_call> block this time" in query
 
 
 @pytest.mark.parametrize("mode", ["workflow", "completion"])
