@@ -1372,6 +1372,21 @@ async def test_large_upload_is_not_held(order: str) -> None:
         assert metered.seen[1] - metered.seen[0] == SIZE
 
 
+async def test_download_waits_for_a_client_that_does_not_read() -> None:
+    async with proxy(parameters=AUDIO, audio=MP3 + bytes(32 << 20)) as served:
+        body = json.dumps({"model": "m", "input": "Hi", "voice": "nova"}).encode()
+        head = f"POST {SPEECH} HTTP/1.1\r\nHost: localhost\r\n"
+        _, writer = await asyncio.open_connection("127.0.0.1", served.port, limit=1000)
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        await served.dify.until(lambda: served.server._running)
+        (exchange,) = served.server._running
+        await asyncio.sleep(5)
+        assert exchange.reply.must_drain
+        assert exchange.reply._wire._unsent < 1 << 20
+        writer.close()
+        await served.dify.until(lambda: not served.dify.open_connections)
+
+
 @pytest.mark.real_clock
 async def test_large_download_is_not_held() -> None:
     body = json.dumps({"model": "m", "input": "Hi", "voice": "nova"}).encode()
