@@ -31,6 +31,7 @@ from opendify import (
     Attachment,
     Conversations,
     Message,
+    NamedConversation,
     OutputFormat,
     Tail,
     ToolCall,
@@ -1370,3 +1371,14 @@ def test_the_model_sees_what_the_client_shows(machine: type[Clients]) -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+def test_named_conversation_is_forgotten_when_nobody_uses_it(tmp_path: Path) -> None:
+    named = NamedConversation("conv_1", 0, {"a": "b"}, [{"role": "user"}])
+    for path in ("memory", str(tmp_path / "named.sqlite")):
+        store, _ = open_conversations(path, 100.0)
+        store.keep(named, "key", 5.0)
+        assert store.named("conv_1", "key", 105.0) == named
+        assert store.named("conv_1", "other", 6.0) is None
+        assert store.named("conv_1", "key", 105.1) is None
+        store.close()

@@ -305,6 +305,14 @@ async def test_nothing_is_ready_without_an_app() -> None:
         assert status_of(await talk(front.port, get("/ready"))) >= 500
 
 
+async def test_refused_app_key_is_never_ready() -> None:
+    refusal = Status(401, {"code": "unauthorized", "message": "No.", "status": 401})
+    async with FakeDify() as dify, proxying(dify.base) as front:
+        dify.app(KEY, overrides={"/info": [refusal]})
+        for _ in range(2):  # a refusal is no answer that counts for a while
+            assert status_of(await talk(front.port, get("/ready"))) == 502
+
+
 async def test_health_and_readiness_need_no_key() -> None:
     async with FakeDify() as dify, proxying(dify.base, VALID_API_KEYS="k") as front:
         dify.app(KEY, overrides={"/info": [Status(500, "<html>")]})
