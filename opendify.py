@@ -7321,7 +7321,7 @@ class Pool:
             failed_at, error = self._failed.get(origin, (-inf, None))
             if error and failed_at >= now:
                 raise copy.copy(error) from None  # another attempt failed
-            _give_up(task)
+            _abort_made(task)
             raise
         except ProxyError as error:
             failed_at = asyncio.get_running_loop().time()
@@ -7388,9 +7388,11 @@ class Pool:
             raise
 
 
-def _give_up(opening: asyncio.Task[Wire]) -> None:
-    """End an attempt to connect, or the connection if it was made just now."""
-    opening.cancel()
+def _abort_made(opening: asyncio.Task[Wire]) -> None:
+    """End a connection that was made just as its call was cancelled.
+
+    An attempt that still runs is cancelled with the call that awaits it.
+    """
     if opening.done() and not (opening.cancelled() or opening.exception()):
         opening.result().abort()
 
@@ -8211,7 +8213,7 @@ class Form:
     @property
     def user(self) -> str:
         """The end user that the form names, "" if none."""
-        return self.fields.get("safety_identifier") or self.fields.get("user", "")
+        return parse_user(self.fields)
 
     async def open(self) -> Attachment:
         """Read on to the file; raises BadRequest if there is none."""
@@ -8693,8 +8695,8 @@ class Reading:
             return True  # it is judged as a whole
         if self._has_call:
             return False
-        has_json = bool(self._json and self._json.text)
-        return self._ask.tool_mode == "required" or (self._is_json and not has_json)
+        has_json = not self._json or bool(self._json.text)
+        return self._ask.tool_mode == "required" or not has_json
 
     def _judge(self) -> None:
         """The answer is over: will it do? Beside a call no JSON is needed."""

@@ -9,7 +9,7 @@ import itertools
 import json
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -298,9 +298,10 @@ async def test_connection_in_doubt_is_not_used_again(answer: bytes) -> None:
     assert seen == [[b"/v1/one"], [b"/v1/two"]]
 
 
-async def test_connection_is_not_kept_when_a_file_is_refused_before_its_end() -> None:
-    """What followed would be read as more of the file."""
-    seen: list[bytes] = []
+def refusing(
+    seen: list[bytes], rest: Callable[[asyncio.StreamReader], Awaitable[Any]]
+) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+    """Return what refuses uploads, does with the `rest` as told, and answers others."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         seen.append(await reader.readuntil(b"\r\n\r\n"))
@@ -308,6 +309,16 @@ async def test_connection_is_not_kept_when_a_file_is_refused_before_its_end() ->
             writer.write(json_answer({"name": "n"}))
             return
         writer.write(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
+        await rest(reader)
+
+    return serve
+
+
+async def test_connection_is_not_kept_when_a_file_is_refused_before_its_end() -> None:
+    """What followed would be read as more of the file."""
+    seen: list[bytes] = []
+
+    async def read_all(reader: asyncio.StreamReader) -> None:
         while await reader.read(1000):
             pass
 
@@ -316,6 +327,7 @@ async def test_connection_is_not_kept_when_a_file_is_refused_before_its_end() ->
         return b"more"
 
     file = Attachment("a.bin", "image/png")
+    serve = refusing(seen, read_all)
     async with raw_server(serve) as base, client(base) as (dify, app):
         with pytest.raises(ProxyError) as caught:
             await dify.send_file(app, "/files/upload", file, read, lambda: USER)
@@ -328,15 +340,11 @@ async def test_connection_is_not_kept_while_its_request_is_not_taken() -> None:
     """An early refusal leaves megabytes of the upload unsent."""
     seen: list[bytes] = []
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        seen.append(await reader.readuntil(b"\r\n\r\n"))
-        if b"upload" not in seen[-1]:
-            writer.write(json_answer({"name": "n"}))
-            return
-        writer.write(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
-        await asyncio.Event().wait()  # and never reads the rest
+    async def read_nothing(_: asyncio.StreamReader) -> None:
+        await asyncio.Event().wait()
 
     file = Attachment("a.bin", "image/png", b"x" * 20_000_000)
+    serve = refusing(seen, read_nothing)
     async with raw_server(serve) as base, client(base) as (dify, app):
         with pytest.raises(ProxyError) as caught:
             await dify.upload(app, file, USER)
