@@ -29,10 +29,11 @@ The rooms, in reading order. Each uses only those above it; 1-11 are pure.
     11. Pacer          when each piece of text is due
     12. Wire           HTTP/1.1 over asyncio's transports, both roles
     13. Upstream       the connection pool and the Dify client
-    14. Handlers       the routes, one coroutine each
-    15. Server         connections, the error boundary, shutdown
-    16. Page           a playground and the clients' settings at /
-    17. Command line   arguments, logging, signals, main()
+    14. Answers        one turn, from a question to its answer's last word
+    15. Handlers       the routes, one coroutine each
+    16. Server         connections, the error boundary, shutdown
+    17. Page           a playground and the clients' settings at /
+    18. Command line   arguments, logging, signals, main()
 """
 
 from __future__ import annotations
@@ -8012,59 +8013,32 @@ class Dify:
 
 
 # ==============================================================================
-# 14. Handlers
+# 14. Answers
 # ==============================================================================
 #
-# The routes, one coroutine each: a request in, a reply out. Finds the app, checks the
-# key, runs a turn and drives the pacer. Catches nothing that the error boundary of
-# room 15 can answer. Never touches sockets and h11.
+# One turn, from a question to the last word of its answer: finds the conversation that
+# it continues, asks Dify, carries what comes through the pacer to the client, and
+# records where the conversation stands. Never touches sockets and h11.
 #
-# One turn:  parse -> plan -> open -> (read -> put -> drain)* -> settle [-> say]
-#            the client leaves -> stop, read on, then settle or forget
+#     plan -> open -> (read -> put -> drain)* -> settle
+#     the client leaves -> stop, read on, then settle or forget
 
-MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
-MAX_ADDRESSES = 10_000  # that are remembered for it
 MAX_TRIES = 4  # of one turn: a lost conversation and a wrong mode, each corrected
 HEAD_AFTER_S = 5.0  # the status line waits for Dify's first event, this long at most
 MAX_HELD_CHARS = 128 * 1024  # by the pacer: nobody reads so fast that it would show
 KEEP_ALIVE_S = 15.0  # nginx closes after 60 s of silence, Node's fetch after 300 s
-MAX_REFERENCES = 500  # to stored items, in a request; its body has room for a million
-MAX_CONVERSATIONS_READ, MAX_PAGES = 10, 20  # of Dify, to understand them
-NAMES_TIMEOUT_S = 5.0  # Open WebUI gives the model list 10 s
-MAX_FIELDS_BYTES = 1024 * 1024  # of a form, beside its file
-MAX_HELD_BYTES = 512 * 1024  # of a file in memory, until it is known where it goes
-_BESIDE_FILE_BYTES = MAX_FIELDS_BYTES + MAX_FORM_PARTS * 2 * MAX_PART_HEAD_BYTES
-_START_BYTES = 64  # of a recording: the head of a WAV file
-_NO_FILE = (
-    "An id is good for the key of the client that uploaded the file, and as long as "
-    "the app's key in Dify stays the same."
-)
-_NO_CONTENT = "Dify (from 1.7.2 on) gives a file back once a message has used it."
-_NO_SOUND = "Dify made no sound of this text."
-_UNTYPED = "application/octet-stream"  # a file of any kind
-MAX_SOUND_BYTES = MAX_JSON_BYTES  # of a whole answer: a quarter of an hour of mp3
-_UNSPOKEN = "The app has answered, but its speech failed: "
-_LOUD = f"It is over {MAX_SOUND_BYTES >> 20} MB; a streamed answer may be longer."
-_SSE_HEADERS = [
+SSE_HEADERS = [
     ("Content-Type", "text/event-stream; charset=utf-8"),
     ("Cache-Control", "no-cache"),
     ("X-Accel-Buffering", "no"),
 ]
-_PREFIX = re.compile(  # an endpoint is one, too, if another is behind it
-    r"(?:(?:v1|api|openai|(?:chat/)?completions(?=/.)"
-    r"|responses(?=/(?:responses|models)(?:/|\Z)))(?:/|\Z))+"
-)
-_DEPLOYMENT = re.compile(
-    r"(?:deployments|engines)/(.+?)/((?:v1/)?(?:chat/)?completions"
-    r"|embeddings|images/\w+|models"
-    r"|audio/\w+)\Z"
-)
-
-
-_RESOURCE = re.compile(
-    r"(responses|conversations)/([^/]+)(/input_items|/cancel|/items|)\Z"
-)
+_ID_HEADERS = {
+    "conversation_id": "X-Dify-Conversation-Id",
+    "message_id": "X-Dify-Message-Id",
+}
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+# What Dify says before anything runs.
+_REFUSALS = (BadRequest, ConfigurationFault, RateLimited, QuotaExceeded)
 
 
 class Metrics:
@@ -8152,16 +8126,8 @@ class Exchange:
             task.cancel()
 
 
-async def read_whole(exchange: Exchange) -> bytes:
-    """The request's body in one piece."""
-    pieces: list[bytes] = []
-    while exchange.decoder and not exchange.decoder.is_complete:
-        pieces.append(await exchange.read())
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
 @contextlib.contextmanager
-def _while_present(exchange: Exchange) -> Iterator[None]:
+def while_present(exchange: Exchange) -> Iterator[None]:
     """What is done inside ends when the client leaves."""
     if exchange.has_left:
         raise ConnectionBroken("the client left")
@@ -8171,187 +8137,6 @@ def _while_present(exchange: Exchange) -> Iterator[None]:
         yield
     finally:
         exchange.waiting.discard(task)
-
-
-class Form:
-    """A request that brings a file: its fields, and the file piece by piece.
-
-    `open` it, `read` until b"", `close` it. Fields may stand before and behind the
-    file: `fields`, `model` and `size` are final when it is read. It is multipart, or
-    the JSON that `parse_audio_request` reads.
-
-    Args:
-        exchange: the request; its body is not read yet.
-    """
-
-    def __init__(self, exchange: Exchange) -> None:
-        self.file: Attachment | None = None
-        self.start = b""  # of the file
-        self.size = 0  # of the file, as far as read
-        self._exchange = exchange
-        self._decoder: FormDecoder | None = None
-        self._events: deque[FormPart | bytes] = deque()
-        self._name = ""  # of the part that is being read
-        self._fields: dict[str, bytes] = {}
-        self._field_bytes = 0
-        self._store: IO[bytes] | None = None
-        self._is_held = False
-        self._most_mb = 0  # 0: any size
-
-    @property
-    def fields(self) -> dict[str, str]:
-        """The fields so far."""
-        rows = self._fields.items()
-        return {name: data.decode("utf-8", "replace") for name, data in rows}
-
-    @property
-    def model(self) -> str:
-        """The model that the form or the query names, "" if none does yet."""
-        query = _query_of(self._exchange.request)
-        return self.fields.get("model") or query.get("model", "")
-
-    @property
-    def user(self) -> str:
-        """The end user that the form names, "" if none."""
-        return parse_user(self.fields)
-
-    async def open(self) -> Attachment:
-        """Read on to the file; raises BadRequest if there is none."""
-        content_type = self._exchange.request.headers.get("content-type", "")
-        if content_type.lower().startswith("multipart/form-data"):
-            self._decoder = FormDecoder(content_type)
-            while not self.file and (event := await self._next()):
-                self._take(event)
-        elif "json" in content_type.lower() and self._exchange.route != "files":
-            self._open_json(await read_whole(self._exchange))
-        else:
-            message = "A file must come as multipart/form-data."
-            raise BadRequest(message, status=415)
-        if not self.file:
-            raise missing_parameter("file")
-        return self.file
-
-    def _open_json(self, body: bytes) -> None:
-        fields, self.file = parse_audio_request(parse_json_object(body))
-        for name, text in fields.items():
-            self._fields[name] = text.encode("utf-8", "replace")
-        self._store, self._is_held = io.BytesIO(self.file.data), True
-        self.size, self.start = len(self.file.data), self.file.data[:_START_BYTES]
-
-    async def read(self) -> bytes:
-        """More of the file; b"" when it and the fields behind it are read."""
-        if self._store and self._is_held:
-            return self._store.read(READ_BUFFER_BYTES)
-        while event := await self._next():
-            if isinstance(event, bytes) and self._name == "file":
-                self.size += len(event)
-                self._check_size(self.size)
-                self.start += event[: _START_BYTES - len(self.start)]
-                return event
-            self._take(event)
-        return b""
-
-    async def hold(self) -> None:
-        """Read all now, for the fields behind the file; a large one goes to disk."""
-        if not self._is_held:
-            store = tempfile.SpooledTemporaryFile(MAX_HELD_BYTES)  # noqa: SIM115 - `close`
-            self._store = cast("IO[bytes]", store)
-            while data := await self.read():
-                self._store.write(data)
-            self._store.seek(0)
-            self._is_held = True
-
-    def limit(self, most_mb: int) -> None:
-        """Refuse a file of more MB than that (0: any); at once, if its size is told."""
-        self._most_mb = most_mb
-        length = int(self._exchange.request.headers.get("content-length", 0))
-        self._check_size(max(self.size, length - _BESIDE_FILE_BYTES))
-
-    def close(self) -> None:
-        """Let go of what is held."""
-        if self._store:
-            self._store.close()
-
-    async def _next(self) -> FormPart | bytes:
-        """The next part's head, or more of its data; b"" at the end of the body."""
-        while self._decoder and not self._events:
-            data = await self._exchange.read()
-            if not data:
-                self._decoder.feed_eof()
-                return b""
-            self._events.extend(self._decoder.feed(data))
-        return self._events.popleft()
-
-    def _take(self, event: FormPart | bytes) -> None:
-        """Note a field, or begin the file."""
-        if isinstance(event, bytes):
-            self._field_bytes += len(event)
-            if self._field_bytes > MAX_FIELDS_BYTES:
-                raise BodyTooLarge(
-                    f"The fields of a form may have {MAX_FIELDS_BYTES >> 10} KiB."
-                )
-            self._fields[self._name] += event
-            return
-        self._name = event.name
-        if event.name != "file":
-            self._fields[event.name] = b""
-        elif self.file:
-            raise BadRequest("A form can bring one file at a time.", param="file")
-        else:
-            self.file = form_file(event.filename, event.media_type)
-
-    def _check_size(self, size: int) -> None:
-        if self.file and self._most_mb and size > self._most_mb << 20:
-            raise BodyTooLarge(
-                f"The file {self.file.name!r} is too large: the app takes "
-                f"{self._most_mb} MB.",
-                param="file",
-            )
-
-
-@functools.lru_cache(maxsize=64)
-def find_endpoint(path: str) -> tuple[str, str]:
-    """(endpoint, name in the path) of a request's path.
-
-    Clients are given base URLs with no `/v1`, with one or two, with `//`, with a
-    reverse proxy's prefix, with the endpoint itself, or Azure's and the engines' forms
-    that name the model. So the tail decides.
-
-        /v1//chat/completions                          ("chat/completions", "")
-        /openai/deployments/m/chat/completions         ("chat/completions", "m")
-        /v1/models/team%2Fapp                          ("models/", "team%2Fapp")
-        /v1/responses/resp_x/cancel         ("responses/{id}/cancel", "resp_x")
-    """
-    if path == "/":
-        return path, ""
-    tail = re.sub(r"/{2,}", "/", path).strip("/")
-    tail = tail[_prefix_length(tail) :]
-    name = ""
-    deployment = _DEPLOYMENT.match(tail)
-    if deployment:
-        name, tail = deployment[1], deployment[2]
-        tail = tail[_prefix_length(tail) :]
-    if file := re.match(r"files/([^/]+)(/content)?\Z", tail):
-        return f"files{file[2] or '/'}", file[1]
-    if tail.startswith("models/"):
-        return "models/", tail[len("models/") :]
-    resource = _RESOURCE.match(tail)
-    if resource:
-        return f"{resource[1]}/{{id}}{resource[3]}", resource[2]
-    return tail, name
-
-
-def _prefix_length(tail: str) -> int:
-    prefix = _PREFIX.match(tail)
-    return prefix.end() if prefix else 0
-
-
-def client_key(headers: Mapping[str, str]) -> str:
-    """The key that a client presents, in any of the usual places; "" if none."""
-    scheme, _, token = headers.get("authorization", "").strip().partition(" ")
-    if scheme.lower() == "bearer" and token.strip():
-        return token.strip()
-    return (headers.get("api-key") or headers.get("x-api-key") or "").strip()
 
 
 class Outlet:
@@ -8409,7 +8194,7 @@ class Outlet:
     def _start(self, ids: Mapping[str, str]) -> None:
         if not self._reply.status:
             self._exchange.fail = self._fail
-            self._reply.start(200, [*_SSE_HEADERS, *id_headers(ids)])
+            self._reply.start(200, [*SSE_HEADERS, *id_headers(ids)])
 
     def _fail(self, error: ProxyError) -> bytes:
         opening, self._opening = self._opening, b""
@@ -8746,16 +8531,676 @@ def id_headers(ids: Mapping[str, str]) -> list[tuple[str, str]]:
     ]
 
 
-_ID_HEADERS = {
-    "conversation_id": "X-Dify-Conversation-Id",
-    "message_id": "X-Dify-Message-Id",
-}
+@dataclass
+class Question:
+    """What is asked of an app, and what was done for it so far."""
+
+    exchange: Exchange  # whose client waits
+    app: AppSettings
+    ask: Ask
+    user: str
+    joins: bool  # whether it may continue a conversation, and be continued
+    tail: Tail | None = None  # the conversation that it continues, once taken
+    is_accepted: bool = False  # Dify has begun to answer: it may remember the question
+    uploads: dict[int, str] = field(default_factory=dict)  # by the id() of the file
+
+    @property
+    def scope(self) -> bytes:
+        """What its conversations are found in."""
+        return scope_of(self.app.key, self.user)
+
+
+@dataclass
+class Turn:
+    """A turn that Dify has begun to answer."""
+
+    app: AppSettings
+    mode: str
+    user: str
+    plan: Plan
+    stream: TurnStream
+    first_parts: list[Part] = field(default_factory=list)
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """Dify's ids, as far as known."""
+        answer = self.stream.answer
+        ids = {
+            "conversation_id": answer.conversation_id,
+            "message_id": answer.message_id,
+        }
+        return {name: id_ for name, id_ in ids.items() if id_}
+
+
+class Turns:
+    """Asks apps, and carries their answers to the clients.
+
+    Args:
+        dify: the client of Dify.
+        conversations: what is known of them.
+        new_id: makes a fresh id, where Dify gives none.
+        wall_clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        dify: Dify,
+        conversations: Conversations,
+        new_id: Callable[[], str],
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self._dify = dify
+        self._conversations = conversations
+        self._new_id = new_id
+        self._wall_clock = wall_clock
+
+    async def run(self, question: Question, sink: Outlet | Collector) -> None:
+        """One turn, and another one if its answer will not do.
+
+        Raises:
+            Unsatisfied: neither will do.
+        """
+        ask = question.ask
+        reading = await self._run_once(question, sink)
+        if not reading.problem:
+            return
+        kind = "tool_choice" if ask.tool_mode == "required" else "response_format"
+        said = Message("assistant", reading.said)
+        words = Message("user", retry_text(kind, reading.problem))
+        # What came before in a conversation that is named, Dify alone knows.
+        goes_on = question.joins and bool(ask.conversation_id)
+        before = () if goes_on else (*ask.messages, said)
+        again = ask._replace(messages=(*before, words))
+        question = replace(
+            question, ask=again, joins=goes_on, tail=None, is_accepted=False
+        )
+        reading = await self._run_once(question, sink)
+        if reading.problem:
+            raise unsatisfied(ask, reading.problem)
+
+    def give_back(self, tail: Tail | None) -> None:
+        """A conversation that was taken, and that nothing was sent to."""
+        if tail:
+            self._conversations.put(tail, self._wall_clock())
+
+    async def _run_once(self, question: Question, sink: Outlet | Collector) -> Reading:
+        """Ask, and carry the answer to the sink; the reading says if it will do."""
+        exchange, joins = question.exchange, question.joins
+        exchange.turn = turn = await self._open_turn(question)
+        seed = turn.stream.answer.message_id or self._new_id()
+        reading = Reading(question.ask, seed, is_whole=isinstance(sink, Collector))
+        is_stored, was_there = False, not exchange.has_left
+        try:
+            with while_present(exchange):
+                await self._pass_on(exchange, turn, sink, reading)
+            will_do = not (reading.problem or reading.is_cut or sink.is_behind)
+            is_stored = turn.stream.answer.is_as_sent and joins and will_do
+        except (asyncio.CancelledError, ConnectionBroken):
+            sink.close()  # nobody reads any more
+            has_all = was_there and joins and not sink.is_behind
+            is_stored = await self._stop(turn) and has_all
+            raise
+        finally:
+            self._let_end(turn)
+            self._settle(turn, sink if is_stored else None)
+        return reading
+
+    async def _pass_on(
+        self, exchange: Exchange, turn: Turn, sink: Outlet | Collector, reading: Reading
+    ) -> None:
+        """Carry the answer from Dify to the client."""
+
+        def carry(parts: list[Part]) -> bool:
+            has_room = not exchange.reply.must_drain
+            if has_room:
+                sink.put(parts)
+            return has_room
+
+        parts = turn.first_parts
+        while parts:
+            ready = reading.feed(parts)
+            # Until something is certain, an error can still be a status.
+            if ready and not (sink.has_begun or isinstance(ready[0], Failure)):
+                sink.begin(turn.ids)
+            sink.put(ready)
+            await exchange.reply.drain()
+            if sink.has_begun and reading.is_plain:
+                turn.stream.carry_by(carry)
+            turn.stream.is_given_up = turn.stream.is_given_up or reading.is_cut
+            parts = [] if reading.is_cut else await turn.stream.read()
+        if not reading.problem:
+            await sink.finish()
+
+    def _settle(self, turn: Turn, sink: Outlet | Collector | None) -> None:
+        """Record where the conversation stands; without a sink nobody knows."""
+        answer = turn.stream.answer
+        if sink is None or not answer.conversation_id:
+            self._conversations.forget(turn.plan.tail)
+        else:
+            said = Message("assistant", sink.text, tool_calls=tuple(sink.calls))
+            tail = turn.plan.finish(answer.conversation_id, said)
+            self._conversations.put(tail, self._wall_clock())
+
+    def _let_end(self, turn: Turn) -> None:
+        """Close the turn's stream; a run that may go on is stopped."""
+        if turn.stream.is_given_up and turn.stream.answer.task_id:
+            self._dify.run_beside(self._stop(turn))
+        else:
+            turn.stream.close()
+
+    async def _stop(self, turn: Turn) -> bool:
+        """End the run, and read on so that Dify stores what it has.
+
+        Returns:
+            Whether Dify has ended the answer with not a word more than was read before.
+        """
+        stream, answer = turn.stream, turn.stream.answer
+        try:
+            if answer.task_id and (stream.is_given_up or not answer.is_finished):
+                await self._dify.stop(turn.app, turn.mode, answer.task_id, turn.user)
+            return not await stream.drain() and answer.is_as_sent
+        finally:
+            stream.is_given_up = False  # it is stopped, as well as can be
+            stream.close()
+
+    async def _open_turn(self, question: Question) -> Turn:
+        """Send the question to Dify, until it begins to answer."""
+        try:
+            return await self._ask(question)
+        except MissingInput as error:
+            self._let_go(question, error)
+            form = await self._dify.form_of(question.app, anew=True)
+            message = f"{error.message}. {describe_inputs(form)}"
+            raise BadRequest(message, param="inputs") from error
+        except BaseException as error:
+            self._let_go(question, error)
+            raise
+
+    async def _ask(self, question: Question) -> Turn:
+        """Ask, and again where Dify shows that a conversation or a mode is wrong."""
+        mode = await self._dify.mode_of(question.app)
+        if mode in CHAT_MODES and question.joins and not question.tail:
+            now = self._wall_clock()
+            question.tail = self._conversations.take(question.ask, question.scope, now)
+        for _ in range(MAX_TRIES):
+            try:
+                return await self._try_turn(question, mode)
+            except (ConversationGone, NoFirstEvent) as error:
+                # Chatflows from 1.13 on met a lost conversation with silence.
+                is_lost = isinstance(error, ConversationGone) or mode == "advanced-chat"
+                if question.ask.conversation_id or not (question.tail and is_lost):
+                    raise
+                self._conversations.forget(question.tail, is_gone=True)
+                question.tail, question.is_accepted = None, False
+            except WrongMode:
+                corrected = await self._dify.correct_mode(question.app)
+                if corrected == mode:
+                    raise
+                mode = corrected
+        raise UpstreamFailed("Dify contradicts itself about this app's mode.")
+
+    def _let_go(self, question: Question, error: BaseException) -> None:
+        """The turn did not begin: its conversation stays as it was, if nothing ran."""
+        is_refused = isinstance(error, _REFUSALS) and not question.is_accepted
+        is_gone = isinstance(error, ConversationGone)
+        if is_refused and not is_gone and question.tail:
+            self._conversations.put(question.tail, self._wall_clock())
+        else:
+            self._conversations.forget(question.tail, is_gone=is_gone)
+
+    async def _try_turn(self, question: Question, mode: str) -> Turn:
+        """One attempt; raises what Dify says before its first word."""
+        app, ask = question.app, question.ask
+        has_files = any(row.attachments for row in ask.messages)
+        form = await self._dify.form_of(app) if has_files else NO_FORM
+        plan = plan_turn(
+            ask,
+            question.scope,
+            question.tail,
+            system_variable=app.system_variable,
+            history_variable=app.history_variable,
+            has_room=lambda files: has_room(form, files, {**app.inputs, **ask.inputs}),
+        )
+        request = await self._request_for(question, plan, mode)
+        stream = await self._dify.open_turn(app, mode, request)
+        question.is_accepted = True
+        turn = Turn(app, mode, question.user, plan, stream)
+        try:
+            turn.first_parts = await self._first_parts(question.exchange, stream)
+        except (asyncio.CancelledError, ConnectionBroken):
+            await self._stop(turn)
+            raise
+        except BaseException:
+            self._let_end(turn)
+            raise
+        return turn
+
+    @staticmethod
+    async def _first_parts(exchange: Exchange, stream: TurnStream) -> list[Part]:
+        parts = await stream.read(until_named=True)
+        if not (parts or stream.answer.is_finished):  # it may be long till it has text
+            with while_present(exchange):
+                parts = await stream.read()
+        if parts and isinstance(parts[0], Failure):
+            raise parts[0].error
+        return parts
+
+    async def _request_for(
+        self, question: Question, plan: Plan, mode: str
+    ) -> DifyRequest:
+        """The request to Dify, with its files uploaded."""
+        app = question.app
+        needs_form = plan.files or (mode not in CHAT_MODES and not app.query_variable)
+        form = await self._dify.form_of(app) if needs_form else NO_FORM
+        inputs = {**app.inputs, **plan.inputs}
+        common: dict[str, Any] = {"inputs": inputs, "user": question.user}
+        common["trace_id"] = question.exchange.id
+        if plan.files:
+            check_files(form, plan.files, inputs)
+            mappings = [await self._mapping(question, file) for file in plan.files]
+            placed = place_files(form, mappings, inputs)
+            common["inputs"] = {**inputs, **placed["inputs"]}
+            common["files"] = placed["files"]
+        variable = ""
+        if mode not in CHAT_MODES:
+            variable = app.query_variable or query_variable(mode, form)
+        conversation_id = plan.tail.conversation_id
+        return dify_request(
+            mode, plan.query, common, variable=variable, conversation_id=conversation_id
+        )
+
+    async def _mapping(self, question: Question, file: Attachment) -> dict[str, str]:
+        """How the request names a file; its data is uploaded, once a request."""
+        if file.url or file.upload_id:
+            return file_mapping(file, file.upload_id)
+        if id(file) not in question.uploads:
+            upload_id = await self._dify.upload(question.app, file, question.user)
+            question.uploads[id(file)] = upload_id
+        return file_mapping(file, question.uploads[id(file)])
+
+
+# ==============================================================================
+# 15. Handlers
+# ==============================================================================
+#
+# The routes, one coroutine each: a request in, a reply out. Finds the app, checks the
+# key, has the turn run, and says what it made. Catches nothing that the error boundary
+# of room 16 can answer. Never touches sockets and h11.
+
+MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
+MAX_ADDRESSES = 10_000  # that are remembered for it
+MAX_REFERENCES = 500  # to stored items, in a request; its body has room for a million
+MAX_CONVERSATIONS_READ, MAX_PAGES = 10, 20  # of Dify, to understand them
+NAMES_TIMEOUT_S = 5.0  # Open WebUI gives the model list 10 s
+MAX_FIELDS_BYTES = 1024 * 1024  # of a form, beside its file
+MAX_HELD_BYTES = 512 * 1024  # of a file in memory, until it is known where it goes
+_BESIDE_FILE_BYTES = MAX_FIELDS_BYTES + MAX_FORM_PARTS * 2 * MAX_PART_HEAD_BYTES
+_START_BYTES = 64  # of a recording: the head of a WAV file
+_NO_FILE = (
+    "An id is good for the key of the client that uploaded the file, and as long as "
+    "the app's key in Dify stays the same."
+)
+_NO_CONTENT = "Dify (from 1.7.2 on) gives a file back once a message has used it."
+_NO_SOUND = "Dify made no sound of this text."
+_UNTYPED = "application/octet-stream"  # a file of any kind
+MAX_SOUND_BYTES = MAX_JSON_BYTES  # of a whole answer: a quarter of an hour of mp3
+_UNSPOKEN = "The app has answered, but its speech failed: "
+_LOUD = f"It is over {MAX_SOUND_BYTES >> 20} MB; a streamed answer may be longer."
+_PREFIX = re.compile(  # an endpoint is one, too, if another is behind it
+    r"(?:(?:v1|api|openai|(?:chat/)?completions(?=/.)"
+    r"|responses(?=/(?:responses|models)(?:/|\Z)))(?:/|\Z))+"
+)
+_DEPLOYMENT = re.compile(
+    r"(?:deployments|engines)/(.+?)/((?:v1/)?(?:chat/)?completions"
+    r"|embeddings|images/\w+|models"
+    r"|audio/\w+)\Z"
+)
+
+
+_RESOURCE = re.compile(
+    r"(responses|conversations)/([^/]+)(/input_items|/cancel|/items|)\Z"
+)
+
+
+async def read_whole(exchange: Exchange) -> bytes:
+    """The request's body in one piece."""
+    pieces: list[bytes] = []
+    while exchange.decoder and not exchange.decoder.is_complete:
+        pieces.append(await exchange.read())
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+class Form:
+    """A request that brings a file: its fields, and the file piece by piece.
+
+    `open` it, `read` until b"", `close` it. Fields may stand before and behind the
+    file: `fields`, `model` and `size` are final when it is read. It is multipart, or
+    the JSON that `parse_audio_request` reads.
+
+    Args:
+        exchange: the request; its body is not read yet.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.file: Attachment | None = None
+        self.start = b""  # of the file
+        self.size = 0  # of the file, as far as read
+        self._exchange = exchange
+        self._decoder: FormDecoder | None = None
+        self._events: deque[FormPart | bytes] = deque()
+        self._name = ""  # of the part that is being read
+        self._fields: dict[str, bytes] = {}
+        self._field_bytes = 0
+        self._store: IO[bytes] | None = None
+        self._is_held = False
+        self._most_mb = 0  # 0: any size
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The fields so far."""
+        rows = self._fields.items()
+        return {name: data.decode("utf-8", "replace") for name, data in rows}
+
+    @property
+    def model(self) -> str:
+        """The model that the form or the query names, "" if none does yet."""
+        query = _query_of(self._exchange.request)
+        return self.fields.get("model") or query.get("model", "")
+
+    @property
+    def user(self) -> str:
+        """The end user that the form names, "" if none."""
+        return parse_user(self.fields)
+
+    async def open(self) -> Attachment:
+        """Read on to the file; raises BadRequest if there is none."""
+        content_type = self._exchange.request.headers.get("content-type", "")
+        if content_type.lower().startswith("multipart/form-data"):
+            self._decoder = FormDecoder(content_type)
+            while not self.file and (event := await self._next()):
+                self._take(event)
+        elif "json" in content_type.lower() and self._exchange.route != "files":
+            self._open_json(await read_whole(self._exchange))
+        else:
+            message = "A file must come as multipart/form-data."
+            raise BadRequest(message, status=415)
+        if not self.file:
+            raise missing_parameter("file")
+        return self.file
+
+    def _open_json(self, body: bytes) -> None:
+        fields, self.file = parse_audio_request(parse_json_object(body))
+        for name, text in fields.items():
+            self._fields[name] = text.encode("utf-8", "replace")
+        self._store, self._is_held = io.BytesIO(self.file.data), True
+        self.size, self.start = len(self.file.data), self.file.data[:_START_BYTES]
+
+    async def read(self) -> bytes:
+        """More of the file; b"" when it and the fields behind it are read."""
+        if self._store and self._is_held:
+            return self._store.read(READ_BUFFER_BYTES)
+        while event := await self._next():
+            if isinstance(event, bytes) and self._name == "file":
+                self.size += len(event)
+                self._check_size(self.size)
+                self.start += event[: _START_BYTES - len(self.start)]
+                return event
+            self._take(event)
+        return b""
+
+    async def hold(self) -> None:
+        """Read all now, for the fields behind the file; a large one goes to disk."""
+        if not self._is_held:
+            store = tempfile.SpooledTemporaryFile(MAX_HELD_BYTES)  # noqa: SIM115 - `close`
+            self._store = cast("IO[bytes]", store)
+            while data := await self.read():
+                self._store.write(data)
+            self._store.seek(0)
+            self._is_held = True
+
+    def limit(self, most_mb: int) -> None:
+        """Refuse a file of more MB than that (0: any); at once, if its size is told."""
+        self._most_mb = most_mb
+        length = int(self._exchange.request.headers.get("content-length", 0))
+        self._check_size(max(self.size, length - _BESIDE_FILE_BYTES))
+
+    def close(self) -> None:
+        """Let go of what is held."""
+        if self._store:
+            self._store.close()
+
+    async def _next(self) -> FormPart | bytes:
+        """The next part's head, or more of its data; b"" at the end of the body."""
+        while self._decoder and not self._events:
+            data = await self._exchange.read()
+            if not data:
+                self._decoder.feed_eof()
+                return b""
+            self._events.extend(self._decoder.feed(data))
+        return self._events.popleft()
+
+    def _take(self, event: FormPart | bytes) -> None:
+        """Note a field, or begin the file."""
+        if isinstance(event, bytes):
+            self._field_bytes += len(event)
+            if self._field_bytes > MAX_FIELDS_BYTES:
+                raise BodyTooLarge(
+                    f"The fields of a form may have {MAX_FIELDS_BYTES >> 10} KiB."
+                )
+            self._fields[self._name] += event
+            return
+        self._name = event.name
+        if event.name != "file":
+            self._fields[event.name] = b""
+        elif self.file:
+            raise BadRequest("A form can bring one file at a time.", param="file")
+        else:
+            self.file = form_file(event.filename, event.media_type)
+
+    def _check_size(self, size: int) -> None:
+        if self.file and self._most_mb and size > self._most_mb << 20:
+            raise BodyTooLarge(
+                f"The file {self.file.name!r} is too large: the app takes "
+                f"{self._most_mb} MB.",
+                param="file",
+            )
+
+
+@functools.lru_cache(maxsize=64)
+def find_endpoint(path: str) -> tuple[str, str]:
+    """(endpoint, name in the path) of a request's path.
+
+    Clients are given base URLs with no `/v1`, with one or two, with `//`, with a
+    reverse proxy's prefix, with the endpoint itself, or Azure's and the engines' forms
+    that name the model. So the tail decides.
+
+        /v1//chat/completions                          ("chat/completions", "")
+        /openai/deployments/m/chat/completions         ("chat/completions", "m")
+        /v1/models/team%2Fapp                          ("models/", "team%2Fapp")
+        /v1/responses/resp_x/cancel         ("responses/{id}/cancel", "resp_x")
+    """
+    if path == "/":
+        return path, ""
+    tail = re.sub(r"/{2,}", "/", path).strip("/")
+    tail = tail[_prefix_length(tail) :]
+    name = ""
+    deployment = _DEPLOYMENT.match(tail)
+    if deployment:
+        name, tail = deployment[1], deployment[2]
+        tail = tail[_prefix_length(tail) :]
+    if file := re.match(r"files/([^/]+)(/content)?\Z", tail):
+        return f"files{file[2] or '/'}", file[1]
+    if tail.startswith("models/"):
+        return "models/", tail[len("models/") :]
+    resource = _RESOURCE.match(tail)
+    if resource:
+        return f"{resource[1]}/{{id}}{resource[3]}", resource[2]
+    return tail, name
+
+
+def _prefix_length(tail: str) -> int:
+    prefix = _PREFIX.match(tail)
+    return prefix.end() if prefix else 0
+
+
+def client_key(headers: Mapping[str, str]) -> str:
+    """The key that a client presents, in any of the usual places; "" if none."""
+    scheme, _, token = headers.get("authorization", "").strip().partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip()
+    return (headers.get("api-key") or headers.get("x-api-key") or "").strip()
 
 
 def json_response(value: Any, headers: Sequence[tuple[str, str]] = ()) -> Response:
     """A response of JSON."""
     fields = [("Content-Type", "application/json"), *headers]
     return Response(200, json_bytes(value), fields)
+
+
+class Archive:
+    """What Dify keeps of conversations, read back as clients know it.
+
+    Args:
+        dify: the client of Dify.
+        conversations: what is known of them.
+        wall_clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self, dify: Dify, conversations: Conversations, wall_clock: Callable[[], float]
+    ) -> None:
+        self._dify = dify
+        self._conversations = conversations
+        self._wall_clock = wall_clock
+
+    async def continued(
+        self, app: AppSettings, asked: ResponsesRequest, sealer: IdSealer, user: str
+    ) -> tuple[Ask, Tail | None]:
+        """The question, and the conversation that it continues, taken.
+
+        An answer that is named is continued where it stands, if Dify's conversation
+        ends with it and nobody else has a turn there. Else its history is folded.
+        """
+        previous = asked.previous_response_id
+        place = open_place(sealer, previous, "resp_", user=user)
+        if previous and not place:
+            raise _no_previous(previous)
+        named = {
+            id_: at
+            for id_ in list(dict.fromkeys(asked.references))[-MAX_REFERENCES:]
+            if (at := open_place(sealer, id_, user=user))
+        }
+        if not place and not named:
+            return _with_something(ask_of(asked, {}), asked), None
+        anchor = place or list(named.values())[-1]
+        scope, now = scope_of(app.key, user), self._wall_clock()
+        tail = self._conversations.take_alone(scope, anchor.conversation_id, now)
+        goes_on = False
+        try:
+            ask = await self._continue_at(app, asked, anchor, named, tail is not None)
+            goes_on = ask.conversation_id == anchor.conversation_id
+        finally:
+            if tail and not goes_on:
+                self._conversations.put(tail, self._wall_clock())
+        return ask, tail if goes_on else None
+
+    async def _continue_at(
+        self,
+        app: AppSettings,
+        asked: ResponsesRequest,
+        anchor: Place,
+        named: Mapping[str, Place],
+        is_free: bool,
+    ) -> Ask:
+        """The question as it continues the anchor's conversation, or folds it.
+
+        Only the former has the conversation's id.
+        """
+        previous, here = asked.previous_response_id, anchor.conversation_id
+        tools = asked.known_tools
+        if previous and is_free and not named:
+            newest, _ = await self._page_of(app, anchor, most=1)
+            if [row.message_id for row in newest] == [anchor.message_id]:
+                known = _transcript(newest, tools)  # names of calls
+                new = ask_of(asked, {}, known).messages[len(known) :]
+                return asked.ask._replace(messages=new, conversation_id=here)
+        places = [anchor, *reversed(list(named.values()))]
+        stored = await self.turns_of_all(app, places)
+        rows = {row.message_id: row for turns in stored.values() for row in turns}
+        if previous and anchor.message_id not in rows:
+            raise _no_previous(previous)
+        found = {
+            id_: row.question if place.item == "in" else stored_message(row, tools)
+            for id_, place in named.items()
+            if (row := rows.get(place.message_id))
+        }
+        turns = stored[here]
+        ends = [
+            n for n, row in enumerate(turns, 1) if row.message_id == anchor.message_id
+        ]
+        known = _transcript(turns[: max(ends, default=0)], tools)
+        ask = _with_something(ask_of(asked, found, known if previous else ()), asked)
+        is_newest = ends == [len(turns)]
+        if is_free and is_newest and is_known_history(split_turn(ask)[0], known):
+            ask = ask._replace(conversation_id=here)
+        return ask
+
+    async def turns_of_all(
+        self, app: AppSettings, places: Iterable[Place]
+    ) -> dict[str, list[StoredTurn]]:
+        """The turns of the places' conversations, by their ids; of the first few."""
+        stored: dict[str, list[StoredTurn]] = {}
+        for place in places:
+            id_ = place.conversation_id
+            if id_ not in stored and len(stored) < MAX_CONVERSATIONS_READ:
+                stored[id_] = await self.turns_of(app, place)
+        return stored
+
+    async def turns_of(self, app: AppSettings, place: Place) -> list[StoredTurn]:
+        """All turns of a conversation, as far as Dify still has them."""
+        turns: list[StoredTurn] = []
+        has_more, pages = True, 0
+        while has_more and pages < MAX_PAGES:
+            first_id = turns[0].message_id if turns else ""
+            rows, has_more = await self._page_of(app, place, first_id=first_id)
+            turns, pages, has_more = [*rows, *turns], pages + 1, has_more and any(rows)
+        return turns
+
+    async def _page_of(
+        self, app: AppSettings, place: Place, *, most: int = 100, first_id: str = ""
+    ) -> tuple[list[StoredTurn], bool]:
+        """(turns, whether there are older ones); a lost conversation has none."""
+        try:
+            return await self._dify.messages(
+                app, place.conversation_id, place.user, most=most, first_id=first_id
+            )
+        except (ConversationGone, NotFound):
+            return [], False
+
+
+def stored_answer(turn: StoredTurn, tools: Sequence[Tool] = ()) -> Answer:
+    """What the app said; with the tools it had then, its calls are no text."""
+    answer = Answer()
+    parts = list(turn.parts)
+    if parts and isinstance(parts[-1], Failure):
+        parts.pop()
+    if tools:
+        ask = Ask("", (), tools=tuple(tools))
+        parts = Reading(ask, turn.message_id, is_whole=True).feed(parts)
+    for part in parts:
+        answer.add(part)
+    return answer
+
+
+def stored_message(turn: StoredTurn, tools: Sequence[Tool]) -> Message:
+    """The same as a message of a history."""
+    answer = stored_answer(turn, tools)
+    return Message("assistant", answer.text, tool_calls=tuple(answer.calls))
+
+
+def _transcript(turns: Iterable[StoredTurn], tools: Sequence[Tool]) -> list[Message]:
+    pairs = [(row.question, stored_message(row, tools)) for row in turns]
+    return [message for pair in pairs for message in pair]
 
 
 class Handlers:
@@ -8782,6 +9227,8 @@ class Handlers:
         self._conversations = conversations
         self._new_id = new_id
         self._wall_clock = wall_clock
+        self._turns = Turns(dify, conversations, new_id, wall_clock)
+        self._archive = Archive(dify, conversations, wall_clock)
         self._created = int(wall_clock())
         self.metrics = Metrics()
         self._key_failures: dict[str, deque[float]] = {}  # times, by address
@@ -9012,7 +9459,7 @@ class Handlers:
             named = self._named(exchange, asked.conversation)
             mode, scope = await self._dify.mode_of(app), scope_of(app.key, user)
             asked = _in_conversation(asked, named, scope, mode)
-        ask, tail = await self._continued(app, asked, sealer, user)
+        ask, tail = await self._archive.continued(app, asked, sealer, user)
         streams = (lambda _: running) if asked.stream else None
         self._running[running] = exchange
         try:
@@ -9069,7 +9516,7 @@ class Handlers:
         if app and named.is_bound_to(scope_of(app.key, named.user)):
             place = Place(named.user, named.conversation_id, "")
             sealer = self._sealer(exchange, app)
-            for turn in await self._stored_turns(app, place):
+            for turn in await self._archive.turns_of(app, place):
                 frame = _frame_of(turn, named.model, sealer, named.user)
                 items.append(input_item(frame.id("msg_", "in"), turn.question))
                 items += self._as_response(frame, turn)["output"]
@@ -9139,7 +9586,7 @@ class Handlers:
             place = open_place(sealer, id_, "resp_", user=user)
             if not place:
                 continue
-            for turn in await self._stored_turns(app, place):
+            for turn in await self._archive.turns_of(app, place):
                 if turn.message_id == place.message_id:
                     return _frame_of(turn, model, sealer, place.user), turn
         raise NotFound(f"Response with id {_shown(id_)} not found.", code="not_found")
@@ -9147,149 +9594,11 @@ class Handlers:
     def _as_response(self, frame: ResponseFrame, turn: StoredTurn) -> dict[str, Any]:
         last = turn.parts[-1] if turn.parts else None
         error = last.error if isinstance(last, Failure) else None
-        return response_object(frame, self._stored_answer(turn, ()), error)
+        return response_object(frame, stored_answer(turn), error)
 
     def _sealer(self, exchange: Exchange, app: AppSettings) -> IdSealer:
         """What makes and opens the ids of an app, and of a client's key."""
         return IdSealer(derive_key(app.key), self._owner_of(exchange))
-
-    async def _continued(
-        self, app: AppSettings, asked: ResponsesRequest, sealer: IdSealer, user: str
-    ) -> tuple[Ask, Tail | None]:
-        """The question, and the conversation that it continues, taken.
-
-        An answer that is named is continued where it stands, if Dify's conversation
-        ends with it and nobody else has a turn there. Else its history is folded.
-        """
-        previous = asked.previous_response_id
-        place = open_place(sealer, previous, "resp_", user=user)
-        if previous and not place:
-            raise _no_previous(previous)
-        named = {
-            id_: at
-            for id_ in list(dict.fromkeys(asked.references))[-MAX_REFERENCES:]
-            if (at := open_place(sealer, id_, user=user))
-        }
-        if not place and not named:
-            return _with_something(ask_of(asked, {}), asked), None
-        anchor = place or list(named.values())[-1]
-        scope, now = scope_of(app.key, user), self._wall_clock()
-        tail = self._conversations.take_alone(scope, anchor.conversation_id, now)
-        try:
-            ask = await self._continue_at(app, asked, anchor, named, tail is not None)
-        except BaseException:
-            self._give_back(tail)
-            raise
-        if ask.conversation_id != anchor.conversation_id:
-            self._give_back(tail)
-            tail = None
-        return ask, tail
-
-    async def _continue_at(
-        self,
-        app: AppSettings,
-        asked: ResponsesRequest,
-        anchor: Place,
-        named: Mapping[str, Place],
-        is_free: bool,
-    ) -> Ask:
-        """The question as it continues the anchor's conversation, or folds it.
-
-        Only the former has the conversation's id.
-        """
-        previous, here = asked.previous_response_id, anchor.conversation_id
-        tools = asked.known_tools
-        if previous and is_free and not named:
-            newest, _ = await self._stored_page(app, anchor, most=1)
-            if [row.message_id for row in newest] == [anchor.message_id]:
-                known = self._transcript(newest, tools)  # names of calls
-                new = ask_of(asked, {}, known).messages[len(known) :]
-                return asked.ask._replace(messages=new, conversation_id=here)
-        places = [anchor, *reversed(list(named.values()))]
-        stored = await self._stored_at(app, places)
-        rows = {row.message_id: row for turns in stored.values() for row in turns}
-        if previous and anchor.message_id not in rows:
-            raise _no_previous(previous)
-        found = {
-            id_: self._said_at(place, rows[place.message_id], tools)
-            for id_, place in named.items()
-            if place.message_id in rows
-        }
-        turns = stored[here]
-        ends = [
-            n for n, row in enumerate(turns, 1) if row.message_id == anchor.message_id
-        ]
-        known = self._transcript(turns[: max(ends, default=0)], tools)
-        ask = _with_something(ask_of(asked, found, known if previous else ()), asked)
-        is_newest = ends == [len(turns)]
-        if is_free and is_newest and is_known_history(split_turn(ask)[0], known):
-            ask = ask._replace(conversation_id=here)
-        return ask
-
-    async def _stored_at(
-        self, app: AppSettings, places: Iterable[Place]
-    ) -> dict[str, list[StoredTurn]]:
-        """The turns of the places' conversations, by their ids; of the first few."""
-        stored: dict[str, list[StoredTurn]] = {}
-        for place in places:
-            id_ = place.conversation_id
-            if id_ not in stored and len(stored) < MAX_CONVERSATIONS_READ:
-                stored[id_] = await self._stored_turns(app, place)
-        return stored
-
-    async def _stored_turns(self, app: AppSettings, place: Place) -> list[StoredTurn]:
-        """All turns of a conversation, as far as Dify still has them."""
-        turns: list[StoredTurn] = []
-        has_more, pages = True, 0
-        while has_more and pages < MAX_PAGES:
-            first_id = turns[0].message_id if turns else ""
-            rows, has_more = await self._stored_page(app, place, first_id=first_id)
-            turns, pages, has_more = [*rows, *turns], pages + 1, has_more and any(rows)
-        return turns
-
-    async def _stored_page(
-        self, app: AppSettings, place: Place, *, most: int = 100, first_id: str = ""
-    ) -> tuple[list[StoredTurn], bool]:
-        """(turns, whether there are older ones); a lost conversation has none."""
-        try:
-            return await self._dify.messages(
-                app, place.conversation_id, place.user, most=most, first_id=first_id
-            )
-        except (ConversationGone, NotFound):
-            return [], False
-
-    def _transcript(
-        self, turns: Sequence[StoredTurn], tools: Sequence[Tool]
-    ) -> list[Message]:
-        pairs = [(row.question, self._said(row, tools)) for row in turns]
-        return [message for pair in pairs for message in pair]
-
-    def _said_at(
-        self, place: Place, turn: StoredTurn, tools: Sequence[Tool]
-    ) -> Message:
-        return turn.question if place.item == "in" else self._said(turn, tools)
-
-    def _said(self, turn: StoredTurn, tools: Sequence[Tool]) -> Message:
-        """A stored answer as the client knows it: its calls are no text."""
-        answer = self._stored_answer(turn, tools)
-        return Message("assistant", answer.text, tool_calls=tuple(answer.calls))
-
-    def _stored_answer(self, turn: StoredTurn, tools: Sequence[Tool]) -> Answer:
-        answer = Answer()
-        parts = list(turn.parts)
-        if parts and isinstance(parts[-1], Failure):
-            parts.pop()
-        if tools:
-            ask = Ask("", (), tools=tuple(tools))
-            parts = Reading(ask, turn.message_id, is_whole=True).feed(parts)
-        for part in parts:
-            answer.add(part)
-        return answer
-
-    def _give_back(self, tail: Tail | None) -> None:
-        """A conversation that was taken, and that nothing was sent to."""
-        if tail:
-            self._conversations.put(tail, self._wall_clock())
 
     def _envelope(self, prefix: str, model: str) -> Envelope:
         return Envelope(f"{prefix}-{self._new_id()}", int(self._wall_clock()), model)
@@ -9379,7 +9688,7 @@ class Handlers:
     async def transcribe(self, exchange: Exchange) -> None:
         """`POST /audio/transcriptions`, and translations: Dify has one for both."""
         form = Form(exchange)
-        with _while_present(exchange), contextlib.closing(form):
+        with while_present(exchange), contextlib.closing(form):
             file = await form.open()
             transcript_format(form.fields)  # refused before the upload, if known
             app = await self._app_for(exchange, form)
@@ -9404,12 +9713,12 @@ class Handlers:
         if not (await self._dify.form_of(app)).speaks:
             raise _switched_off("Text to speech", exchange.model)
         user = _user_of(exchange, speech.user)
-        with _while_present(exchange):
+        with while_present(exchange):
             response = await self._open_speech(app, speech.text, speech.voice, user)
             kind = response.headers.get("content-type", _UNTYPED)
             if speech.is_sse:
                 exchange.fail = encode_failure
-                await self._pass_file(exchange, response, _SSE_HEADERS, encode_speech)
+                await self._pass_file(exchange, response, SSE_HEADERS, encode_speech)
             else:
                 await self._pass_file(exchange, response, [("Content-Type", kind)])
 
@@ -9464,13 +9773,13 @@ class Handlers:
             if not place:
                 raise _no_spoken(id_)
             places[id_] = place
-        stored = await self._stored_at(app, places.values())
+        stored = await self._archive.turns_of_all(app, places.values())
         turns = {turn.message_id: turn for rows in stored.values() for turn in rows}
         texts: dict[str, str] = {}
         for id_, place in places.items():
             if place.message_id not in turns:
                 raise _no_spoken(id_)
-            texts[id_] = self._said(turns[place.message_id], ask.tools).text
+            texts[id_] = stored_answer(turns[place.message_id], ask.tools).text
         messages = (
             row._replace(text=texts.get(row.spoken_id, row.text), spoken_id="")
             for row in ask.messages
@@ -9491,7 +9800,7 @@ class Handlers:
         try:
             if sink.is_behind:
                 raise UpstreamFailed("The text is too long.")
-            with _while_present(exchange):
+            with while_present(exchange):
                 voice = ask.voice or ""
                 response = await self._open_speech(app, sink.text, voice, user)
                 with contextlib.closing(response):
@@ -9531,7 +9840,7 @@ class Handlers:
     async def create_file(self, exchange: Exchange) -> None:
         """`POST /files`: to Dify; all that is known of the file goes into its id."""
         form = Form(exchange)
-        with _while_present(exchange), contextlib.closing(form):
+        with while_present(exchange), contextlib.closing(form):
             file = await form.open()
             app = await self._app_for(exchange, form)
             form.limit(size_limit_mb(await self._dify.form_of(app), file))
@@ -9567,7 +9876,7 @@ class Handlers:
         query = urllib.parse.urlencode({"user": stored.user})
         upload_id = urllib.parse.quote(stored.upload_id, safe="")
         path = f"/files/{upload_id}/preview?{query}"
-        with _while_present(exchange):
+        with while_present(exchange):
             missing = file_not_found(stored.name, _NO_CONTENT)
             response = await self._dify.open_file(app, path, missing)
             kind = response.headers.get("content-type", _UNTYPED)
@@ -9674,7 +9983,7 @@ class Handlers:
         joins: bool,
         tail: Tail | None,
     ) -> bytes:
-        """One turn, and another one if its answer will not do; returns the last bytes.
+        """One turn, said aloud if that is wanted; returns the answer's last bytes.
 
         Args:
             exchange: whose client waits.
@@ -9688,279 +9997,16 @@ class Handlers:
             asked = with_words(ask, app.tools)
             asked = await self._with_stored_files(exchange, asked)
         except BaseException:
-            self._give_back(tail)
+            self._turns.give_back(tail)
             raise
-        reading = await self._run_once(exchange, app, asked, sink, joins, tail)
-        if reading.problem:
-            kind = "tool_choice" if ask.tool_mode == "required" else "response_format"
-            said = Message("assistant", reading.said)
-            words = Message("user", retry_text(kind, reading.problem))
-            # What came before in a conversation that is named, Dify alone knows.
-            goes_on = joins and bool(_named_conversation(ask, exchange))
-            before = () if goes_on else (*asked.messages, said)
-            asked = asked._replace(messages=(*before, words))
-            reading = await self._run_once(exchange, app, asked, sink, joins=goes_on)
-            if reading.problem:
-                raise unsatisfied(ask, reading.problem)
+        named = exchange.request.headers.get("x-dify-conversation-id", "")
+        asked = asked._replace(conversation_id=asked.conversation_id or named)
+        user = _user_of(exchange, asked.user)
+        question = Question(exchange, app, asked, user, joins, tail)
+        await self._turns.run(question, sink)
         if ask.voice is not None:
             await self._say(exchange, app, ask, sink)
         return sink.end()
-
-    async def _run_once(
-        self,
-        exchange: Exchange,
-        app: AppSettings,
-        ask: Ask,
-        sink: Outlet | Collector,
-        joins: bool,
-        tail: Tail | None = None,
-    ) -> Reading:
-        """Ask, and carry the answer to the sink; the reading says if it will do."""
-        exchange.turn = turn = await self._open_turn(exchange, app, ask, joins, tail)
-        seed = turn.stream.answer.message_id or self._new_id()
-        reading = Reading(ask, seed, is_whole=isinstance(sink, Collector))
-        is_stored, was_there = False, not exchange.has_left
-        try:
-            with _while_present(exchange):
-                await self._pass_on(exchange, turn, sink, reading)
-            will_do = not (reading.problem or reading.is_cut or sink.is_behind)
-            is_stored = turn.stream.answer.is_as_sent and joins and will_do
-        except (asyncio.CancelledError, ConnectionBroken):
-            sink.close()  # nobody reads any more
-            has_all = was_there and joins and not sink.is_behind
-            is_stored = await self._stop(turn) and has_all
-            raise
-        finally:
-            self._let_end(turn)
-            self._settle(turn, sink if is_stored else None)
-        return reading
-
-    async def _pass_on(
-        self, exchange: Exchange, turn: Turn, sink: Outlet | Collector, reading: Reading
-    ) -> None:
-        """Carry the answer from Dify to the client."""
-
-        def carry(parts: list[Part]) -> bool:
-            has_room = not exchange.reply.must_drain
-            if has_room:
-                sink.put(parts)
-            return has_room
-
-        parts = turn.first_parts
-        while parts:
-            ready = reading.feed(parts)
-            # Until something is certain, an error can still be a status.
-            if ready and not (sink.has_begun or isinstance(ready[0], Failure)):
-                sink.begin(turn.ids)
-            sink.put(ready)
-            await exchange.reply.drain()
-            if sink.has_begun and reading.is_plain:
-                turn.stream.carry_by(carry)
-            turn.stream.is_given_up = turn.stream.is_given_up or reading.is_cut
-            parts = [] if reading.is_cut else await turn.stream.read()
-        if not reading.problem:
-            await sink.finish()
-
-    def _settle(self, turn: Turn, sink: Outlet | Collector | None) -> None:
-        """Record where the conversation stands; without a sink nobody knows."""
-        answer = turn.stream.answer
-        if sink is None or not answer.conversation_id:
-            self._conversations.forget(turn.plan.tail)
-        else:
-            said = Message("assistant", sink.text, tool_calls=tuple(sink.calls))
-            tail = turn.plan.finish(answer.conversation_id, said)
-            self._conversations.put(tail, self._wall_clock())
-
-    def _let_end(self, turn: Turn) -> None:
-        """Close the turn's stream; a run that may go on is stopped."""
-        if turn.stream.is_given_up and turn.stream.answer.task_id:
-            self._dify.run_beside(self._stop(turn))
-        else:
-            turn.stream.close()
-
-    async def _stop(self, turn: Turn) -> bool:
-        """End the run, and read on so that Dify stores what it has.
-
-        Returns:
-            Whether Dify has ended the answer with not a word more than was read before.
-        """
-        stream, answer = turn.stream, turn.stream.answer
-        try:
-            if answer.task_id and (stream.is_given_up or not answer.is_finished):
-                await self._dify.stop(turn.app, turn.mode, answer.task_id, turn.user)
-            return not await stream.drain() and answer.is_as_sent
-        finally:
-            stream.is_given_up = False  # it is stopped, as well as can be
-            stream.close()
-
-    async def _open_turn(
-        self,
-        exchange: Exchange,
-        app: AppSettings,
-        ask: Ask,
-        joins: bool,
-        tail: Tail | None,
-    ) -> Turn:
-        """Send the question to Dify, until it begins to answer."""
-        user = _user_of(exchange, ask.user)
-        ask = ask._replace(conversation_id=_named_conversation(ask, exchange))
-        scope = scope_of(app.key, user)
-        question = Question(app, ask, user, scope, exchange, joins, tail)
-        try:
-            return await self._ask(question)
-        except MissingInput as error:
-            self._let_go(question, error)
-            form = await self._dify.form_of(app, anew=True)
-            message = f"{error.message}. {describe_inputs(form)}"
-            raise BadRequest(message, param="inputs") from error
-        except BaseException as error:
-            self._let_go(question, error)
-            raise
-
-    async def _ask(self, question: Question) -> Turn:
-        """Ask, and again where Dify shows that a conversation or a mode is wrong."""
-        mode = await self._dify.mode_of(question.app)
-        if mode in CHAT_MODES and question.joins and not question.tail:
-            now = self._wall_clock()
-            question.tail = self._conversations.take(question.ask, question.scope, now)
-        for _ in range(MAX_TRIES):
-            try:
-                return await self._try_turn(question, mode)
-            except (ConversationGone, NoFirstEvent) as error:
-                # Chatflows from 1.13 on met a lost conversation with silence.
-                is_lost = isinstance(error, ConversationGone) or mode == "advanced-chat"
-                if question.ask.conversation_id or not (question.tail and is_lost):
-                    raise
-                self._conversations.forget(question.tail, is_gone=True)
-                question.tail, question.is_accepted = None, False
-            except WrongMode:
-                corrected = await self._dify.correct_mode(question.app)
-                if corrected == mode:
-                    raise
-                mode = corrected
-        raise UpstreamFailed("Dify contradicts itself about this app's mode.")
-
-    def _let_go(self, question: Question, error: BaseException) -> None:
-        """The turn did not begin: its conversation stays as it was, if nothing ran."""
-        is_refused = isinstance(error, _REFUSALS) and not question.is_accepted
-        is_gone = isinstance(error, ConversationGone)
-        if is_refused and not is_gone and question.tail:
-            self._conversations.put(question.tail, self._wall_clock())
-        else:
-            self._conversations.forget(question.tail, is_gone=is_gone)
-
-    async def _try_turn(self, question: Question, mode: str) -> Turn:
-        """One attempt; raises what Dify says before its first word."""
-        app, ask = question.app, question.ask
-        has_files = any(row.attachments for row in ask.messages)
-        form = await self._dify.form_of(app) if has_files else NO_FORM
-        plan = plan_turn(
-            ask,
-            question.scope,
-            question.tail,
-            system_variable=app.system_variable,
-            history_variable=app.history_variable,
-            has_room=lambda files: has_room(form, files, {**app.inputs, **ask.inputs}),
-        )
-        request = await self._request_for(question, plan, mode)
-        stream = await self._dify.open_turn(app, mode, request)
-        question.is_accepted = True
-        turn = Turn(app, mode, question.user, plan, stream)
-        try:
-            turn.first_parts = await self._first_parts(question.exchange, stream)
-        except (asyncio.CancelledError, ConnectionBroken):
-            await self._stop(turn)
-            raise
-        except BaseException:
-            self._let_end(turn)
-            raise
-        return turn
-
-    @staticmethod
-    async def _first_parts(exchange: Exchange, stream: TurnStream) -> list[Part]:
-        parts = await stream.read(until_named=True)
-        if not (parts or stream.answer.is_finished):  # it may be long till it has text
-            with _while_present(exchange):
-                parts = await stream.read()
-        if parts and isinstance(parts[0], Failure):
-            raise parts[0].error
-        return parts
-
-    async def _request_for(
-        self, question: Question, plan: Plan, mode: str
-    ) -> DifyRequest:
-        """The request to Dify, with its files uploaded."""
-        app = question.app
-        needs_form = plan.files or (mode not in CHAT_MODES and not app.query_variable)
-        form = await self._dify.form_of(app) if needs_form else NO_FORM
-        inputs = {**app.inputs, **plan.inputs}
-        common: dict[str, Any] = {"inputs": inputs, "user": question.user}
-        common["trace_id"] = question.exchange.id
-        if plan.files:
-            check_files(form, plan.files, inputs)
-            mappings = [await self._mapping(question, file) for file in plan.files]
-            placed = place_files(form, mappings, inputs)
-            common["inputs"] = {**inputs, **placed["inputs"]}
-            common["files"] = placed["files"]
-        variable = ""
-        if mode not in CHAT_MODES:
-            variable = app.query_variable or query_variable(mode, form)
-        conversation_id = plan.tail.conversation_id
-        return dify_request(
-            mode, plan.query, common, variable=variable, conversation_id=conversation_id
-        )
-
-    async def _mapping(self, question: Question, file: Attachment) -> dict[str, str]:
-        """How the request names a file; its data is uploaded, once a request."""
-        if file.url or file.upload_id:
-            return file_mapping(file, file.upload_id)
-        if id(file) not in question.uploads:
-            upload_id = await self._dify.upload(question.app, file, question.user)
-            question.uploads[id(file)] = upload_id
-        return file_mapping(file, question.uploads[id(file)])
-
-
-@dataclass
-class Question:
-    """What is asked of an app, and what was done for it so far."""
-
-    app: AppSettings
-    ask: Ask
-    user: str
-    scope: bytes
-    exchange: Exchange
-    joins: bool
-    tail: Tail | None = None
-    is_accepted: bool = False  # Dify has begun to answer: it may remember the question
-    uploads: dict[int, str] = field(default_factory=dict)  # by the id() of the file
-
-
-@dataclass
-class Turn:
-    """A turn that Dify has begun to answer."""
-
-    app: AppSettings
-    mode: str
-    user: str
-    plan: Plan
-    stream: TurnStream
-    first_parts: list[Part] = field(default_factory=list)
-
-    @property
-    def ids(self) -> dict[str, str]:
-        """Dify's ids, as far as known."""
-        answer = self.stream.answer
-        ids = {
-            "conversation_id": answer.conversation_id,
-            "message_id": answer.message_id,
-        }
-        return {name: id_ for name, id_ in ids.items() if id_}
-
-
-def _named_conversation(ask: Ask, exchange: Exchange) -> str:
-    """The conversation that a request names, "" if none."""
-    headers = exchange.request.headers
-    return ask.conversation_id or headers.get("x-dify-conversation-id", "")
 
 
 def is_known_history(history: Sequence[Message], known: Sequence[Message]) -> bool:
@@ -10140,8 +10186,6 @@ def _no_such_model(model: str, models: Iterable[str]) -> ProxyError:
 
 
 Handler = Callable[[Exchange], Awaitable[None]]
-# What Dify says before anything runs.
-_REFUSALS = (BadRequest, ConfigurationFault, RateLimited, QuotaExceeded)
 NOT_SERVED = (
     *("embeddings", "moderations"),
     *("images/generations", "images/edits", "images/variations"),
@@ -10186,7 +10230,7 @@ OPEN_ENDPOINTS = ("/", "health", "ready")
 
 
 # ==============================================================================
-# 15. Server
+# 16. Server
 # ==============================================================================
 #
 # Accepts connections and runs their requests one after another; the only place that
@@ -10565,7 +10609,7 @@ async def _settled(
 
 
 # ==============================================================================
-# 16. Page
+# 17. Page
 # ==============================================================================
 #
 # What a browser shows at /: the apps, the settings of clients, and a playground. No
@@ -10841,7 +10885,7 @@ ROUTES["/"] = {"GET": show_page}
 
 
 # ==============================================================================
-# 17. Command line
+# 18. Command line
 # ==============================================================================
 #
 # Arguments, the env file, logging, signals, the self-check and the demo app. The only
