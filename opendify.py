@@ -70,7 +70,15 @@ import time
 import unicodedata
 import urllib.parse
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, replace
 from itertools import count
 from math import exp, inf, sqrt
@@ -4908,11 +4916,16 @@ def input_item(id_: str, message: Message) -> dict[str, Any]:
     }
 
 
-def stored_item(row: Any, id_: str) -> dict[str, Any]:
-    """An item that a client gave to a conversation, as it is given back."""
+def stored_item(row: Any, id_: str, taken: Collection[str]) -> dict[str, Any]:
+    """An item that a client gave to a conversation, as it is given back.
+
+    It keeps its own id if that is not `taken`: a list is paged by its ids.
+    """
     given = {"role": "user", "content": row} if isinstance(row, str) else row
     item: dict[str, Any] = {"id": id_, "type": "message", "status": "completed"}
     item.update((name, v) for name, v in given.items() if v is not None)
+    if not (item["id"] and isinstance(item["id"], str)) or item["id"] in taken:
+        item["id"] = id_
     if item["type"] == "message" and isinstance(item.get("content"), str):
         is_answer = item.get("role") == "assistant"
         part = _MESSAGE_FORM.part if is_answer else {"type": "input_text"}
@@ -5631,9 +5644,14 @@ class NamedConversation:
         """Whether a turn of this app and user may go there."""
         return not self.seal or self.seal == _hash(scope, b"named", 16).hex()
 
-    def bind(self, scope: bytes, **fields: Any) -> NamedConversation:
-        """The same after a turn, which Dify has with all that came before."""
-        return replace(self, items=(), seal=_hash(scope, b"named", 16).hex(), **fields)
+    def bind(
+        self, scope: bytes, told: Sequence[Any], **fields: Any
+    ) -> NamedConversation:
+        """The same after a turn, which has told Dify these items."""
+        ids = {row["id"] for row in told}
+        items = tuple(row for row in self.items if row["id"] not in ids)
+        seal = _hash(scope, b"named", 16).hex()
+        return replace(self, items=items, seal=seal, **fields)
 
 
 class Conversations:
@@ -5716,7 +5734,11 @@ class Conversations:
             "SELECT state FROM opendify_named WHERE id = ? AND owner = ? AND used >= ?"
         )
         rows, _ = self._run(sql, id_, _owner(owner), now - self._ttl_s)
-        return NamedConversation(**json.loads(rows[0][0])) if rows else None
+        if not rows:
+            return None
+        known = NamedConversation.__dataclass_fields__  # a later version has more
+        state = json.loads(rows[0][0]).items()
+        return NamedConversation(**{name: v for name, v in state if name in known})
 
     def keep(self, named: NamedConversation, owner: str, now: float) -> None:
         """Record it, with the texts that it has; old ones go."""
@@ -9018,6 +9040,7 @@ def find_endpoint(path: str) -> tuple[str, str]:
         /openai/deployments/m/chat/completions         ("chat/completions", "m")
         /v1/models/team%2Fapp                          ("models/", "team%2Fapp")
         /v1/responses/resp_x/cancel         ("responses/{id}/cancel", "resp_x")
+        /v1/conversations/c/items/i   ("conversations/{id}/items/{id}", "c/i")
     """
     if path == "/":
         return path, ""
@@ -9032,9 +9055,10 @@ def find_endpoint(path: str) -> tuple[str, str]:
         return f"files{file[2] or '/'}", file[1]
     if tail.startswith("models/"):
         return "models/", tail[len("models/") :]
-    resource = _RESOURCE.match(tail)
-    if resource:
+    if resource := _RESOURCE.match(tail):
         return f"{resource[1]}/{{id}}{resource[3]}", resource[2]
+    if item := re.match(r"conversations/([^/]+)/items/([^/]+)\Z", tail):
+        return "conversations/{id}/items/{id}", f"{item[1]}/{item[2]}"
     return tail, name
 
 
@@ -9470,29 +9494,38 @@ class Handlers:
                 self._bind(exchange, named, exchange.turn)
 
     def _bind(self, exchange: Exchange, named: NamedConversation, turn: Turn) -> None:
-        """Dify has the conversation from this turn on."""
+        """Dify has the conversation from this turn on, as it was when that began."""
         id_, scope = turn.ids.get("conversation_id"), scope_of(turn.app.key, turn.user)
-        if id_:
+        owner, now = self._owner_of(exchange), self._wall_clock()
+        latest = self._conversations.named(named.id, owner, now)
+        if id_ and latest and latest.conversation_id == named.conversation_id:
             about = {"model": exchange.model, "user": turn.user}
-            self._keep(exchange, named.bind(scope, **about, conversation_id=id_))
+            bound = latest.bind(scope, named.items, **about, conversation_id=id_)
+            self._keep(exchange, bound)
 
     # Conversations that clients name...
 
     async def create_conversation(self, exchange: Exchange) -> None:
         """`POST /conversations`."""
         body = parse_json_object(exchange.body or b"{}")
-        now = int(self._wall_clock())
-        id_, metadata = f"conv_{self._new_id()}", object_of(body.get("metadata"))
-        named = NamedConversation(id_, now, metadata, _new_items(body, ()))
+        id_, now = f"conv_{self._new_id()}", int(self._wall_clock())
+        items = self._with_items(body, ())
+        named = NamedConversation(id_, now, _parse_metadata(body), items)
         self._keep(exchange, named)
-        value = conversation_object(id_, now, metadata)
-        exchange.reply.send(json_response(value))
+        exchange.reply.send(_shown_conversation(named))
 
     async def get_conversation(self, exchange: Exchange) -> None:
         """`GET /conversations/{id}`."""
         named = self._named(exchange, exchange.name_in_path)
-        value = conversation_object(named.id, named.created, named.metadata)
-        exchange.reply.send(json_response(value))
+        exchange.reply.send(_shown_conversation(named))
+
+    async def update_conversation(self, exchange: Exchange) -> None:
+        """`POST /conversations/{id}`: other metadata."""
+        named = self._named(exchange, exchange.name_in_path)
+        metadata = _parse_metadata(parse_json_object(exchange.body))
+        named = replace(named, metadata=metadata)
+        self._keep(exchange, named)
+        exchange.reply.send(_shown_conversation(named))
 
     async def delete_conversation(self, exchange: Exchange) -> None:
         """`DELETE /conversations/{id}`."""
@@ -9503,7 +9536,7 @@ class Handlers:
     async def add_conversation_items(self, exchange: Exchange) -> None:
         """`POST /conversations/{id}/items`: they go to Dify with the next turn."""
         named = self._named(exchange, exchange.name_in_path)
-        items = _new_items(parse_json_object(exchange.body), named.items)
+        items = self._with_items(parse_json_object(exchange.body), named.items)
         self._keep(exchange, replace(named, items=items))
         page = list_page(items[len(named.items) :], {"order": "asc", "limit": "100"})
         exchange.reply.send(json_response(page))
@@ -9511,7 +9544,44 @@ class Handlers:
     async def list_conversation_items(self, exchange: Exchange) -> None:
         """`GET /conversations/{id}/items`: all turns in Dify, and what awaits one."""
         named = self._named(exchange, exchange.name_in_path)
-        items: list[Any] = []
+        items = await self._items_of(exchange, named)
+        exchange.reply.send(
+            json_response(list_page(items, _query_of(exchange.request)))
+        )
+
+    async def get_conversation_item(self, exchange: Exchange) -> None:
+        """`GET /conversations/{id}/items/{id}`."""
+        id_, _, item_id = exchange.name_in_path.partition("/")
+        items = await self._items_of(exchange, self._named(exchange, id_))
+        item = next((row for row in items if row["id"] == item_id), None)
+        if not item:
+            raise _no_such_item(item_id)
+        exchange.reply.send(json_response(item))
+
+    async def delete_conversation_item(self, exchange: Exchange) -> None:
+        """`DELETE /conversations/{id}/items/{id}`.
+
+        Dify can't forget one that it has: a new conversation is told the others.
+        """
+        id_, _, item_id = exchange.name_in_path.partition("/")
+        named = self._named(exchange, id_)
+        items = await self._items_of(exchange, named)
+        if any(row["id"] == item_id for row in named.items):
+            items = list(named.items)
+        else:
+            named = NamedConversation(id_, named.created, named.metadata)
+        rest = [row for row in items if row["id"] != item_id]
+        if len(rest) == len(items):
+            raise _no_such_item(item_id)
+        named = replace(named, items=self._with_items({}, rest))
+        self._keep(exchange, named)
+        exchange.reply.send(_shown_conversation(named))
+
+    async def _items_of(
+        self, exchange: Exchange, named: NamedConversation
+    ) -> list[dict[str, Any]]:
+        """What Dify has of a conversation, and what awaits a turn."""
+        items: list[dict[str, Any]] = []
         app = (await self._models()).get(named.model)
         if app and named.is_bound_to(scope_of(app.key, named.user)):
             place = Place(named.user, named.conversation_id, "")
@@ -9520,8 +9590,24 @@ class Handlers:
                 frame = _frame_of(turn, named.model, sealer, named.user)
                 items.append(input_item(frame.id("msg_", "in"), turn.question))
                 items += self._as_response(frame, turn)["output"]
-        page = list_page([*items, *named.items], _query_of(exchange.request))
-        exchange.reply.send(json_response(page))
+        return [*items, *named.items]
+
+    def _with_items(
+        self, body: Mapping[str, Any], kept: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        """The items of a conversation and those that a request adds, under ids."""
+        rows = body.get("items")
+        if rows is not None and not isinstance(rows, list):
+            raise bad_type("items", "an array")
+        if len(kept) + len(rows or ()) > MAX_NAMED_ITEMS:
+            raise bad_value("items", f"there may be {MAX_NAMED_ITEMS} at most.")
+        parse_items(rows)  # refuses what no turn could take
+        items, ids = list(kept), {row["id"] for row in kept}
+        for row in rows or ():
+            item = stored_item(row, f"item_{self._new_id()}", ids)
+            items.append(item)
+            ids.add(item["id"])
+        return tuple(items)
 
     def _owner_of(self, exchange: Exchange) -> str:
         """The client's key where keys tell clients apart; else all are one: ""."""
@@ -10073,19 +10159,20 @@ def _in_conversation(
     return replace(asked, ask=ask, items=items)
 
 
-def _new_items(body: Mapping[str, Any], kept: Sequence[Any]) -> tuple[Any, ...]:
-    """The items of a conversation with those that are given to it, under ids."""
-    rows = body.get("items")
-    if rows is not None and not isinstance(rows, list):
-        raise bad_type("items", "an array")
-    if len(kept) + len(rows or ()) > MAX_NAMED_ITEMS:
-        raise bad_value("items", f"there may be {MAX_NAMED_ITEMS} at most.")
-    parse_items(rows)  # refuses what no turn could take
-    new = [
-        stored_item(row, f"item_{len(kept) + index}")
-        for index, row in enumerate(rows or ())
-    ]
-    return (*kept, *new)
+def _parse_metadata(body: Mapping[str, Any]) -> dict[str, Any]:
+    metadata = body.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise bad_type("metadata", "an object")
+    return metadata
+
+
+def _shown_conversation(named: NamedConversation) -> Response:
+    value = conversation_object(named.id, named.created, named.metadata)
+    return json_response(value)
+
+
+def _no_such_item(id_: str) -> NotFound:
+    return NotFound(f"Item with id {_shown(id_)} not found.", code="not_found")
 
 
 def _shown(id_: str) -> str:
@@ -10203,11 +10290,16 @@ ROUTES: dict[str, Mapping[str, Callable[[Handlers, Exchange], Awaitable[None]]]]
     "conversations": {"POST": Handlers.create_conversation},
     "conversations/{id}": {
         "GET": Handlers.get_conversation,
+        "POST": Handlers.update_conversation,
         "DELETE": Handlers.delete_conversation,
     },
     "conversations/{id}/items": {
         "GET": Handlers.list_conversation_items,
         "POST": Handlers.add_conversation_items,
+    },
+    "conversations/{id}/items/{id}": {
+        "GET": Handlers.get_conversation_item,
+        "DELETE": Handlers.delete_conversation_item,
     },
     "models": {"GET": Handlers.list_models},
     "models/": {"GET": Handlers.get_model},

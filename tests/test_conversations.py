@@ -1024,13 +1024,13 @@ def matches_of(
     if equal or (len(answers) == 1 and len(answers[0]) < 200):
         return equal
     size = len(history)
-    near = {
-        name: rows
-        for name, rows in transcripts.items()
-        if [at for at in range(len(rows)) if rows[at : at + size] == history]
+    near = {name: rows for name, rows in transcripts.items() if rows[-size:] == history}
+    is_clear = all(
+        [at for at in range(len(rows)) if rows[at : at + size] == history]
         == [len(rows) - size]
-    }
-    return set(near) if len(set(near.values())) == 1 else set()
+        for rows in near.values()
+    )
+    return set(near) if is_clear and len(set(near.values())) == 1 else set()
 
 
 @settings(deadline=None, max_examples=60)
@@ -1382,3 +1382,14 @@ def test_named_conversation_is_forgotten_when_nobody_uses_it(tmp_path: Path) -> 
         assert store.named("conv_1", "other", 6.0) is None
         assert store.named("conv_1", "key", 105.1) is None
         store.close()
+
+
+def test_named_conversation_of_a_later_version_is_read(tmp_path: Path) -> None:
+    path = str(tmp_path / "named.sqlite")
+    store, _ = open_conversations(path, 100.0)
+    named = NamedConversation("conv_1", 0, {}, [])
+    store.keep(named, "key", 5.0)
+    with closing(sqlite3.connect(path)) as other, other:
+        other.execute("UPDATE opendify_named SET state = json_set(state, '$.new', 1)")
+    assert store.named("conv_1", "key", 6.0) == named
+    store.close()

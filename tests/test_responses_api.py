@@ -16,6 +16,7 @@ from schemas import check_responses_stream, validate
 from test_handlers import (
     ALL_FILES,
     KEY,
+    Call,
     Got,
     Headers,
     JSONObject,
@@ -708,3 +709,132 @@ async def test_conversation_is_of_no_use_to_others() -> None:
         assert (await served.get(path, bo)).status == 404
         got = await respond(served, headers=al, user="v", conversation=made["id"])
     assert (got.status, got.error["param"]) == (400, "conversation")
+
+
+async def test_metadata_of_a_conversation_change() -> None:
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {"metadata": {"a": "b"}})).json
+        path = f"{CONVERSATIONS}/{made['id']}"
+        await answer(served, "Hi", conversation=made["id"])
+        got = (await post(served, path, {"metadata": {"c": "d"}})).json
+        assert (await served.get(path)).json == got
+        wrong = await post(served, path, {"metadata": [1]})
+        await answer(served, "More", conversation=made["id"])
+        assert told(served) == [["Hi", "More"]]
+    assert got == {**made, "metadata": {"c": "d"}}
+    assert (wrong.status, wrong.error["param"]) == (400, "metadata")
+
+
+async def test_item_that_awaits_a_turn_is_deleted() -> None:
+    async with proxy() as served:
+        items = [user("One"), user("Two")]
+        made = (await post(served, CONVERSATIONS, {"items": items})).json
+        path = f"{CONVERSATIONS}/{made['id']}/items"
+        two, one = (await served.get(path)).json["data"]
+        assert (await served.get(f"{path}/{two['id']}")).json == two
+        got = await served.get(f"{path}/{two['id']}", method="DELETE")
+        gone = await served.get(f"{path}/{two['id']}")
+        again = await served.get(f"{path}/{two['id']}", method="DELETE")
+        more = (await post(served, path, {"items": [user("Three")]})).json["data"]
+        left = (await served.get(f"{path}?order=asc")).json["data"]
+    assert got.json == made
+    assert (gone.status, again.status, again.error["code"]) == (404, 404, "not_found")
+    assert left == [one, *more]
+    assert len({row["id"] for row in (one, two, *more)}) == 3
+
+
+async def test_item_that_awaits_a_later_turn_is_deleted() -> None:
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        path = f"{CONVERSATIONS}/{made['id']}/items"
+        await answer(served, "One", conversation=made["id"])
+        had = (await served.get(path)).json
+        (two,) = (await post(served, path, {"items": [user("Two")]})).json["data"]
+        await served.get(f"{path}/{two['id']}", method="DELETE")
+        assert (await served.get(path)).json == had
+        await answer(served, "Three", conversation=made["id"])
+        assert told(served) == [["One", "Three"]]
+
+
+async def test_item_that_dify_has_is_told_no_more() -> None:
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        for question in ("One", "Two"):
+            await answer(served, question, conversation=made["id"])
+        path = f"{CONVERSATIONS}/{made['id']}/items"
+        items = (await served.get(f"{path}?order=asc")).json["data"]
+        assert (await served.get(f"{path}/{items[2]['id']}")).json == items[2]
+        got = await served.get(f"{path}/{items[2]['id']}", method="DELETE")
+        left = (await served.get(f"{path}?order=asc")).json["data"]
+        for question in ("Three", "Four"):
+            await answer(served, question, conversation=made["id"])
+        first, (folded, last) = told(served)
+    assert got.json == made
+    assert left == [*items[:2], items[3]]
+    assert (first, last) == (["One", "Two"], "Four")
+    assert ">\nOne\n<" in folded and "Two\n<" not in folded
+    assert folded.endswith("\n\nThree")
+
+
+@pytest.mark.parametrize("id_", ["same", 1, ["list"], ""])
+async def test_item_gets_an_id_of_its_own(id_: Any) -> None:
+    async with proxy() as served:
+        items = [{**user("One"), "id": id_}, {**user("Two"), "id": id_}]
+        made = (await post(served, CONVERSATIONS, {"items": items})).json
+        path = f"{CONVERSATIONS}/{made['id']}/items"
+        await post(served, path, {"items": items})
+        rows = (await served.get(path)).json["data"]
+    ids = [row["id"] for row in rows]
+    assert all(type(row) is str and row for row in ids)
+    assert len(set(ids)) == 4
+
+
+@contextlib.asynccontextmanager
+async def first_turn() -> AsyncIterator[tuple[Proxy, Call, str]]:
+    """Give a call that runs, and the path of the conversation that it begins."""
+    script = [fake.message("Half"), Sleep(100), *fake.chat_answer(" of it")]
+    async with proxy(script) as served:
+        made = (await post(served, CONVERSATIONS, {"items": [user("One")]})).json
+        body = {"model": "m", "input": "Hi", "stream": True, "conversation": made["id"]}
+        call = await served.open("POST", PATH, body)
+        await call.read_head()
+        yield served, call, f"{CONVERSATIONS}/{made['id']}"
+
+
+async def test_what_a_conversation_is_given_during_a_turn_stays() -> None:
+    async with first_turn() as (served, call, path):
+        await post(served, f"{path}/items", {"items": [user("Later")]})
+        await post(served, path, {"metadata": {"a": "b"}})
+        await call.read_rest()
+        made = (await served.get(path)).json
+        newest, *_ = (await served.get(f"{path}/items")).json["data"]
+        await answer(served, "More", conversation=made["id"])
+        ((first, second),) = told(served)
+    assert made["metadata"] == {"a": "b"}
+    assert newest["content"][0]["text"] == "Later"
+    assert ">\nOne\n<" in first and "Later" not in first
+    assert ">\nLater\n<" in second and "One" not in second
+
+
+async def test_conversation_that_is_deleted_during_a_turn_stays_so() -> None:
+    async with first_turn() as (served, call, path):
+        await served.get(path, method="DELETE")
+        await call.read_rest()
+        assert (await served.get(path)).status == 404
+
+
+async def test_item_that_is_deleted_during_a_turn_stays_so() -> None:
+    async with first_turn() as (served, call, path):
+        id_ = path.rpartition("/")[2]
+        await call.read_rest()
+        body = {"model": "m", "input": "Two", "stream": True, "conversation": id_}
+        second = await served.open("POST", PATH, body)
+        await second.read_head()
+        *_, first = (await served.get(f"{path}/items")).json["data"]
+        await served.get(f"{path}/items/{first['id']}", method="DELETE")
+        await second.read_rest()
+        left = (await served.get(f"{path}/items?order=asc")).json["data"]
+        await answer(served, "Three", conversation=id_)
+        _, (query,) = told(served)
+    assert left[0]["role"] == "assistant"
+    assert "One" not in query and query.endswith("Three")

@@ -109,6 +109,13 @@ named = client.conversations.create()
 for text in ("Four", "Five"):
     client.responses.create(model="chat", input=text, conversation=named.id)
 got["named"] = len(client.conversations.items.list(named.id).data)
+named = client.conversations.update(named.id, metadata={"a": "b"})
+got["metadata"] = named.metadata
+newest = client.conversations.items.list(named.id, limit=1).data[0]
+said = client.conversations.items.retrieve(newest.id, conversation_id=named.id)
+got["newest"] = said.content[0].text
+client.conversations.items.delete(newest.id, conversation_id=named.id)
+got["left"] = len(client.conversations.items.list(named.id).data)
 
 try:
     client.responses.create(model="chat", input="Hi", previous_response_id="resp_x")
@@ -153,6 +160,9 @@ async def test_openai_python(tmp_path: Path) -> None:
         "call": ["function_call", "weather", {"city": "Rome"}],
         "result": "It is sunny.",
         "named": 4,
+        "metadata": {"a": "b"},
+        "newest": said("Five", 2),
+        "left": 3,
         "refused": "previous_response_not_found",
         "async": said("Hi"),
         "async events": "response.completed",
@@ -171,8 +181,8 @@ def need(package: str) -> None:
 
 AGENTS = """
 import asyncio, json, sys
-from agents import Agent, OpenAIResponsesModel, Runner, SQLiteSession
-from agents import function_tool, set_tracing_disabled
+from agents import Agent, OpenAIConversationsSession, OpenAIResponsesModel, Runner
+from agents import SQLiteSession, function_tool, set_tracing_disabled
 from openai import AsyncOpenAI
 set_tracing_disabled(True)
 client = AsyncOpenAI(base_url=sys.argv[1], api_key="sk-any", max_retries=0)
@@ -197,6 +207,13 @@ async def main():
     for text in ("One", "Two"):
         run = await Runner.run(agent("chat"), text, session=session)
     got["session"] = "You said: Two" in run.final_output
+    named = OpenAIConversationsSession(openai_client=client)
+    for text in ("One", "Two"):
+        run = await Runner.run(agent("chat"), text, session=named)
+    got["named"] = "You said: Two" in run.final_output
+    popped = [await named.pop_item() for _ in range(2)]
+    got["popped"] = [row["role"] for row in popped]
+    got["left"] = len(await named.get_items())
     one = await Runner.run(agent("chat"), "One")
     two = await Runner.run(
         agent("chat"), "Two", previous_response_id=one.last_response_id
@@ -218,6 +235,9 @@ async def test_openai_agents(tmp_path: Path) -> None:
         "tool": "It is sunny.",
         "streamed": "It is sunny.",
         "session": True,
+        "named": True,
+        "popped": ["assistant", "user"],
+        "left": 2,
         "previous": True,
         "handoff": True,
     }
