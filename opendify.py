@@ -4773,7 +4773,8 @@ def _parse_result(row: Mapping[str, Any], where: str) -> Message:
     if output is not None and not isinstance(output, (str, list)):
         output = json.dumps(output, ensure_ascii=False)
     text, files = parse_content(output, f"{where}.output")
-    return Message("tool", text, str(row.get("call_id") or ""), files)
+    call_id = str(row.get("call_id") or "")
+    return Message("tool", text, attachments=files, call_id=call_id)
 
 
 def _parse_reference(row: Mapping[str, Any], where: str) -> ItemReference | None:
@@ -8114,6 +8115,14 @@ async def no_body() -> bytes:
     return b""
 
 
+def client_key(headers: Mapping[str, str]) -> str:
+    """The key that a client presents, in any of the usual places; "" if none."""
+    scheme, _, token = headers.get("authorization", "").strip().partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip()
+    return (headers.get("api-key") or headers.get("x-api-key") or "").strip()
+
+
 class Exchange:
     """One request and its reply, and what the log will say of them.
 
@@ -8140,6 +8149,12 @@ class Exchange:
         self.read: Read = no_body  # more of the body, where `body` is not read before
         self.waiting: set[asyncio.Task[Any]] = set()
         self.started_at = asyncio.get_running_loop().time()
+
+    def user_of(self, asked: str) -> str:
+        """The end user's name in Dify, by the body, a header, or the key."""
+        headers = self.request.headers
+        forwarded = urllib.parse.unquote(headers.get("x-openwebui-user-id", ""))
+        return end_user(asked, forwarded, client_key(headers))
 
     def leave(self) -> None:
         """The client has gone; what serves it is interrupted if it wants to be."""
@@ -8439,12 +8454,16 @@ class Reading:
     Parts go in as Dify's app makes them, and come out as the client is to get them:
     none while the answer may still turn out not to do, or another would follow it.
     `problem` says, when the answer is over, why it will not do; `is_cut`, that a stop
-    was found and the app need not go on. The ids of calls follow from `message_id`, so
-    that an answer that is read again has the same.
+    was found and the app need not go on; `usage` counts what was `spent` before, too.
+    The ids of calls follow from `message_id`, so that an answer that is read again has
+    the same.
     """
 
-    def __init__(self, ask: Ask, message_id: str, *, is_whole: bool) -> None:
+    def __init__(
+        self, ask: Ask, message_id: str, *, is_whole: bool, spent: Usage
+    ) -> None:
         self.problem = ""
+        self.usage = self._spent = spent
         self.is_cut = False
         self._ask = ask
         self._calls: CallReader | None = None
@@ -8481,7 +8500,7 @@ class Reading:
             self.is_cut = True
             there = set(map(type, ready))
             ready += [end for end in (Usage(), Finish()) if type(end) not in there]
-        self._held += ready
+        self._held += map(self._with_spent, ready)
         ends = [part for part in ready if isinstance(part, (Finish, Failure))]
         if not ends and self._is_open:
             return []
@@ -8490,6 +8509,12 @@ class Reading:
         held, self._held = [] if self.problem else self._held, []
         self._has_given |= any(isinstance(part, Text) for part in held)
         return held
+
+    def _with_spent(self, part: Part) -> Part:
+        if not isinstance(part, Usage):
+            return part
+        self.usage = self._spent + part
+        return self.usage
 
     @property
     def _has_call(self) -> bool:
@@ -8560,11 +8585,16 @@ class Question:
     exchange: Exchange  # whose client waits
     app: AppSettings
     ask: Ask
-    user: str
     joins: bool  # whether it may continue a conversation, and be continued
     tail: Tail | None = None  # the conversation that it continues, once taken
     is_accepted: bool = False  # Dify has begun to answer: it may remember the question
     uploads: dict[int, str] = field(default_factory=dict)  # by the id() of the file
+    spent: Usage = Usage()  # by a first try
+
+    @property
+    def user(self) -> str:
+        """Who asks, as Dify knows them."""
+        return self.exchange.user_of(self.ask.user)
 
     @property
     def scope(self) -> bytes:
@@ -8623,6 +8653,10 @@ class Turns:
             Unsatisfied: neither will do.
         """
         ask = question.ask
+        if not ask.conversation_id:
+            headers = question.exchange.request.headers
+            id_ = headers.get("x-dify-conversation-id", "")
+            question.ask = ask = ask._replace(conversation_id=id_)
         reading = await self._run_once(question, sink)
         if not reading.problem:
             return
@@ -8633,9 +8667,8 @@ class Turns:
         goes_on = question.joins and bool(ask.conversation_id)
         before = () if goes_on else (*ask.messages, said)
         again = ask._replace(messages=(*before, words))
-        question = replace(
-            question, ask=again, joins=goes_on, tail=None, is_accepted=False
-        )
+        question = replace(question, ask=again, joins=goes_on, spent=reading.usage)
+        question.tail, question.is_accepted = None, False
         reading = await self._run_once(question, sink)
         if reading.problem:
             raise unsatisfied(ask, reading.problem)
@@ -8650,7 +8683,8 @@ class Turns:
         exchange, joins = question.exchange, question.joins
         exchange.turn = turn = await self._open_turn(question)
         seed = turn.stream.answer.message_id or self._new_id()
-        reading = Reading(question.ask, seed, is_whole=isinstance(sink, Collector))
+        is_whole, spent = isinstance(sink, Collector), question.spent
+        reading = Reading(question.ask, seed, is_whole=is_whole, spent=spent)
         is_stored, was_there = False, not exchange.has_left
         try:
             with while_present(exchange):
@@ -9067,14 +9101,6 @@ def _prefix_length(tail: str) -> int:
     return prefix.end() if prefix else 0
 
 
-def client_key(headers: Mapping[str, str]) -> str:
-    """The key that a client presents, in any of the usual places; "" if none."""
-    scheme, _, token = headers.get("authorization", "").strip().partition(" ")
-    if scheme.lower() == "bearer" and token.strip():
-        return token.strip()
-    return (headers.get("api-key") or headers.get("x-api-key") or "").strip()
-
-
 def json_response(value: Any, headers: Sequence[tuple[str, str]] = ()) -> Response:
     """A response of JSON."""
     fields = [("Content-Type", "application/json"), *headers]
@@ -9210,7 +9236,8 @@ def stored_answer(turn: StoredTurn, tools: Sequence[Tool] = ()) -> Answer:
         parts.pop()
     if tools:
         ask = Ask("", (), tools=tuple(tools))
-        parts = Reading(ask, turn.message_id, is_whole=True).feed(parts)
+        reading = Reading(ask, turn.message_id, is_whole=True, spent=Usage())
+        parts = reading.feed(parts)
     for part in parts:
         answer.add(part)
     return answer
@@ -9469,7 +9496,7 @@ class Handlers:
         asked = parse_responses_request(await self._body_of(exchange))
         asked = await self._as_owner(exchange, asked)
         app = await self._app(asked.ask.model)
-        user, sealer = _user_of(exchange, asked.ask.user), self._sealer(exchange, app)
+        user, sealer = exchange.user_of(asked.ask.user), self._sealer(exchange, app)
         now, new_id = int(self._wall_clock()), self._new_id()
         frame = ResponseFrame(now, asked.ask.model, asked.echo, sealer, user, new_id)
 
@@ -9714,12 +9741,10 @@ class Handlers:
             Outlet(exchange, row, self._pacer(exchange, app), self.metrics)
             for row in streams
         ] or [Collector(exchange) for _ in asks]
+        is_one = len(asks) == 1
+        questions = [Question(exchange, app, ask, is_one, tail) for ask in asks]
         try:
-            turns = [
-                self._run_turn(exchange, app, ask, sink, len(asks) == 1, tail)
-                for ask, sink in zip(asks, sinks)
-            ]
-            is_one = len(turns) == 1
+            turns = [*map(self._run_turn, questions, sinks)]
             ends = [await turns[0]] if is_one else await self._all_of(turns)
         finally:
             for sink in sinks:
@@ -9798,7 +9823,7 @@ class Handlers:
         app, exchange.model = await self._app(speech.model), speech.model
         if not (await self._dify.form_of(app)).speaks:
             raise _switched_off("Text to speech", exchange.model)
-        user = _user_of(exchange, speech.user)
+        user = exchange.user_of(speech.user)
         with while_present(exchange):
             response = await self._open_speech(app, speech.text, speech.voice, user)
             kind = response.headers.get("content-type", _UNTYPED)
@@ -9835,7 +9860,7 @@ class Handlers:
         if is_spoken and not (await self._dify.form_of(app)).speaks:
             raise _switched_off("Text to speech", ask.model, "modalities")
         ask = await self._with_stored_files(exchange, ask)  # they may name the user
-        user, sealer = _user_of(exchange, ask.user), self._sealer(exchange, app)
+        user, sealer = exchange.user_of(ask.user), self._sealer(exchange, app)
         ask = await self._with_spoken(app, ask, sealer, user)
         frame = ResponseFrame(now, ask.model, echo_of({}), sealer, user, self._new_id())
 
@@ -9872,9 +9897,7 @@ class Handlers:
         )
         return ask._replace(messages=tuple(messages))
 
-    async def _say(
-        self, exchange: Exchange, app: AppSettings, ask: Ask, sink: Outlet | Collector
-    ) -> None:
+    async def _say(self, question: Question, sink: Outlet | Collector) -> None:
         """Have the app say its answer; a call, or nothing, is not said.
 
         The conversation has the text by now, and goes on whatever happens to its sound.
@@ -9882,13 +9905,14 @@ class Handlers:
         if sink.calls or not (sink.text.strip() or sink.is_behind):
             return
         sink.stay()
-        size, user = 0, _user_of(exchange, ask.user)
+        app, exchange, size = question.app, question.exchange, 0
         try:
             if sink.is_behind:
                 raise UpstreamFailed("The text is too long.")
             with while_present(exchange):
-                voice = ask.voice or ""
-                response = await self._open_speech(app, sink.text, voice, user)
+                response = await self._open_speech(
+                    app, sink.text, question.ask.voice or "", question.user
+                )
                 with contextlib.closing(response):
                     while data := await self._dify.read_file(response):
                         size += len(data)
@@ -9935,7 +9959,7 @@ class Handlers:
             raise UpstreamFailed(f"Dify gave the file {file.name!r} no id.")
         stored = StoredFile(
             str(answer["id"]),
-            _user_of(exchange, form.user),
+            exchange.user_of(form.user),
             file.name,
             file.media_type,
             str(form.size),
@@ -10018,7 +10042,7 @@ class Handlers:
         """Pass a form's file on to Dify as it comes; returns Dify's answer."""
         path = "/files/upload" if exchange.route == "files" else "/audio-to-text"
         answer = await self._dify.send_file(
-            app, path, file, form.read, lambda: _user_of(exchange, form.user)
+            app, path, file, form.read, lambda: exchange.user_of(form.user)
         )
         if form.model not in ("", exchange.model):
             raise _no_such_model(form.model, await self._models())
@@ -10060,38 +10084,17 @@ class Handlers:
 
     # Turns...
 
-    async def _run_turn(
-        self,
-        exchange: Exchange,
-        app: AppSettings,
-        ask: Ask,
-        sink: Outlet | Collector,
-        joins: bool,
-        tail: Tail | None,
-    ) -> bytes:
-        """One turn, said aloud if that is wanted; returns the answer's last bytes.
-
-        Args:
-            exchange: whose client waits.
-            app: that is asked.
-            ask: the question.
-            sink: where the answer goes.
-            joins: whether the turn may continue a conversation, and be continued.
-            tail: the conversation that it does continue, taken already.
-        """
+    async def _run_turn(self, question: Question, sink: Outlet | Collector) -> bytes:
+        """One turn, said aloud if that is wanted; returns the answer's last bytes."""
         try:
-            asked = with_words(ask, app.tools)
-            asked = await self._with_stored_files(exchange, asked)
+            ask = with_words(question.ask, question.app.tools)
+            question.ask = await self._with_stored_files(question.exchange, ask)
         except BaseException:
-            self._turns.give_back(tail)
+            self._turns.give_back(question.tail)
             raise
-        named = exchange.request.headers.get("x-dify-conversation-id", "")
-        asked = asked._replace(conversation_id=asked.conversation_id or named)
-        user = _user_of(exchange, asked.user)
-        question = Question(exchange, app, asked, user, joins, tail)
         await self._turns.run(question, sink)
-        if ask.voice is not None:
-            await self._say(exchange, app, ask, sink)
+        if question.ask.voice is not None:
+            await self._say(question, sink)
         return sink.end()
 
 
@@ -10197,13 +10200,6 @@ def _no_previous(id_: str) -> BadRequest:
         param="previous_response_id",
         code="previous_response_not_found",
     )
-
-
-def _user_of(exchange: Exchange, asked: str) -> str:
-    """The end user's name in Dify, by the body, a header, or the key."""
-    headers = exchange.request.headers
-    forwarded = urllib.parse.unquote(headers.get("x-openwebui-user-id", ""))
-    return end_user(asked, forwarded, client_key(headers))
 
 
 def with_words(ask: Ask, place: str) -> Ask:

@@ -174,15 +174,15 @@ IMAGE = Attachment("image.png", "image/png", b"\x89PNG\r\n\x1a\n")
         ),
         (
             {"type": "function_call_output", "call_id": "call_1", "output": "sunny"},
-            Message("tool", "sunny", "call_1"),
+            Message("tool", "sunny", call_id="call_1"),
         ),
         (
             {"type": "custom_tool_call_output", "call_id": "c", "output": "sunny"},
-            Message("tool", "sunny", "c"),
+            Message("tool", "sunny", call_id="c"),
         ),
         (
             {"type": "function_call_output", "call_id": "c", "output": {"t": 20}},
-            Message("tool", '{"t": 20}', "c"),
+            Message("tool", '{"t": 20}', call_id="c"),
         ),
         (
             {
@@ -193,7 +193,7 @@ IMAGE = Attachment("image.png", "image/png", b"\x89PNG\r\n\x1a\n")
                     {"type": "input_image", "image_url": PNG},
                 ],
             },
-            Message("tool", "a", "c", (IMAGE,)),
+            Message("tool", "a", attachments=(IMAGE,), call_id="c"),
         ),
         ({"type": "item_reference", "id": "msg_1"}, ItemReference("msg_1")),
         ({"id": "msg_1"}, ItemReference("msg_1")),
@@ -222,7 +222,7 @@ def test_calls_join_the_message_that_they_follow() -> None:
     assert items_of(*rows) == (
         HI,
         Message("assistant", "a", tool_calls=(CALLED, ToolCall("call_2", "f", "{}"))),
-        Message("tool", "x", "call_1"),
+        Message("tool", "x", call_id="call_1"),
         Message("assistant", "a", tool_calls=(CALLED,)),
         HI,
     )

@@ -545,6 +545,25 @@ async def test_second_try_gives_the_call_that_was_required(stream: bool) -> None
 
 
 @WHOLE_OR_STREAMED
+@pytest.mark.parametrize("kind", ["call", "json"])
+async def test_usage_is_that_of_both_tries(kind: str, stream: bool) -> None:
+    answers = [
+        fake.chat_answer("No.", usage=(9, 2)),
+        at_once({"call": OSLO, "json": GOOD}[kind]),
+    ]
+    fields: JSONObject = {"stream": stream, "stream_options": {"include_usage": True}}
+    if kind == "call":
+        fields.update(tools=TOOLS, tool_choice="required")
+    else:
+        fields.update(response_format=CITY)
+    async with proxy(lambda _: answers.pop(0)) as served:
+        got = await served.chat(**fields)
+    usage = (got.chunks[-1] if stream else got.json)["usage"]
+    counts = [usage[f"{name}_tokens"] for name in ("prompt", "completion", "total")]
+    assert counts == [9 + 14, 2 + 8, 33]
+
+
+@WHOLE_OR_STREAMED
 async def test_second_try_has_nothing_of_the_first(stream: bool) -> None:
     texts = ["<think>One.</think>No.", f"<think>Two.</think>{OSLO}"]
     async with proxy(says(*texts)) as served:
@@ -891,7 +910,7 @@ def test_ids_of_calls_may_return() -> None:
     rows = []
     for name in ("f", "g"):
         rows.append(Message("assistant", "", tool_calls=(ToolCall("1", name, "{}"),)))
-        rows.append(Message("tool", "x", "1"))
+        rows.append(Message("tool", "x", call_id="1"))
     named = with_tool_names(rows)
     assert [row.name for row in named] == ["", "f", "", "g"]
 
