@@ -8591,7 +8591,7 @@ class Question:
     uploads: dict[int, str] = field(default_factory=dict)  # by the id() of the file
     spent: Usage = Usage()  # by a first try
 
-    @property
+    @functools.cached_property
     def user(self) -> str:
         """Who asks, as Dify knows them."""
         return self.exchange.user_of(self.ask.user)
@@ -8652,11 +8652,10 @@ class Turns:
         Raises:
             Unsatisfied: neither will do.
         """
-        ask = question.ask
-        if not ask.conversation_id:
-            headers = question.exchange.request.headers
-            id_ = headers.get("x-dify-conversation-id", "")
-            question.ask = ask = ask._replace(conversation_id=id_)
+        ask, headers = question.ask, question.exchange.request.headers
+        in_header = headers.get("x-dify-conversation-id", "")
+        if in_header and not ask.conversation_id:
+            question.ask = ask = ask._replace(conversation_id=in_header)
         reading = await self._run_once(question, sink)
         if not reading.problem:
             return
