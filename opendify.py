@@ -8889,6 +8889,7 @@ MAX_CONVERSATIONS_READ, MAX_PAGES = 10, 20  # of Dify, to understand them
 NAMES_TIMEOUT_S = 5.0  # Open WebUI gives the model list 10 s
 MAX_FIELDS_BYTES = 1024 * 1024  # of a form, beside its file
 MAX_HELD_BYTES = 512 * 1024  # of a file in memory, until it is known where it goes
+MAX_SOUND_BYTES = MAX_JSON_BYTES  # of a whole answer: a quarter of an hour of mp3
 _BESIDE_FILE_BYTES = MAX_FIELDS_BYTES + MAX_FORM_PARTS * 2 * MAX_PART_HEAD_BYTES
 _START_BYTES = 64  # of a recording: the head of a WAV file
 _NO_FILE = (
@@ -8898,23 +8899,8 @@ _NO_FILE = (
 _NO_CONTENT = "Dify (from 1.7.2 on) gives a file back once a message has used it."
 _NO_SOUND = "Dify made no sound of this text."
 _UNTYPED = "application/octet-stream"  # a file of any kind
-MAX_SOUND_BYTES = MAX_JSON_BYTES  # of a whole answer: a quarter of an hour of mp3
 _UNSPOKEN = "The app has answered, but its speech failed: "
 _LOUD = f"It is over {MAX_SOUND_BYTES >> 20} MB; a streamed answer may be longer."
-_PREFIX = re.compile(  # an endpoint is one, too, if another is behind it
-    r"(?:(?:v1|api|openai|(?:chat/)?completions(?=/.)"
-    r"|responses(?=/(?:responses|models)(?:/|\Z)))(?:/|\Z))+"
-)
-_DEPLOYMENT = re.compile(
-    r"(?:deployments|engines)/(.+?)/((?:v1/)?(?:chat/)?completions"
-    r"|embeddings|images/\w+|models"
-    r"|audio/\w+)\Z"
-)
-
-
-_RESOURCE = re.compile(
-    r"(responses|conversations)/([^/]+)(/input_items|/cancel|/items|)\Z"
-)
 
 
 async def read_whole(exchange: Exchange) -> bytes:
@@ -9061,6 +9047,21 @@ class Form:
             )
 
 
+_PREFIX = re.compile(  # an endpoint is one, too, if another is behind it
+    r"(?:(?:v1|api|openai|(?:chat/)?completions(?=/.)"
+    r"|responses(?=/(?:responses|models)(?:/|\Z)))(?:/|\Z))+"
+)
+_DEPLOYMENT = re.compile(
+    r"(?:deployments|engines)/(.+?)/((?:v1/)?(?:chat/)?completions"
+    r"|embeddings|images/\w+|models|audio/\w+)\Z"
+)
+_FILE = re.compile(r"files/([^/]+)(/content)?\Z")
+_RESOURCE = re.compile(
+    r"(responses|conversations)/([^/]+)(/input_items|/cancel|/items|)\Z"
+)
+_ITEM = re.compile(r"conversations/([^/]+)/items/([^/]+)\Z")
+
+
 @functools.lru_cache(maxsize=64)
 def find_endpoint(path: str) -> tuple[str, str]:
     """(endpoint, name in the path) of a request's path.
@@ -9080,17 +9081,16 @@ def find_endpoint(path: str) -> tuple[str, str]:
     tail = re.sub(r"/{2,}", "/", path).strip("/")
     tail = tail[_prefix_length(tail) :]
     name = ""
-    deployment = _DEPLOYMENT.match(tail)
-    if deployment:
+    if deployment := _DEPLOYMENT.match(tail):
         name, tail = deployment[1], deployment[2]
         tail = tail[_prefix_length(tail) :]
-    if file := re.match(r"files/([^/]+)(/content)?\Z", tail):
+    if file := _FILE.match(tail):
         return f"files{file[2] or '/'}", file[1]
     if tail.startswith("models/"):
         return "models/", tail[len("models/") :]
     if resource := _RESOURCE.match(tail):
         return f"{resource[1]}/{{id}}{resource[3]}", resource[2]
-    if item := re.match(r"conversations/([^/]+)/items/([^/]+)\Z", tail):
+    if item := _ITEM.match(tail):
         return "conversations/{id}/items/{id}", f"{item[1]}/{item[2]}"
     return tail, name
 
