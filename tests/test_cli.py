@@ -616,6 +616,31 @@ def test_demo_serves_until_a_signal_and_ends_with_0(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(("is_clean", "status"), [(True, 0), (False, 1)])
+async def test_status_tells_whether_open_requests_could_end(
+    is_clean: bool, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = opendify.parse_settings({"MODEL_CONFIG": json.dumps({"m": KEY})})
+    dify = opendify.Dify(settings, opendify.open_wire)
+    conversations, _ = opendify.open_conversations("memory", 1.0)
+    server = opendify.Server(
+        opendify.Handlers(settings, dify, conversations, str), new_id=str
+    )
+
+    async def listen(*_: object) -> list[tuple[str, int]]:
+        return [("127.0.0.1", 5000)]
+
+    async def drain(*_: object) -> bool:
+        return is_clean
+
+    monkeypatch.setattr(server, "listen", listen)
+    monkeypatch.setattr(server, "drain", drain)
+    monkeypatch.setattr(opendify, "_on_signals", lambda stop: stop.set())
+    assert await opendify._serve_until_signal(settings, server) == status
+    dify.close()
+    conversations.close()
+
+
 def test_time_of_a_line_is_its_own() -> None:
     formatter, times = opendify._Formatter(), []
     for created in (1700000000.25, 1700000000.5, 1700000001.75, 1700000061.0):

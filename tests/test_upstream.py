@@ -36,6 +36,7 @@ from fake_dify import (
 
 from opendify import (
     BROKEN_OFF,
+    FORM_FRESH_S,
     IDLE_CONNECTION_S,
     MAX_IDLE_CONNECTIONS,
     STOP_DRAIN_S,
@@ -955,6 +956,21 @@ async def test_form_that_is_no_object_is_an_error_and_not_kept(answer: Step) -> 
         rows = [{"paragraph": {"variable": "text"}}]
         fake.app(KEY, parameters={"user_input_form": rows})
         assert [row.variable for row in (await dify.form_of(app)).inputs] == ["text"]
+
+
+async def test_changed_form_is_known_after_some_minutes() -> None:
+    """An app may be edited while it is served."""
+    forms = []
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        for name in ("old", "new"):
+            rows = [{"paragraph": {"variable": name}}]
+            fake.app(KEY, parameters={"user_input_form": rows})
+            for _ in range(2):
+                forms += [row.variable for row in (await dify.form_of(app)).inputs]
+                await asyncio.sleep(FORM_FRESH_S / 2)
+            await asyncio.sleep(1)
+        assert [row.path for row in fake.requests] == ["/parameters"] * 2
+    assert forms == ["old", "old", "new", "new"]
 
 
 @pytest.mark.parametrize("answer", [Status(204), Status(200, b""), Status(200, b"{}")])
