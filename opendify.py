@@ -3523,7 +3523,6 @@ def parse_completion_request(body: Mapping[str, Any]) -> CompletionRequest:
     )
 
 
-@functools.lru_cache(maxsize=1024)
 def end_user(asked: str, forwarded: str, key: str) -> str:
     """The name by which Dify knows the end user; never empty, never too long.
 
@@ -3640,7 +3639,7 @@ def parse_user(body: Mapping[str, Any]) -> str:
         if isinstance(user, dict):  # Open WebUI's pipelines send an object
             user = user.get("id") or user.get("email") or user.get("name")
         if user not in (None, "") and isinstance(user, (str, int)):
-            return str(user)
+            return end_user(str(user), "", "")
     return ""
 
 

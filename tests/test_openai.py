@@ -460,6 +460,15 @@ def test_end_user_that_is_too_long_becomes_a_hash() -> None:
     assert {len(name) <= 200 for name in names} == {True}
 
 
+def test_nothing_longer_is_kept_of_an_end_user() -> None:
+    """Names are kept for a while: a body has room for one of 64 MiB."""
+    long = "a" * 201
+    fields = ("user", "safety_identifier")
+    (short,) = {opendify.parse_user({name: long}) for name in fields}
+    assert len(short) < 100
+    assert opendify.end_user(short, "", "") == opendify.end_user(long, "", "")
+
+
 # Files in requests...
 
 # Its Base64 has both signs that differ in the URL-safe alphabet, and padding.
