@@ -5789,6 +5789,8 @@ class Conversations:
         self._run(sql, now, _id(tail))
 
     def _put(self, tail: Tail, now: float) -> None:
+        if len(tail.conversation_id) > 100:
+            return  # it is none of Dify's, which have 36
         key, state = _id(tail), _TAKEN if tail.is_taken else None
         last = tail.digests[-_DIGEST_BYTES:]
         row = [tail.conversation_id, tail.chain, tail.length, tail.digests]

@@ -1393,3 +1393,12 @@ def test_named_conversation_of_a_later_version_is_read(tmp_path: Path) -> None:
         other.execute("UPDATE opendify_named SET state = json_set(state, '$.new', 1)")
     assert store.named("conv_1", "key", 6.0) == named
     store.close()
+
+
+def test_id_that_is_none_of_dify_s_is_not_kept(store: Conversations) -> None:
+    """A client may send any text as one; Dify refuses it, and the turn is put back."""
+    request = ask(user("u"), conversation_id="x" * 101)
+    tail = store.take(request, SCOPE, 0.0)
+    assert tail and not tail.is_known
+    store.put(tail, 0.0)
+    assert len(store) == 0
