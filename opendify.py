@@ -5292,6 +5292,8 @@ def _custom_input(arguments: str) -> str:
 MAX_CONVERSATIONS = 100_000  # some 40 MB
 MAX_NAMED = 1000  # that clients named; these hold texts until their first turn
 MAX_NAMED_ITEMS = 2000  # of one, that no turn has taken yet
+MAX_NAMED_BYTES = 16 << 20  # of one
+_ALL_NAMED_BYTES = 256 << 20
 _KEPT_MESSAGES = 128  # a transcript's last ones, and so the longest window: 1 KiB
 _DIGEST_BYTES = 8
 _CLEAR_BYTES = 200  # no greeting or other stock phrase is that long
@@ -5618,9 +5620,7 @@ SELECT (SELECT COUNT(*) FROM opendify_tails) - ?,
 _DROP_OLDEST = """
 DELETE FROM opendify_tails
 WHERE id IN (SELECT id FROM opendify_tails ORDER BY used LIMIT ?)"""
-_DROP_NAMED = """
-DELETE FROM opendify_named
-WHERE id IN (SELECT id FROM opendify_named ORDER BY used DESC LIMIT -1 OFFSET ?)"""
+_NAMED_SIZES = "SELECT id, LENGTH(state) FROM opendify_named ORDER BY used DESC"
 
 
 @dataclass(frozen=True)
@@ -5740,13 +5740,23 @@ class Conversations:
         state = json.loads(rows[0][0]).items()
         return NamedConversation(**{name: v for name, v in state if name in known})
 
-    def keep(self, named: NamedConversation, owner: str, now: float) -> None:
-        """Record it, with the texts that it has; old ones go."""
-        state = json.dumps(dataclasses.asdict(named))
+    def keep(self, named: NamedConversation, owner: str, now: float) -> bool:
+        """Record it, with the texts that it has, and drop old ones; False if too long.
+
+        Bytes, whose length SQLite knows without reading them.
+        """
+        state = json.dumps(dataclasses.asdict(named)).encode()
+        if len(state) > MAX_NAMED_BYTES:
+            return False
         sql = "INSERT OR REPLACE INTO opendify_named VALUES (?, ?, ?, ?)"
         self._run(sql, named.id, _owner(owner), now, state)
         self._run("DELETE FROM opendify_named WHERE used < ?", now - self._ttl_s)
-        self._run(_DROP_NAMED, MAX_NAMED)
+        rows, _ = self._run(_NAMED_SIZES)
+        sizes = itertools.accumulate(size for _, size in rows)
+        for at, ((id_, _), size) in enumerate(zip(rows, sizes)):
+            if at >= MAX_NAMED or size > _ALL_NAMED_BYTES:
+                self._run("DELETE FROM opendify_named WHERE id = ?", id_)
+        return True
 
     def drop(self, named: NamedConversation) -> None:
         """Forget it; Dify's conversation stays."""
@@ -9651,7 +9661,9 @@ class Handlers:
 
     def _keep(self, exchange: Exchange, named: NamedConversation) -> None:
         owner, now = self._owner_of(exchange), self._wall_clock()
-        self._conversations.keep(named, owner, now)
+        if not self._conversations.keep(named, owner, now):
+            most = f"{MAX_NAMED_BYTES >> 20} MiB"
+            raise BodyTooLarge(f"A conversation may have {most} that await a turn.")
 
     # Stored responses...
 

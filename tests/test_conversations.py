@@ -1402,3 +1402,19 @@ def test_id_that_is_none_of_dify_s_is_not_kept(store: Conversations) -> None:
     assert tail and not tail.is_known
     store.put(tail, 0.0)
     assert len(store) == 0
+
+
+def test_named_conversations_have_room_for_so_much_text(
+    store: Conversations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opendify, "MAX_NAMED_BYTES", 2000)
+    monkeypatch.setattr(opendify, "_ALL_NAMED_BYTES", 3000)
+    kept = [
+        store.keep(NamedConversation(f"conv_{size}", 0, {}, ["x" * size]), "", size)
+        for size in (1000, 1001, 1002, 2000)
+    ]
+    assert kept == [True, True, True, False]
+    names = ("conv_1000", "conv_1001", "conv_1002", "conv_2000")
+    assert [bool(store.named(name, "", 1.0)) for name in names] == [
+        *(False, True, True, False)
+    ]
