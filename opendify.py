@@ -1094,7 +1094,7 @@ _WORDS = {"True": "true", "False": "false", "None": "null", ",": ""}
 _MAX_CHECKS = 50_000  # of one answer, a third of a second; what is left may pass
 _MAX_PROBLEMS, _MAX_RULE_CHARS = 5, 200  # are told to the app
 _NO_SENSE = (TypeError, AttributeError, ValueError, LookupError, ArithmeticError)
-_MAX_PATTERN_CHARS = 200
+_MAX_PATTERN_CHARS, _PATTERN_CHECKS = 100, 100  # what one may take, in checks
 
 _Calls = list[tuple[str, dict[str, Any]]]
 
@@ -1798,8 +1798,10 @@ def schema_problems(value: Any, schema: Mapping[str, Any]) -> list[str]:
     problems: list[str] = []
     found = _Checker(schema).check(value, schema, "$")
     with contextlib.suppress(RecursionError, re.error, *_NO_SENSE):
-        for problem in found:
-            problems.append(problem)
+        for at, keyword, limit in found:
+            rule = json.dumps(limit, ensure_ascii=False)[:_MAX_RULE_CHARS]
+            broken = f"breaks {keyword} {rule}" if keyword else "is not allowed"
+            problems.append(f"{at} {broken}")
             if len(problems) == _MAX_PROBLEMS:
                 break
     return problems
@@ -1812,25 +1814,30 @@ class _Checker:
         self._root = root
         self._checks = 0
 
-    def check(self, value: Any, schema: Any, at: str) -> Iterator[str]:
-        """What is wrong with the value at this place."""
-        self._checks += 1
-        if self._checks > _MAX_CHECKS:
-            raise RecursionError
+    def check(self, value: Any, schema: Any, at: str) -> Iterator[tuple[str, str, Any]]:
+        """(where, the keyword that is broken, its rule); no keyword: nothing may be."""
+        self._spend(1 + len(at) // 5000)
         if schema is False:
-            yield f"{at} is not allowed"
+            yield at, "", None
         if not isinstance(schema, dict) or (value is None and schema.get("nullable")):
             return
+        self._spend((_size(value) + sum(map(_size, schema.values()))) // 50)
         for keyword, limit in schema.items():
             if not self._holds(keyword, limit, value, at):
-                rule = json.dumps(limit, ensure_ascii=False)
-                yield f"{at} breaks {keyword} {rule[:_MAX_RULE_CHARS]}"
+                yield at, keyword, limit
         for item, inner, place in self._inner(value, schema, at):
             yield from self.check(item, inner, place)
 
+    def _spend(self, checks: int) -> None:
+        """Count what is done, in checks, and stop where it is too much."""
+        self._checks += checks
+        if self._checks > _MAX_CHECKS:
+            raise RecursionError
+
     def _holds(self, keyword: str, limit: Any, value: Any, at: str) -> bool:
         if keyword in ("anyOf", "oneOf"):
-            return any(not next(self.check(value, one, at), "") for one in limit)
+            return any(not next(self.check(value, one, at), ()) for one in limit)
+        self._spend(_PATTERN_CHECKS if keyword == "pattern" else 0)
         return keyword not in _HOLDS or _HOLDS[keyword](value, limit)
 
     def _target(self, ref: str) -> Any:
@@ -1850,7 +1857,9 @@ class _Checker:
         for one in schema.get("allOf", ()):
             yield value, one, at
         if isinstance(value, dict):
+            patterns = len(schema.get("patternProperties", ()))
             for name, item in value.items():
+                self._spend(_PATTERN_CHECKS * patterns)
                 for rule in _rules_of(schema, name):
                     yield item, rule, f"{at}.{name}"
         elif isinstance(value, list):
@@ -1858,6 +1867,10 @@ class _Checker:
             for index, item in enumerate(value):
                 inner = first[index] if index < len(first) else others
                 yield item, inner, f"{at}[{index}]"
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, (dict, list, str)) else 1
 
 
 def _rules_of(schema: Any, name: str) -> list[Any]:

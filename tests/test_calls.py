@@ -1035,6 +1035,31 @@ def test_validator_takes_no_exponential_time() -> None:
     assert time.process_time() - started < 2
 
 
+@pytest.mark.parametrize(
+    ("value", "schema"),
+    [
+        pytest.param(1, {"enum": [f"x{n}" for n in range(9000)]}, id="enum"),
+        pytest.param({}, {"required": [f"x{n}" for n in range(9000)]}, id="required"),
+        pytest.param(1, {**{f"x{n}": 1 for n in range(9000)}, "enum": []}, id="keys"),
+        pytest.param("a" * 100, {"pattern": "a*a*b"}, id="pattern"),
+        pytest.param(
+            {"a" * 100: 1},
+            {"patternProperties": {f"a*a*{n}": {} for n in range(200)}, "enum": []},
+            id="pattern-properties",
+        ),
+        pytest.param({"a" * 500_000: dict.fromkeys("bc")}, {"enum": []}, id="name"),
+    ],
+)
+def test_validator_pays_for_large_rules(value: Any, schema: dict[str, Any]) -> None:
+    """Ten thousand references to one rule are a schema of few kilobytes."""
+    inner = {"anyOf": [{"$ref": "#/$defs/rule"}] * 100}
+    root = {"anyOf": [{"$ref": "#/$defs/inner"}] * 100}
+    started = time.process_time()
+    schema_problems(value, {**root, "$defs": {"inner": inner, "rule": schema}})
+    schema_problems([value] * 10_000, {"items": schema})
+    assert time.process_time() - started < 2
+
+
 # What is asked, and the words...
 
 
