@@ -1087,7 +1087,7 @@ _PAIRS = {"{": "}", "[": "]"}
 _ESCAPE = re.compile(r"\\.|[\"\\]", re.DOTALL)
 _SLOPPY = re.compile(
     r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\b(?:True|False|None)\b"
-    r"|\b[^\W\d][\w$-]*(?=\s*:)|,(?=\s*(?:[}\]]|\Z))|[{}\[\]]",
+    r"|(?<![\w$-])[^\W\d][\w$-]*(?=\s*:)|,(?=\s*(?:[}\]]|\Z))|[{}\[\]\"']",
     re.DOTALL,
 )
 _WORDS = {"True": "true", "False": "false", "None": "null", ",": ""}
@@ -1617,6 +1617,8 @@ def _mended(text: str) -> str:
             opened.append(_PAIRS[piece])
         elif piece in "}]":
             del opened[-1:]
+        elif piece in "\"'":
+            raise ValueError("a quote is never closed")
         elif piece[0] in "\"'":
             return '"' + _ESCAPE.sub(_mended_escape, piece[1:-1]) + '"'
         else:

@@ -664,6 +664,16 @@ def test_hostile_answers_take_no_quadratic_time() -> None:
         assert time.process_time() - started < 4
 
 
+@pytest.mark.parametrize(
+    "text", ['{"a": "' + '\\"' * 50_000, "{'" + "\\'" * 50_000, "{" + "a-" * 50_000]
+)
+def test_repair_takes_no_quadratic_time(text: str) -> None:
+    started = time.process_time()
+    found, _ = extract_json(text, OutputFormat("json_object"))
+    assert found is None
+    assert time.process_time() - started < 1
+
+
 # Stop strings...
 
 
