@@ -1046,11 +1046,11 @@ _TOKEN = re.compile(
     |(?P<opener><(?:antml:|｜DSML｜)?(?:tool_calls?|tools|tool_use|function_calls?)>
         |<[|｜][^<>|｜]{1,40}(?<!end)(?<!_id)[|｜]>|\[TOOL_CALLS\]|\[ARGS\]
         |<(?:(?:antml:|｜DSML｜)?(?:invoke|function|tool_call)(?:=|\ +name\ *=\ *)["']?
-        |message\s[^<>]*?\btool_call=")(?P<name>[\w.-]+)["']?[^<>]*>)
+        |message\s[^<>]*?\btool_call=")(?P<name>[\w.-]+)(?![\w.-])[^<>]*>)
     |(?P<parameter>
         <(?P<tag>(?:antml:|｜DSML｜)?parameter)(?:=|\ +name\ *=\ *)
-            ["']?(?P<key>[\w.-]+)[^<>]*>
-        |<arg_key>\s*(?P<arg_key>[^<>]+?)\s*</arg_key>\s*<(?P<arg_tag>arg_value)>)
+            ["']?(?P<key>[\w.-]+)(?![\w.-])[^<>]*>
+        |<arg_key>(?P<arg_key>[^<>]+)</arg_key>\s*<(?P<arg_tag>arg_value)>)
     |(?P<closer></(?:antml:|｜DSML｜)?(?:tool_calls?|tools|tool_use|function_calls?|function
         |invoke|message)>|<[|｜][^<>|｜]{1,40}[|｜]>)
     |(?P<fence>```[\w-]*[ \t]*)
@@ -1439,8 +1439,8 @@ class _Block:
         end = self._text.find(closer, token.end())
         if end < 0 or not self._name:
             return None if self._name else False
-        key, text = token["key"] or token["arg_key"], self._text[token.end() : end]
-        text = re.sub(r"\A\n|\n\Z", "", text)
+        key = token["key"] or token["arg_key"].strip()
+        text = re.sub(r"\A\n|\n\Z", "", self._text[token.end() : end])
         self._given[key] = _typed(self._tools[self._name], key, text)
         self._at = end + len(closer)
         return True

@@ -674,6 +674,26 @@ def test_repair_takes_no_quadratic_time(text: str) -> None:
     assert time.process_time() - started < 1
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>search\n<arg_key>" + " " * 4000 + "<x",
+        ('<invoke name="' + "a" * 2000) * 500,
+        ("<tool_call>search\n<parameter=" + "a" * 2000) * 500,
+    ],
+)
+def test_unfinished_tags_take_no_quadratic_time(text: str) -> None:
+    started = time.process_time()
+    assert read(text) == [Text(text)]
+    assert time.process_time() - started < 2
+
+
+def test_spaces_around_a_key_are_not_its_own() -> None:
+    text = "<tool_call>search\n<arg_key> query </arg_key> <arg_value>x</arg_value>"
+    (part,) = read(text + "</tool_call>")
+    assert isinstance(part, ToolCall) and part.arguments == '{"query": "x"}'
+
+
 # Stop strings...
 
 
