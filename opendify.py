@@ -2542,9 +2542,12 @@ class ReasoningSplitter:
 
     def feed(self, text: str) -> list[tuple[int, Part]]:
         """The parts that are certain now, each with the number of its block."""
-        if "<" in text or self.is_busy:
-            return self._split(self._held + text, is_last=False)
-        return [(self._blocks, Text(text))]
+        if not ("<" in text or self.is_busy):
+            return [(self._blocks, Text(text))]
+        pieces = (text[at : at + 4096] for at in range(0, len(text), 4096))
+        # What follows a tag is copied for each, so a long text is split in pieces.
+        split = [self._split(self._held + row, is_last=False) for row in pieces]
+        return [part for parts in split for part in parts]
 
     def close(self) -> list[tuple[int, Part]]:
         """What is still held back; no more text will come."""

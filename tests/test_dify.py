@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -218,6 +219,15 @@ def test_text_before_a_closing_tag_alone_was_reasoning() -> None:
     splitter = ReasoningSplitter()
     assert splitter.feed("I think so.</thi") == [(0, Text("I think so."))]
     assert splitter.feed("nk>\n\nYes") == [(0, Recast()), (0, Text("Yes"))]
+
+
+def test_many_tags_in_one_event_take_little_time() -> None:
+    """An app that repeats its question says so much at once."""
+    text = "<think>a</think>" * 60_000
+    began = time.process_time()
+    parts = AnswerReader("chat", BASE).read([event(event="message", answer=text)])
+    assert joined(parts, Reasoning).count("a") == 60_000
+    assert time.process_time() - began < 2
 
 
 def test_nothing_longer_than_the_longest_tag_is_held_back() -> None:
