@@ -3359,7 +3359,7 @@ def open_place(
 # arguments. Knows nothing of Dify, sockets or keys.
 
 MAX_USER_CHARS = 200  # Dify keeps the end user's name in a column of 255
-MAX_STOPS, MAX_CHOICES = 4, 8
+MAX_STOPS, MAX_STOP_CHARS, MAX_CHOICES = 4, 1000, 8
 MAX_NESTING = 100  # levels of JSON, far from Python's limit wherever it is walked
 _CHAT_ONLY = (
     *("tools", "tool_choice", "functions", "function_call", "response_format"),
@@ -3619,8 +3619,8 @@ def _parse_stops(stop: Any) -> tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(row, str) for row in stops):
         raise bad_type("stop", "a string or an array of strings")
-    if len(stops) > MAX_STOPS:
-        raise bad_value("stop", f"there may be {MAX_STOPS} at most.")
+    if len(stops) > MAX_STOPS or max(map(len, stops)) > MAX_STOP_CHARS:
+        raise bad_value("stop", f"at most {MAX_STOPS}, of {MAX_STOP_CHARS} signs each.")
     return tuple(filter(None, stops))
 
 

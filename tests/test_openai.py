@@ -240,6 +240,7 @@ REFUSED = [
     pytest.param(part(type="file", file={}), IN_PART, VALUE, id="file-empty"),
     pytest.param(request(stream="yes"), "stream", TYPE, id="stream-string"),
     pytest.param(request(stream=[]), "stream", TYPE, id="stream-array"),
+    pytest.param(request(stop=["a", "b" * 1001]), "stop", VALUE, id="stop-long"),
     pytest.param(request(inputs="x"), "inputs", TYPE, id="inputs-string"),
     pytest.param(request(inputs=[1]), "inputs", TYPE, id="inputs-array"),
     pytest.param(
