@@ -2200,12 +2200,13 @@ def place_files(
     inputs: dict[str, Any] = {}
     for row in form.inputs:
         if row.type in _FILE_TYPES and row.variable not in given:
-            fit = [file for file in rest if not row.kinds or file["type"] in row.kinds]
-            fit = fit[:1] if row.type == "file" else fit
-            for file in fit:
-                rest.remove(file)  # one of several that are alike
-            if fit:
-                inputs[row.variable] = fit[0] if row.type == "file" else fit
+            kinds = row.kinds
+            fit = [n for n, f in enumerate(rest) if not kinds or f["type"] in kinds]
+            taken = set(fit[:1] if row.type == "file" else fit)
+            files = [rest[n] for n in sorted(taken)]
+            rest = [file for n, file in enumerate(rest) if n not in taken]
+            if files:
+                inputs[row.variable] = files[0] if row.type == "file" else files
     return {"inputs": inputs, "files": rest}
 
 
