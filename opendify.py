@@ -10141,7 +10141,7 @@ def is_known_history(history: Sequence[Message], known: Sequence[Message]) -> bo
     asked: list[Message] = []
     for message in reversed([row for row in history if row.role != "system"]):
         if message.role != "assistant":
-            asked.insert(0, message)
+            asked.append(message)
             continue
         if not _is_said(asked, known[at : at + 1]) or not at:
             return False
@@ -10152,7 +10152,7 @@ def is_known_history(history: Sequence[Message], known: Sequence[Message]) -> bo
 
 
 def _is_said(asked: Sequence[Message], stored: Sequence[Message]) -> bool:
-    """Whether these messages are what was sent as one question."""
+    """Whether these messages, in any order, are what was sent as one question."""
     if not asked or not stored:
         return not asked
     texts = [row.text.strip() for row in asked]

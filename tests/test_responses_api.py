@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -838,3 +839,12 @@ async def test_item_that_is_deleted_during_a_turn_stays_so() -> None:
         _, (query,) = told(served)
     assert left[0]["role"] == "assistant"
     assert "One" not in query and query.endswith("Three")
+
+
+def test_long_history_is_compared_in_little_time() -> None:
+    known = [opendify.Message("user", "q"), opendify.Message("assistant", "a")]
+    asked = [opendify.Message("user", "x")] * 100_000
+    began = time.process_time()
+    assert not opendify.is_known_history([*asked, known[1]], known)
+    assert opendify.is_known_history(known, known)
+    assert time.process_time() - began < 1
