@@ -6636,8 +6636,7 @@ class Wire(asyncio.Protocol):
             if not more:
                 return b""
             data += more
-            while data.startswith(b"\r\n"):  # RFC 9112, section 2.2
-                data = data[2:]
+            data = re.sub(rb"\A(?:\r\n)+", b"", data)  # RFC 9112, section 2.2
             end = data.find(b"\r\n\r\n", max(0, checked - 3))
             if max(end, len(data) if end < 0 else 0) > MAX_HEAD_BYTES:
                 raise HeadTooLarge(f"The head is over {MAX_HEAD_BYTES >> 10} KiB.")

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, Callable, Optional
 
@@ -479,6 +480,14 @@ async def test_endless_head_is_refused_at_the_limit() -> None:
 @pytest.mark.parametrize("before", [b"", b"\r\n", b"\r\n\r\n"])
 async def test_end_before_a_head_is_no_error(before: bytes) -> None:
     assert await read_head(before) == (b"", b"")
+
+
+async def test_many_empty_lines_take_little_time() -> None:
+    """The first one comes in two reads, so that it is not the server that skips it."""
+    began = time.process_time()
+    lines = b"\n" + b"\r\n" * 32_000 + b"\r"
+    assert await read_head(b"\r", *[lines] * 40, b"\n" + GET) == (GET, b"")
+    assert time.process_time() - began < 0.5
 
 
 async def test_end_within_a_head_is_a_broken_connection() -> None:
