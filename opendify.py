@@ -2212,7 +2212,9 @@ def place_files(
 
 def encode_upload(file: Attachment, user: str) -> tuple[str, bytes]:
     """(content type, body) of an upload: multipart/form-data (RFC 7578)."""
-    boundary = hashlib.sha256(file.data).hexdigest()[:32]
+    # Of the user's name, too: who knew it before could end the part with the name.
+    name = user.encode("utf-8", "replace")
+    boundary = hmac.new(name, file.data, hashlib.sha256).hexdigest()[:32]
     start = _user_part(user, boundary) + upload_head(file, boundary)
     body = start + file.data + b"\r\n--%b--\r\n" % boundary.encode()
     return f"multipart/form-data; boundary={boundary}", body

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import time
@@ -801,6 +802,15 @@ def test_upload_is_multipart_with_name_type_and_user() -> None:
         'filename="cat.png"\r\nContent-Type: image/png\r\n\r\n\x89PNG\r\n'
         f"--{boundary}--\r\n"
     )
+
+
+def test_end_user_can_t_write_a_part_of_an_upload() -> None:
+    """A client knows its file, and so any hash of it."""
+    known = hashlib.sha256(PNG.data).hexdigest()[:32]
+    user = f'a\r\n--{known}\r\nContent-Disposition: form-data; name="x"\r\n\r\ny'
+    content_type, body = opendify.encode_upload(PNG, user)
+    boundary = content_type.partition("boundary=")[2].encode()
+    assert body.count(b"--" + boundary) == 3
 
 
 # ------------------------------------------------------------------------------
