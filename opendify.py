@@ -1158,7 +1158,7 @@ def _parse_tool(row: Any) -> list[Tool]:
 def _parse_choice(choice: Any) -> tuple[str, list[Any]]:
     """(its mode as it is written, the names to choose from; none for all)."""
     if not isinstance(choice, dict):
-        return str(choice), []
+        return str(choice)[:80], []
     kind = choice.get("type")
     if kind == "allowed_tools":
         allowed = choice.get("allowed_tools")
@@ -1166,7 +1166,7 @@ def _parse_choice(choice: Any) -> tuple[str, list[Any]]:
         rows = allowed.get("tools")
         rows = rows if isinstance(rows, list) else []
         names = [_function(row).get("name") for row in rows]
-        return str(allowed.get("mode") or "auto"), names
+        return str(allowed.get("mode") or "auto")[:80], names
     name = _function(choice).get("name")
     if kind in (None, "function", "tool", "custom") and name:
         return "required", [name]
@@ -3701,7 +3701,7 @@ def _bad_part(part: Mapping[str, Any], where: str) -> BadRequest:
     if "text" in part:
         return bad_type(f"{where}.text", "a string")
     kind = part.get("type")
-    return bad_value(where, f"content of type {kind!r} can't be sent to an app.")
+    return bad_value(where, f"content of type {kind!r:.100} can't be sent to an app.")
 
 
 # What an assistant thought: Anthropic's and LangChain's clients send it back.

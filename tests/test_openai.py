@@ -277,6 +277,16 @@ def test_refused_field_is_named(body: JSONObject, param: str, code: str) -> None
 
 
 @pytest.mark.parametrize(
+    "body", [part(type=["x" * 9999]), request(tool_choice="x" * 9999)]
+)
+def test_error_repeats_little_of_the_request(body: JSONObject) -> None:
+    """It goes to the log, too."""
+    with pytest.raises(BadRequest) as caught:
+        parse_chat_request(body)
+    assert len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"role": "user", "content": "a"}, Message("user", "a")),
