@@ -10551,7 +10551,7 @@ class Server:
         metrics.count("opendify_bytes_total", reply.body_bytes, direction="out")
         error = exchange.error
         if isinstance(error, (UpstreamFailed, UpstreamTimeout, RateLimited)):
-            kind = error.code or "error"
+            kind = type(error).code or "error"  # its own may be any text of Dify's
             metrics.count("opendify_upstream_errors_total", kind=kind)
 
 

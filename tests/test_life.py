@@ -280,6 +280,17 @@ async def test_metrics_tell_what_happened() -> None:
     assert samples['opendify_pacer_lag_seconds_bucket{le="0.5"}'] > 5
 
 
+async def test_codes_of_dify_make_no_metrics() -> None:
+    """A plugin may fail with any: each would stay for ever, and in every scrape."""
+    async with FakeDify() as dify, proxying(dify.base) as front:
+        for number in range(3):
+            fields = {"event": "error", "code": f"code_{number}", "message": "x"}
+            dify.app(KEY, script=[Send(b"data: %b\n\n" % json.dumps(fields).encode())])
+            await ask(front.port)
+        samples = samples_of(await talk(front.port, get("/metrics")))
+    assert samples['opendify_upstream_errors_total{kind="upstream_error"}'] == 3
+
+
 async def test_histograms_are_cumulative() -> None:
     async with FakeDify() as dify, proxying(dify.base) as front:
         for delay in (0.01, 0.2, 2):
