@@ -10600,7 +10600,10 @@ async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
     """Throw away what is left of the request; whether the connection may go on."""
     reply, body = exchange.reply, exchange.decoder
     is_good = reply.is_complete and not reply.must_close
-    if isinstance(exchange.error, RequestTimeout):
+    error = exchange.error
+    # They hold it in turn: a question of megabytes would wait for a whole collection.
+    exchange.error = exchange.fail = exchange.turn = None
+    if isinstance(error, RequestTimeout):
         return False  # nothing can be read after a deadline
     if body and body.is_complete:
         return is_good

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import signal
 import socket
 import sys
 import tracemalloc
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Callable
@@ -83,9 +85,10 @@ def status_of(data: bytes) -> int:
 class Front:
     """A proxy in this process."""
 
-    def __init__(self, port: int, handlers: Handlers) -> None:
+    def __init__(self, port: int, handlers: Handlers, server: Server) -> None:
         self.port = port
         self.handlers = handlers
+        self.server = server
 
 
 @contextlib.asynccontextmanager
@@ -103,7 +106,7 @@ async def proxying(
     server = Server(handlers, lambda: f"req_{next(ids)}")
     ((_, port),) = await server.listen("127.0.0.1", 0)
     try:
-        yield Front(port, handlers)
+        yield Front(port, handlers, server)
     finally:
         await asyncio.sleep(0.01)
         await server.drain(0)
@@ -302,6 +305,29 @@ async def test_histograms_are_cumulative() -> None:
     assert values == sorted(values)
     assert values[-1] == samples["opendify_first_text_seconds_count"] == 3
     assert 2.21 <= samples["opendify_first_text_seconds_sum"] < 2.5
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("model", ["m", "nobody"])
+async def test_nothing_of_a_request_waits_for_the_collector(
+    model: str, stream: bool
+) -> None:
+    """A question may have 64 MiB, and few objects: a collection can be far away."""
+    async with FakeDify() as dify, proxying(dify.base) as front:
+        dify.app(KEY, script=chat_answer("Hello"))
+        exchanges: list[Any] = []
+        running: set[Any] = front.server._running
+        front.server.before_request = lambda: exchanges.extend(
+            map(weakref.ref, running)
+        )
+        gc.collect()
+        gc.disable()
+        try:
+            await ask(front.port, model, stream=stream)
+            await asyncio.sleep(1)
+            assert [exchange() for exchange in exchanges] == [None]
+        finally:
+            gc.enable()
 
 
 async def test_metrics_need_a_key_where_keys_are_configured() -> None:
