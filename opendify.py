@@ -5720,13 +5720,18 @@ class Conversations:
         if is_side_request(ask):
             return None
         if ask.conversation_id:
-            return self._take_by_id(Tail(scope, ask.conversation_id), now)
+            tail = self.take_alone(scope, ask.conversation_id, now)
+            return tail or self._lose(_unknown(scope, ask.conversation_id), now)
         tail = self._find(scope, history, now) if history and new else None
         return self._mark(tail, now) if tail else None
 
     def take_alone(self, scope: bytes, conversation_id: str, now: float) -> Tail | None:
         """The conversation of this id; None while others may have a turn there."""
-        return self._mark(self._by_id(Tail(scope, conversation_id), now), now)
+        tail = _unknown(scope, conversation_id)
+        rows, _ = self._run(f"{_SELECT} WHERE id = ?", _id(tail))
+        if not rows:
+            self._put(tail, now)
+        return self._mark(Tail(scope, *rows[0]) if rows else tail, now)
 
     def put(self, tail: Tail, now: float) -> None:
         """Record where a conversation, new or taken, stands for the next turn."""
@@ -5799,25 +5804,11 @@ class Conversations:
             rows = [row for row in near if window.ends(Tail(scope, *row))]
         return Tail(scope, *rows[0]) if rows else None
 
-    def _by_id(self, named: Tail, now: float) -> Tail:
-        # Of an unknown conversation we know one message: that there may be some.
-        unknown = named._replace(chain=_id(named), length=1)
-        rows, _ = self._run(f"{_SELECT} WHERE id = ?", _id(named))
-        if not rows:
-            self._put(unknown, now)
-        return Tail(named.scope, *rows[0]) if rows else unknown
-
-    def _take_by_id(self, named: Tail, now: float) -> Tail:
-        unknown = named._replace(chain=_id(named), length=1)
-        if taken := self._mark(self._by_id(named, now), now):
-            return taken
-        self._lose(named, now)
-        return unknown._replace(is_known=False)
-
-    def _lose(self, tail: Tail, now: float) -> None:
+    def _lose(self, tail: Tail, now: float) -> Tail:
         """Nobody knows where the conversation stands: it is not continued."""
         sql = f"UPDATE opendify_tails SET state = {_LOST}, used = ? WHERE id = ?"
         self._run(sql, now, _id(tail))
+        return tail._replace(is_known=False)
 
     def _put(self, tail: Tail, now: float) -> None:
         if len(tail.conversation_id) > 100:
@@ -5869,6 +5860,12 @@ def _owner(key: str) -> bytes:
 
 def _id(tail: Tail) -> bytes:
     return _hash(tail.scope, tail.conversation_id.encode("utf-8", "replace"), 16)
+
+
+def _unknown(scope: bytes, conversation_id: str) -> Tail:
+    """Of an unknown conversation we know one message: that there may be some."""
+    tail = Tail(scope, conversation_id, length=1)
+    return tail._replace(chain=_id(tail))
 
 
 def _is_clear(history: Sequence[Message]) -> bool:
