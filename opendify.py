@@ -5641,7 +5641,12 @@ SELECT (SELECT COUNT(*) FROM opendify_tails) - ?,
 _DROP_OLDEST = """
 DELETE FROM opendify_tails
 WHERE id IN (SELECT id FROM opendify_tails ORDER BY used LIMIT ?)"""
-_NAMED_SIZES = "SELECT id, LENGTH(state) FROM opendify_named ORDER BY used DESC"
+_DROP_NAMED = """
+DELETE FROM opendify_named WHERE id IN (
+SELECT id FROM (
+SELECT id, COUNT(*) OVER newer AS number, SUM(LENGTH(state)) OVER newer AS bytes
+FROM opendify_named WINDOW newer AS (ORDER BY used DESC, id))
+WHERE number > ? OR bytes > ?)"""
 
 
 @dataclass(frozen=True)
@@ -5777,11 +5782,7 @@ class Conversations:
         sql = "INSERT OR REPLACE INTO opendify_named VALUES (?, ?, ?, ?)"
         self._run(sql, named.id, _owner(owner), now, state)
         self._run("DELETE FROM opendify_named WHERE used < ?", now - self._ttl_s)
-        rows, _ = self._run(_NAMED_SIZES)
-        sizes = itertools.accumulate(size for _, size in rows)
-        for at, ((id_, _), size) in enumerate(zip(rows, sizes)):
-            if at >= MAX_NAMED or size > _ALL_NAMED_BYTES:
-                self._run("DELETE FROM opendify_named WHERE id = ?", id_)
+        self._run(_DROP_NAMED, MAX_NAMED, _ALL_NAMED_BYTES)
         return True
 
     def drop(self, named: NamedConversation) -> None:
@@ -6635,7 +6636,8 @@ class Wire(asyncio.Protocol):
             if not more:
                 return b""
             data += more
-            data = re.sub(rb"\A(?:\r\n)+", b"", data)  # RFC 9112, section 2.2
+            if data.startswith(b"\r\n"):  # RFC 9112, section 2.2
+                data = re.sub(rb"\A(?:\r\n)+", b"", data)
             end = data.find(b"\r\n\r\n", max(0, checked - 3))
             if max(end, len(data) if end < 0 else 0) > MAX_HEAD_BYTES:
                 raise HeadTooLarge(f"The head is over {MAX_HEAD_BYTES >> 10} KiB.")
