@@ -8975,7 +8975,7 @@ class Form:
     @property
     def model(self) -> str:
         """The model that the form or the query names, "" if none does yet."""
-        query = _query_of(self._exchange.request)
+        query = query_of(self._exchange.request)
         return self.fields.get("model") or query.get("model", "")
 
     @property
@@ -9601,9 +9601,7 @@ class Handlers:
         """`GET /conversations/{id}/items`: all turns in Dify, and what awaits one."""
         named = self._named(exchange, exchange.name_in_path)
         items = await self._items_of(exchange, named)
-        exchange.reply.send(
-            json_response(list_page(items, _query_of(exchange.request)))
-        )
+        exchange.reply.send(json_response(list_page(items, query_of(exchange.request))))
 
     async def get_conversation_item(self, exchange: Exchange) -> None:
         """`GET /conversations/{id}/items/{id}`."""
@@ -9688,7 +9686,7 @@ class Handlers:
 
     async def get_response(self, exchange: Exchange) -> None:
         """`GET /responses/{id}`: the answer, as Dify has stored it."""
-        if _query_of(exchange.request).get("stream", "").lower() == "true":
+        if query_of(exchange.request).get("stream", "").lower() == "true":
             raise bad_value("stream", "a stored response comes whole.")
         frame, turn = await self._stored_response(exchange)
         exchange.reply.send(json_response(self._as_response(frame, turn)))
@@ -9697,7 +9695,7 @@ class Handlers:
         """`GET /responses/{id}/input_items`: the question of an answer."""
         frame, turn = await self._stored_response(exchange)
         items = [input_item(frame.id("msg_", "in"), turn.question)]
-        page = list_page(items, _query_of(exchange.request))
+        page = list_page(items, query_of(exchange.request))
         exchange.reply.send(json_response(page))
 
     async def delete_response(self, exchange: Exchange) -> None:
@@ -10213,7 +10211,7 @@ def _shown(id_: str) -> str:
     return repr(id_ if len(id_) <= 100 else id_[:100] + "…")
 
 
-def _query_of(request: Request) -> dict[str, str]:
+def query_of(request: Request) -> dict[str, str]:
     """The fields after the `?`; the last one of a name counts."""
     return dict(urllib.parse.parse_qsl(request.query, errors="replace"))
 
@@ -11390,6 +11388,7 @@ class DemoApp:
         self._server: asyncio.base_events.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped: set[str] = set()  # tasks of Dify's
+        self._told: deque[dict[str, Any]] = deque(maxlen=200)  # rows of `GET /messages`
 
     async def listen(self) -> str:
         """Begin to serve; returns the API's base URL."""
@@ -11422,17 +11421,22 @@ class DemoApp:
                 while data := await wire.read_body(decoder):
                     body += data
                 reply = Reply(wire, request)
-                await self._reply(reply, request.path, body)
+                await self._reply(reply, request, body)
         except ConnectionBroken:
             pass
         finally:
             wire.close()
 
-    async def _reply(self, reply: Reply, path: str, body: bytes) -> None:
-        if path.endswith("/chat-messages"):
+    async def _reply(self, reply: Reply, request: Request, body: bytes) -> None:
+        if request.path.endswith("/chat-messages"):
             await self._stream(reply, json.loads(body))
-        else:
-            self._stopped.update(path.split("/"))  # of a stop's path, the task's id
+        elif request.path.endswith("/messages"):
+            about = query_of(request)
+            id_, most = about["conversation_id"], int(about["limit"])
+            rows = [row for row in self._told if row["conversation_id"] == id_]
+            reply.send(json_response({"data": rows[-most:], "has_more": False}))
+        else:  # of a stop's path, the task's id
+            self._stopped.update(request.path.split("/"))
             facts = {"name": "OpenDify demo", "mode": "chat", "result": "success"}
             reply.send(json_response(facts))
 
@@ -11447,6 +11451,7 @@ class DemoApp:
             "task_id": str(uuid.uuid4()),
         }
         reply.start(200, [("Content-Type", "text/event-stream; charset=utf-8")])
+        row = {**ids, "id": ids["message_id"], "query": asked["query"], "answer": ""}
         text = f"{_DEMO_ANSWER}You said: {asked['query']}"
         for burst in re.findall(r"[^.。;,]+[.。;,]?\s*", text):
             if ids["task_id"] in self._stopped:
@@ -11454,7 +11459,9 @@ class DemoApp:
             event = {"event": "message", **ids, "answer": burst}
             reply.write(encode_event(json_bytes(event)))
             await reply.drain()
+            row["answer"] += burst
             await asyncio.sleep(len(burst) / 160)
+        self._told.append(row)
         words = len(text.split())
         usage = {"prompt_tokens": 0, "completion_tokens": words, "total_tokens": words}
         end = {"event": "message_end", **ids, "metadata": {"usage": usage}}

@@ -170,6 +170,25 @@ async def test_openai_python(tmp_path: Path) -> None:
     assert turns[0] == 2
 
 
+DEMO = """
+import json, sys
+import openai
+with openai.OpenAI(base_url=sys.argv[1], api_key="sk-any", max_retries=0) as client:
+    one = client.responses.create(model="demo", input="One")
+    fields = {"model": "demo", "previous_response_id": one.id}
+    got = {"continued": client.responses.create(input="Two", **fields).output_text[-3:]}
+    again = client.responses.retrieve(one.id)
+    got["retrieved"] = again.output_text == one.output_text
+print(json.dumps(got))
+"""
+
+
+async def test_demo_keeps_what_was_said(tmp_path: Path) -> None:
+    async with running(tmp_path, "--demo") as (_, base):
+        got = await run_client(sys.executable, DEMO, base)
+    assert got == {"continued": "Two", "retrieved": True}
+
+
 # Optional clients...
 
 
