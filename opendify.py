@@ -321,8 +321,9 @@ def _complaints_of_urls(
     )
     complaints = []
     for name, url in urls.items():
-        if url and not _is_url(url):
-            like = "http://host:3128" if name.endswith("PROXY") else "https://host/v1"
+        is_proxy = name.endswith("PROXY")  # none is spoken to in TLS
+        if url and not _is_url(url, ("http",) if is_proxy else ("http", "https")):
+            like = "http://host:3128" if is_proxy else "https://host/v1"
             shown = mask_password(url)
             complaints.append(f"{name}: must be a URL like {like}, not {shown!r}")
     for origin in values.get("allowed_origins", ()):
@@ -331,11 +332,11 @@ def _complaints_of_urls(
     return complaints
 
 
-def _is_url(base: str) -> bool:
+def _is_url(base: str, schemes: Sequence[str]) -> bool:
     try:
         parts = urllib.parse.urlsplit(base)
         return (
-            parts.scheme in ("http", "https")
+            parts.scheme in schemes
             and bool(parts.hostname and (parts.port is None or parts.port))
             and bool(re.fullmatch(r"[!-~]+", base))
         )
@@ -7059,8 +7060,7 @@ def proxy_for(origin: Origin, settings: Settings) -> Proxy | None:
     user = urllib.parse.unquote(f"{parts.username or ''}:{parts.password or ''}")
     token = base64.b64encode(user.encode()).decode()
     authorization = f"Basic {token}" if parts.username else ""
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    return Proxy(parts.hostname or "", port, authorization)
+    return Proxy(parts.hostname or "", parts.port or 80, authorization)
 
 
 @functools.lru_cache(maxsize=64)

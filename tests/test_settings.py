@@ -215,6 +215,12 @@ DURATION = "must be seconds, or like 30s, 5m, 12h, 7d, not"
             id="proxy",
         ),
         pytest.param(
+            "HTTPS_PROXY",
+            "https://me:x@proxy",
+            "must be a URL like http://host:3128, not 'https://…@proxy'",
+            id="proxy-in-tls",
+        ),
+        pytest.param(
             "ALLOWED_ORIGINS", "http://[a.b", "'http://[a.b' is malformed", id="origin"
         ),
     ],
