@@ -5315,7 +5315,7 @@ MAX_CONVERSATIONS = 100_000  # some 40 MB
 MAX_NAMED = 1000  # that clients named; these hold texts until their first turn
 MAX_NAMED_ITEMS = 2000  # of one, that no turn has taken yet
 MAX_NAMED_BYTES = 16 << 20  # of one
-_ALL_NAMED_BYTES = 256 << 20
+MAX_ALL_NAMED_BYTES = 256 << 20
 _KEPT_MESSAGES = 128  # a transcript's last ones, and so the longest window: 1 KiB
 _DIGEST_BYTES = 8
 _CLEAR_BYTES = 200  # no greeting or other stock phrase is that long
@@ -5783,7 +5783,7 @@ class Conversations:
         sql = "INSERT OR REPLACE INTO opendify_named VALUES (?, ?, ?, ?)"
         self._run(sql, named.id, _owner(owner), now, state)
         self._run("DELETE FROM opendify_named WHERE used < ?", now - self._ttl_s)
-        self._run(_DROP_NAMED, MAX_NAMED, _ALL_NAMED_BYTES)
+        self._run(_DROP_NAMED, MAX_NAMED, MAX_ALL_NAMED_BYTES)
         return True
 
     def drop(self, named: NamedConversation) -> None:

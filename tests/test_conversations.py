@@ -1408,7 +1408,7 @@ def test_named_conversations_have_room_for_so_much_text(
     store: Conversations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(opendify, "MAX_NAMED_BYTES", 2000)
-    monkeypatch.setattr(opendify, "_ALL_NAMED_BYTES", 3000)
+    monkeypatch.setattr(opendify, "MAX_ALL_NAMED_BYTES", 3000)
     kept = [
         store.keep(NamedConversation(f"conv_{size}", 0, {}, ["x" * size]), "", size)
         for size in (1000, 1001, 1002, 2000)
