@@ -3598,8 +3598,7 @@ def with_tool_names(messages: list[Message]) -> list[Message]:
     numbers = itertools.count()
     for is_result, run in itertools.groupby(messages, lambda row: row.role == "tool"):
         rows = list(run)
-        if is_result:
-            rows = _by_calls(rows, calls)
+        rows = _by_calls(rows, calls) if is_result else rows
         for call in (call for row in rows for call in row.tool_calls):
             calls[call.id] = (next(numbers), call.name)  # ids may return
         told += rows
@@ -4692,6 +4691,7 @@ def ask_of(
     request: ResponsesRequest,
     found: Mapping[str, Message],
     before: Sequence[Message] = (),
+    told: Sequence[Message] = (),
 ) -> Ask:
     """What is asked, in full.
 
@@ -4700,7 +4700,8 @@ def ask_of(
         found: what its references stand for. One that is not found is left out; those
             to several items of one answer stand for one message, and calls that
             follow are its own (the AI SDK names the message, and repeats the calls).
-        before: what was said up to `previous_response_id`, or in `conversation`.
+        before: what was said up to `previous_response_id`.
+        told: what Dify has of it, which only names the tools of new results.
     """
     messages = list(before)
     named: Message | None = None
@@ -4713,7 +4714,8 @@ def ask_of(
         elif item.id in found and found[item.id] != named:
             named = found[item.id]
             messages.append(named)
-    return request.ask._replace(messages=tuple(with_tool_names(messages)))
+    messages = with_tool_names([*told, *messages])[len(told) :]
+    return request.ask._replace(messages=tuple(messages))
 
 
 def _parse_id(body: Mapping[str, Any], name: str) -> str:
@@ -9170,7 +9172,11 @@ class Archive:
             if (at := open_place(sealer, id_, user=user))
         }
         if not place and not named:
-            return _with_something(ask_of(asked, {}), asked), None
+            ask, here = ask_of(asked, {}), Place(user, asked.ask.conversation_id, "")
+            if here.conversation_id and any(row.role == "tool" for row in ask.messages):
+                turns, _ = await self._page_of(app, here)
+                ask = ask_of(asked, {}, told=_transcript(turns, asked.known_tools))
+            return _with_something(ask, asked), None
         anchor = place or list(named.values())[-1]
         scope, now = scope_of(app.key, user), self._wall_clock()
         tail = self._conversations.take_alone(scope, anchor.conversation_id, now)
@@ -9200,9 +9206,8 @@ class Archive:
         if previous and is_free and not named:
             newest, _ = await self._page_of(app, anchor, most=1)
             if [row.message_id for row in newest] == [anchor.message_id]:
-                known = _transcript(newest, tools)  # names of calls
-                new = ask_of(asked, {}, known).messages[len(known) :]
-                return asked.ask._replace(messages=new, conversation_id=here)
+                ask = ask_of(asked, {}, told=_transcript(newest, tools))
+                return ask._replace(conversation_id=here)
         places = [anchor, *reversed(list(named.values()))]
         stored = await self.turns_of_all(app, places)
         rows = {row.message_id: row for turns in stored.values() for row in turns}
@@ -9260,9 +9265,7 @@ class Archive:
 def stored_answer(turn: StoredTurn, tools: Sequence[Tool] = ()) -> Answer:
     """What the app said; with the tools it had then, its calls are no text."""
     answer = Answer()
-    parts = list(turn.parts)
-    if parts and isinstance(parts[-1], Failure):
-        parts.pop()
+    parts: list[Part] = [row for row in turn.parts if not isinstance(row, Failure)]
     if tools:
         ask = Ask("", (), tools=tuple(tools))
         reading = Reading(ask, turn.message_id, is_whole=True, spent=Usage())
@@ -10199,8 +10202,7 @@ def _parse_metadata(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown_conversation(named: NamedConversation) -> Response:
-    value = conversation_object(named.id, named.created, named.metadata)
-    return json_response(value)
+    return json_response(conversation_object(named.id, named.created, named.metadata))
 
 
 def _no_such_item(id_: str) -> NotFound:

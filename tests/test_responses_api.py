@@ -466,7 +466,7 @@ TWO_CALLS = CALL + CALL.replace("get_weather", "get_time")
 TIME = {**WEATHER, "name": "get_time"}
 
 
-@pytest.mark.parametrize("way", ["id", "references", "calls"])
+@pytest.mark.parametrize("way", ["id", "references", "calls", "conversation"])
 async def test_results_are_told_by_their_tools_however_the_calls_are_named(
     way: str,
 ) -> None:
@@ -474,7 +474,9 @@ async def test_results_are_told_by_their_tools_however_the_calls_are_named(
     script: list[list[fake.Step]] = [fake.chat_answer(text), fake.chat_answer("Sunny.")]
     async with replicas(script=lambda _: script.pop(0)) as (first, second):
         tools = [WEATHER, TIME]
-        one = await answer(first, "Rome?", tools=tools)
+        made = (await post(first, CONVERSATIONS, {})).json
+        about = {"conversation": made["id"]} if way == "conversation" else {}
+        one = await answer(first, "Rome?", tools=tools, **about)
         calls = [row for row in one["output"] if row["type"] == "function_call"]
         results = [
             {
@@ -486,6 +488,8 @@ async def test_results_are_told_by_their_tools_however_the_calls_are_named(
         ]
         if way == "id":
             fields: JSONObject = {"previous_response_id": one["id"]}
+        elif about:
+            fields = about
         else:
             named = [
                 row for row in one["output"] if way == "references" or row not in calls
@@ -493,7 +497,7 @@ async def test_results_are_told_by_their_tools_however_the_calls_are_named(
             rest = [] if way == "references" else calls
             results = [user("Rome?"), *map(reference, named), *rest, *results]
             fields = {}
-        await answer(second, results, tools=tools, **fields)
+        await answer(first if about else second, results, tools=tools, **fields)
         ((_, query),) = told(first)
     found = re.findall(r'<message role="tool" name="(\w+)">\nfrom (\w+)', query)
     assert found == [("get_weather", "get_weather"), ("get_time", "get_time")]
