@@ -10149,13 +10149,13 @@ def is_known_history(history: Sequence[Message], known: Sequence[Message]) -> bo
         at, asked = at - 2, []
         if not _is_same_answer(message, known[at + 1]):
             return False
-    return at < len(known) and _is_said(asked, known[at : at + 1])
+    return at < len(known) and (not asked or _is_said(asked, known[at : at + 1]))
 
 
 def _is_said(asked: Sequence[Message], stored: Sequence[Message]) -> bool:
     """Whether these messages, in any order, are what was sent as one question."""
     if not asked or not stored:
-        return not asked
+        return not asked and not stored
     texts = [row.text.strip() for row in asked]
     whole = stored[0].text.strip()
     if len(texts) == 1 and asked[0].role == "user":

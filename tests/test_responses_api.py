@@ -504,6 +504,25 @@ async def test_results_are_told_by_their_tools_however_the_calls_are_named(
     assert "Let me look" not in query
 
 
+async def test_result_that_stands_behind_later_calls_is_told_once() -> None:
+    """Mastra puts all calls of a run before all results."""
+    texts = [CALL, CALL.replace("Rome", "Oslo"), "Sunny."]
+    async with proxy(script=lambda _: fake.chat_answer(texts.pop(0))) as served:
+        items: list[JSONObject] = [user("Where is it sunny?")]
+        results: list[JSONObject] = []
+        for _ in range(2):
+            got = await answer(served, [*items, *results], tools=[WEATHER])
+            (call,) = got["output"]
+            items.append(reference(call))
+            output = f"sunny in {json.loads(call['arguments'])['city']}"
+            result = {"type": "function_call_output", "call_id": call["call_id"]}
+            results.append({**result, "output": output})
+        await answer(served, [*items, *results], tools=[WEATHER])
+        conversation = told(served)[-1]
+    text = "\n".join(conversation)
+    assert text.count("sunny in Rome") == text.count("sunny in Oslo") == 1
+
+
 @pytest.mark.parametrize(
     ("form", "param"),
     [
