@@ -1824,7 +1824,7 @@ class _Checker:
             yield at, "", None
         if not isinstance(schema, dict) or (value is None and schema.get("nullable")):
             return
-        self._spend((_size(value) + sum(map(_size, schema.values()))) // 50)
+        self._spend((_size(value) + sum(map(_size, schema.values()))) // 20)
         for keyword, limit in schema.items():
             if not self._holds(keyword, limit, value, at):
                 yield at, keyword, limit

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from dataclasses import replace
 from itertools import count
 from typing import Any, Union
@@ -13,6 +12,7 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from work import at_most
 
 from opendify import (
     BadRequest,
@@ -633,45 +633,47 @@ def test_any_text_reads_the_same_however_it_is_cut(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["x = {'a': \"b\"} # <tag> \\n" * 2000, "word " * 20_000, "\\" * 50_000]
+    "content",
+    ["x = {'a': \"b\"} # <tag> \\n" * 2000, "word " * 20_000, "\\" * 50_000],
+    ids=["code", "words", "backslashes"],
 )
 def test_long_arguments_take_no_quadratic_time(content: str) -> None:
     call = json.dumps({"name": "write_file", "arguments": {"content": content}})
     text = f"<tool_call>{call}</tool_call>"
-    started = time.process_time()
-    (part,) = read(*(text[at : at + 4] for at in range(0, len(text), 4)))
-    assert isinstance(part, ToolCall)
-    assert json.loads(part.arguments) == {"content": content}
-    assert time.process_time() - started < 3
+    with at_most(240):
+        (part,) = read(*(text[at : at + 4] for at in range(0, len(text), 4)))
+        assert isinstance(part, ToolCall)
+        assert json.loads(part.arguments) == {"content": content}
 
 
 def test_long_parameter_takes_no_quadratic_time() -> None:
     content = "<b>word</b> " * 10_000
     text = f'<invoke name="write_file"><parameter name="content">{content}</parameter>'
-    started = time.process_time()
-    (part,) = read(*(text[at : at + 4] for at in range(0, len(text), 4)), "</invoke>")
-    assert isinstance(part, ToolCall)
-    assert json.loads(part.arguments) == {"content": content}
-    assert time.process_time() - started < 3
+    with at_most(320):
+        (part,) = read(
+            *(text[at : at + 4] for at in range(0, len(text), 4)), "</invoke>"
+        )
+        assert isinstance(part, ToolCall)
+        assert json.loads(part.arguments) == {"content": content}
 
 
 def test_hostile_answers_take_no_quadratic_time() -> None:
     call = '{"name": "search", "arguments": {"query": '
     for text in (f"\n{call}" * 3_000, ":{" * 50_000, "<tool_call" * 10_000):
-        started = time.process_time()
-        assert read(text) == [Text(text)]
-        assert read(f'<tool_call>{call}"{text}') == [Text(f'<tool_call>{call}"{text}')]
-        assert time.process_time() - started < 4
+        with at_most(320):
+            assert read(text) == [Text(text)]
+            assert read(f'<tool_call>{call}"{text}') == [
+                Text(f'<tool_call>{call}"{text}')
+            ]
 
 
 @pytest.mark.parametrize(
     "text", ['{"a": "' + '\\"' * 50_000, "{'" + "\\'" * 50_000, "{" + "a-" * 50_000]
 )
 def test_repair_takes_no_quadratic_time(text: str) -> None:
-    started = time.process_time()
-    found, _ = extract_json(text, OutputFormat("json_object"))
-    assert found is None
-    assert time.process_time() - started < 1
+    with at_most(80):
+        found, _ = extract_json(text, OutputFormat("json_object"))
+        assert found is None
 
 
 @pytest.mark.parametrize(
@@ -683,9 +685,8 @@ def test_repair_takes_no_quadratic_time(text: str) -> None:
     ],
 )
 def test_unfinished_tags_take_no_quadratic_time(text: str) -> None:
-    started = time.process_time()
-    assert read(text) == [Text(text)]
-    assert time.process_time() - started < 2
+    with at_most(160):
+        assert read(text) == [Text(text)]
 
 
 def test_spaces_around_a_key_are_not_its_own() -> None:
@@ -1060,9 +1061,8 @@ def test_validator_takes_no_exponential_time() -> None:
     value: Any = 1
     for _ in range(40):
         value = [value]
-    started = time.process_time()
-    schema_problems(value, schema)
-    assert time.process_time() - started < 2
+    with at_most(160):
+        schema_problems(value, schema)
 
 
 @pytest.mark.parametrize(
@@ -1084,10 +1084,9 @@ def test_validator_pays_for_large_rules(value: Any, schema: dict[str, Any]) -> N
     """Ten thousand references to one rule are a schema of few kilobytes."""
     inner = {"anyOf": [{"$ref": "#/$defs/rule"}] * 100}
     root = {"anyOf": [{"$ref": "#/$defs/inner"}] * 100}
-    started = time.process_time()
-    schema_problems(value, {**root, "$defs": {"inner": inner, "rule": schema}})
-    schema_problems([value] * 10_000, {"items": schema})
-    assert time.process_time() - started < 2
+    with at_most(240):
+        schema_problems(value, {**root, "$defs": {"inner": inner, "rule": schema}})
+        schema_problems([value] * 10_000, {"items": schema})
 
 
 # What is asked, and the words...

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import replay
 from expected_answers import EXPECTED, Expected, Long
 from hypothesis import given
 from hypothesis import strategies as st
+from work import at_most
 
 import opendify
 from opendify import (
@@ -225,10 +225,9 @@ def test_text_before_a_closing_tag_alone_was_reasoning() -> None:
 def test_many_tags_in_one_event_take_little_time() -> None:
     """An app that repeats its question says so much at once."""
     text = "<think>a</think>" * 60_000
-    began = time.process_time()
-    parts = AnswerReader("chat", BASE).read([event(event="message", answer=text)])
-    assert joined(parts, Reasoning).count("a") == 60_000
-    assert time.process_time() - began < 2
+    with at_most(160):
+        parts = AnswerReader("chat", BASE).read([event(event="message", answer=text)])
+        assert joined(parts, Reasoning).count("a") == 60_000
 
 
 def test_nothing_longer_than_the_longest_tag_is_held_back() -> None:
@@ -787,10 +786,9 @@ def test_many_files_take_little_time() -> None:
         for n in range(9999)
     ]
     fields = (AppInput("pics", "file-list", kinds=("image",)),)
-    began = time.process_time()
-    placed = opendify.place_files(AppForm(fields), kinds, {})
-    assert placed == {"inputs": {"pics": kinds[9999:]}, "files": kinds[:9999]}
-    assert time.process_time() - began < 1
+    with at_most(80):
+        placed = opendify.place_files(AppForm(fields), kinds, {})
+        assert placed == {"inputs": {"pics": kinds[9999:]}, "files": kinds[:9999]}
 
 
 def test_upload_is_multipart_with_name_type_and_user() -> None:

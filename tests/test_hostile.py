@@ -19,13 +19,13 @@ import re
 import socket
 import struct
 import sys
-import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import NamedTuple, Union
 
 import pytest
 from fake_dify import FakeDify, chat_answer
 from test_wire import HOSTILE
+from work import at_most
 
 from opendify import (
     BODY_TIMEOUT_S,
@@ -972,9 +972,8 @@ async def test_key_in_the_place_of_a_model_is_nowhere_shown(
 )
 def test_no_path_takes_long(path: str) -> None:
     """Anyone may ask for any path: it must not stop all other streams."""
-    began = time.process_time()
-    find_endpoint(path)
-    assert time.process_time() - began < 0.1
+    with at_most(8):
+        find_endpoint(path)
 
 
 async def test_client_that_reads_nothing_is_cut_off() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import string
-import time
 from dataclasses import replace
 from typing import Any, Union
 
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from schemas import check_responses_stream, validate
+from work import at_most
 
 import opendify
 from opendify import (
@@ -230,9 +230,8 @@ def test_calls_join_the_message_that_they_follow() -> None:
 
 def test_many_thoughts_take_little_time() -> None:
     thought = {"role": "assistant", "content": "<think>abc</think>"}
-    began = time.process_time()
-    (message,) = items_of(*[thought] * 8000)
-    assert time.process_time() - began < 1
+    with at_most(80):
+        (message,) = items_of(*[thought] * 8000)
     assert isinstance(message, Message) and message.text.count("abc") == 8000
 
 

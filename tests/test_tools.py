@@ -11,7 +11,6 @@ import asyncio
 import functools
 import json
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -21,6 +20,7 @@ import pytest
 from fake_dify import Hang, Sleep, Wait
 from schemas import FILE, check_chat_stream, validate
 from test_handlers import HI, KEY, MODES, Got, Proxy, answer, form_of, proxy
+from work import at_most
 
 from opendify import Message, ToolCall, with_tool_names
 
@@ -900,9 +900,8 @@ def test_many_results_take_little_time() -> None:
     for number in map(str, range(8000)):
         rows.append(Message("assistant", "", tool_calls=(ToolCall(number, "f", ""),)))
         rows.append(Message("tool", "x", call_id=number))
-    began = time.process_time()
-    assert {row.name for row in with_tool_names(rows)} == {"", "f"}
-    assert time.process_time() - began < 1
+    with at_most(80):
+        assert {row.name for row in with_tool_names(rows)} == {"", "f"}
 
 
 def test_ids_of_calls_may_return() -> None:

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import socket
 import ssl
-import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, Callable, Optional
 
@@ -15,6 +14,7 @@ import h11
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from work import at_most
 
 from opendify import (
     MAX_EXTENSION_BYTES,
@@ -484,10 +484,9 @@ async def test_end_before_a_head_is_no_error(before: bytes) -> None:
 
 async def test_many_empty_lines_take_little_time() -> None:
     """The first one comes in two reads, so that it is not the server that skips it."""
-    began = time.process_time()
-    lines = b"\n" + b"\r\n" * 32_000 + b"\r"
-    assert await read_head(b"\r", *[lines] * 40, b"\n" + GET) == (GET, b"")
-    assert time.process_time() - began < 0.5
+    with at_most(40):
+        lines = b"\n" + b"\r\n" * 32_000 + b"\r"
+        assert await read_head(b"\r", *[lines] * 40, b"\n" + GET) == (GET, b"")
 
 
 async def test_end_within_a_head_is_a_broken_connection() -> None:
