@@ -1074,10 +1074,12 @@ def test_validator_takes_no_exponential_time() -> None:
         pytest.param("a" * 100, {"pattern": "a*a*b"}, id="pattern"),
         pytest.param(
             {"a" * 100: 1},
-            {"patternProperties": {f"a*a*{n}": {} for n in range(200)}, "enum": []},
+            {"patternProperties": {f"a*a*{n}|a": {"enum": []} for n in range(200)}},
             id="pattern-properties",
         ),
-        pytest.param({"a" * 500_000: dict.fromkeys("bc")}, {"enum": []}, id="name"),
+        pytest.param(
+            {"a" * 5_000_000: 1}, {"additionalProperties": {"enum": []}}, id="name"
+        ),
     ],
 )
 def test_validator_pays_for_large_rules(value: Any, schema: dict[str, Any]) -> None:
