@@ -9089,7 +9089,8 @@ _DEPLOYMENT = re.compile(
 )
 _FILE = re.compile(r"files/([^/]+)(/content)?\Z")
 _RESOURCE = re.compile(
-    r"(responses|conversations)/([^/]+)(/input_items|/cancel|/items|)\Z"
+    r"(responses(?!/(?:compact|input_tokens)\Z)|conversations)/([^/]+)"
+    r"(/input_items|/cancel|/items|)\Z"
 )
 _ITEM = re.compile(r"conversations/([^/]+)/items/([^/]+)\Z")
 

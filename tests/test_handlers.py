@@ -318,6 +318,8 @@ CHAT = "chat/completions"
         ("/v1/chat/completions/files/f/content", "files/content", "f"),
         ("/v1/completions/completions", "completions", ""),
         ("/v1/responses/responses_1", "responses/{id}", "responses_1"),
+        ("/v1/responses/compact", "responses/compact", ""),
+        ("/v1/responses/input_tokens", "responses/input_tokens", ""),
         ("/v1/conversations/c/items", "conversations/{id}/items", "c"),
         ("/v1/conversations/c/items/i", "conversations/{id}/items/{id}", "c/i"),
         ("/v1/conversations/c/d/items/i", "conversations/c/d/items/i", ""),
