@@ -1214,6 +1214,17 @@ def describe_tools(tools: Sequence[Tool], mode: str) -> str:
     return _TOOLS_TEXT.format(tools="\n".join(rows)) + _RULES[mode]
 
 
+def told_tools(text: str) -> list[Tool]:
+    """The tools that `describe_tools` has told of in a text, the last time it did."""
+    _, opener, rest = text.rpartition("\n<tools>\n")
+    lines, closer, _ = rest.partition("\n</tools>\n")
+    try:
+        rows = map(json.loads, lines.split("\n") if opener and closer else ())
+        return [tool for row in rows for tool in _parse_tool(row)]
+    except ValueError:
+        return []
+
+
 def describe_call(call: ToolCall) -> str:
     """A call as the app is to write it, for the history of a conversation."""
     name = json.dumps(call.name, ensure_ascii=False)
@@ -3158,13 +3169,17 @@ def objects_of(value: Any) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class StoredTurn:
-    """One row of `GET /messages`: a question, and the parts of its answer."""
+    """One row of `GET /messages`: a question, and the parts of its answer.
+
+    `tools` are those that the app knew then, where all turns before it were read.
+    """
 
     conversation_id: str
     message_id: str
     created: int
     question: Message
     parts: Sequence[Part]
+    tools: Sequence[Tool] = ()
 
 
 def stored_turn(row: Mapping[str, Any], base: str) -> StoredTurn:
@@ -9249,6 +9264,10 @@ class Archive:
             first_id = turns[0].message_id if turns else ""
             rows, has_more = await self._page_of(app, place, first_id=first_id)
             turns, pages, has_more = [*rows, *turns], pages + 1, has_more and any(rows)
+        tools: Sequence[Tool] = ()
+        for at, turn in enumerate(turns):
+            tools = told_tools(turn.question.text) or tools
+            turns[at] = replace(turn, tools=tools)
         return turns
 
     async def _page_of(
@@ -9264,11 +9283,16 @@ class Archive:
 
 
 def stored_answer(turn: StoredTurn, tools: Sequence[Tool] = ()) -> Answer:
-    """What the app said; with the tools it had then, its calls are no text."""
+    """What the app said; with the tools it had then, its calls are no text.
+
+    Args:
+        turn: of Dify's store.
+        tools: the client's; () for those of the turn.
+    """
     answer = Answer()
     parts: list[Part] = [row for row in turn.parts if not isinstance(row, Failure)]
-    if tools:
-        ask = Ask("", (), tools=tuple(tools))
+    if tools := tuple(tools or turn.tools):
+        ask = Ask("", (), tools=tools)
         reading = Reading(ask, turn.message_id, is_whole=True, spent=Usage())
         parts = reading.feed(parts)
     for part in parts:

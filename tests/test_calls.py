@@ -38,6 +38,7 @@ from opendify import (
     parse_tools,
     retry_text,
     schema_problems,
+    told_tools,
 )
 
 WEATHER = {
@@ -1359,6 +1360,20 @@ def test_words_say_which_tools_there_are() -> None:
         describe_tools((), "none")
         == "Write no <tool_call> block this time: answer without one."
     )
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_described_tools_are_read_back(mode: str) -> None:
+    words = describe_tools([TOOLS[0]], "auto") + describe_tools(TOOLS, mode)
+    assert told_tools(f"<message>\n{words}\n</message>\n\nHi") == [*TOOLS]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "\n<tools>\n{}", "\n<tools>\n{\n</tools>\n", "\n<tools>\n[]\n</tools>\n"],
+)
+def test_what_is_not_described_is_no_tool(text: str) -> None:
+    assert told_tools(text) == []
 
 
 def test_words_are_not_read_as_calls() -> None:

@@ -21,7 +21,7 @@ BUDGETS = {
     "Errors": 100,
     "SSE": 90,
     "Turn": 150,
-    "Calls": 740,
+    "Calls": 750,
     "Dify": 900,
     "Ids": 110,
     "OpenAI": 890,

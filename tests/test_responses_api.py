@@ -313,6 +313,28 @@ async def test_stored_response_is_what_was_answered(stream: bool) -> None:
     assert item["content"] == [{"type": "input_text", "text": "Hi"}]
 
 
+async def test_stored_calls_are_those_of_the_answer() -> None:
+    """The tools are told in the first turn only."""
+    async with proxy(fake.chat_answer(f"Let me see.\n{CALL}")) as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        fields = {"tools": [WEATHER], "conversation": made["id"]}
+        answers = [
+            await answer(served, question, **fields) for question in ("Hi", "More")
+        ]
+        for one in answers:
+            kept = response_of(await served.get(f"{PATH}/{one['id']}"))
+            assert kept["output"] == one["output"]
+        path = f"{CONVERSATIONS}/{made['id']}/items"
+        rows = (await served.get(f"{path}?order=asc")).json["data"]
+        call = answers[1]["output"][-1]
+        assert (await served.get(f"{path}/{call['id']}")).json == call
+        assert len(told(served)[0]) == 2
+    assert call["type"] == "function_call"
+    assert [row for row in rows if row.get("role") != "user"] == [
+        item for one in answers for item in one["output"]
+    ]
+
+
 async def test_unstored_response_can_not_be_found() -> None:
     async with proxy() as served:
         one = await answer(served, store=False)

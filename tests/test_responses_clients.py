@@ -98,6 +98,7 @@ tools = [{"type": "function", "name": "weather", "parameters": {
 asked = client.responses.create(model="tool", input="Rome?", tools=tools)
 (call,) = asked.output
 got["call"] = [call.type, call.name, json.loads(call.arguments)]
+got["stored call"] = client.responses.retrieve(asked.id).output == [call]
 said = client.responses.create(
     model="tool", tools=tools, previous_response_id=asked.id,
     input=[{"type": "function_call_output", "call_id": call.call_id,
@@ -158,6 +159,7 @@ async def test_openai_python(tmp_path: Path) -> None:
         "parsed": 1,
         "parsed stream": 1,
         "call": ["function_call", "weather", {"city": "Rome"}],
+        "stored call": True,
         "result": "It is sunny.",
         "named": 4,
         "metadata": {"a": "b"},
