@@ -1216,10 +1216,10 @@ def describe_tools(tools: Sequence[Tool], mode: str) -> str:
 
 def told_tools(text: str) -> list[Tool]:
     """The tools that `describe_tools` has told of in a text, the last time it did."""
-    _, opener, rest = text.rpartition("\n<tools>\n")
+    _, opener, rest = text.rpartition(_TOOLS_TEXT.partition("{")[0])
     lines, closer, _ = rest.partition("\n</tools>\n")
     try:
-        rows = map(json.loads, lines.split("\n") if opener and closer else ())
+        rows = map(parse_json_text, lines.split("\n") if opener and closer else ())
         return [tool for row in rows for tool in _parse_tool(row)]
     except ValueError:
         return []
@@ -1827,6 +1827,7 @@ class _Checker:
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
         self._checks = 0
+        self._patterns: set[str] = set()
 
     def check(self, value: Any, schema: Any, at: str) -> Iterator[tuple[str, str, Any]]:
         """(where, the keyword that is broken, its rule); no keyword: nothing may be."""
@@ -1835,7 +1836,8 @@ class _Checker:
             yield at, "", None
         if not isinstance(schema, dict) or (value is None and schema.get("nullable")):
             return
-        self._spend((_size(value) + sum(map(_size, schema.values()))) // 20)
+        rules = [limit for keyword, limit in schema.items() if keyword in _HOLDS]
+        self._spend((_size(value) + len(schema) + sum(map(_size, rules))) // 20)
         for keyword, limit in schema.items():
             if not self._holds(keyword, limit, value, at):
                 yield at, keyword, limit
@@ -1848,10 +1850,20 @@ class _Checker:
         if self._checks > _MAX_CHECKS:
             raise RecursionError
 
+    def _spend_on_pattern(self, pattern: str, value: Any) -> None:
+        """It is compiled once; a search takes a text's length cubed, at worst."""
+        size = len(value) if isinstance(value, str) else 0
+        size = size if size <= _MAX_PATTERN_CHARS else 0
+        is_new = pattern not in self._patterns
+        self._patterns.add(pattern)
+        cost = _PATTERN_CHECKS * is_new + len(pattern) // 20
+        self._spend(1 + cost + size**3 // 10_000)
+
     def _holds(self, keyword: str, limit: Any, value: Any, at: str) -> bool:
         if keyword in ("anyOf", "oneOf"):
             return any(not next(self.check(value, one, at), ()) for one in limit)
-        self._spend(_PATTERN_CHECKS if keyword == "pattern" else 0)
+        if keyword == "pattern":
+            self._spend_on_pattern(limit, value)
         return keyword not in _HOLDS or _HOLDS[keyword](value, limit)
 
     def _target(self, ref: str) -> Any:
@@ -1871,10 +1883,8 @@ class _Checker:
         for one in schema.get("allOf", ()):
             yield value, one, at
         if isinstance(value, dict):
-            patterns = len(schema.get("patternProperties", ()))
             for name, item in value.items():
-                self._spend(_PATTERN_CHECKS * patterns)
-                for rule in _rules_of(schema, name):
+                for rule in self._rules_of(schema, name):
                     yield item, rule, f"{at}.{name}"
         elif isinstance(value, list):
             first, others = schema.get("prefixItems", ()), schema.get("items")
@@ -1882,17 +1892,21 @@ class _Checker:
                 inner = first[index] if index < len(first) else others
                 yield item, inner, f"{at}[{index}]"
 
+    def _rules_of(self, schema: Any, name: str) -> list[Any]:
+        """The schemas for a property of this name."""
+        known = schema.get("properties", {})
+        rules = [known[name]] if name in known else []
+        for pattern, rule in schema.get("patternProperties", {}).items():
+            self._spend_on_pattern(pattern, name)
+            rules += [rule] if _matches(name, pattern) else []
+        return rules or [schema.get("additionalProperties")]
+
 
 def _size(value: Any) -> int:
-    return len(value) if isinstance(value, (dict, list, str)) else 1
-
-
-def _rules_of(schema: Any, name: str) -> list[Any]:
-    """The schemas for a property of this name."""
-    patterns, known = schema.get("patternProperties", {}), schema.get("properties", {})
-    rules = [rule for pattern, rule in patterns.items() if _matches(name, pattern)]
-    rules += [known[name]] if name in known else []
-    return rules or [schema.get("additionalProperties")]
+    """How many things it takes to look at a value; a text is compared quickly."""
+    if isinstance(value, str):
+        return len(value) // 1000
+    return len(value) if isinstance(value, (dict, list)) else 1
 
 
 def _is_a(kind: Any, value: Any) -> bool:
@@ -5329,7 +5343,7 @@ def _custom_input(arguments: str) -> str:
 #     FREE -> LOST [put, by who has not taken it], FREE, TAKEN -> none [forget]
 
 MAX_CONVERSATIONS = 100_000  # some 40 MB
-MAX_NAMED = 1000  # that clients named; these hold texts until their first turn
+MAX_NAMED = 1000  # that clients named; these hold texts until their next turn
 MAX_NAMED_ITEMS = 2000  # of one, that no turn has taken yet
 MAX_NAMED_BYTES = 16 << 20  # of one
 MAX_ALL_NAMED_BYTES = 256 << 20
@@ -9189,7 +9203,9 @@ class Archive:
         }
         if not place and not named:
             ask, here = ask_of(asked, {}), Place(user, asked.ask.conversation_id, "")
-            if here.conversation_id and any(row.role == "tool" for row in ask.messages):
+            has_results = any(row.role == "tool" for row in ask.messages)
+            is_named = has_results and here.conversation_id
+            if is_named and await self._dify.mode_of(app) in CHAT_MODES:
                 turns, _ = await self._page_of(app, here)
                 ask = ask_of(asked, {}, told=_transcript(turns, asked.known_tools))
             return _with_something(ask, asked), None
@@ -9633,7 +9649,7 @@ class Handlers:
 
     async def get_conversation_item(self, exchange: Exchange) -> None:
         """`GET /conversations/{id}/items/{id}`."""
-        id_, _, item_id = exchange.name_in_path.partition("/")
+        id_, item_id = _item_in_path(exchange)
         items = await self._items_of(exchange, self._named(exchange, id_))
         item = next((row for row in items if row["id"] == item_id), None)
         if not item:
@@ -9645,17 +9661,25 @@ class Handlers:
 
         Dify can't forget one that it has: a new conversation is told the others.
         """
-        id_, _, item_id = exchange.name_in_path.partition("/")
-        named = self._named(exchange, id_)
-        items = await self._items_of(exchange, named)
-        if any(row["id"] == item_id for row in named.items):
-            items = list(named.items)
-        else:
-            named = NamedConversation(id_, named.created, named.metadata)
-        rest = [row for row in items if row["id"] != item_id]
-        if len(rest) == len(items):
+        id_, item_id = _item_in_path(exchange)
+        named, left = self._named(exchange, id_), None
+        while not any(row["id"] == item_id for row in named.items):
+            app = (await self._models()).get(named.model)
+            was, items = named, await self._items_of(exchange, named)
+            named = self._named(exchange, id_)
+            if named == was:  # nobody has changed it while Dify was asked
+                scope = scope_of(app.key if app else "", named.user)
+                left = Tail(scope, named.conversation_id)
+                named = replace(named, conversation_id="", items=tuple(items))
+                break
+        rest = [row for row in named.items if row["id"] != item_id]
+        if len(rest) == len(named.items):
             raise _no_such_item(item_id)
-        named = replace(named, items=self._with_items({}, rest))
+        if len(rest) > MAX_NAMED_ITEMS:
+            most = f"{MAX_NAMED_ITEMS} items"
+            raise BadRequest(f"None of more than {most} can be deleted.")
+        self._conversations.forget(left)  # no history may lead there again
+        named = replace(named, items=tuple(rest))
         self._keep(exchange, named)
         exchange.reply.send(_shown_conversation(named))
 
@@ -9664,9 +9688,10 @@ class Handlers:
     ) -> list[dict[str, Any]]:
         """What Dify has of a conversation, and what awaits a turn."""
         items: list[dict[str, Any]] = []
-        app = (await self._models()).get(named.model)
+        id_ = named.conversation_id
+        app = (await self._models()).get(named.model) if id_ else None
         if app and named.is_bound_to(scope_of(app.key, named.user)):
-            place = Place(named.user, named.conversation_id, "")
+            place = Place(named.user, id_, "")
             sealer = self._sealer(exchange, app)
             for turn in await self._archive.turns_of(app, place):
                 frame = _frame_of(turn, named.model, sealer, named.user)
@@ -10230,6 +10255,12 @@ def _shown_conversation(named: NamedConversation) -> Response:
     return json_response(conversation_object(named.id, named.created, named.metadata))
 
 
+def _item_in_path(exchange: Exchange) -> tuple[str, str]:
+    """(the conversation's id, the item's, which a client may have given)."""
+    id_, _, item_id = exchange.name_in_path.partition("/")
+    return id_, urllib.parse.unquote(item_id)
+
+
 def _no_such_item(id_: str) -> NotFound:
     return NotFound(f"Item with id {_shown(id_)} not found.", code="not_found")
 
@@ -10516,6 +10547,8 @@ class Server:
             self._running.discard(exchange)
             wire.on_leave = None
             self._note(exchange)
+            # They hold it in turn: a question of megabytes would wait for a collection.
+            exchange.fail = exchange.turn = None
         return await _make_ready(exchange, wire)
 
     async def _is_called(self, wire: Wire) -> bool:
@@ -10624,9 +10657,7 @@ async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
     """Throw away what is left of the request; whether the connection may go on."""
     reply, body = exchange.reply, exchange.decoder
     is_good = reply.is_complete and not reply.must_close
-    error = exchange.error
-    # They hold it in turn: a question of megabytes would wait for a whole collection.
-    exchange.error = exchange.fail = exchange.turn = None
+    error, exchange.error = exchange.error, None  # its traceback holds the exchange
     if isinstance(error, RequestTimeout):
         return False  # nothing can be read after a deadline
     if body and body.is_complete:

@@ -1092,6 +1092,37 @@ def test_validator_pays_for_large_rules(value: Any, schema: dict[str, Any]) -> N
         schema_problems([value] * 10_000, {"items": schema})
 
 
+TEXT = {"type": "string"}
+DESCRIBED = {"type": "string", "description": "a" * 500}
+DATE = {"type": "string", "pattern": r"^\d{4}-\d\d-\d\d$"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "wrong", "schema"),
+    [
+        pytest.param(
+            [{"a": "x", "b": "y"}] * 1500,
+            {"a": 1},
+            {"properties": {"a": DESCRIBED, "b": DESCRIBED}},
+            id="described",
+        ),
+        pytest.param(["2024-01-31"] * 1500, "bad", DATE, id="pattern"),
+        pytest.param(
+            [{f"a{n}": "x" for n in range(5)}] * 500,
+            {"a9": 1},
+            {"patternProperties": {"^a[0-9]+$": TEXT}},
+            id="pattern-properties",
+        ),
+        pytest.param(["a" * 2_000_000], 1, TEXT, id="long"),
+    ],
+)
+def test_fault_at_the_end_of_a_long_answer_is_found(
+    rows: list[Any], wrong: Any, schema: dict[str, Any]
+) -> None:
+    (problem,) = schema_problems([*rows, wrong], {"items": schema})
+    assert problem.startswith(f"$[{len(rows)}]")
+
+
 # What is asked, and the words...
 
 
@@ -1369,11 +1400,14 @@ def test_described_tools_are_read_back(mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "\n<tools>\n{}", "\n<tools>\n{\n</tools>\n", "\n<tools>\n[]\n</tools>\n"],
+    "lines", ["", "{", "[]", "...", "[" * 50_000], ids=lambda text: text[:3]
 )
-def test_what_is_not_described_is_no_tool(text: str) -> None:
-    assert told_tools(text) == []
+def test_what_is_not_described_is_no_tool(lines: str) -> None:
+    opener = describe_tools(TOOLS, "auto").partition("{")[0]
+    block = f"\n<tools>\n{lines}\n</tools>\n"
+    assert told_tools(f"{opener}{lines}\n</tools>\n") == []
+    assert told_tools(block) == told_tools(opener + lines) == []
+    assert told_tools(describe_tools(TOOLS, "auto") + block) == [*TOOLS]
 
 
 def test_words_are_not_read_as_calls() -> None:

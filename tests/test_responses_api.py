@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import re
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -892,3 +894,124 @@ def test_long_history_is_compared_in_little_time() -> None:
     with at_most(80):
         assert not opendify.is_known_history([*asked, known[1]], known)
         assert opendify.is_known_history(known, known)
+
+
+@contextlib.asynccontextmanager
+async def deleting(
+    served: Proxy, path: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[None]:
+    """What is done inside happens while an item is deleted, and Dify is asked."""
+    turns_of, asked, gate = opendify.Archive.turns_of, asyncio.Event(), asyncio.Event()
+
+    async def wait(*args: Any) -> Any:
+        asked.set()
+        await gate.wait()
+        return await turns_of(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(opendify.Archive, "turns_of", wait)
+        deletion = asyncio.ensure_future(served.get(path, method="DELETE"))
+        await asked.wait()
+    yield
+    gate.set()
+    assert (await deletion).status == 200
+
+
+async def test_what_comes_while_an_item_is_deleted_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        path = f"{CONVERSATIONS}/{made['id']}"
+        for text in ("One", "Two"):
+            await answer(served, text, conversation=made["id"])
+        *_, one = (await served.get(f"{path}/items")).json["data"]
+        async with deleting(served, f"{path}/items/{one['id']}", monkeypatch):
+            await post(served, path, {"metadata": {"a": "b"}})
+            await post(served, f"{path}/items", {"items": [user("Three")]})
+        assert (await served.get(path)).json["metadata"] == {"a": "b"}
+        await answer(served, "Four", conversation=made["id"])
+        _, (query,) = told(served)
+    assert ">\nTwo\n<" in query and ">\nThree\n<" in query and "One\n<" not in query
+
+
+async def test_conversation_deleted_while_an_item_is_stays_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        path = f"{CONVERSATIONS}/{made['id']}"
+        await answer(served, "One", conversation=made["id"])
+        (_, one) = (await served.get(f"{path}/items")).json["data"]
+        with pytest.raises(AssertionError):  # there is none any more
+            async with deleting(served, f"{path}/items/{one['id']}", monkeypatch):
+                await served.get(path, method="DELETE")
+        assert (await served.get(path)).status == 404
+
+
+async def test_conversation_without_an_item_is_its_users_still() -> None:
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        path = f"{CONVERSATIONS}/{made['id']}/items"
+        await answer(served, "Mine", conversation=made["id"], user="u")
+        said, _ = (await served.get(path)).json["data"]
+        await served.get(f"{path}/{said['id']}", method="DELETE")
+        got = await respond(served, conversation=made["id"], user="v")
+        assert len(served.turns) == 1
+    assert (got.status, got.error["param"]) == (400, "conversation")
+
+
+async def test_items_of_a_very_long_conversation_can_not_be_deleted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(opendify, "MAX_NAMED_ITEMS", 2)
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        path = f"{CONVERSATIONS}/{made['id']}/items"
+        for text in ("One", "Two"):
+            await answer(served, text, conversation=made["id"])
+        *_, one = before = (await served.get(path)).json["data"]
+        got = await served.get(f"{path}/{one['id']}", method="DELETE")
+        assert (await served.get(path)).json["data"] == before
+    assert (got.status, got.error["param"]) == (400, None)
+
+
+async def test_id_that_a_client_gave_is_found_in_a_path() -> None:
+    async with proxy() as served:
+        items = [{**user("One"), "id": "my item/1"}]
+        made = (await post(served, CONVERSATIONS, {"items": items})).json
+        path = f"{CONVERSATIONS}/{made['id']}/items/my%20item%2F1"
+        assert (await served.get(path)).json["id"] == "my item/1"
+
+
+async def test_workflow_needs_no_history_to_name_results() -> None:
+    output = {"type": "function_call_output", "call_id": "c", "output": "x"}
+    async with proxy(mode="workflow", config={"query_variable": "q"}) as served:
+        await answer(served, [user("Hi"), output], conversation_id="abc")
+        assert [row.path for row in served.dify.requests] == ["/workflows/run"]
+
+
+async def test_nothing_of_a_left_request_waits_for_the_collector(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exchanges: list[Any] = []
+    start = opendify.Exchange.__init__
+
+    def noted(self: Any, *args: Any, **more: Any) -> None:
+        start(self, *args, **more)
+        exchanges.append(weakref.ref(self))
+
+    monkeypatch.setattr(opendify.Exchange, "__init__", noted)
+    script = [fake.message("Half"), Sleep(1), *fake.chat_answer(" of it")]
+    async with proxy(script) as served:
+        gc.collect()
+        gc.disable()
+        try:
+            body = {"model": "m", "input": "Hi", "stream": True}
+            call = await served.open("POST", PATH, body)
+            await call.read_head()
+            await call.leave()
+            await asyncio.sleep(5)
+            assert [exchange() for exchange in exchanges] == [None]
+        finally:
+            gc.enable()
