@@ -1252,6 +1252,12 @@ def retry_text(kind: str, reason: str) -> str:
 # What it answers: calls...
 
 
+def in_pieces(text: str) -> Iterator[str]:
+    """A long text as it is read for markers, piece by piece."""
+    starts = range(0, len(text), _MAX_PIECE_CHARS)
+    return (text[at : at + _MAX_PIECE_CHARS] for at in starts)
+
+
 class CallReader:
     """Finds the tool calls in an answer; other parts go through, in order.
 
@@ -1275,8 +1281,7 @@ class CallReader:
         done: list[Part] = []
         for part in parts:
             if isinstance(part, Text):
-                for at in range(0, len(part.text), _MAX_PIECE_CHARS):
-                    piece = part.text[at : at + _MAX_PIECE_CHARS]
+                for piece in in_pieces(part.text):
                     self._read(done, piece, is_last=False)
             else:
                 done += [*self.close(), part]
@@ -1850,20 +1855,20 @@ class _Checker:
         if self._checks > _MAX_CHECKS:
             raise RecursionError
 
-    def _spend_on_pattern(self, pattern: str, value: Any) -> None:
-        """It is compiled once; a search takes a text's length cubed, at worst."""
-        size = len(value) if isinstance(value, str) else 0
-        size = size if size <= _MAX_PATTERN_CHARS else 0
-        is_new = pattern not in self._patterns
+    def _matches(self, value: Any, pattern: str) -> bool:
+        """The same, paid for: compiled once; searched, at worst, in cubic time."""
+        is_text = isinstance(value, str) and len(value) <= _MAX_PATTERN_CHARS
+        size = len(value) if is_text else 0
+        compiling = 0 if pattern in self._patterns else _PATTERN_CHECKS
         self._patterns.add(pattern)
-        cost = _PATTERN_CHECKS * is_new + len(pattern) // 20
-        self._spend(1 + cost + size**3 // 10_000)
+        self._spend(1 + compiling + len(pattern) // 20 + size**3 // 10_000)
+        return _matches(value, pattern)
 
     def _holds(self, keyword: str, limit: Any, value: Any, at: str) -> bool:
         if keyword in ("anyOf", "oneOf"):
             return any(not next(self.check(value, one, at), ()) for one in limit)
         if keyword == "pattern":
-            self._spend_on_pattern(limit, value)
+            return self._matches(value, limit)
         return keyword not in _HOLDS or _HOLDS[keyword](value, limit)
 
     def _target(self, ref: str) -> Any:
@@ -1897,8 +1902,7 @@ class _Checker:
         known = schema.get("properties", {})
         rules = [known[name]] if name in known else []
         for pattern, rule in schema.get("patternProperties", {}).items():
-            self._spend_on_pattern(pattern, name)
-            rules += [rule] if _matches(name, pattern) else []
+            rules += [rule] if self._matches(name, pattern) else []
         return rules or [schema.get("additionalProperties")]
 
 
@@ -1948,7 +1952,6 @@ _HOLDS: Mapping[str, Callable[[Any, Any], bool]] = {
     "enum": lambda value, allowed: any(_is_same(value, one) for one in allowed),
     "const": _is_same,
     "required": lambda value, names: not _is_a("object", value) or {*names} <= {*value},
-    "pattern": _matches,
     "minimum": lambda value, limit: not _is_a("number", value) or value >= limit,
     "maximum": lambda value, limit: not _is_a("number", value) or value <= limit,
     # In draft 4, and so in OpenAPI 3.0, these two were true or false.
@@ -2228,8 +2231,8 @@ def place_files(
         if row.type in _FILE_TYPES and row.variable not in given:
             kinds = row.kinds
             fit = [n for n, f in enumerate(rest) if not kinds or f["type"] in kinds]
-            taken = set(fit[:1] if row.type == "file" else fit)
-            files = [rest[n] for n in sorted(taken)]
+            fit = fit[:1] if row.type == "file" else fit
+            files, taken = [rest[n] for n in fit], set(fit)
             rest = [file for n, file in enumerate(rest) if n not in taken]
             if files:
                 inputs[row.variable] = files[0] if row.type == "file" else files
@@ -2573,9 +2576,9 @@ class ReasoningSplitter:
         """The parts that are certain now, each with the number of its block."""
         if not ("<" in text or self.is_busy):
             return [(self._blocks, Text(text))]
-        pieces = (text[at : at + 4096] for at in range(0, len(text), 4096))
-        # What follows a tag is copied for each, so a long text is split in pieces.
-        split = [self._split(self._held + row, is_last=False) for row in pieces]
+        split = [
+            self._split(self._held + piece, is_last=False) for piece in in_pieces(text)
+        ]
         return [part for parts in split for part in parts]
 
     def close(self) -> list[tuple[int, Part]]:
@@ -5347,6 +5350,7 @@ MAX_NAMED = 1000  # that clients named; these hold texts until their next turn
 MAX_NAMED_ITEMS = 2000  # of one, that no turn has taken yet
 MAX_NAMED_BYTES = 16 << 20  # of one
 MAX_ALL_NAMED_BYTES = 256 << 20
+_MAX_ID_CHARS = 100  # of a conversation: a longer id is none of Dify's, which have 36
 _KEPT_MESSAGES = 128  # a transcript's last ones, and so the longest window: 1 KiB
 _DIGEST_BYTES = 8
 _CLEAR_BYTES = 200  # no greeting or other stock phrase is that long
@@ -5844,8 +5848,8 @@ class Conversations:
         return tail._replace(is_known=False)
 
     def _put(self, tail: Tail, now: float) -> None:
-        if len(tail.conversation_id) > 100:
-            return  # it is none of Dify's, which have 36
+        if len(tail.conversation_id) > _MAX_ID_CHARS:
+            return
         key, state = _id(tail), _TAKEN if tail.is_taken else None
         last = tail.digests[-_DIGEST_BYTES:]
         row = [tail.conversation_id, tail.chain, tail.length, tail.digests]
@@ -8211,11 +8215,14 @@ class Exchange:
         self.waiting: set[asyncio.Task[Any]] = set()
         self.started_at = asyncio.get_running_loop().time()
 
+    @property
+    def forwarded_user(self) -> str:
+        """The end user that Open WebUI names in a header, "" if none."""
+        return urllib.parse.unquote(self.request.headers.get("x-openwebui-user-id", ""))
+
     def user_of(self, asked: str) -> str:
         """The end user's name in Dify, by the body, a header, or the key."""
-        headers = self.request.headers
-        forwarded = urllib.parse.unquote(headers.get("x-openwebui-user-id", ""))
-        return end_user(asked, forwarded, client_key(headers))
+        return end_user(asked, self.forwarded_user, client_key(self.request.headers))
 
     def leave(self) -> None:
         """The client has gone; what serves it is interrupted if it wants to be."""
@@ -8727,8 +8734,14 @@ class Turns:
         goes_on = question.joins and bool(ask.conversation_id)
         before = () if goes_on else (*ask.messages, said)
         again = ask._replace(messages=(*before, words))
-        question = replace(question, ask=again, joins=goes_on, spent=reading.usage)
-        question.tail, question.is_accepted = None, False
+        question = replace(
+            question,
+            ask=again,
+            joins=goes_on,
+            tail=None,
+            is_accepted=False,
+            spent=reading.usage,
+        )
         reading = await self._run_once(question, sink)
         if reading.problem:
             raise unsatisfied(ask, reading.problem)
@@ -9774,8 +9787,8 @@ class Handlers:
     ) -> tuple[ResponseFrame, StoredTurn]:
         """What Dify has stored of the response that a path names."""
         id_ = exchange.name_in_path
-        forwarded = exchange.request.headers.get("x-openwebui-user-id", "")
-        user = end_user("", urllib.parse.unquote(forwarded), "") if forwarded else ""
+        forwarded = exchange.forwarded_user
+        user = end_user("", forwarded, "") if forwarded else ""
         for model, app in (await self._models()).items():
             sealer = self._sealer(exchange, app)
             place = open_place(sealer, id_, "resp_", user=user)
@@ -10152,8 +10165,7 @@ class Handlers:
                     _, stored = await self._stored_file(exchange, file.file_id)
                     owner, files[index] = owner or stored.user, stored.attachment
             messages.append(message._replace(attachments=tuple(files)))
-        is_named = ask.user or exchange.request.headers.get("x-openwebui-user-id")
-        user = ask.user if is_named else owner
+        user = ask.user if ask.user or exchange.forwarded_user else owner
         return ask._replace(messages=tuple(messages), user=user)
 
     async def _as_owner(
@@ -10349,9 +10361,9 @@ def _no_spoken(id_: str) -> BadRequest:
 def _no_such_model(model: str, models: Iterable[str]) -> ProxyError:
     known = ", ".join(models) or "none"
     shown = re.sub(r"app-[\w-]+", lambda key: mask_key(key[0]), model)  # a pasted key
-    shown = shown if len(shown) <= 100 else shown[:100] + "…"
     return ModelNotFound(
-        f"The model {shown!r} does not exist here. Available: {known}.", param="model"
+        f"The model {_shown(shown)} does not exist here. Available: {known}.",
+        param="model",
     )
 
 
