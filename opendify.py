@@ -6213,12 +6213,9 @@ MAX_TIMER_S = 30.0
 
 # The size line of a chunk, behind the end of the chunk before it, and its beginnings.
 MAX_EXTENSION_BYTES = 1024  # of a chunk; nobody reads it
-_SIZE = rb"([0-9A-Fa-f]{1,15})"
-_EXTENSION = rb"[ \t]{0,64}(?:;[^\r\n]{0,%d})?" % MAX_EXTENSION_BYTES
-_FIRST_CHUNK = re.compile(_SIZE + _EXTENSION)
-_NEXT_CHUNK = re.compile(rb"\r\n" + _SIZE + _EXTENSION)
-_FIRST_BEGUN = re.compile(rb"(?:" + _SIZE + _EXTENSION + rb"\r?)?\Z")
-_NEXT_BEGUN = re.compile(rb"\r?\Z|\r\n(?:" + _SIZE + _EXTENSION + rb"\r?)?\Z")
+_SIZE_LINE = rb"([0-9A-Fa-f]{1,15})[ \t]{0,64}(?:;[^\r\n]{0,%d})?" % MAX_EXTENSION_BYTES
+_CHUNK = re.compile(rb"\r\n" + _SIZE_LINE)
+_CHUNK_BEGUN = re.compile(rb"\r?\Z|\r\n(?:" + _SIZE_LINE + rb"\r?)?\Z")
 _BAD_CHUNK = "The size of a chunk is malformed, or its extension too long."
 _BAD_TRAILER = "A trailer field is malformed."
 
@@ -6244,9 +6241,9 @@ class BodyDecoder:
         self.failure: MalformedHTTP | None = None  # of the framing: to raise
         self._is_chunked = length is None
         self._left = length or 0  # of the body, or of the current chunk
-        self._buffer = b""  # of chunked coding: bytes that are not understood yet
-        self._next, self._begun = _FIRST_CHUNK, _FIRST_BEGUN
-        self._gap = 0  # the line end behind the chunk before, which opens the next
+        # Of chunked coding: bytes that are not understood yet. The line end behind a
+        # chunk is read with the next one; the body is taken as if the first had it.
+        self._buffer = b"\r\n"
         self._trailer_bytes = -1  # -1: the last chunk has not come
 
     def feed(self, data: bytes) -> bytes:
@@ -6279,14 +6276,13 @@ class BodyDecoder:
         at, end, left = 0, len(data), self._left
         while at < end and self._trailer_bytes < 0:
             if not left:
-                line_end = data.find(b"\r\n", at + self._gap)
+                line_end = data.find(b"\r\n", at + 2)
                 if line_end < 0:
-                    if not self._begun.match(data, at):
+                    if not _CHUNK_BEGUN.match(data, at):
                         raise MalformedHTTP(_BAD_CHUNK)
                     break
-                left = _chunk_size(data[at:line_end], self._next)
-                at, self._gap = line_end + 2, 2
-                self._next, self._begun = _NEXT_CHUNK, _NEXT_BEGUN
+                left = _chunk_size(data[at:line_end])
+                at = line_end + 2
                 self._trailer_bytes = -1 if left else 0
             piece = data[at : at + left]
             pieces.append(piece)
@@ -6312,11 +6308,7 @@ class BodyDecoder:
             if not line:
                 self.is_complete, self.rest = True, data[at:]
                 return at
-            if (
-                b"\r" in line
-                or b"\n" in line
-                or not re.match(rb"[!#$%&'*+.^_`|~\w-]+:", line)
-            ):
+            if not re.fullmatch(rb"[!#$%&'*+.^_`|~\w-]+:[^\r\n]*", line):
                 raise MalformedHTTP(_BAD_TRAILER)
             self._trailer_bytes += len(line) + 2
 
@@ -6335,9 +6327,9 @@ def _whole_chunks(data: bytes) -> bytes:
 
 
 @functools.lru_cache(maxsize=1024)
-def _chunk_size(line: bytes, pattern: re.Pattern[bytes]) -> int:
+def _chunk_size(line: bytes) -> int:
     """The size that a line says; kept, since events are of a few sizes."""
-    match = pattern.fullmatch(line)
+    match = _CHUNK.fullmatch(line)
     if not match:
         raise MalformedHTTP(_BAD_CHUNK)
     return int(match[1], 16)
