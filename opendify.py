@@ -6420,7 +6420,7 @@ class FormDecoder:
 
     def _read_head(self, events: list[FormPart | bytes]) -> bool:
         end = self._buffer.find(b"\r\n\r\n")
-        if max(end, len(self._buffer) if end < 0 else 0) > MAX_PART_HEAD_BYTES:
+        if (len(self._buffer) if end < 0 else end) > MAX_PART_HEAD_BYTES:
             raise BadRequest("The head of a part of the form is too long.")
         if end < 0:
             return False
@@ -6606,9 +6606,8 @@ class Wire(asyncio.Protocol):
     @property
     def is_stale(self) -> bool:
         """Whether an idle connection is of no use any more."""
-        if self._transport.is_closing() or self._is_at_end:
-            return True  # a closed TLS transport can't tell what is unsent
-        return bool(self._buffer or self._unsent or self._failure)
+        is_over = self._transport.is_closing() or self._is_at_end or self._failure
+        return bool(is_over or self._buffer or self._unsent)
 
     @property
     def has_unread(self) -> bool:
@@ -6667,7 +6666,7 @@ class Wire(asyncio.Protocol):
             if data.startswith(b"\r\n"):  # RFC 9112, section 2.2
                 data = re.sub(rb"\A(?:\r\n)+", b"", data)
             end = data.find(b"\r\n\r\n", max(0, checked - 3))
-            if max(end, len(data) if end < 0 else 0) > MAX_HEAD_BYTES:
+            if (len(data) if end < 0 else end) > MAX_HEAD_BYTES:
                 raise HeadTooLarge(f"The head is over {MAX_HEAD_BYTES >> 10} KiB.")
             if end >= 0:
                 self._buffer = data[end + 4 :] + self._buffer
@@ -6726,13 +6725,8 @@ class Wire(asyncio.Protocol):
         if self._transport.is_closing():
             return
         self._transport.close()
-        if self._unsent:
-            self._loop.call_later(WRITE_TIMEOUT_S, self._give_up)
-
-    def _give_up(self) -> None:
-        """A peer that reads nothing must not hold what is unsent for ever."""
-        if self._unsent:
-            self._transport.abort()
+        if self._unsent:  # a peer that reads nothing must not hold it for ever
+            self._loop.call_later(WRITE_TIMEOUT_S, self._transport.abort)
 
     def abort(self) -> None:
         """Close now."""
@@ -6866,7 +6860,7 @@ def _h11_request(head: bytes) -> h11.Request:
         connection.receive_data(head)
         event = connection.next_event()
     except h11.RemoteProtocolError as error:
-        status = 501 if error.error_status_hint == 501 else 400
+        status = error.error_status_hint
         raise MalformedHTTP(f"Malformed HTTP: {error}.", status=status) from error
     if not isinstance(event, h11.Request):
         raise MalformedHTTP("Malformed HTTP: no request.")
@@ -6893,23 +6887,21 @@ def body_decoder(headers: Mapping[str, str], *, until_end: bool) -> BodyDecoder:
     return BodyDecoder(-1 if until_end else 0)
 
 
-def read_fields(fields: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+def read_fields(fields: Collection[tuple[bytes, bytes]]) -> dict[str, str]:
     """Header fields by name; refuses what h11 lets pass and a strict reader must not.
 
     Two framings, or one given twice, let two readers disagree about where a message
     ends: request smuggling (RFC 9112, section 11.2).
     """
     headers: dict[str, str] = {}
-    count = 0
     for raw_name, raw_value in fields:
         name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
-        count += 1
         if name in headers:
             if name in ("content-length", "transfer-encoding", "host"):
                 raise MalformedHTTP(f"The field {name} is given twice.")
             value = f"{headers[name]}, {value}"
         headers[name] = value
-    if count > MAX_FIELDS:
+    if len(fields) > MAX_FIELDS:
         raise HeadTooLarge(f"There are more than {MAX_FIELDS} header fields.")
     if "transfer-encoding" in headers and "content-length" in headers:
         raise MalformedHTTP("Transfer-Encoding and Content-Length exclude each other.")
@@ -6947,6 +6939,7 @@ class Reply:
         self._is_bare = self._is_old = False
         self._is_chunked = False
         self._head = b""
+        self.drain = wire.drain  # wait until most of what was written is taken
         if request:
             self.suit(request)
 
@@ -7000,10 +6993,6 @@ class Reply:
     def must_drain(self) -> bool:
         """Whether `drain` would wait or raise."""
         return self._wire.must_drain
-
-    def drain(self) -> Awaitable[None]:
-        """Wait until the client has taken most of what was written."""
-        return self._wire.drain()
 
 
 # ==============================================================================
