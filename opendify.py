@@ -7004,7 +7004,7 @@ class Reply:
 # and HTTP becomes a ProxyError in `_proxy_error`, and nowhere else.
 #
 # A connection:  none -> open -> sent -> head -> body -> idle -> sent …
-#                [_open, _exchange, read, release]; anything unexpected -> closed
+#                [_open, _exchange, read, close]; anything unexpected -> closed
 #
 # Only one thing is ever repeated: a request on a reused connection that yields no byte
 # of an answer (Dify closes idle connections after 2 s, so that race is common).
@@ -7146,6 +7146,7 @@ class UpstreamResponse:
         self.can_reuse = head.http_version == b"1.1" and not close
         self._is_released = self._is_lingering = False
         self.allow = wire.allow  # how long what is read from now on may take
+        self.wake = wire.wake  # let `read` return b"" before the body's end
 
     @property
     def is_event_stream(self) -> bool:
@@ -7160,7 +7161,7 @@ class UpstreamResponse:
         except _WIRE_ERRORS as error:
             raise _proxy_error(self._origin, error) from error
         if self._body.is_complete:
-            self._release()
+            self.close()
         return data
 
     def on_data(self, callback: Callable[[], None]) -> None:
@@ -7176,10 +7177,6 @@ class UpstreamResponse:
         data = self._wire.take_body(self._body)
         return data, self._body.is_complete or self._body.failure is not None
 
-    def wake(self) -> None:
-        """Let `read` return b"" before the body's end."""
-        self._wire.wake()
-
     async def read_all(self, limit: int) -> bytes:
         """The whole body."""
         pieces, size = [], 0
@@ -7194,10 +7191,17 @@ class UpstreamResponse:
         return b"".join(pieces)
 
     def close(self) -> None:
-        """Give up what is unread; may be called twice, and after the end."""
-        if not self._is_released:
-            self._is_released = True
-            self._wire.on_data = None
+        """Let the connection go: to the pool if the body is complete, else for good.
+
+        May be called twice.
+        """
+        if self._is_released:
+            return
+        self._is_released = True
+        self._wire.on_data = None
+        if self._body.is_complete and self.can_reuse and not self._wire.is_stale:
+            self._pool.give_back(self._origin, self._wire)
+        else:
             self._wire.abort()
 
     def close_soon(self) -> None:
@@ -7214,17 +7218,6 @@ class UpstreamResponse:
             await self.read_all(MAX_ERROR_BYTES)
         except (ProxyError, _Silence):
             pass  # it was not worth the wait
-
-    def _release(self) -> None:
-        """The body is complete: hand the connection back."""
-        if self._is_released:
-            return
-        self._is_released = True
-        self._wire.on_data = None
-        if self.can_reuse and not self._wire.is_stale:
-            self._pool.give_back(self._origin, self._wire)
-        else:
-            self._wire.abort()
 
 
 class Pool:
