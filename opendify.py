@@ -7268,9 +7268,7 @@ class Pool:
         try:
             return await self._exchange(origin, wire, request, timeout_s)
         except _NoAnswer as error:
-            raise UpstreamFailed(
-                "Dify closed the connection without an answer."
-            ) from error
+            raise UpstreamFailed(_NO_ANSWER) from error
 
     async def send(
         self, origin: Origin, head: bytes, read: Read, timeout_s: float
@@ -7305,9 +7303,7 @@ class Pool:
             response.can_reuse = response.can_reuse and is_sent
             return response
         except _NoAnswer as error:
-            raise UpstreamFailed(
-                "Dify closed the connection without an answer."
-            ) from error
+            raise UpstreamFailed(_NO_ANSWER) from error
         except BaseException:
             answering.cancel()
             wire.abort()
@@ -7339,19 +7335,16 @@ class Pool:
     def _reap(self) -> None:
         """Close what was idle for too long, or was closed by Dify."""
         self._reaper = None
-        now = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        now = loop.time()
         for origin, idle in list(self._idle.items()):
-            kept: deque[tuple[float, Wire]] = deque()
-            for since, wire in idle:
+            for since, wire in list(idle):
                 if wire.is_stale or now - since >= IDLE_CONNECTION_S:
                     wire.close()
-                else:
-                    kept.append((since, wire))
-            self._idle[origin] = kept
-            if not kept:
+                    idle.remove((since, wire))
+            if not idle:
                 del self._idle[origin]
         if self._idle:
-            loop = asyncio.get_running_loop()
             self._reaper = loop.call_later(IDLE_CONNECTION_S / 4, self._reap)
 
     def _take_idle(self, origin: Origin) -> Wire | None:
@@ -7413,10 +7406,10 @@ class Pool:
             return await self._connect(
                 sock=await _open_tunnel(proxy, origin), **options
             )
-        host, port = (proxy.host, proxy.port) if proxy else (origin.host, origin.port)
-        if not _is_address(host):  # the race of addresses costs 0.1 ms
+        to = proxy or origin
+        if not _is_address(to.host):  # the race of addresses costs 0.1 ms
             options["happy_eyeballs_delay"] = 0.25
-        return await self._connect(host, port, **options)
+        return await self._connect(to.host, to.port, **options)
 
     def _trust(self) -> ssl.SSLContext:
         """The system's authorities and the operator's; verification is always on."""
@@ -7443,11 +7436,10 @@ class Pool:
             wire.write(request)
             answer = await _read_response_head(wire)
             return UpstreamResponse(self, origin, wire, answer)
-        except _WIRE_ERRORS as error:
+        except BaseException as error:
             wire.abort()
-            raise _proxy_error(origin, error) from error
-        except BaseException:
-            wire.abort()
+            if isinstance(error, _WIRE_ERRORS):
+                raise _proxy_error(origin, error) from error
             raise
 
 
@@ -7509,6 +7501,9 @@ def _no_answer() -> ProxyError:
 
 class _NoAnswer(Exception):
     """The connection was closed before a byte of an answer."""
+
+
+_NO_ANSWER = "Dify closed the connection without an answer."
 
 
 async def _read_response_head(wire: Wire) -> ResponseHead:
@@ -7692,12 +7687,12 @@ def _too_late() -> ProxyError:
 
 @dataclass
 class AppFacts:
-    """What Dify told about one app; None: not asked yet, or too long ago."""
+    """What Dify told about one app; "" where nobody has asked yet."""
 
     mode: str = ""
     name: str = ""
-    form: AppForm | None = None
-    asked_at: float = -math.inf
+    form: AppForm = NO_FORM
+    asked_at: float = -inf  # for the form
 
 
 def without_key(error: ProxyError, app: AppSettings) -> ProxyError:
@@ -7765,7 +7760,7 @@ class Dify:
         """The app's inputs and limits; kept for some minutes."""
         facts = self._facts_of(app)
         now = asyncio.get_running_loop().time()
-        if facts.form is None or anew or now - facts.asked_at > FORM_FRESH_S:
+        if anew or now - facts.asked_at > FORM_FRESH_S:
             facts.form = parse_form(await self.call(app, "GET", "/parameters"))
             facts.asked_at = now
         return facts.form
@@ -7901,9 +7896,8 @@ class Dify:
         except ProxyError:
             return ""
         for row in objects_of(page.get("data")):
-            if row.get("id") == answer.message_id:
-                is_failed = row.get("status") == "error"
-                return "" if is_failed else str(row.get("answer") or "")
+            if row.get("id") == answer.message_id and row.get("status") != "error":
+                return str(row.get("answer") or "")
         return ""
 
     async def messages(
@@ -7997,8 +7991,9 @@ class Dify:
         target = urllib.parse.urlsplit(app.base).path.rstrip("/") + path
         content = (body, content_type)
         response = await self._send(app, method, target, content, timeout_s)
-        is_whole = isinstance(body, bytes)  # else it is gone
-        if is_whole and (moved := await self._redirected(response, app, path)):
+        # What came piece by piece is gone.
+        can_follow = response.status in (307, 308) and isinstance(body, bytes)
+        if can_follow and (moved := await self._redirected(response, app, path)):
             response = await self._send(app, method, moved, content, timeout_s)
         return response
 
@@ -8041,16 +8036,13 @@ class Dify:
     async def _redirected(
         response: UpstreamResponse, app: AppSettings, path: str
     ) -> str:
-        """Where a 307 or 308 leads within the same origin, as a path; "" if nowhere."""
+        """Where a redirect leads within the same origin, as a path; "" if nowhere."""
         location = response.headers.get("location", "")
-        if response.status not in (307, 308) or not location:
-            return ""
         try:
             target = urllib.parse.urljoin(app.base + path, location)
-            is_within = origin_of(target) == origin_of(app.base)
+            if not location or origin_of(target) != origin_of(app.base):
+                return ""
         except ValueError:  # malformed
-            is_within = False
-        if not is_within:
             return ""
         await response.read_all(MAX_ERROR_BYTES)
         parts = urllib.parse.urlsplit(target)
