@@ -312,13 +312,10 @@ def _complaints(values: Mapping[str, Any]) -> list[str]:
 def _complaints_of_urls(
     values: Mapping[str, Any], apps: Mapping[str, AppSettings]
 ) -> list[str]:
-    urls = {
-        name.upper(): values.get(name, "")
-        for name in ("dify_api_base", "https_proxy", "http_proxy")
-    }
-    urls.update(
-        (f"MODEL_CONFIG: base of {model!r}", apps[model].base) for model in apps
-    )
+    names = ("dify_api_base", "https_proxy", "http_proxy")
+    urls = {name.upper(): values.get(name, "") for name in names}
+    for model, app in apps.items():
+        urls[f"MODEL_CONFIG: base of {model!r}"] = app.base
     complaints = []
     for name, url in urls.items():
         is_proxy = name.endswith("PROXY")  # none is spoken to in TLS
@@ -327,7 +324,9 @@ def _complaints_of_urls(
             shown = mask_password(url)
             complaints.append(f"{name}: must be a URL like {like}, not {shown!r}")
     for origin in values.get("allowed_origins", ()):
-        if _is_malformed(origin):
+        try:
+            urllib.parse.urlsplit(origin)
+        except ValueError:
             complaints.append(f"ALLOWED_ORIGINS: {origin!r} is malformed")
     return complaints
 
@@ -342,14 +341,6 @@ def _is_url(base: str, schemes: Sequence[str]) -> bool:
         )
     except ValueError:
         return False
-
-
-def _is_malformed(url: str) -> bool:
-    try:
-        urllib.parse.urlsplit(url)
-    except ValueError:
-        return True
-    return False
 
 
 def _parse_switch(text: str) -> bool:
@@ -8233,8 +8224,7 @@ class Outlet:
         self._sent = KeptText()
         self.calls: list[ToolCall] = []
         self.has_begun = False
-        lag_header = exchange.request.headers.get("x-opendify-lag")
-        self._tells_lag = lag_header == "on"
+        self._tells_lag = exchange.request.headers.get("x-opendify-lag") == "on"
         self._has_text = False
         self._finish = Finish()
         self._opening = b""  # that is not written yet
@@ -8295,7 +8285,7 @@ class Outlet:
         self._write(b"".join(out), now)
 
     def stay(self) -> None:
-        """Keep the connection alive once more, after `finish`."""
+        """Keep the connection alive; after `finish`, once more."""
         self._beat = self._loop.call_at(self._written_at + KEEP_ALIVE_S, self._on_beat)
 
     async def finish(self) -> None:
@@ -8431,8 +8421,7 @@ class Outlet:
         elif is_late or not self.has_begun:
             self._start({})
             self._write(self._stream.heartbeat(), now)
-        next_at = self._written_at + KEEP_ALIVE_S
-        self._beat = self._loop.call_at(next_at, self._on_beat)
+        self.stay()
 
 
 class Collector:
@@ -8528,8 +8517,7 @@ class Reading:
             parts = [part for part in parts if not isinstance(part, Media)]
         ready = self._calls.feed(parts) if self._calls else parts
         ready = self._stop.feed(ready) if self._stop else ready
-        if self._json:
-            ready = self._json.feed(ready)
+        ready = self._json.feed(ready) if self._json else ready
         if self._stop and self._stop.is_cut and not self.is_cut:
             self.is_cut = True
             there = set(map(type, ready))
@@ -8651,11 +8639,7 @@ class Turn:
     def ids(self) -> dict[str, str]:
         """Dify's ids, as far as known."""
         answer = self.stream.answer
-        ids = {
-            "conversation_id": answer.conversation_id,
-            "message_id": answer.message_id,
-        }
-        return {name: id_ for name, id_ in ids.items() if id_}
+        return {name: id_ for name in _ID_HEADERS if (id_ := getattr(answer, name))}
 
 
 class Turns:
@@ -8838,8 +8822,8 @@ class Turns:
         """The turn did not begin: its conversation stays as it was, if nothing ran."""
         is_refused = isinstance(error, _REFUSALS) and not question.is_accepted
         is_gone = isinstance(error, ConversationGone)
-        if is_refused and not is_gone and question.tail:
-            self._conversations.put(question.tail, self._wall_clock())
+        if is_refused and not is_gone:
+            self.give_back(question.tail)
         else:
             self._conversations.forget(question.tail, is_gone=is_gone)
 
