@@ -6771,9 +6771,6 @@ class Request(NamedTuple):
         return expect == "100-continue" and self.http_version == "1.1"
 
 
-NO_REQUEST = Request("-", "-", "", {})  # before one was understood
-
-
 class Response(NamedTuple):
     """A whole response; its length is written for it."""
 
@@ -6817,12 +6814,7 @@ _MAX_KEPT_HEAD = 4096
 
 
 def _parse_request_head(head: bytes) -> Request:
-    """A request's head, read by h11 and then more strictly.
-
-    Raises:
-        MalformedHTTP: it is not what RFC 9112 allows, or allows two readings of it.
-        HeadTooLarge: too many fields.
-    """
+    """As `parse_request_head`, which may know it already."""
     check_line_ends(head)
     event = _h11_request(head)
     headers = read_fields(event.headers)
@@ -7029,11 +7021,11 @@ class Origin(NamedTuple):
 
 
 class Proxy(NamedTuple):
-    """What stands between; `authorization` is a header's value, "" for none."""
+    """What stands between; `headers` are for its eyes."""
 
     host: str
     port: int
-    authorization: str
+    headers: Sequence[tuple[str, str]]
 
 
 @functools.lru_cache(maxsize=64)
@@ -7066,8 +7058,8 @@ def proxy_for(origin: Origin, settings: Settings) -> Proxy | None:
     parts = urllib.parse.urlsplit(url)
     user = urllib.parse.unquote(f"{parts.username or ''}:{parts.password or ''}")
     token = base64.b64encode(user.encode()).decode()
-    authorization = f"Basic {token}" if parts.username else ""
-    return Proxy(parts.hostname or "", parts.port or 80, authorization)
+    headers = [("Proxy-Authorization", f"Basic {token}")] if parts.username else []
+    return Proxy(parts.hostname or "", parts.port or 80, headers)
 
 
 @functools.lru_cache(maxsize=64)
@@ -7464,9 +7456,7 @@ async def _tunnel_by(
         sock.setblocking(False)
         await loop.sock_connect(sock, address)
         where = _authority(origin)
-        fields = [("Host", where)]
-        if proxy.authorization:
-            fields.append(("Proxy-Authorization", proxy.authorization))
+        fields = [("Host", where), *proxy.headers]
         await loop.sock_sendall(sock, encode_head(f"CONNECT {where} HTTP/1.1", fields))
         head = b""
         while b"\r\n\r\n" not in head and len(head) < MAX_HEAD_BYTES:
@@ -8012,8 +8002,7 @@ class Dify:
         proxy = proxy_for(origin, self._pool.settings)
         if proxy and origin.scheme == "http":  # RFC 9112, section 3.2.2
             target = f"http://{_authority(origin)}{target}"
-            if proxy.authorization:
-                fields.append(("Proxy-Authorization", proxy.authorization))
+            fields += proxy.headers
         head = encode_head(f"{method} {target} HTTP/1.1", fields)
         if isinstance(body, bytes):
             response = await self._pool.request(origin, head + body, timeout_s)
@@ -8152,7 +8141,7 @@ class Exchange:
     are cancelled when the client leaves before the reply is complete.
     """
 
-    request: Request = NO_REQUEST
+    request: Request = Request("-", "-", "", {})  # until one is understood
     decoder: BodyDecoder | None = None  # of the request's body
     body: bytes = b""
     fail: Callable[[ProxyError], bytes] | None = None
@@ -8248,9 +8237,8 @@ class Outlet:
     def begin(self, ids: Mapping[str, str]) -> None:
         """Begin with the head and the first chunk; they leave with the first text."""
         self._start(ids)
-        if not self.has_begun:
-            self.has_begun = True
-            self._opening = self._stream.begin({"dify": dict(ids)} if ids else {})
+        self.has_begun = True
+        self._opening = self._stream.begin({"dify": dict(ids)} if ids else {})
 
     def _start(self, ids: Mapping[str, str]) -> None:
         if not self._reply.status:
