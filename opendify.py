@@ -7464,7 +7464,7 @@ async def _tunnel_by(
             if not data:
                 break
             head += data
-        if not re.match(rb"HTTP/1\.[01] 2\d\d ", head):
+        if not re.match(rb"HTTP/1\.[01] 2\d\d[ \r]", head):
             answer = head.partition(b"\r\n")[0].decode("latin-1") or "nothing"
             raise ConfigurationFault(
                 f"The proxy {proxy.host}:{proxy.port} refuses {where}: {answer}. Check "

@@ -872,7 +872,7 @@ class Between:
             self.heads.append(request.partition(b"\r\n\r\n")[0])
             if request.startswith(b"CONNECT "):
                 writer.write(self.answer)
-                if b" 200 " in self.answer:
+                if b" 200" in self.answer:
                     await self._tunnel(reader, writer)
                 elif not self.answer:
                     await reader.read()
@@ -918,8 +918,15 @@ AUTHORIZATION = "Basic " + base64.b64encode(f"me:{SECRET}".encode()).decode()
 
 
 @pytest.mark.real_clock
-async def test_https_goes_through_a_tunnel_with_authentication() -> None:
-    between = Between()
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(Between.answer, id="as-usual"),
+        pytest.param(b"HTTP/1.0 200\r\n\r\n", id="no-reason"),
+    ],
+)
+async def test_https_goes_through_a_tunnel_with_authentication(answer: bytes) -> None:
+    between = Between(answer=answer)
     upstream = Upstream([WHOLE])
     async with raw_server(upstream.serve, tls_context("other-host")) as there:
         proxy = raw_server(between.serve)
