@@ -4117,7 +4117,9 @@ class Answer:
     def __init__(self) -> None:
         self.calls: list[ToolCall] = []
         self.sounds: list[bytes] = []
-        self._ends: dict[type, Any] = {}  # the parts that come once, at the end
+        self.citations: tuple[Mapping[str, Any], ...] = ()
+        self.usage = Usage()
+        self.finish_reason = ""  # until it is finished
         self._texts: list[str] = []
         self._reasonings: list[str] = []
 
@@ -4131,27 +4133,10 @@ class Answer:
         """What the model thought, "" if nothing."""
         return "".join(self._reasonings)
 
-    @property
-    def citations(self) -> tuple[Mapping[str, Any], ...]:
-        """Where the answer comes from."""
-        return cast("Citations", self._ends.get(Citations, Citations(()))).resources
-
-    @property
-    def usage(self) -> Usage:
-        """Token counts."""
-        return cast("Usage", self._ends.get(Usage, Usage()))
-
-    @property
-    def finish_reason(self) -> str:
-        """How it ended, "" if it did not yet."""
-        return self._ends[Finish].reason if Finish in self._ends else ""
-
     def add(self, part: Part) -> None:
         """Take the next part in; raises the error of a Failure."""
         if isinstance(part, Text):  # nearly always
             self._texts.append(part.text)
-        elif isinstance(part, Failure):
-            raise part.error
         elif isinstance(part, Media):
             self._texts.append(media_text(part, is_first=not self.text))
         elif isinstance(part, Reasoning):
@@ -4160,16 +4145,22 @@ class Answer:
             self._texts = [part.text]
         elif isinstance(part, Recast):
             self._texts, self._reasonings = [], self._reasonings + self._texts
-        elif isinstance(part, (ToolCall, Sound)):
-            self._add_item(part)
+        elif isinstance(part, Failure):
+            raise part.error
         else:
-            self._ends[type(part)] = part
+            self._add_beside(part)
 
-    def _add_item(self, part: ToolCall | Sound) -> None:
+    def _add_beside(self, part: ToolCall | Sound | Citations | Usage | Finish) -> None:
         if isinstance(part, ToolCall):
             self.calls.append(part)
-        else:
+        elif isinstance(part, Sound):
             self.sounds.append(part.data)
+        elif isinstance(part, Citations):
+            self.citations = part.resources
+        elif isinstance(part, Usage):
+            self.usage = part
+        else:
+            self.finish_reason = part.reason
 
 
 def media_text(media: Media, *, is_first: bool) -> str:
