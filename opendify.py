@@ -84,7 +84,7 @@ from itertools import count
 from math import exp, inf, sqrt
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Callable, NamedTuple, Protocol, Union, cast
+from typing import IO, Any, Callable, NamedTuple, Union, cast
 
 try:
     import h11
@@ -4110,6 +4110,11 @@ class Envelope(NamedTuple):
     created: int
     model: str
 
+    def head(self, kind: str) -> dict[str, Any]:
+        """The keys with which an object of this kind begins."""
+        id_, created, model = self
+        return {"id": id_, "object": kind, "created": created, "model": model}
+
 
 class Answer:
     """A whole answer, collected part by part."""
@@ -4205,10 +4210,7 @@ def chat_completion(
         for index, answer in enumerate(answers)
     ]
     return {
-        "id": envelope.id,
-        "object": "chat.completion",
-        "created": envelope.created,
-        "model": envelope.model,
+        **envelope.head("chat.completion"),
         "system_fingerprint": _FINGERPRINT,
         "choices": choices,
         "usage": _usage_object(sum((answer.usage for answer in answers), Usage())),
@@ -4258,48 +4260,17 @@ def _finish_reason(reason: str, calls: Sequence[ToolCall], is_legacy: bool) -> s
     return "function_call" if is_legacy else "tool_calls"
 
 
-class AnswerStream(Protocol):
-    """Writes one answer as SSE, in the words of one API.
-
-    `begin` once, then `encode` for each part, in order, then `end`; `fail` instead at
-    any time. `heartbeat` may be sent between any two of them.
-    """
-
-    @property
-    def needs_ids(self) -> bool:
-        """Whether `begin` must wait until Dify's ids are known."""
-
-    @property
-    def usage(self) -> Usage:
-        """Token counts, once they are known."""
-
-    def begin(self, extra: Mapping[str, Any]) -> bytes:
-        """The first events; `extra` keys stand beside the standard ones."""
-
-    def encode(self, part: Part) -> bytes:
-        """The events that a part becomes."""
-
-    def heartbeat(self) -> bytes:
-        """What keeps a connection alive, and says nothing."""
-
-    def end(self, usage: Usage) -> bytes:
-        """The end of the stream, once all its choices are finished."""
-
-    def fail(self, error: ProxyError) -> bytes:
-        """The end of a stream that can't be finished."""
-
-
 class _ChunkStream:
-    """What chat and the legacy API have in common; their `_chunk` writes a chunk."""
+    """What chat and the legacy API have in common; `_choice` is their own."""
 
     needs_ids = False
-    _chunk: Callable[..., bytes]
+    _choice: Callable[[Any, str | None], dict[str, Any]]
 
     def __init__(
-        self, envelope: Envelope, *, include_usage: bool, index: int = 0
+        self, head: Mapping[str, Any], *, include_usage: bool, index: int
     ) -> None:
         self.usage = Usage()
-        self._envelope = envelope
+        self._head = head
         self._usage_key = {"usage": None} if include_usage else {}
         self._index = index
 
@@ -4317,13 +4288,20 @@ class _ChunkStream:
         """The end of a stream that can't be finished: no finish_reason, ever."""
         return encode_failure(error)
 
+    def _chunk(
+        self, content: Any, reason: str | None, extra: Mapping[str, Any] | None = None
+    ) -> bytes:
+        """One chunk: some content of the choice, or None beside all choices."""
+        choices = [] if content is None else [self._choice(content, reason)]
+        more = {**self._usage_key, **(extra or {})}
+        return encode_event(json_bytes({**self._head, "choices": choices, **more}))
+
 
 class ChatStream(_ChunkStream):
     """Writes the chunks of one choice of a streamed chat completion as SSE.
 
-    Call `begin`, then `encode` for each part, in order, then `end`; or `fail`. Text and
-    Reasoning are written from a template: `dumps` of a whole chunk costs twenty times
-    as much.
+    Text and Reasoning are written from a template: `dumps` of a whole chunk costs
+    twenty times as much.
     """
 
     def __init__(
@@ -4334,11 +4312,13 @@ class ChatStream(_ChunkStream):
         index: int = 0,
         is_legacy: bool = False,
     ) -> None:
-        super().__init__(envelope, include_usage=include_usage, index=index)
+        head = envelope.head("chat.completion.chunk")
+        head["system_fingerprint"] = _FINGERPRINT
+        super().__init__(head, include_usage=include_usage, index=index)
         self._is_legacy = is_legacy
-        head, _, tail = self._chunk({"@": 0}, None).partition(b'{"@":0}')
-        self._text = (head + b'{"content":', b"}" + tail)
-        self._reasoning = (head + b'{"reasoning_content":', b"}" + tail)
+        before, _, after = self._chunk({"@": 0}, None).partition(b'{"@":0}')
+        self._text = (before + b'{"content":', b"}" + after)
+        self._reasoning = (before + b'{"reasoning_content":', b"}" + after)
         self._chars = 0
         self._calls: list[ToolCall] = []
         self._citations: tuple[Mapping[str, Any], ...] = ()
@@ -4374,39 +4354,16 @@ class ChatStream(_ChunkStream):
         self._calls.append(call)
         named = {"name": call.name, "arguments": ""}
         given = {"arguments": call.arguments}
-        deltas: list[dict[str, Any]]
         if self._is_legacy:
-            deltas = [{"function_call": named}, {"function_call": given}]
-            deltas = [] if index else deltas
-        else:
-            about = {"id": call.id, "type": "function"}
-            rows = ({**about, "function": named}, {"function": given})
-            deltas = [{"tool_calls": [{"index": index, **row}]} for row in rows]
-        return b"".join(self._chunk(delta, None) for delta in deltas)
+            told = () if index else (named, given)
+            return b"".join(self._chunk({"function_call": row}, None) for row in told)
+        about = {"index": index, "id": call.id, "type": "function", "function": named}
+        rows = (about, {"index": index, "function": given})
+        return b"".join(self._chunk({"tool_calls": [row]}, None) for row in rows)
 
-    def _chunk(
-        self,
-        delta: Mapping[str, Any] | None,
-        finish_reason: str | None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> bytes:
-        choice = {
-            "index": self._index,
-            "delta": delta,
-            "logprobs": None,
-            "finish_reason": finish_reason,
-        }
-        chunk = {
-            "id": self._envelope.id,
-            "object": "chat.completion.chunk",
-            "created": self._envelope.created,
-            "model": self._envelope.model,
-            "system_fingerprint": _FINGERPRINT,
-            "choices": [] if delta is None else [choice],
-            **self._usage_key,
-            **(extra or {}),
-        }
-        return encode_event(json_bytes(chunk))
+    def _choice(self, delta: Any, reason: str | None) -> dict[str, Any]:
+        choice = {"index": self._index, "delta": delta, "logprobs": None}
+        return {**choice, "finish_reason": reason}
 
 
 class SpokenStream(ChatStream):
@@ -4423,8 +4380,8 @@ class SpokenStream(ChatStream):
         self._spoken = spoken
         self._id = ""  # until it is told, with the first text
         self._sound: bytes | None = None  # what is not written yet
-        head, _, tail = self._audio({"@": 0}).partition(b'{"@":0}')
-        self._text = (head + b'{"transcript":', b"}" + tail)
+        before, _, after = self._audio({"@": 0}).partition(b'{"@":0}')
+        self._text = (before + b'{"transcript":', b"}" + after)
 
     def begin(self, extra: Mapping[str, Any]) -> bytes:
         """The first chunk; the audio's id waits for the first text."""
@@ -4460,7 +4417,8 @@ class CompletionStream(_ChunkStream):
     def __init__(
         self, envelope: Envelope, *, include_usage: bool, index: int, echo: str
     ) -> None:
-        super().__init__(envelope, include_usage=include_usage, index=index)
+        head = envelope.head("text_completion")
+        super().__init__(head, include_usage=include_usage, index=index)
         self._echo = echo
 
     def begin(self, extra: Mapping[str, Any]) -> bytes:
@@ -4477,15 +4435,8 @@ class CompletionStream(_ChunkStream):
             self.usage = part
         return b""
 
-    def _chunk(
-        self,
-        text: str | None,
-        reason: str | None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> bytes:
-        choice = _completion_choice(self._index, text or "", reason)
-        chunk = _completion(self._envelope, [] if text is None else [choice])
-        return encode_event(json_bytes({**chunk, **self._usage_key, **(extra or {})}))
+    def _choice(self, text: Any, reason: str | None) -> dict[str, Any]:
+        return _completion_choice(self._index, text, reason)
 
 
 def text_completion(
@@ -4499,19 +4450,9 @@ def text_completion(
         _completion_choice(index, echo + answer.text, answer.finish_reason)
         for index, (answer, echo) in enumerate(zip(answers, echoes))
     ]
-    usage = sum((answer.usage for answer in answers), Usage())
-    value = _completion(envelope, choices)
-    return {**value, "usage": _usage_object(usage), **extra}
-
-
-def _completion(envelope: Envelope, choices: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "id": envelope.id,
-        "object": "text_completion",
-        "created": envelope.created,
-        "model": envelope.model,
-        "choices": choices,
-    }
+    usage = _usage_object(sum((answer.usage for answer in answers), Usage()))
+    head = envelope.head("text_completion")
+    return {**head, "choices": choices, "usage": usage, **extra}
 
 
 def _completion_choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
@@ -5129,8 +5070,7 @@ class _OpenItem:
 class ResponseStream:
     """Writes the events of one streamed response as SSE.
 
-    Call `begin`, then `encode` for each part, in order; Finish, or `fail`, ends the
-    stream; `response` is then the whole object. `heartbeat` may be sent at any time.
+    Finish, or `fail`, ends the stream; `response` is then the whole object.
 
         created, in_progress, [reasoning], message, [call]*, completed
 
@@ -5294,6 +5234,13 @@ def _custom_input(arguments: str) -> str:
         return str(object_of(json.loads(arguments)).get("input", arguments))
     except (ValueError, RecursionError):
         return arguments
+
+
+# Writes one answer as SSE, in the words of one API: `begin` once, then `encode` for
+# each part, in order, then `end`; `fail` instead at any time. `heartbeat` may be sent
+# between any two of them. `begin` waits until Dify's ids are known if it `needs_ids`;
+# `usage` are the token counts, once they are known.
+AnswerStream = Union[ChatStream, CompletionStream, ResponseStream]
 
 
 # ==============================================================================
