@@ -5600,12 +5600,11 @@ _PUT = f"""
 INSERT OR REPLACE INTO opendify_tails
 SELECT ?, CASE WHEN (SELECT state FROM opendify_tails WHERE id = ?) IS ?
           THEN {_FREE} ELSE {_LOST} END, ?, ?, ?, ?, ?, ?, ?, ?"""
-_SURPLUS = """
-SELECT (SELECT COUNT(*) FROM opendify_tails) - ?,
-       (SELECT COUNT(*) FROM opendify_tails WHERE used < ?)"""
-_DROP_OLDEST = """
-DELETE FROM opendify_tails
-WHERE id IN (SELECT id FROM opendify_tails ORDER BY used LIMIT ?)"""
+_SWEEP = f"""
+DELETE FROM opendify_tails WHERE id IN (
+SELECT id FROM opendify_tails ORDER BY used LIMIT MIN({_SWEEP_MOST}, MAX(0,
+(SELECT COUNT(*) FROM opendify_tails) - ?,
+(SELECT COUNT(*) FROM opendify_tails WHERE used < ?))))"""
 _DROP_NAMED = """
 DELETE FROM opendify_named WHERE id IN (
 SELECT id FROM (
@@ -5781,16 +5780,13 @@ class Conversations:
             return
         key, state = _id(tail), _TAKEN if tail.is_taken else None
         last = tail.digests[-_DIGEST_BYTES:]
-        row = [tail.conversation_id, tail.chain, tail.length, tail.digests]
-        row += [tail.system, tail.folded]
+        row = tail[1:7]  # as _SELECT reads it
         self._waiting.append([key, key, state, now, last, *row])
         if len(self._waiting) >= self._most_waiting:
             self._put_waiting()
         self._puts += 1
         if self._puts % min(_SWEEP_EVERY, 1 + self._most // 100) == 0:
-            rows, _ = self._run(_SURPLUS, self._most, now - self._ttl_s)
-            surplus = min(_SWEEP_MOST, max(0, *rows[0])) if rows else 0
-            self._run(_DROP_OLDEST, surplus)
+            self._run(_SWEEP, self._most, now - self._ttl_s)
 
     def _mark(self, tail: Tail, now: float) -> Tail | None:
         """The tail, taken, unless somebody was faster."""
@@ -5851,7 +5847,7 @@ def open_conversations(store: str, ttl_s: float) -> tuple[Conversations, str]:
     if store.lower() not in ("", "memory"):
         try:
             return Conversations(store, ttl_s), ""
-        except (sqlite3.Error, ValueError) as error:
+        except _FAILURES as error:
             complaint = (
                 f"CONVERSATION_STORE: the file {store} can't be used ({error});"
                 " conversations are kept in memory and end with this process."
