@@ -5556,17 +5556,11 @@ def fold(
 
 def _element(message: Message, file_key: str) -> tuple[str, str]:
     """(attributes, text) of a message; its calls are written as the app writes them."""
-    files = {file_key: _file_names(message)}
+    named = [("role", message.role), ("name", message.name)]
+    given = [*named, (file_key, _file_names(message))]
     texts = [message.text, *map(describe_call, message.tool_calls)]
-    about = _attributes(role=message.role, name=message.name, **files)
+    about = "".join(f" {k}={json.encoder.encode_basestring(v)}" for k, v in given if v)
     return about, "\n".join(text for text in texts if text)
-
-
-def _attributes(**values: str) -> str:
-    given = {name: text for name, text in values.items() if text}
-    return "".join(
-        f" {k}={json.encoder.encode_basestring(v)}" for k, v in given.items()
-    )
 
 
 def _file_names(message: Message) -> str:
