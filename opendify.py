@@ -5086,7 +5086,7 @@ class ResponseStream:
         self._ends = Answer()  # what comes once, at the end
         self._output: list[dict[str, Any]] = []
         self._open: dict[str, _OpenItem] = {}  # by prefix
-        self._sequence_number = 0
+        self._numbers = count()  # of its events
 
     @property
     def usage(self) -> Usage:
@@ -5153,7 +5153,7 @@ class ResponseStream:
         item = self._open[form.prefix]
         if text:
             # From a template: `dumps` of a whole delta costs ten times as much.
-            number = self._next_number()
+            number = next(self._numbers)
             events += b'%b%d,"delta":%b}\n\n' % (item.head, number, json_string(text))
             item.texts.append(text)
         return events
@@ -5220,13 +5220,9 @@ class ResponseStream:
         return self._event(event, response=self.response)
 
     def _event(self, name: str, /, **fields: Any) -> bytes:
-        kind, number = f"response.{name}", self._next_number()
+        kind, number = f"response.{name}", next(self._numbers)
         event = {"type": kind, "sequence_number": number, **fields}
         return encode_event(json_bytes(event), kind)
-
-    def _next_number(self) -> int:
-        self._sequence_number += 1
-        return self._sequence_number - 1
 
 
 def _custom_input(arguments: str) -> str:
