@@ -4865,12 +4865,9 @@ def response_object(
     """The whole object of a response: what a stream of the same parts ends with."""
     stream = ResponseStream(frame)
     stream.begin(frame.extra)
-    for part in (Reasoning(answer.reasoning), Text(answer.text)):
+    said: list[Part] = [Reasoning(answer.reasoning), Text(answer.text), *answer.calls]
+    for part in (*said, Citations(answer.citations), answer.usage):
         stream.encode(part)
-    for call in answer.calls:
-        stream.encode(call)
-    stream.encode(Citations(answer.citations))
-    stream.encode(answer.usage)
     if error:
         stream.fail(error)
     else:
