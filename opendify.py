@@ -3500,12 +3500,13 @@ def parse_stream(body: Mapping[str, Any]) -> bool:
     return bool(stream)
 
 
-def opening_length(items: Sequence[object]) -> int:
-    """How many system messages open a history."""
-    at = 0
+def split_system(items: Sequence[Any], first: str = "") -> tuple[str, tuple[Any, ...]]:
+    """(the system text that opens a history, all other items)."""
+    at, texts = 0, [first]
     while at < len(items) and getattr(items[at], "role", "") == "system":
+        texts.append(items[at].text)
         at += 1
-    return at
+    return "\n\n".join(text for text in texts if text.strip()), tuple(items[at:])
 
 
 def _parse_required(body: Mapping[str, Any], name: str) -> str:
@@ -3519,16 +3520,12 @@ def _parse_required(body: Mapping[str, Any], name: str) -> str:
 
 
 def _parse_messages(rows: Any) -> tuple[str, tuple[Message, ...]]:
-    """(the system text that opens the messages, all others)."""
     if rows is None or rows == []:
         raise missing_parameter("messages")
     if not isinstance(rows, list):
         raise bad_type("messages", "an array")
     messages = [parse_message(row, f"messages[{i}]") for i, row in enumerate(rows)]
-    messages = with_tool_names(messages)
-    opening = opening_length(messages)
-    system = [row.text for row in messages[:opening] if row.text.strip()]
-    return "\n\n".join(system), tuple(messages[opening:])
+    return split_system(with_tool_names(messages))
 
 
 @dataclass(frozen=True)
@@ -4602,15 +4599,13 @@ def parse_responses_request(body: Mapping[str, Any]) -> ResponsesRequest:
     instructions = body.get("instructions") or ""
     if not isinstance(instructions, str):
         raise bad_type("instructions", "a string")
-    items = parse_items(body.get("input"))
+    items: Sequence[Item] = parse_items(body.get("input"))
     if not items and not previous and not conversation:
         raise missing_parameter("input")
-    opening = opening_length(items)
-    told = [row.text for row in items[:opening] if isinstance(row, Message)]
-    system = [text for text in (instructions, *told) if text.strip()]
+    system, items = split_system(items, instructions)
     return ResponsesRequest(
-        ask=parse_ask(_with_functions(body))._replace(system="\n\n".join(system)),
-        items=tuple(items[opening:]),
+        ask=parse_ask(_with_functions(body))._replace(system=system),
+        items=items,
         stream=parse_stream(body),
         previous_response_id=previous,
         conversation=conversation,
@@ -4694,14 +4689,10 @@ def parse_items(value: Any) -> list[Item]:
     parsed = [_parse_item(row, f"input[{index}]") for index, row in enumerate(value)]
     known = [item for item in parsed if item]
     items: list[Item] = []
-    for is_answer, run in itertools.groupby(known, _is_assistants):
+    for role, run in itertools.groupby(known, lambda row: getattr(row, "role", "")):
         rows = list(run)
-        items += _joined(cast("list[Message]", rows)) if is_answer else rows
+        items += _joined(cast("list[Message]", rows)) if role == "assistant" else rows
     return items
-
-
-def _is_assistants(item: Item) -> bool:
-    return isinstance(item, Message) and item.role == "assistant"
 
 
 def _joined(said: Iterable[Message]) -> list[Message]:
