@@ -5519,12 +5519,7 @@ def fold(
 
     The files of `carried` messages go with the query, those of others don't.
     """
-    rows: list[tuple[str, str]] = []
-    for message in messages:
-        is_carried = any(message is row for row in carried)
-        rows.append(_element(message, "file" if is_carried else "file_not_included"))
-    if not rows:
-        return ""
+    rows = [_element(row, carried) for row in messages]
     texts = [beside, *(text for _, text in rows)]
     used = {n for text in texts for n in _TAG.findall(text)}
     tag = "message"
@@ -5533,8 +5528,10 @@ def fold(
     return "\n".join(f"<{tag}{about}>\n{text}\n</{tag}>" for about, text in rows)
 
 
-def _element(message: Message, file_key: str) -> tuple[str, str]:
+def _element(message: Message, carried: Sequence[Message]) -> tuple[str, str]:
     """(attributes, text) of a message; its calls are written as the app writes them."""
+    is_carried = any(message is row for row in carried)
+    file_key = "file" if is_carried else "file_not_included"
     named = [("role", message.role), ("name", message.name)]
     given = [*named, (file_key, _file_names(message))]
     texts = [message.text, *map(describe_call, message.tool_calls)]
