@@ -3755,9 +3755,9 @@ def parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...]
 
 
 def _parse_image(part: Mapping[str, Any], where: str) -> Attachment:
-    if stored := _stored(part, part.get("image_url")):
-        return stored
     image = part.get("image_url")
+    if stored := _stored(part, image):
+        return stored
     url = image.get("url") if isinstance(image, dict) else image
     if not isinstance(url, str) or not url:
         raise bad_value(
