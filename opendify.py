@@ -3867,10 +3867,11 @@ _MAGIC = (
 def _plain_name(name: str, media_type: str) -> str:
     """A file name that every Dify takes: no path, no reserved sign, an extension."""
     name = re.sub(r'[\\/:*?"<>|\x00-\x1f\ud800-\udfff]', "_", name)[-150:].strip(". ")
+    name = name or "file"
     if "." not in name and media_type:
         subtype = re.sub(r"\W.*", "", media_type.partition("/")[2])
         name += "." + _EXTENSION_BY_MEDIA_TYPE.get(media_type, subtype or "bin")
-    return name or "file"
+    return name
 
 
 # Audio...

@@ -656,6 +656,11 @@ FILES = [
         id="file-with-a-path",
     ),
     pytest.param(
+        file(base64_of(PDF), filename=" ..."),
+        Attachment("file.pdf", "application/pdf", PDF),
+        id="file-with-nothing-but-dots",
+    ),
+    pytest.param(
         {"type": "input_file", "filename": "a.pdf", "file_data": base64_of(PDF)},
         Attachment("a.pdf", "application/pdf", PDF),
         id="input-file",
