@@ -4512,8 +4512,7 @@ def cite(resources: Sequence[Mapping[str, Any]], at: int) -> dict[str, Any]:
     """Citations as OpenAI's annotations, where they have a URL, and complete."""
     annotations = []
     for row in resources:
-        url = url_of(row)
-        if url:
+        if url := url_of(row):
             title = str(row.get("title") or row.get("document_name") or url)
             citation = {"start_index": 0, "end_index": at, "url": url, "title": title}
             annotations.append({"type": "url_citation", "url_citation": citation})
