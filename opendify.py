@@ -3827,9 +3827,8 @@ def _parse_data_url(url: str, where: str) -> tuple[str, bytes]:
     media_type = fields[0].lower() if "/" in fields[0] else ""
     if fields[-1].lower() == "base64":
         return media_type, _decode_base64(urllib.parse.unquote(payload), where)
-    return media_type or "text/plain", urllib.parse.unquote_to_bytes(
-        payload.encode("utf-8", "replace")
-    )
+    data = urllib.parse.unquote_to_bytes(payload.encode("utf-8", "replace"))
+    return media_type or "text/plain", data
 
 
 def _decode_base64(text: str, where: str) -> bytes:
