@@ -3582,29 +3582,20 @@ def end_user(asked: str, forwarded: str, key: str) -> str:
 
 def missing_parameter(field_name: str) -> BadRequest:
     """The error for a field that a request lacks."""
-    return BadRequest(
-        f"Missing required parameter: '{field_name}'.",
-        param=field_name,
-        code="missing_required_parameter",
-    )
+    message = f"Missing required parameter: '{field_name}'."
+    return BadRequest(message, param=field_name, code="missing_required_parameter")
 
 
 def bad_type(field_name: str, wanted: str) -> BadRequest:
     """The error for a field of the wrong type."""
-    return BadRequest(
-        f"Invalid type for '{field_name}': it must be {wanted}.",
-        param=field_name,
-        code="invalid_type",
-    )
+    message = f"Invalid type for '{field_name}': it must be {wanted}."
+    return BadRequest(message, param=field_name, code="invalid_type")
 
 
 def bad_value(field_name: str, problem: str) -> BadRequest:
     """The error for a value that a field can't have."""
-    return BadRequest(
-        f"Invalid value for '{field_name}': {problem}",
-        param=field_name,
-        code="invalid_value",
-    )
+    message = f"Invalid value for '{field_name}': {problem}"
+    return BadRequest(message, param=field_name, code="invalid_value")
 
 
 def with_tool_names(messages: list[Message]) -> list[Message]:
