@@ -3531,8 +3531,8 @@ def _parse_messages(rows: Any) -> tuple[str, tuple[Message, ...]]:
 class CompletionRequest:
     """A legacy request: one question for each choice, and what each repeats."""
 
-    asks: tuple[Ask, ...]
-    echoes: tuple[str, ...]
+    asks: Sequence[Ask]
+    echoes: Sequence[str]
     stream: bool = False
     include_usage: bool = False
 
@@ -3559,9 +3559,7 @@ def parse_completion_request(body: Mapping[str, Any]) -> CompletionRequest:
         raise bad_value("prompt", f"there may be {MAX_CHOICES} choices at most.")
     asks = [chat.ask._replace(messages=(Message("user", text),)) for text in each]
     echoes = [text if body.get("echo") else "" for text in each]
-    return CompletionRequest(
-        tuple(asks), tuple(echoes), chat.stream, chat.include_usage
-    )
+    return CompletionRequest(asks, echoes, chat.stream, chat.include_usage)
 
 
 def end_user(asked: str, forwarded: str, key: str) -> str:
