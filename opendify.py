@@ -8952,7 +8952,7 @@ class Form:
 
 
 _PREFIX = re.compile(  # an endpoint is one, too, if another is behind it
-    r"(?:(?:v1|api|openai|(?:chat/)?completions(?=/.)"
+    r"\A(?:(?:v1|api|openai|(?:chat/)?completions(?=/.)"
     r"|responses(?=/(?:responses|models)(?:/|\Z)))(?:/|\Z))+"
 )
 _DEPLOYMENT = re.compile(
@@ -8983,12 +8983,11 @@ def find_endpoint(path: str) -> tuple[str, str]:
     """
     if path == "/":
         return path, ""
-    tail = re.sub(r"/{2,}", "/", path).strip("/")
-    tail = tail[_prefix_length(tail) :]
+    tail = _PREFIX.sub("", re.sub(r"/{2,}", "/", path).strip("/"))
     name = ""
     if deployment := _DEPLOYMENT.match(tail):
         name, tail = deployment[1], deployment[2]
-        tail = tail[_prefix_length(tail) :]
+        tail = _PREFIX.sub("", tail)
     if file := _FILE.match(tail):
         return f"files{file[2] or '/'}", file[1]
     if tail.startswith("models/"):
@@ -8998,11 +8997,6 @@ def find_endpoint(path: str) -> tuple[str, str]:
     if item := _ITEM.match(tail):
         return "conversations/{id}/items/{id}", f"{item[1]}/{item[2]}"
     return tail, name
-
-
-def _prefix_length(tail: str) -> int:
-    prefix = _PREFIX.match(tail)
-    return prefix.end() if prefix else 0
 
 
 def json_response(value: Any, headers: Sequence[tuple[str, str]] = ()) -> Response:
