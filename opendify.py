@@ -9322,15 +9322,11 @@ class Handlers:
 
     async def _models(self) -> Mapping[str, AppSettings]:
         """All apps by model name; those of DIFY_API_KEYS by their names in Dify."""
-        models = dict(self.settings.model_config)
-        apps = [
-            AppSettings(key, self.settings.dify_api_base)
-            for key in self.settings.dify_api_keys
-        ]
+        models, base = dict(self.settings.model_config), self.settings.dify_api_base
+        apps = [AppSettings(key, base) for key in self.settings.dify_api_keys]
         unnamed = [app for app in apps if not self._dify.known_name(app)]
         for got in await _in_time(map(self._dify.name_of, unnamed)):
-            is_late = isinstance(got, asyncio.TimeoutError)
-            if isinstance(got, Exception) and not is_late:
+            if isinstance(got, Exception) and not isinstance(got, asyncio.TimeoutError):
                 log.warning("an app of DIFY_API_KEYS: %s", got)
         for app in apps:
             digest = hashlib.sha256(app.key.encode()).hexdigest()
