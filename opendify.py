@@ -9700,13 +9700,9 @@ class Handlers:
     def _pacer(self, exchange: Exchange, app: AppSettings) -> Pacer | None:
         """The delay buffer, unless the operator or the request switched it off."""
         asked = exchange.request.headers.get("x-opendify-smoothing", "").lower()
-        is_on = (
-            app.smoothing
-            if app.smoothing is not None
-            else self.settings.stream_smoothing
-        )
-        if asked in ("on", "off"):
-            is_on = asked == "on"
+        is_on = {"on": True, "off": False}.get(asked, app.smoothing)
+        if is_on is None:
+            is_on = self.settings.stream_smoothing
         return Pacer(self.settings.stream_max_lag) if is_on else None
 
     # Audio...
