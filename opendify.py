@@ -9192,7 +9192,7 @@ class Handlers:
         self._archive = Archive(dify, conversations, wall_clock)
         self._created = int(wall_clock())
         self.metrics = Metrics()
-        self._key_failures: dict[str, deque[float]] = {}  # times, by address
+        self._key_failures: dict[str, deque[float]] = {}  # the last times, by address
         self._running: dict[ResponseStream, Exchange] = {}
 
     def find(self, exchange: Exchange) -> Handler:
@@ -9229,8 +9229,10 @@ class Handlers:
         valid = self.settings.valid_api_keys
         if not valid:
             return
-        failures = self._recent_failures(peer)
-        if len(failures) >= MAX_KEY_FAILURES:
+        now = asyncio.get_running_loop().time()
+        failures = self._key_failures.get(peer) or deque(maxlen=MAX_KEY_FAILURES)
+        is_full = len(failures) == MAX_KEY_FAILURES
+        if is_full and failures[0] >= now - KEY_FAILURES_S:
             raise RateLimited(
                 "Too many wrong API keys from this address.",
                 headers=[("Retry-After", f"{KEY_FAILURES_S:g}")],
@@ -9242,22 +9244,14 @@ class Handlers:
         if not key:
             raise Unauthorized("No API key. Send one as `Authorization: Bearer KEY`.")
         if not is_loopback(peer):
-            failures.append(asyncio.get_running_loop().time())
+            if len(self._key_failures) > MAX_ADDRESSES:
+                self._key_failures.clear()
+            failures.append(now)
             self._key_failures[peer] = failures
         raise Unauthorized(
             "Incorrect API key provided: it is none of this server's VALID_API_KEYS.",
             code="invalid_api_key",
         )
-
-    def _recent_failures(self, peer: str) -> deque[float]:
-        """When this address gave wrong keys, in the last minute."""
-        since = asyncio.get_running_loop().time() - KEY_FAILURES_S
-        if len(self._key_failures) > MAX_ADDRESSES:
-            self._key_failures.clear()
-        failures = self._key_failures.get(peer, deque())
-        while failures and failures[0] < since:
-            failures.popleft()
-        return failures
 
     # Models...
 
