@@ -9480,7 +9480,7 @@ class Handlers:
         items = await self._items_of(exchange, self._named(exchange, id_))
         item = next((row for row in items if row["id"] == item_id), None)
         if not item:
-            raise _no_such_item(item_id)
+            raise _not_found("Item", item_id)
         exchange.reply.send(json_response(item))
 
     async def delete_conversation_item(self, exchange: Exchange) -> None:
@@ -9501,7 +9501,7 @@ class Handlers:
                 break
         rest = [row for row in named.items if row["id"] != item_id]
         if len(rest) == len(named.items):
-            raise _no_such_item(item_id)
+            raise _not_found("Item", item_id)
         if len(rest) > MAX_NAMED_ITEMS:
             most = f"{MAX_NAMED_ITEMS} items"
             raise BadRequest(f"None of more than {most} can be deleted.")
@@ -9552,8 +9552,7 @@ class Handlers:
         owner, now = self._owner_of(exchange), self._wall_clock()
         named = self._conversations.named(id_, owner, now)
         if not named:
-            message = f"Conversation with id {_shown(id_)} not found."
-            raise NotFound(message, code="not_found")
+            raise _not_found("Conversation", id_)
         return named
 
     def _keep(self, exchange: Exchange, named: NamedConversation) -> None:
@@ -9611,7 +9610,7 @@ class Handlers:
             for turn in await self._archive.turns_of(app, place):
                 if turn.message_id == place.message_id:
                     return _frame_of(turn, model, sealer, place.user), turn
-        raise NotFound(f"Response with id {_shown(id_)} not found.", code="not_found")
+        raise _not_found("Response", id_)
 
     def _as_response(self, frame: ResponseFrame, turn: StoredTurn) -> dict[str, Any]:
         last = turn.parts[-1] if turn.parts else None
@@ -10083,8 +10082,8 @@ def _item_in_path(exchange: Exchange) -> tuple[str, str]:
     return id_, urllib.parse.unquote(item_id)
 
 
-def _no_such_item(id_: str) -> NotFound:
-    return NotFound(f"Item with id {_shown(id_)} not found.", code="not_found")
+def _not_found(kind: str, id_: str) -> NotFound:
+    return NotFound(f"{kind} with id {_shown(id_)} not found.", code="not_found")
 
 
 def _shown(id_: str) -> str:
