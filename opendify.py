@@ -10018,7 +10018,7 @@ def is_known_history(history: Sequence[Message], known: Sequence[Message]) -> bo
         if not _is_said(asked, known[at : at + 1]) or not at:
             return False
         at, asked = at - 2, []
-        if not _is_same_answer(message, known[at + 1]):
+        if _said(message) != _said(known[at + 1]):
             return False
     return at < len(known) and (not asked or _is_said(asked, known[at : at + 1]))
 
@@ -10034,11 +10034,10 @@ def _is_said(asked: Sequence[Message], stored: Sequence[Message]) -> bool:
     return all(f"\n{text}\n" in whole for text in texts)
 
 
-def _is_same_answer(mine: Message, stored: Message) -> bool:
-    calls = [(row.name, row.arguments) for row in mine.tool_calls]
-    return " ".join(mine.text.split()) == " ".join(stored.text.split()) and calls == [
-        (row.name, row.arguments) for row in stored.tool_calls
-    ]
+def _said(answer: Message) -> tuple[list[str], list[tuple[str, str]]]:
+    """What makes answers the same: their words, and their calls but for the ids."""
+    calls = [(call.name, call.arguments) for call in answer.tool_calls]
+    return answer.text.split(), calls
 
 
 def _frame_of(
