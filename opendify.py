@@ -10127,11 +10127,10 @@ def with_words(ask: Ask, place: str) -> Ask:
     has_called = any(row.tool_calls or row.role == "tool" for row in ask.messages)
     mode = "none" if has_called and not ask.tools else ask.tool_mode
     tools = describe_tools(ask.tools, mode) if place != "off" else ""
-    words = [describe_format(ask.output)]
+    words = [tools, describe_format(ask.output)]
     if place == "inputs" and tools:
         ask = ask._replace(inputs={**ask.inputs, "tools": tools})
-    else:
-        words.insert(0, tools)
+        words.remove(tools)
     if not any(words):
         return ask
     texts = [text for text in (ask.system, *words) if text]
