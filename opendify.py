@@ -8999,10 +8999,12 @@ def find_endpoint(path: str) -> tuple[str, str]:
     return tail, name
 
 
-def json_response(value: Any, headers: Sequence[tuple[str, str]] = ()) -> Response:
-    """A response of JSON."""
+def send_json(
+    reply: Reply, value: Any, headers: Sequence[tuple[str, str]] = (), status: int = 200
+) -> None:
+    """Reply with JSON."""
     fields = [("Content-Type", "application/json"), *headers]
-    return Response(200, json_bytes(value), fields)
+    reply.send(Response(status, json_bytes(value), fields))
 
 
 class Archive:
@@ -9259,7 +9261,7 @@ class Handlers:
         """`GET /models`."""
         models = await self._models()
         rows = [(name, self._dify.known_name(app)) for name, app in models.items()]
-        exchange.reply.send(json_response(models_list(rows, self._created)))
+        send_json(exchange.reply, models_list(rows, self._created))
 
     async def get_model(self, exchange: Exchange) -> None:
         """`GET /models/{id}`, in each of the encodings that clients use."""
@@ -9268,14 +9270,13 @@ class Handlers:
         if name not in models:
             raise _no_such_model(name, models)
         app_name = self._dify.known_name(models[name])
-        value = model_object(name, app_name, self._created)
-        exchange.reply.send(json_response(value))
+        send_json(exchange.reply, model_object(name, app_name, self._created))
 
     async def list_apps(self, exchange: Exchange) -> None:
         """`GET /apps`: how each app does just now, for the page."""
         models = await self._models()
         rows = await asyncio.gather(*map(self._app_row, models, models.values()))
-        exchange.reply.send(json_response({"object": "list", "data": rows}))
+        send_json(exchange.reply, {"object": "list", "data": rows})
 
     async def _app_row(self, model: str, app: AppSettings) -> dict[str, str]:
         try:
@@ -9292,7 +9293,7 @@ class Handlers:
             raise ConfigurationFault("No app is configured.")
         if not self._dify.has_answered_lately:
             await self._dify.call(app, "GET", "/info")
-        exchange.reply.send(json_response({"status": "ready"}))
+        send_json(exchange.reply, {"status": "ready"})
 
     async def show_metrics(self, exchange: Exchange) -> None:
         """`GET /metrics`, for Prometheus."""
@@ -9303,8 +9304,7 @@ class Handlers:
 
     async def health(self, exchange: Exchange) -> None:
         """`GET /health`: the process is alive."""
-        value = {"status": "ok", "version": __version__}
-        exchange.reply.send(json_response(value))
+        send_json(exchange.reply, {"status": "ok", "version": __version__})
 
     async def _app(self, model: str) -> AppSettings:
         models = self.settings.model_config
@@ -9439,12 +9439,12 @@ class Handlers:
         items = self._with_items(body, ())
         named = NamedConversation(id_, now, _parse_metadata(body), items)
         self._keep(exchange, named)
-        exchange.reply.send(_shown_conversation(named))
+        send_json(exchange.reply, _shown_conversation(named))
 
     async def get_conversation(self, exchange: Exchange) -> None:
         """`GET /conversations/{id}`."""
         named = self._named(exchange, exchange.name_in_path)
-        exchange.reply.send(_shown_conversation(named))
+        send_json(exchange.reply, _shown_conversation(named))
 
     async def update_conversation(self, exchange: Exchange) -> None:
         """`POST /conversations/{id}`: other metadata."""
@@ -9452,27 +9452,27 @@ class Handlers:
         metadata = _parse_metadata(parse_json_object(exchange.body))
         named = replace(named, metadata=metadata)
         self._keep(exchange, named)
-        exchange.reply.send(_shown_conversation(named))
+        send_json(exchange.reply, _shown_conversation(named))
 
     async def delete_conversation(self, exchange: Exchange) -> None:
         """`DELETE /conversations/{id}`."""
         named = self._named(exchange, exchange.name_in_path)
         self._conversations.drop(named)
-        exchange.reply.send(json_response(deleted_object(named.id)))
+        send_json(exchange.reply, deleted_object(named.id))
 
     async def add_conversation_items(self, exchange: Exchange) -> None:
         """`POST /conversations/{id}/items`: they go to Dify with the next turn."""
         named = self._named(exchange, exchange.name_in_path)
         items = self._with_items(parse_json_object(exchange.body), named.items)
         self._keep(exchange, replace(named, items=items))
-        page = list_page(items[len(named.items) :], {"order": "asc", "limit": "100"})
-        exchange.reply.send(json_response(page))
+        added = items[len(named.items) :]
+        send_json(exchange.reply, list_page(added, {"order": "asc", "limit": "100"}))
 
     async def list_conversation_items(self, exchange: Exchange) -> None:
         """`GET /conversations/{id}/items`: all turns in Dify, and what awaits one."""
         named = self._named(exchange, exchange.name_in_path)
         items = await self._items_of(exchange, named)
-        exchange.reply.send(json_response(list_page(items, query_of(exchange.request))))
+        send_json(exchange.reply, list_page(items, query_of(exchange.request)))
 
     async def get_conversation_item(self, exchange: Exchange) -> None:
         """`GET /conversations/{id}/items/{id}`."""
@@ -9481,7 +9481,7 @@ class Handlers:
         item = next((row for row in items if row["id"] == item_id), None)
         if not item:
             raise _not_found("Item", item_id)
-        exchange.reply.send(json_response(item))
+        send_json(exchange.reply, item)
 
     async def delete_conversation_item(self, exchange: Exchange) -> None:
         """`DELETE /conversations/{id}/items/{id}`.
@@ -9508,7 +9508,7 @@ class Handlers:
         self._conversations.forget(left)  # no history may lead there again
         named = replace(named, items=tuple(rest))
         self._keep(exchange, named)
-        exchange.reply.send(_shown_conversation(named))
+        send_json(exchange.reply, _shown_conversation(named))
 
     async def _items_of(
         self, exchange: Exchange, named: NamedConversation
@@ -9568,19 +9568,18 @@ class Handlers:
         if query_of(exchange.request).get("stream", "").lower() == "true":
             raise bad_value("stream", "a stored response comes whole.")
         frame, turn = await self._stored_response(exchange)
-        exchange.reply.send(json_response(self._as_response(frame, turn)))
+        send_json(exchange.reply, self._as_response(frame, turn))
 
     async def get_input_items(self, exchange: Exchange) -> None:
         """`GET /responses/{id}/input_items`: the question of an answer."""
         frame, turn = await self._stored_response(exchange)
         items = [input_item(frame.id("msg_", "in"), turn.question)]
-        page = list_page(items, query_of(exchange.request))
-        exchange.reply.send(json_response(page))
+        send_json(exchange.reply, list_page(items, query_of(exchange.request)))
 
     async def delete_response(self, exchange: Exchange) -> None:
         """`DELETE /responses/{id}`. Dify can't forget one message: it stays there."""
         await self._stored_response(exchange)
-        exchange.reply.send(json_response(deleted_object(exchange.name_in_path)))
+        send_json(exchange.reply, deleted_object(exchange.name_in_path))
 
     async def cancel_response(self, exchange: Exchange) -> None:
         """`POST /responses/{id}/cancel`: the app stops, its stream ends with that."""
@@ -9591,7 +9590,7 @@ class Handlers:
                 turn, value = other.turn, {**stream.response, "status": "cancelled"}
                 task_id = turn.stream.answer.task_id
                 await self._dify.stop(turn.app, turn.mode, task_id, turn.user)
-                exchange.reply.send(json_response(value))
+                send_json(exchange.reply, value)
                 return
         await self.get_response(exchange)
 
@@ -9665,7 +9664,7 @@ class Handlers:
         ids = collectors[0].ids
         extra = {"dify": dict(ids)} if ids else {}
         value = whole([sink.answer for sink in collectors], extra)
-        exchange.reply.send(json_response(value, id_headers(ids)))
+        send_json(exchange.reply, value, id_headers(ids))
 
     async def _all_of(
         self, coroutines: Iterable[Coroutine[Any, Any, bytes]]
@@ -9847,7 +9846,7 @@ class Handlers:
         names = {"models": list(voices), "voices": dict.fromkeys(voices.values())}
         kind = exchange.route.rpartition("/")[2]
         rows = [{"id": name, "name": name} for name in names[kind]]
-        exchange.reply.send(json_response({kind: rows}))
+        send_json(exchange.reply, {kind: rows})
 
     # Files...
 
@@ -9870,19 +9869,16 @@ class Handlers:
             str(int(self._wall_clock())),
             form.fields.get("purpose", ""),
         )
-        value = file_object(stored, self._sealer(exchange, app))
-        exchange.reply.send(json_response(value))
+        send_json(exchange.reply, file_object(stored, self._sealer(exchange, app)))
 
     async def list_files(self, exchange: Exchange) -> None:
         """`GET /files`: none, for Dify keeps no list of them, nor does anybody here."""
-        value = {"object": "list", "data": [], "first_id": "", "last_id": ""}
-        exchange.reply.send(json_response({**value, "has_more": False}))
+        send_json(exchange.reply, list_page([], {}))
 
     async def get_file(self, exchange: Exchange) -> None:
         """`GET /files/{id}`: what the id says."""
         app, stored = await self._stored_file(exchange, exchange.name_in_path)
-        value = file_object(stored, self._sealer(exchange, app))
-        exchange.reply.send(json_response(value))
+        send_json(exchange.reply, file_object(stored, self._sealer(exchange, app)))
 
     async def get_file_content(self, exchange: Exchange) -> None:
         """`GET /files/{id}/content`; Dify has it once a message has used the file."""
@@ -9927,8 +9923,7 @@ class Handlers:
         """`DELETE /files/{id}`: Dify's API can't delete, and the answer says so."""
         await self._stored_file(exchange, exchange.name_in_path)
         id_ = urllib.parse.unquote(exchange.name_in_path)
-        value = {"id": id_, "object": "file", "deleted": False}
-        exchange.reply.send(json_response(value))
+        send_json(exchange.reply, {"id": id_, "object": "file", "deleted": False})
 
     async def _app_for(self, exchange: Exchange, form: Form) -> AppSettings:
         """The app that is named, before the file or behind it; else the first."""
@@ -10071,8 +10066,8 @@ def _parse_metadata(body: Mapping[str, Any]) -> dict[str, Any]:
     return metadata
 
 
-def _shown_conversation(named: NamedConversation) -> Response:
-    return json_response(conversation_object(named.id, named.created, named.metadata))
+def _shown_conversation(named: NamedConversation) -> dict[str, Any]:
+    return conversation_object(named.id, named.created, named.metadata)
 
 
 def _item_in_path(exchange: Exchange) -> tuple[str, str]:
@@ -10465,9 +10460,7 @@ def _refuse(exchange: Exchange, error: ProxyError) -> None:
     log_level = logging.WARNING if error.status >= 500 else logging.INFO
     log.log(log_level, "%s: %s id=%s", type(error).__name__, error.message, exchange.id)
     if not reply.status:
-        body = json_bytes(error_body(error))
-        headers = [("Content-Type", "application/json"), *error_headers(error)]
-        reply.send(Response(error.status, body, headers))
+        send_json(reply, error_body(error), error_headers(error), error.status)
     elif exchange.fail and not reply.is_complete:
         reply.end(exchange.fail(error))
 
@@ -11311,11 +11304,11 @@ class DemoApp:
             about = query_of(request)
             id_, most = about["conversation_id"], int(about["limit"])
             rows = [row for row in self._told if row["conversation_id"] == id_]
-            reply.send(json_response({"data": rows[-most:], "has_more": False}))
+            send_json(reply, {"data": rows[-most:], "has_more": False})
         else:  # of a stop's path, the task's id
             self._stopped.update(request.path.split("/"))
             facts = {"name": "OpenDify demo", "mode": "chat", "result": "success"}
-            reply.send(json_response(facts))
+            send_json(reply, facts)
 
     async def _stream(self, reply: Reply, asked: Mapping[str, Any]) -> None:
         """An answer in bursts; events and framing are those of Dify 1.12."""
