@@ -10264,24 +10264,17 @@ class _Idle(Exception):
     """A kept connection that nobody used."""
 
 
-class Server:
-    """Listens, serves, and drains; `is_local` if only this machine can reach it.
+class Listener:
+    """Accepts connections, and serves each in a task of its own.
 
-    Args:
-        handlers: what answers the requests.
-        new_id: makes a fresh request id.
+    `is_local` if only this machine can reach it.
     """
 
-    def __init__(self, handlers: Handlers, new_id: Callable[[], str]) -> None:
-        self._handlers = handlers
-        self._new_id = new_id
-        self.before_request: Callable[[], None] = lambda: None  # reads settings anew
+    is_local = True  # until it listens elsewhere
+
+    def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
-        self._idle: set[Wire] = set()
-        self._running: set[Exchange] = set()
-        self._is_draining = False
         self._servers: list[asyncio.base_events.Server] = []
-        self.is_local = is_loopback(handlers.settings.server_host)
 
     async def listen(self, host: str, port: int) -> list[tuple[str, int]]:
         """Begin to accept; returns the real addresses. Raises OSError."""
@@ -10297,15 +10290,10 @@ class Server:
                 twin.listen(BACKLOG)
         return addresses
 
-    async def drain(self, grace_s: float = DRAIN_S) -> bool:
-        """Stop accepting, let running requests end; whether all of them did."""
-        self._is_draining = True
+    async def stop(self, grace_s: float) -> bool:
+        """Stop accepting, let connections end; whether all of them did in time."""
         for server in self._servers:
             server.close()
-        for wire in list(self._idle):
-            wire.close()
-        for exchange in self._running:
-            exchange.reply.must_close = True
         late = await _settled(self._tasks, grace_s)
         for task in late:
             task.cancel()
@@ -10316,6 +10304,38 @@ class Server:
         task = asyncio.ensure_future(self.serve(wire))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def serve(self, wire: Wire) -> None:
+        """One connection, from its first byte to its last."""
+        raise NotImplementedError
+
+
+class Server(Listener):
+    """Listens, serves, and drains.
+
+    Args:
+        handlers: what answers the requests.
+        new_id: makes a fresh request id.
+    """
+
+    def __init__(self, handlers: Handlers, new_id: Callable[[], str]) -> None:
+        super().__init__()
+        self._handlers = handlers
+        self._new_id = new_id
+        self.before_request: Callable[[], None] = lambda: None  # reads settings anew
+        self._idle: set[Wire] = set()
+        self._running: set[Exchange] = set()
+        self._is_draining = False
+        self.is_local = is_loopback(handlers.settings.server_host)
+
+    async def drain(self, grace_s: float = DRAIN_S) -> bool:
+        """Stop accepting, let running requests end; whether all of them did."""
+        self._is_draining = True
+        for wire in list(self._idle):
+            wire.close()
+        for exchange in self._running:
+            exchange.reply.must_close = True
+        return await self.stop(grace_s)
 
     async def serve(self, wire: Wire) -> None:
         """One connection, from its first byte to its last."""
@@ -10588,10 +10608,9 @@ def _preflight(request: Request) -> list[tuple[str, str]]:
 
 
 async def _settled(
-    tasks: Iterable[asyncio.Task[None]], seconds: float
+    tasks: set[asyncio.Task[None]], seconds: float
 ) -> set[asyncio.Task[None]]:
     """Wait for tasks; returns those that are still running."""
-    tasks = set(tasks)
     if not tasks:
         return set()
     _, running = await asyncio.wait(tasks, timeout=seconds)
@@ -10892,7 +10911,6 @@ No Dify app is configured. Either
 
   or look around first, without Dify:
       python opendify.py --demo"""
-_DEMO_MODEL = "demo"
 _DEMO_ANSWER = (
     "Hello! This is OpenDify's demo app. It stands where your Dify app will stand and "
     "speaks Dify's own protocol, so what you see has come all the way through the "
@@ -11126,9 +11144,11 @@ async def _serve(settings: Settings, source: SettingsSource, *, is_demo: bool) -
     """Serve until a signal; returns the exit status."""
     demo = DemoApp()
     if is_demo:
-        app = AppSettings("app-demo", await demo.listen(), "chat")
-        models = {**settings.model_config, _DEMO_MODEL: app}
-        settings = replace(settings, model_config=models)
+        ((host, port),) = await demo.listen("127.0.0.1", 0)
+        app = AppSettings("app-demo", f"http://{host}:{port}/v1", "chat")
+        settings = replace(
+            settings, model_config={**settings.model_config, "demo": app}
+        )
     store, ttl_s = settings.conversation_store, settings.conversation_ttl
     conversations, complaint = open_conversations(store, ttl_s)
     if complaint:
@@ -11149,7 +11169,7 @@ async def _serve(settings: Settings, source: SettingsSource, *, is_demo: bool) -
     finally:
         dify.close()
         conversations.close()
-        await demo.close()
+        await demo.stop(0)
 
 
 async def _serve_until_signal(settings: Settings, server: Server) -> int:
@@ -11251,38 +11271,16 @@ def _masked(name: str, value: Any) -> str:
 # The demo...
 
 
-class DemoApp:
+class DemoApp(Listener):
     """A Dify chat app in miniature, on a free loopback port, in Dify's wire format."""
 
     def __init__(self) -> None:
-        self._server: asyncio.base_events.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        super().__init__()
         self._stopped: set[str] = set()  # tasks of Dify's
         self._told: deque[dict[str, Any]] = deque(maxlen=200)  # rows of `GET /messages`
 
-    async def listen(self) -> str:
-        """Begin to serve; returns the API's base URL."""
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
-            lambda: Wire(self._accept), "127.0.0.1", 0
-        )
-        port = self._server.sockets[0].getsockname()[1]
-        return f"http://127.0.0.1:{port}/v1"
-
-    async def close(self) -> None:
-        """Stop serving."""
-        if self._server:
-            self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _accept(self, wire: Wire) -> None:
-        task = asyncio.ensure_future(self._serve(wire))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _serve(self, wire: Wire) -> None:
+    async def serve(self, wire: Wire) -> None:
+        """One connection of the client of Dify."""
         try:
             while head := await wire.read_head():
                 request = parse_request_head(head)
