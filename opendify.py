@@ -8812,7 +8812,7 @@ async def read_whole(exchange: Exchange) -> bytes:
     pieces: list[bytes] = []
     while exchange.decoder and not exchange.decoder.is_complete:
         pieces.append(await exchange.read())
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    return b"".join(pieces)  # of one piece it makes no copy
 
 
 class Form:
