@@ -10428,13 +10428,13 @@ class Server(Listener):
 
     def _note(self, exchange: Exchange) -> None:
         """What the log and the metrics say of a request."""
-        log_exchange(exchange)
         metrics, reply = self._handlers.metrics, exchange.reply
-        now = asyncio.get_running_loop().time()
+        took_s = asyncio.get_running_loop().time() - exchange.started_at
+        log_exchange(exchange, took_s)
         route, model, status = exchange.route, exchange.model, reply.status or "none"
         name = "opendify_requests_total"
         metrics.count(name, route=route, model=model, status=status)
-        metrics.observe("opendify_request_seconds", now - exchange.started_at)
+        metrics.observe("opendify_request_seconds", took_s)
         if exchange.first_text_at is not None:
             waited_s = exchange.first_text_at - exchange.started_at
             metrics.observe("opendify_first_text_seconds", waited_s)
@@ -10446,10 +10446,9 @@ class Server(Listener):
             metrics.count("opendify_upstream_errors_total", kind=kind)
 
 
-def log_exchange(exchange: Exchange) -> None:
+def log_exchange(exchange: Exchange, took_s: float) -> None:
     """One line for each request; never a key, never a text."""
     request, reply = exchange.request, exchange.reply
-    took_s = asyncio.get_running_loop().time() - exchange.started_at
     fields = [request.method, request.path, reply.status or "-"]
     if exchange.model:
         fields.append(f"model={exchange.model!r}")
