@@ -11126,7 +11126,7 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 def _raise_descriptor_limit() -> None:
     """Take what the system allows: 2,000 streams need twice as many descriptors."""
-    try:
+    with contextlib.suppress(ImportError, ValueError, OSError):  # it is worth a try
         import resource  # noqa: PLC0415  (there is none on Windows)
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -11135,8 +11135,6 @@ def _raise_descriptor_limit() -> None:
             wanted = min(hard, wanted)
         if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (ImportError, ValueError, OSError):
-        pass  # it was worth a try
 
 
 async def _serve(settings: Settings, source: SettingsSource, *, is_demo: bool) -> int:
