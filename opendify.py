@@ -9224,7 +9224,7 @@ class Handlers:
         exchange.route = endpoint
         if endpoint not in OPEN_ENDPOINTS:
             self._check_key(client_key(request.headers), exchange.peer)
-        return functools.partial(methods[method], self)
+        return methods[method]
 
     def _check_key(self, key: str, peer: str) -> None:
         """Compare with all keys, so that the time tells nothing."""
@@ -10169,12 +10169,12 @@ def _no_such_model(model: str, models: Iterable[str]) -> ProxyError:
     )
 
 
-Handler = Callable[[Exchange], Awaitable[None]]
+Handler = Callable[[Handlers, Exchange], Awaitable[None]]
 NOT_SERVED = (
     *("embeddings", "moderations"),
     *("images/generations", "images/edits", "images/variations"),
 )
-ROUTES: dict[str, Mapping[str, Callable[[Handlers, Exchange], Awaitable[None]]]] = {
+ROUTES: dict[str, Mapping[str, Handler]] = {
     "chat/completions": {"POST": Handlers.chat_completions},
     "completions": {"POST": Handlers.completions},
     "responses": {"POST": Handlers.responses},
@@ -10421,7 +10421,7 @@ class Server(Listener):
         wire.on_leave = exchange.leave
         self._handlers.metrics.in_flight += 1
         try:
-            await handler(exchange)
+            await handler(self._handlers, exchange)
         finally:
             self._handlers.metrics.in_flight -= 1
         await reply.drain()
