@@ -9306,12 +9306,14 @@ class Handlers:
         """`GET /health`: the process is alive."""
         send_json(exchange.reply, {"status": "ok", "version": __version__})
 
-    async def _app(self, model: str) -> AppSettings:
+    async def _app(self, exchange: Exchange, model: str) -> AppSettings:
+        """The app of this name; the log and the metrics say it from now on."""
         models = self.settings.model_config
         if model not in models:
             models = await self._models()
         if model not in models:
             raise _no_such_model(model, models)
+        exchange.model = model
         return models[model]
 
     async def _models(self) -> Mapping[str, AppSettings]:
@@ -9365,7 +9367,7 @@ class Handlers:
                 envelope, answers, extra, is_legacy=chat.is_legacy, spoken=spoken
             )
 
-        app, asks = await self._app(ask.model), [ask] * chat.n
+        app, asks = await self._app(exchange, ask.model), [ask] * chat.n
         streams = stream if chat.stream else None
         await self._answer_all(exchange, app, asks, streams, whole)
 
@@ -9385,7 +9387,7 @@ class Handlers:
         def whole(answers: list[Answer], extra: Mapping[str, Any]) -> dict[str, Any]:
             return text_completion(envelope, answers, asked.echoes, extra)
 
-        app = await self._app(asked.asks[0].model)
+        app = await self._app(exchange, asked.asks[0].model)
         streams = stream if asked.stream else None
         await self._answer_all(exchange, app, asked.asks, streams, whole)
 
@@ -9395,7 +9397,7 @@ class Handlers:
         """`POST /responses`."""
         asked = parse_responses_request(await self._body_of(exchange))
         asked = await self._as_owner(exchange, asked)
-        app = await self._app(asked.ask.model)
+        app = await self._app(exchange, asked.ask.model)
         user, sealer = exchange.user_of(asked.ask.user), self._sealer(exchange, app)
         now, new_id = int(self._wall_clock()), self._new_id()
         frame = ResponseFrame(now, asked.ask.model, asked.echo, sealer, user, new_id)
@@ -9642,7 +9644,6 @@ class Handlers:
             whole: makes the object of a whole answer.
             tail: the conversation that the question continues, taken already.
         """
-        exchange.model = asks[0].model
         streams = [stream(index) for index in range(len(asks))] if stream else []
         sinks: list[Outlet | Collector] = [
             Outlet(exchange, row, self._pacer(exchange, app), self.metrics)
@@ -9723,7 +9724,7 @@ class Handlers:
     async def speak(self, exchange: Exchange) -> None:
         """`POST /audio/speech`: audio as it comes, in the format that the app makes."""
         speech = parse_speech_request(await self._body_of(exchange))
-        app, exchange.model = await self._app(speech.model), speech.model
+        app = await self._app(exchange, speech.model)
         if not (await self._dify.form_of(app)).speaks:
             raise _switched_off("Text to speech", exchange.model)
         user = exchange.user_of(speech.user)
@@ -9759,7 +9760,7 @@ class Handlers:
         is_spoken = ask.voice is not None
         if not (is_spoken or any(row.spoken_id for row in ask.messages)):
             return ask, None
-        app, exchange.model = await self._app(ask.model), ask.model
+        app = await self._app(exchange, ask.model)
         if is_spoken and not (await self._dify.form_of(app)).speaks:
             raise _switched_off("Text to speech", ask.model, "modalities")
         ask = await self._with_stored_files(exchange, ask)  # they may name the user
@@ -9932,8 +9933,7 @@ class Handlers:
         if not (form.model or in_path) and len(models) > 1:
             await form.hold()
         model = form.model or in_path or next(iter(models), "")
-        app, exchange.model = await self._app(model), model
-        return app
+        return await self._app(exchange, model)
 
     async def _send_form(
         self, exchange: Exchange, form: Form, app: AppSettings, file: Attachment
