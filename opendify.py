@@ -9350,45 +9350,37 @@ class Handlers:
         chat = parse_chat_request(await self._body_of(exchange))
         envelope = self._envelope("chatcmpl", chat.ask.model)
         ask, spoken = await self._with_speech(exchange, chat.ask, envelope.created)
-
-        def stream(index: int) -> ChatStream:
-            make: Callable[..., ChatStream] = ChatStream
-            if spoken:
-                make = functools.partial(SpokenStream, spoken=spoken)
-            return make(
-                envelope,
-                include_usage=chat.include_usage,
-                index=index,
-                is_legacy=chat.is_legacy,
-            )
+        make: Callable[..., ChatStream] = ChatStream
+        if spoken:
+            make = functools.partial(SpokenStream, spoken=spoken)
+        has_usage, is_legacy = chat.include_usage, chat.is_legacy
+        streams = [
+            make(envelope, include_usage=has_usage, index=index, is_legacy=is_legacy)
+            for index in range(chat.n if chat.stream else 0)
+        ]
 
         def whole(answers: list[Answer], extra: Mapping[str, Any]) -> dict[str, Any]:
             return chat_completion(
-                envelope, answers, extra, is_legacy=chat.is_legacy, spoken=spoken
+                envelope, answers, extra, is_legacy=is_legacy, spoken=spoken
             )
 
-        app, asks = await self._app(exchange, ask.model), [ask] * chat.n
-        streams = stream if chat.stream else None
-        await self._answer_all(exchange, app, asks, streams, whole)
+        app = await self._app(exchange, ask.model)
+        await self._answer_all(exchange, app, [ask] * chat.n, streams, whole)
 
     async def completions(self, exchange: Exchange) -> None:
         """`POST /completions`, the legacy API."""
         asked = parse_completion_request(await self._body_of(exchange))
         envelope = self._envelope("cmpl", asked.asks[0].model)
-
-        def stream(index: int) -> CompletionStream:
-            return CompletionStream(
-                envelope,
-                include_usage=asked.include_usage,
-                index=index,
-                echo=asked.echoes[index],
-            )
+        has_usage, echoes = asked.include_usage, asked.echoes
+        streams = [
+            CompletionStream(envelope, include_usage=has_usage, index=index, echo=echo)
+            for index, echo in enumerate(echoes if asked.stream else ())
+        ]
 
         def whole(answers: list[Answer], extra: Mapping[str, Any]) -> dict[str, Any]:
-            return text_completion(envelope, answers, asked.echoes, extra)
+            return text_completion(envelope, answers, echoes, extra)
 
-        app = await self._app(exchange, asked.asks[0].model)
-        streams = stream if asked.stream else None
+        app = await self._app(exchange, envelope.model)
         await self._answer_all(exchange, app, asked.asks, streams, whole)
 
     # Responses...
@@ -9401,7 +9393,6 @@ class Handlers:
         user, sealer = exchange.user_of(asked.ask.user), self._sealer(exchange, app)
         now, new_id = int(self._wall_clock()), self._new_id()
         frame = ResponseFrame(now, asked.ask.model, asked.echo, sealer, user, new_id)
-
         running = ResponseStream(frame)
 
         def whole(answers: list[Answer], extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -9413,7 +9404,7 @@ class Handlers:
             mode, scope = await self._dify.mode_of(app), scope_of(app.key, user)
             asked = _in_conversation(asked, named, scope, mode)
         ask, tail = await self._archive.continued(app, asked, sealer, user)
-        streams = (lambda _: running) if asked.stream else None
+        streams = [running] if asked.stream else []
         self._running[running] = exchange
         try:
             await self._answer_all(exchange, app, [ask], streams, whole, tail)
@@ -9630,7 +9621,7 @@ class Handlers:
         exchange: Exchange,
         app: AppSettings,
         asks: Sequence[Ask],
-        stream: Callable[[int], AnswerStream] | None,
+        streams: Sequence[AnswerStream],
         whole: Callable[[list[Answer], Mapping[str, Any]], dict[str, Any]],
         tail: Tail | None = None,
     ) -> None:
@@ -9640,11 +9631,10 @@ class Handlers:
             exchange: whose client waits.
             app: that is asked.
             asks: the questions.
-            stream: makes the stream of a choice; None for a whole answer.
+            streams: of the choices; none for a whole answer.
             whole: makes the object of a whole answer.
             tail: the conversation that the question continues, taken already.
         """
-        streams = [stream(index) for index in range(len(asks))] if stream else []
         sinks: list[Outlet | Collector] = [
             Outlet(exchange, row, self._pacer(exchange, app), self.metrics)
             for row in streams
