@@ -11018,11 +11018,12 @@ class SettingsSource:
         return settings
 
     def _look(self) -> tuple[float, int] | None:
-        try:
-            found = self._path.stat()
-        except OSError:
-            return None
-        return found.st_mtime, found.st_size
+        """What tells whether the file has changed; a pipe is read but once."""
+        with contextlib.suppress(OSError):
+            if self._path.is_file():
+                found = self._path.stat()
+                return found.st_mtime, found.st_size
+        return None
 
 
 def _find_env_file(named: str | None) -> Path:

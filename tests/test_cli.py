@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -397,6 +398,27 @@ def test_vanished_env_file_changes_nothing(
     assert edited.port() is None
     edited.write("SERVER_PORT=1002")
     assert edited.port() == 1002
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_pipe_as_env_file_is_read_once(
+    home: Path, ticks: Ticks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To open it again would wait for who writes it, and all requests with it."""
+    pipe = home / "env.pipe"
+    os.mkfifo(pipe)
+    os.utime(pipe, (1, 1))  # what is written to it makes it newer
+    options = opendify.build_parser().parse_args(["--env-file", str(pipe)])
+    source = opendify.SettingsSource(options)
+    text = f"DIFY_API_KEYS={KEY}\n"
+    writer = threading.Thread(target=pipe.write_text, args=(text,), daemon=True)
+    writer.start()
+    assert source.load().dify_api_keys == (KEY,)
+    writer.join()
+    opened: list[Path] = []
+    monkeypatch.setattr(opendify, "_read_env_file", opened.append)
+    ticks.now += 1
+    assert (source.load_if_changed(), opened) == (None, [])
 
 
 # ------------------------------------------------------------------------------
