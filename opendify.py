@@ -9090,12 +9090,11 @@ class Archive:
             if (row := rows.get(place.message_id))
         }
         turns = stored[here]
-        ends = [
-            n for n, row in enumerate(turns, 1) if row.message_id == anchor.message_id
-        ]
-        known = _transcript(turns[: max(ends, default=0)], tools)
+        ids = [row.message_id for row in turns]
+        end = ids.index(anchor.message_id) + 1 if anchor.message_id in ids else 0
+        known = _transcript(turns[:end], tools)
         ask = _with_something(ask_of(asked, found, known if previous else ()), asked)
-        is_newest = ends == [len(turns)]
+        is_newest = 0 < end == len(turns)
         if is_free and is_newest and is_known_history(split_turn(ask)[0], known):
             ask = ask._replace(conversation_id=here)
         return ask
@@ -11276,8 +11275,7 @@ class DemoApp(Listener):
                 decoder = body_decoder(request.headers, until_end=False)
                 while data := await wire.read_body(decoder):
                     body += data
-                reply = Reply(wire, request)
-                await self._reply(reply, request, body)
+                await self._reply(Reply(wire, request), request, body)
         except ConnectionBroken:
             pass
         finally:
