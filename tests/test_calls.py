@@ -1026,6 +1026,13 @@ def test_validator_agrees_with_jsonschema(value: Any, schema: Any) -> None:
             id="between-steps",
         ),
         pytest.param(1, {"exclusiveMinimum": True}, [], id="draft-4"),
+        pytest.param(1, {"exclusiveMaximum": 2, "exclusiveMinimum": 0}, [], id="in"),
+        pytest.param(
+            2,
+            {"exclusiveMaximum": 2, "exclusiveMinimum": 2},
+            ["$ breaks exclusiveMaximum 2", "$ breaks exclusiveMinimum 2"],
+            id="at-the-limit",
+        ),
         pytest.param(1, {"$ref": "#item"}, [], id="anchor"),
         pytest.param(1, {"$ref": "other.json#/type"}, [], id="elsewhere"),
         pytest.param(

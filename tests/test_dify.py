@@ -395,6 +395,12 @@ def test_replaced_text_shows_no_reasoning() -> None:
     assert read("chat", said, replaced) == [Text("Hm"), Replace("answer")]
 
 
+def test_replaced_text_takes_half_a_character_with_it() -> None:
+    said = event(event="message", answer="a\ud83d")
+    replaced = event(event="message_replace", answer="hidden")
+    assert read("chat", said, replaced) == [Text("a"), Replace("hidden")]
+
+
 def test_surrogate_halves_are_joined_over_events() -> None:
     halves = [event(event="message", answer=half) for half in ("a\ud83d", "\ude00b")]
     assert read("chat", *halves) == [Text("a"), Text("\U0001f600b")]
@@ -645,6 +651,16 @@ def test_output_that_is_the_answer(
     outputs: dict[str, Any], variable: str, text: str
 ) -> None:
     assert opendify.answer_from_outputs(outputs, variable, "workflow") == text
+
+
+@pytest.mark.parametrize(
+    ("outputs", "text"),
+    [({"answer": "a", "text": "b"}, "a"), ({"answer": None}, ""), ({"text": "b"}, "")],
+)
+def test_output_of_a_chatflow_that_is_the_answer(
+    outputs: dict[str, Any], text: str
+) -> None:
+    assert opendify.answer_from_outputs(outputs, "text", "advanced-chat") == text
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,18 @@ async def test_branches_at_the_same_time_do_not_share_a_conversation(way: str) -
         assert sorted(len(row) for row in told(first)) == [1, 2]
 
 
+async def test_question_is_named_by_the_id_of_its_stored_item() -> None:
+    async with replicas() as (first, second):
+        one = await answer(first, "Hi")
+        items = await first.get(f"{PATH}/{one['id']}/input_items")
+        named = [reference(row) for row in (*items.json["data"], *one["output"])]
+        await answer(second, [*named, user("Left")])
+        await answer(second, [*named, user("Right")])
+        goes_on, (folded,) = told(first)
+    assert goes_on == ["Hi", "Left"]
+    assert f'>\nHi\n</message>\n<message role="assistant">\n{text_of(one)}\n' in folded
+
+
 async def test_edited_question_before_a_reference_starts_anew() -> None:
     async with replicas() as (first, second):
         one = await answer(first, "Tell me a joke")

@@ -495,6 +495,13 @@ async def test_end_within_a_head_is_a_broken_connection() -> None:
             await read_head(GET[:size])
 
 
+async def test_what_comes_in_pieces_before_a_read_is_kept() -> None:
+    async with memory_wire() as (wire, _):
+        for piece in bytewise(GET):
+            wire.data_received(piece)
+        assert await wire.read_head() == GET
+
+
 async def test_pipelined_heads_are_read_one_by_one() -> None:
     other = GET.replace(b"/x", b"/y")
     async with memory_wire(GET + other) as (wire, _):
