@@ -2747,7 +2747,7 @@ class AnswerReader:
             parsed = json.loads(f'{before}{key}"?"{after}')
         except ValueError:
             return
-        if parsed.get("answer") == "?" and not opening.strip(' "'):
+        if parsed.get("answer") == "?":
             before = f"{before}{key}{opening}"
             self._delta = (before, len(before), after)
 
