@@ -604,6 +604,19 @@ async def test_call_that_is_never_made_is_an_error(
     assert query(served).endswith(f"Answer this message:\n\n{only}")
 
 
+async def test_required_call_lets_go_of_the_text_before_the_end() -> None:
+    gate = asyncio.Event()
+    script = [fake.message(f"Sorry. {OSLO}"), Wait(gate), *fake.chat_answer("Done.")]
+    fields: JSONObject = {"tools": TOOLS, "tool_choice": "required"}
+    async with proxy(script) as served:
+        call = await served.begin(stream=True, **fields)
+        first = await call.read_text()
+        gate.set()
+        got = await call.read_rest()
+    assert (first, len(served.turns)) == ("Sorry. ", 1)
+    assert got.chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
 async def test_call_that_is_never_made_ends_a_stream_that_has_begun() -> None:
     """Dify is so slow that the head had to go before it had said anything."""
     script = [Sleep(6), *fake.chat_answer("No.")]
