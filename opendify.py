@@ -5242,7 +5242,7 @@ AnswerStream = Union[ChatStream, CompletionStream, ResponseStream]
 #     FREE -> LOST [put, by who has not taken it], FREE, TAKEN -> none [forget]
 
 MAX_CONVERSATIONS = 100_000  # some 40 MB
-MAX_NAMED = 1000  # that clients named; these hold texts until their next turn
+MAX_NAMED = 10_000  # that clients named; these hold texts until their next turn
 MAX_NAMED_ITEMS = 2000  # of one, that no turn has taken yet
 MAX_NAMED_BYTES = 16 << 20  # of one
 MAX_ALL_NAMED_BYTES = 256 << 20
@@ -5563,12 +5563,15 @@ DELETE FROM opendify_tails WHERE id IN (
 SELECT id FROM opendify_tails ORDER BY used LIMIT MIN({_SWEEP_MOST}, MAX(0,
 (SELECT COUNT(*) FROM opendify_tails) - ?,
 (SELECT COUNT(*) FROM opendify_tails WHERE used < ?))))"""
+_NAMED_BYTES = "SELECT TOTAL(LENGTH(state)) FROM opendify_named"
 _DROP_NAMED = """
+DELETE FROM opendify_named WHERE used < ? OR id IN (
+SELECT id FROM opendify_named ORDER BY used DESC LIMIT -1 OFFSET ?)"""
+_DROP_LARGE = """
 DELETE FROM opendify_named WHERE id IN (
 SELECT id FROM (
-SELECT id, COUNT(*) OVER newer AS number, SUM(LENGTH(state)) OVER newer AS bytes
-FROM opendify_named WINDOW newer AS (ORDER BY used DESC, id))
-WHERE number > ? OR bytes > ?)"""
+SELECT id, SUM(LENGTH(state)) OVER (ORDER BY used DESC, id) AS bytes
+FROM opendify_named) WHERE bytes > ?)"""
 
 
 @dataclass(frozen=True)
@@ -5617,6 +5620,7 @@ class Conversations:
     def __init__(self, path: str, ttl_s: float, most: int = MAX_CONVERSATIONS) -> None:
         """Open the table, or make it."""
         self._ttl_s, self._most, self._puts = ttl_s, most, 0
+        self._not_swept = inf  # bytes of named ones since a sweep; none was yet
         self._waiting: list[Sequence[Any]] = []  # rows for _PUT, not in the table yet
         self._most_waiting = _MOST_WAITING if path == ":memory:" else 1
         self._db = sqlite3.connect(
@@ -5703,13 +5707,22 @@ class Conversations:
             return False
         sql = "INSERT OR REPLACE INTO opendify_named VALUES (?, ?, ?, ?)"
         self._run(sql, named.id, _owner(owner), now, state)
-        self._run("DELETE FROM opendify_named WHERE used < ?", now - self._ttl_s)
-        self._run(_DROP_NAMED, MAX_NAMED, MAX_ALL_NAMED_BYTES)
+        most = MAX_ALL_NAMED_BYTES // 16
+        self._not_swept += max(len(state), most // _SWEEP_EVERY)
+        if self._not_swept > most:
+            self._sweep_named(now)
         return True
 
     def drop(self, named: NamedConversation) -> None:
         """Forget it; Dify's conversation stays."""
         self._run("DELETE FROM opendify_named WHERE id = ?", named.id)
+
+    def _sweep_named(self, now: float) -> None:
+        self._not_swept = 0.0
+        self._run(_DROP_NAMED, now - self._ttl_s, MAX_NAMED)
+        rows, _ = self._run(_NAMED_BYTES)
+        if rows and rows[0][0] > MAX_ALL_NAMED_BYTES:
+            self._run(_DROP_LARGE, MAX_ALL_NAMED_BYTES)
 
     def _find(
         self, scope: bytes, history: Sequence[Message], now: float

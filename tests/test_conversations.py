@@ -1404,6 +1404,18 @@ def test_id_that_is_none_of_dify_s_is_not_kept(store: Conversations) -> None:
     assert len(store) == 0
 
 
+def test_named_conversations_are_so_many(
+    store: Conversations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep drops those that nobody used for longest; it need not come at once."""
+    monkeypatch.setattr(opendify, "MAX_NAMED", 100)
+    for number in range(1000):
+        store.keep(NamedConversation(f"conv_{number}", 0), "", number)
+    left = [bool(store.named(f"conv_{number}", "", 1.0)) for number in range(1000)]
+    assert left == sorted(left)
+    assert 100 <= sum(left) <= 200
+
+
 def test_named_conversations_have_room_for_so_much_text(
     store: Conversations, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ BUDGETS = {
     "Ids": 110,
     "OpenAI": 890,
     "Responses": 560,
-    "Conversations": 405,
+    "Conversations": 415,
     "Pacer": 135,
     "Wire": 570,
     "Upstream": 820,
