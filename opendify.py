@@ -5419,7 +5419,7 @@ def plan_turn(
     """
     history, new = split_turn(ask)
     system = "" if system_variable else ask.system
-    opening = [Message("system", system)] if system.strip() else []
+    opening = _opening(system)
     told = opening + [row for row in history if row.role == "system"]
     is_new = tail is None
     if tail is None:
@@ -5442,6 +5442,10 @@ def plan_turn(
     # Nobody can tell how a client shows an answer that was continued, or a title.
     is_known = tail.is_known and bool(new) and not is_side_request(ask)
     return Plan(query or " ", inputs, tuple(files), tail, told, new, is_known)
+
+
+def _opening(system: str) -> list[Message]:
+    return [Message("system", system)] if system.strip() else []
 
 
 def _with_room(
@@ -5653,7 +5657,7 @@ class Conversations:
         if ask.conversation_id:
             tail = self.take_alone(scope, ask.conversation_id, now)
             return tail or self._lose(_unknown(scope, ask.conversation_id), now)
-        tail = self._find(scope, history, now) if history and new else None
+        tail = self._find(scope, ask.system, history, now) if history and new else None
         return self._mark(tail, now) if tail else None
 
     def take_alone(self, scope: bytes, conversation_id: str, now: float) -> Tail | None:
@@ -5725,11 +5729,12 @@ class Conversations:
             self._run(_DROP_LARGE, MAX_ALL_NAMED_BYTES)
 
     def _find(
-        self, scope: bytes, history: Sequence[Message], now: float
+        self, scope: bytes, system: str, history: Sequence[Message], now: float
     ) -> Tail | None:
         window = Tail(scope, chain=scope).extend(history)
         key = (window.digests[-_DIGEST_BYTES:], now - self._ttl_s)
-        rows, _ = self._run(f"{_MATCH} AND chain = ? LIMIT 1", *key, window.chain)
+        equal = f"{_MATCH} AND chain = ? LIMIT {_MAX_CANDIDATES}"
+        rows, _ = self._run(equal, *key, window.chain)
         if not rows and _is_clear(history):
             near, _ = self._run(f"{_MATCH} LIMIT {_MAX_CANDIDATES + 1}", *key)
             if len(near) > _MAX_CANDIDATES:
@@ -5738,7 +5743,11 @@ class Conversations:
             if len({row[1] for row in near}) > 1:
                 return None
             rows = [row for row in near if window.ends(Tail(scope, *row))]
-        return Tail(scope, *rows[0]) if rows else None
+        tails = [Tail(scope, *row) for row in rows]
+        if len(tails) > 1:  # the same was said in each: by whom, system text may tell
+            told = _system_hash(scope, [*_opening(system), *history])
+            tails.sort(key=lambda tail: tail.system != told)
+        return tails[0] if tails else None
 
     def _lose(self, tail: Tail, now: float) -> Tail:
         """Nobody knows where the conversation stands: it is not continued."""

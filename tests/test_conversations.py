@@ -535,6 +535,22 @@ def test_system_text_is_told_when_it_has_changed(store: Conversations) -> None:
     assert turn(store, ask(*talk, system="Be kind."), "4", "x") == ("still", "c")
 
 
+@pytest.mark.parametrize("window", [0, 2])
+def test_of_equal_talks_the_one_with_this_system_text_goes_on(
+    store: Conversations, window: int
+) -> None:
+    """Two assistants that are greeted alike keep their own memories."""
+    long = "Hello! " * 40
+    for name, system in (("a", "Be brief."), ("b", "Be kind."), ("c", "")):
+        first = ask(*chat("earlier", "Yes?", "hi"), system=system)
+        assert turn(store, first, long, name)[1] == name
+    talk = chat("earlier", "Yes?", "hi", long, "new")[window:]
+    asked = {"b": "Be kind.", "a": "Be brief.", "c": "  "}
+    assert [found(store, ask(*talk, system=text)) for text in asked.values()] == [
+        *asked
+    ]
+
+
 def test_system_text_between_messages_is_told_once(store: Conversations) -> None:
     first = ask(user("hi"), Message("system", "It rains."))
     query, _ = turn(store, first, "Hello!", "c")
