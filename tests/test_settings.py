@@ -314,6 +314,7 @@ def test_all_complaints_come_at_once_and_in_order() -> None:
         CONVERSATION_TTL="0s",
         LOG_LEVEL="LOUD",
         DIFY_API_KEYS="app-fine,app with blanks",
+        VALID_API_KEYS="a fine key,schlüssel",
     ) == [
         'MODEL_CONFIG: must be a JSON object like {"name": "app-…"}',
         "SERVER_PORT: must be a whole number, not 'http'",
@@ -321,6 +322,7 @@ def test_all_complaints_come_at_once_and_in_order() -> None:
         "CONVERSATION_TTL: must be 1 or more, not 0s",
         "DIFY_API_BASE: must be a URL like https://host/v1, not 'dify.local'",
         "the app key app wi… has characters no key has",
+        "VALID_API_KEYS: schlüs… has characters no header has",
         "LOG_LEVEL: must be one of DEBUG, INFO, WARNING, ERROR",
     ]
 
