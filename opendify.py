@@ -579,6 +579,18 @@ class Overloaded(ProxyError):
     status, code = 503, "server_is_overloaded"
 
 
+def bad_type(field_name: str, wanted: str) -> BadRequest:
+    """The error for a field of the wrong type."""
+    message = f"Invalid type for '{field_name}': it must be {wanted}."
+    return BadRequest(message, param=field_name, code="invalid_type")
+
+
+def bad_value(field_name: str, problem: str) -> BadRequest:
+    """The error for a value that a field can't have."""
+    message = f"Invalid value for '{field_name}': {problem}"
+    return BadRequest(message, param=field_name, code="invalid_value")
+
+
 def error_body(error: ProxyError) -> dict[str, Any]:
     """The error as OpenAI's clients read it; all four keys, always."""
     return {
@@ -1110,26 +1122,21 @@ def parse_tools(body: Mapping[str, Any]) -> tuple[tuple[Tool, ...], str]:
     if not (rows or choice):  # nearly always
         return (), "auto"
     if not isinstance(rows, list):
-        raise _refused("tools", "invalid_type", "it must be an array.")
+        raise bad_type("tools", "an array")
     tools = [tool for row in rows for tool in _parse_tool(row)]
     field_name = "tool_choice" if body.get("tool_choice") else "function_call"
     mode, names = _parse_choice(choice or "auto")
     if mode not in _MODES:
         problem = f"{mode!r} is none of auto, none, required, a tool, allowed_tools."
-        raise _refused(field_name, "invalid_value", problem)
+        raise bad_value(field_name, problem)
     if names:
         tools = [tool for tool in tools if tool.name in names]
     if _MODES[mode] == "required" and not tools:
         problem = "it asks for a call of a function that is not in `tools`."
-        raise _refused(field_name, "invalid_value", problem)
+        raise bad_value(field_name, problem)
     if not tools:
         return (), "auto"
     return (() if mode == "none" else tuple(tools)), _MODES[mode]
-
-
-def _refused(field_name: str, code: str, problem: str) -> BadRequest:
-    message = f"Invalid value for '{field_name}': {problem}"
-    return BadRequest(message, param=field_name, code=code)
 
 
 def _function(row: Any) -> dict[str, Any]:
@@ -1185,13 +1192,12 @@ def parse_output_format(body: Mapping[str, Any]) -> OutputFormat:
         return OutputFormat(kind, schema={"type": "object"}, param=where)
     if kind != "json_schema" or not isinstance(row, dict):
         problem = "it must be text, json_object or json_schema."
-        raise _refused(f"{where}.type", "invalid_value", problem)
+        raise bad_value(f"{where}.type", problem)
     row = row.get("json_schema") or row
     schema = row.get("schema") if isinstance(row, dict) else None
     if not isinstance(schema, dict):
-        problem = "it must hold a JSON Schema, an object."
         place = f"{where}.json_schema" if where == "response_format" else where
-        raise _refused(f"{place}.schema", "invalid_type", problem)
+        raise bad_type(f"{place}.schema", "a JSON Schema, an object")
     if row.get("description"):
         schema = {"description": row["description"], **schema}
     return OutputFormat(kind, str(row.get("name") or ""), schema, where)
@@ -3586,18 +3592,6 @@ def missing_parameter(field_name: str) -> BadRequest:
     """The error for a field that a request lacks."""
     message = f"Missing required parameter: '{field_name}'."
     return BadRequest(message, param=field_name, code="missing_required_parameter")
-
-
-def bad_type(field_name: str, wanted: str) -> BadRequest:
-    """The error for a field of the wrong type."""
-    message = f"Invalid type for '{field_name}': it must be {wanted}."
-    return BadRequest(message, param=field_name, code="invalid_type")
-
-
-def bad_value(field_name: str, problem: str) -> BadRequest:
-    """The error for a value that a field can't have."""
-    message = f"Invalid value for '{field_name}': {problem}"
-    return BadRequest(message, param=field_name, code="invalid_value")
 
 
 def with_tool_names(messages: list[Message]) -> list[Message]:
