@@ -56,6 +56,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import re
 import secrets
@@ -1817,12 +1818,10 @@ def schema_problems(value: Any, schema: Mapping[str, Any]) -> list[str]:
     problems: list[str] = []
     found = _Checker(schema).check(value, schema, "$")
     with contextlib.suppress(RecursionError, re.error, *_NO_SENSE):
-        for at, keyword, limit in found:
+        for at, keyword, limit in itertools.islice(found, _MAX_PROBLEMS):
             rule = json.dumps(limit, ensure_ascii=False)[:_MAX_RULE_CHARS]
             broken = f"breaks {keyword} {rule}" if keyword else "is not allowed"
             problems.append(f"{at} {broken}")
-            if len(problems) == _MAX_PROBLEMS:
-                break
     return problems
 
 
@@ -1856,20 +1855,32 @@ class _Checker:
             raise RecursionError
 
     def _matches(self, value: Any, pattern: str) -> bool:
-        """The same, paid for: compiled once; searched, at worst, in cubic time."""
+        """Whether text matches; patterns that may keep the server busy hold always.
+
+        Paid for: compiled once; searched, at worst, in cubic time.
+        """
         is_text = isinstance(value, str) and len(value) <= _MAX_PATTERN_CHARS
         size = len(value) if is_text else 0
         compiling = 0 if pattern in self._patterns else _PATTERN_CHECKS
         self._patterns.add(pattern)
         self._spend(1 + compiling + len(pattern) // 20 + size**3 // 10_000)
-        return _matches(value, pattern)
+        repeats = len(re.findall(r"[*+?]|\{\d*,", pattern)) - pattern.startswith("^")
+        is_nested = re.search(r"\)[*+?{]|\\[1-9]|\(\?", pattern)
+        if not is_text or repeats > 2 or is_nested:
+            return True
+        return bool(re.search(pattern, value))
 
     def _holds(self, keyword: str, limit: Any, value: Any, at: str) -> bool:
         if keyword in ("anyOf", "oneOf"):
             return any(not next(self.check(value, one, at), ()) for one in limit)
         if keyword == "pattern":
             return self._matches(value, limit)
-        return keyword not in _HOLDS or _HOLDS[keyword](value, limit)
+        if keyword not in _HOLDS:
+            return True
+        kind, holds = _HOLDS[keyword]
+        if kind and (isinstance(limit, bool) or not _is_a(value, kind)):
+            return True  # draft 4, and so OpenAPI 3.0, has "exclusiveMinimum": true
+        return holds(value, limit)
 
     def _target(self, ref: str) -> Any:
         """The schema that is referred to; None for an anchor or another document."""
@@ -1913,7 +1924,9 @@ def _size(value: Any) -> int:
     return len(value) if isinstance(value, (dict, list)) else 1
 
 
-def _is_a(kind: Any, value: Any) -> bool:
+def _is_a(value: Any, kind: Any) -> bool:
+    if isinstance(kind, list):
+        return any(_is_a(value, one) for one in kind)
     if isinstance(value, bool):
         return bool(kind == "boolean")
     if kind == "integer" and isinstance(value, float):
@@ -1925,49 +1938,33 @@ def _is_same(value: Any, other: Any) -> bool:
     return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
-def _divides(step: Any, value: Any) -> bool:
-    """Whether a number is a multiple, as it is written: 19.99 is one of 0.01."""
+def _is_multiple(value: Any, step: Any) -> bool:
+    """Whether a number is one, as it is written: 19.99 is one of 0.01."""
     if isinstance(step, int) and isinstance(value, int):
         return value % step == 0
     return math.isclose(value / step, round(value / step), rel_tol=1e-12)
-
-
-def _matches(value: Any, pattern: str) -> bool:
-    """Whether text matches; patterns that may keep the server busy hold always."""
-    repeats = len(re.findall(r"[*+?]|\{\d*,", pattern)) - pattern.startswith("^")
-    is_nested = re.search(r"\)[*+?{]|\\[1-9]|\(\?", pattern)
-    if not isinstance(value, str) or len(value) > _MAX_PATTERN_CHARS:
-        return True
-    return bool(repeats > 2 or is_nested or re.search(pattern, value))
 
 
 _TYPES: Mapping[str, Any] = {
     **{"string": str, "object": dict, "array": list, "null": type(None)},
     **{"integer": int, "number": (int, float)},
 }
-_HOLDS: Mapping[str, Callable[[Any, Any], bool]] = {
-    "type": lambda value, kinds: any(
-        _is_a(kind, value) for kind in (kinds if isinstance(kinds, list) else [kinds])
-    ),
-    "enum": lambda value, allowed: any(_is_same(value, one) for one in allowed),
-    "const": _is_same,
-    "required": lambda value, names: not _is_a("object", value) or {*names} <= {*value},
-    "minimum": lambda value, limit: not _is_a("number", value) or value >= limit,
-    "maximum": lambda value, limit: not _is_a("number", value) or value <= limit,
-    # In draft 4, and so in OpenAPI 3.0, these two were true or false.
-    "exclusiveMinimum": lambda value, limit: (
-        not _is_a("number", value) or isinstance(limit, bool) or value > limit
-    ),
-    "exclusiveMaximum": lambda value, limit: (
-        not _is_a("number", value) or isinstance(limit, bool) or value < limit
-    ),
-    "multipleOf": lambda value, step: (
-        not _is_a("number", value) or _divides(step, value)
-    ),
-    "minLength": lambda value, limit: not _is_a("string", value) or len(value) >= limit,
-    "maxLength": lambda value, limit: not _is_a("string", value) or len(value) <= limit,
-    "minItems": lambda value, limit: not _is_a("array", value) or len(value) >= limit,
-    "maxItems": lambda value, limit: not _is_a("array", value) or len(value) <= limit,
+# Of each keyword: the type of the values that it is for ("": all), and whether one of
+# them keeps to it.
+_HOLDS: Mapping[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "type": ("", _is_a),
+    "enum": ("", lambda value, allowed: any(_is_same(value, one) for one in allowed)),
+    "const": ("", _is_same),
+    "required": ("object", lambda value, names: {*names} <= {*value}),
+    "minimum": ("number", operator.ge),
+    "maximum": ("number", operator.le),
+    "exclusiveMinimum": ("number", operator.gt),
+    "exclusiveMaximum": ("number", operator.lt),
+    "multipleOf": ("number", _is_multiple),
+    "minLength": ("string", lambda value, least: len(value) >= least),
+    "maxLength": ("string", lambda value, most: len(value) <= most),
+    "minItems": ("array", lambda value, least: len(value) >= least),
+    "maxItems": ("array", lambda value, most: len(value) <= most),
 }
 
 
