@@ -1031,15 +1031,9 @@ _RETRY_TEXTS = {
 # How calls are written: our way (Hermes', Qwen's), then Anthropic's, DeepSeek's, GLM's,
 # Mistral's, Llama's, Kimi's, and that of a history that was folded into a query.
 _MARKERS = (
-    *(
-        "<tool_call",
-        "<tools>",
-        "<tool_use>",
-        "<function_call",
-        "<function=",
-        "<invoke ",
-    ),
-    *("<function ", "<antml:", "<｜DSML｜", "<｜tool▁call", "<|tool_call", "<message "),
+    *("<tool_call", "<tools>", "<tool_use>", "<function_call"),
+    *("<function=", "<function ", "<invoke ", "<antml:"),
+    *("<｜DSML｜", "<｜tool▁call", "<|tool_call", "<message "),
     *("<|python_tag|>", "[TOOL_CALLS]", "```"),
 )
 _BEGINNINGS = {
@@ -1597,20 +1591,16 @@ def parse_json_text(text: str, *, strict: bool = True) -> Any:
         return json.loads(
             text,
             strict=strict,
-            parse_constant=_refuse_constant,
+            parse_constant=_finite_number,
             parse_float=_finite_number,
         )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _finite_number(text: str) -> float:
-    if math.isinf(number := float(text)):
-        raise ValueError(f"{text} is too large")
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not a finite number")
     return number
 
 
