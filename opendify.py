@@ -2539,6 +2539,9 @@ _INSIDE_BEGUN = {
 }
 
 
+_Numbered = list[tuple[int, Part]]  # parts, each with the number of its block
+
+
 class ReasoningSplitter:
     """Tells reasoning from answer in text with tags, however the text is cut.
 
@@ -2559,8 +2562,8 @@ class ReasoningSplitter:
         """Whether text that holds no tag is more than text."""
         return bool(self._held or self._closing or self._newlines)
 
-    def feed(self, text: str) -> list[tuple[int, Part]]:
-        """The parts that are certain now, each with the number of its block."""
+    def feed(self, text: str) -> _Numbered:
+        """The parts that are certain now."""
         if not ("<" in text or self.is_busy):
             return [(self._blocks, Text(text))]
         split = [
@@ -2568,22 +2571,19 @@ class ReasoningSplitter:
         ]
         return [part for parts in split for part in parts]
 
-    def close(self) -> list[tuple[int, Part]]:
+    def close(self) -> _Numbered:
         """What is still held back; no more text will come."""
         return self._split(self._held, is_last=True)
 
-    def _split(self, text: str, *, is_last: bool) -> list[tuple[int, Part]]:
-        numbered: list[tuple[int, Part]] = []
+    def _split(self, text: str, *, is_last: bool) -> _Numbered:
+        parts: _Numbered = []
         self._held = ""
         while text:
-            parts: list[Part] = []
-            block = self._blocks  # that this step is in, or is behind
             step = self._split_inside if self._closing else self._split_outside
             text = step(parts, text, is_last)
-            numbered += [(block, part) for part in parts]
-        return numbered
+        return parts
 
-    def _split_outside(self, parts: list[Part], text: str, is_last: bool) -> str:
+    def _split_outside(self, parts: _Numbered, text: str, is_last: bool) -> str:
         """Take the text up to the next tag, and the tag; returns the rest."""
         while self._newlines and text.startswith("\n"):
             text, self._newlines = text[1:], self._newlines - 1
@@ -2596,14 +2596,14 @@ class ReasoningSplitter:
         if tag[0].startswith("</"):
             self._newlines = 2
             if not self._blocks:
-                parts.append(Recast())
+                parts.append((0, Recast()))
         else:
             self._closing = "</details" if tag[0][1] in "dD" else "</think"
             self._is_fresh, self._is_escaped = True, False
             self._blocks += 1
         return text[tag.end() :]
 
-    def _split_inside(self, parts: list[Part], text: str, is_last: bool) -> str:
+    def _split_inside(self, parts: _Numbered, text: str, is_last: bool) -> str:
         if self._is_fresh:
             text = text.lstrip("\n")
             if text.startswith(_MARKER):
@@ -2621,7 +2621,7 @@ class ReasoningSplitter:
         self._closing, self._newlines = "", 2
         return text[tag.end() :]
 
-    def _take(self, parts: list[Part], text: str, begun: re.Pattern[str] | None) -> str:
+    def _take(self, parts: _Numbered, text: str, begun: re.Pattern[str] | None) -> str:
         """Add the text as a part, but hold back what may be the beginning of a tag."""
         held = begun.search(text) if begun else None
         certain = text[: held.start()] if held else text
@@ -2631,9 +2631,9 @@ class ReasoningSplitter:
                 import html  # noqa: PLC0415  (at the top it costs each start 3 ms)
 
                 certain = html.unescape(certain)
-            parts.append(Reasoning(certain))
+            parts.append((self._blocks, Reasoning(certain)))
         elif certain:
-            parts.append(Text(certain))
+            parts.append((self._blocks, Text(certain)))
         return ""
 
 
@@ -2839,7 +2839,7 @@ class AnswerReader:
             text, self._half = text[:-1], text[-1]
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-    def _mark_blocks(self, numbered: Iterable[tuple[int, Part]]) -> list[Part]:
+    def _mark_blocks(self, numbered: _Numbered) -> list[Part]:
         marked: list[Part] = []
         for block, part in numbered:
             if isinstance(part, Reasoning):
