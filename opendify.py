@@ -2414,17 +2414,18 @@ _BY_CODE: Mapping[str, type[ProxyError]] = {
 
 
 def error_from_dify(
-    status: int, code: str, message: str, *, in_run: bool = False
+    status: int, code: object, message: object, *, in_run: bool = False
 ) -> ProxyError:
     """What an error of Dify's means to the client.
 
     Args:
         status: of the HTTP response, or of the error event.
-        code: Dify's code, "" if none came.
-        message: Dify's message, "" if none came.
+        code: Dify's code, if one came.
+        message: Dify's message, likewise.
         in_run: it came as an event: the request was accepted, its run failed.
     """
-    text = _innermost_message(message) or code or f"status {status}"
+    code = str(code or "")
+    text = _innermost_message(str(message or "")) or code or f"status {status}"
     text = text.partition(" You have requested this URI")[0]
     if status in (401, 403) and not in_run:
         return ConfigurationFault(
@@ -2456,8 +2457,7 @@ def error_from_body(status: int, body: bytes) -> ProxyError:
     except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict):
-        code, message = value.get("code"), value.get("message")
-        return error_from_dify(status, str(code or ""), str(message or ""))
+        return error_from_dify(status, value.get("code"), value.get("message"))
     if status in (413, 414, 431):
         return BodyTooLarge(f"The gateway before Dify refused the size ({status}).")
     if status == 504:
@@ -2971,7 +2971,7 @@ class AnswerReader:
         outputs = object_of(data.get("outputs"))
         self._total_tokens = count_of(data.get("total_tokens"))
         if data.get("status") == "failed":
-            text = str(data.get("error") or "the workflow failed")
+            text = data.get("error") or "the workflow failed"
             return self.fail(error_from_dify(200, "", text, in_run=True))
         if data.get("status") == "stopped":
             self._reason = "length"
@@ -2987,15 +2987,9 @@ class AnswerReader:
         return parts
 
     def _error(self, value: dict[str, Any]) -> list[Part]:
-        code, message = value.get("code"), value.get("message")
         status = count_of(value.get("status")) or 500
-        error = error_from_dify(
-            status, str(code or ""), str(message or ""), in_run=True
-        )
-        return self.fail(error)
-
-    def _paused(self, value: dict[str, Any]) -> list[Part]:
-        return self._finish()
+        code, message = value.get("code"), value.get("message")
+        return self.fail(error_from_dify(status, code, message, in_run=True))
 
     def _close_text(self) -> list[Part]:
         parts = self._mark_blocks(self._splitter.close())
@@ -3054,7 +3048,7 @@ _TRANSLATORS: Mapping[str, Callable[[AnswerReader, dict[str, Any]], list[Part]]]
     "human_input_required": AnswerReader._human_input,
     "message_end": AnswerReader._message_end,
     "workflow_finished": AnswerReader._workflow_finished,
-    "workflow_paused": AnswerReader._paused,
+    "workflow_paused": lambda reader, _value: reader._finish(),
     "error": AnswerReader._error,
 }
 # What `json.loads` reads strings with: (text, where it begins) -> (string, its end).
@@ -3225,7 +3219,7 @@ def _stored_parts(
     reader = AnswerReader("chat", base)
     parts = reader._add_text(str(row.get("answer") or ""))
     if row.get("status") == "error":
-        text = str(row.get("error") or "the run failed")
+        text = row.get("error") or "the run failed"
         return parts + reader.fail(error_from_dify(200, "", text, in_run=True))
     for file in files:
         reader._add_file(file)
