@@ -2027,19 +2027,18 @@ NO_FORM = AppForm()  # of an app that was not asked
 
 def parse_form(parameters: Mapping[str, Any]) -> AppForm:
     """`GET /parameters` to a form; anything missing or odd is left out."""
-    inputs = []
-    for entry in objects_of(parameters.get("user_input_form")):
-        for type_, row in entry.items():
-            if isinstance(row, dict) and row.get("variable"):
-                inputs.append(
-                    AppInput(
-                        str(row["variable"]),
-                        str(row.get("type") or type_),
-                        bool(row.get("required")),
-                        _texts(row.get("options")),
-                        _texts(row.get("allowed_file_types")),
-                    )
-                )
+    inputs = [
+        AppInput(
+            str(row["variable"]),
+            str(row.get("type") or type_),
+            bool(row.get("required")),
+            _texts(row.get("options")),
+            _texts(row.get("allowed_file_types")),
+        )
+        for entry in objects_of(parameters.get("user_input_form"))
+        for type_, row in entry.items()
+        if object_of(row).get("variable")
+    ]
     hearing = object_of(parameters.get("speech_to_text"))
     speaking = object_of(parameters.get("text_to_speech"))
     return AppForm(
@@ -2865,14 +2864,11 @@ class AnswerReader:
 
     def _thought(self, value: dict[str, Any]) -> list[Part]:
         """A snapshot of an agent's round; one of `agent` without tool is reasoning."""
-        id_, tool, thought = (
-            str(value.get(key) or "") for key in ("id", "tool", "thought")
-        )
+        names = ("id", "tool", "thought")
+        id_, tool, thought = (str(value.get(name) or "") for name in names)
         if tool:
-            line = f"{tool} {value.get('tool_input') or ''}".strip()
-            return self._process(
-                ("tool", id_), f"Tool: {line}", value.get("observation")
-            )
+            line = f"Tool: {tool} {value.get('tool_input') or ''}".rstrip()
+            return self._process(("tool", id_), line, value.get("observation"))
         if self._mode != "agent" or not thought:
             return []
         last = self._thoughts.get(id_, "")
@@ -2897,25 +2893,20 @@ class AnswerReader:
 
     def _agent_log(self, value: dict[str, Any]) -> list[Part]:
         data = object_of(value.get("data"))
-        return self._process(
-            ("log", data.get("id")), f"{data.get('label')}", data.get("label")
-        )
+        label = data.get("label")
+        return self._process(("log", data.get("id")), str(label), label)
 
     def _node_finished(self, value: dict[str, Any]) -> list[Part]:
         data = object_of(value.get("data"))
-        outputs = object_of(data.get("outputs"))
-        if data.get("node_type") in _MODEL_NODES:
-            usage = outputs.get("usage") or object_of(data.get("process_data")).get(
-                "usage"
-            )
-            self._node_usage += _usage(object_of(usage))
-        elif (
-            data.get("node_type") == "knowledge-retrieval" and self._mode == "workflow"
-        ):
-            for row in objects_of(outputs.get("result")):
-                source = {**object_of(row.get("metadata"))}
-                source["content"] = row.get("content")
-                self._resources.append(source)
+        kind, outputs = data.get("node_type"), object_of(data.get("outputs"))
+        if kind in _MODEL_NODES:
+            process = object_of(data.get("process_data"))
+            self._node_usage += _usage(outputs.get("usage") or process.get("usage"))
+        elif kind == "knowledge-retrieval" and self._mode == "workflow":
+            self._resources += [
+                {**object_of(row.get("metadata")), "content": row.get("content")}
+                for row in objects_of(outputs.get("result"))
+            ]
         return []
 
     def _message_file(self, value: dict[str, Any]) -> list[Part]:
@@ -2936,27 +2927,22 @@ class AnswerReader:
 
     def _human_input(self, value: dict[str, Any]) -> list[Part]:
         data = object_of(value.get("data"))
-        actions = [
-            str(row.get("title") or row.get("id"))
-            for row in objects_of(data.get("actions"))
-        ]
+        asked, token = data.get("form_content"), data.get("form_token")
+        rows = objects_of(data.get("actions"))
+        actions = ", ".join(str(row.get("title") or row.get("id")) for row in rows)
         lines = [
-            str(
-                data.get("form_content") or data.get("node_title") or "Input is needed."
-            )
+            str(asked or data.get("node_title") or "Input is needed."),
+            f"Actions: {actions}" if rows else "",
+            f"Form: {token}" if token else "",
         ]
-        if actions:
-            lines.append("Actions: " + ", ".join(actions))
-        if data.get("form_token"):
-            lines.append(f"Form: {data['form_token']}")
-        text = "\n\n".join(lines)
+        text = "\n\n".join(filter(None, lines))
         return self._add_text("\n\n" + text if self._answer.size else text)
 
     # The end...
 
     def _message_end(self, value: dict[str, Any]) -> list[Part]:
         metadata = object_of(value.get("metadata"))
-        self._usage = _usage(object_of(metadata.get("usage")))
+        self._usage = _usage(metadata.get("usage"))
         self._resources += objects_of(metadata.get("retriever_resources"))
         for file in objects_of(value.get("files")):
             self._add_file(file)
@@ -3076,9 +3062,7 @@ def _is_idle(data: str) -> bool:
     return name is not None and name[1] not in _TRANSLATORS
 
 
-def answer_from_outputs(
-    outputs: Mapping[str, Any], variable: str, mode: str = ""
-) -> str:
+def answer_from_outputs(outputs: Mapping[str, Any], variable: str, mode: str) -> str:
     """The output of a run that is its answer, when none was streamed.
 
     The one the operator named; else by a usual name, and not empty if possible; else
@@ -3133,10 +3117,10 @@ def _is_file(value: Any) -> bool:
 _NOTHING = object()
 
 
-def _usage(usage: Mapping[str, Any]) -> Usage:
-    return Usage(
-        count_of(usage.get("prompt_tokens")), count_of(usage.get("completion_tokens"))
-    )
+def _usage(value: Any) -> Usage:
+    row = object_of(value)
+    prompt, completion = row.get("prompt_tokens"), row.get("completion_tokens")
+    return Usage(count_of(prompt), count_of(completion))
 
 
 def count_of(value: Any) -> int:
@@ -3223,7 +3207,7 @@ def _stored_parts(
         return parts + reader.fail(error_from_dify(200, "", text, in_run=True))
     for file in files:
         reader._add_file(file)
-    reader._resources = list(objects_of(row.get("retriever_resources")))
+    reader._resources += objects_of(row.get("retriever_resources"))
     reader._usage = Usage(
         count_of(row.get("message_tokens")), count_of(row.get("answer_tokens"))
     )
