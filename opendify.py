@@ -2012,7 +2012,7 @@ class AppInput:
 
 @dataclass(frozen=True)
 class AppForm:
-    """What `GET /parameters` tells: the inputs, and which files may be sent."""
+    """What `GET /parameters` tells: inputs, files that may be sent, hearing, voice."""
 
     inputs: tuple[AppInput, ...] = ()
     uploads: Mapping[str, Any] = field(default_factory=dict)
@@ -2451,10 +2451,9 @@ def error_from_body(status: int, body: bytes) -> ProxyError:
     A body that is no JSON comes from the web UI (the base URL lacks its /v1) or from
     a gateway (nginx, Cloudflare).
     """
-    try:
+    value = None
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(body)
-    except (ValueError, RecursionError):
-        value = None
     if isinstance(value, dict):
         return error_from_dify(status, value.get("code"), value.get("message"))
     if status in (413, 414, 431):
@@ -2484,8 +2483,7 @@ def _refusal(status: int, code: str, text: str) -> ProxyError:
 
 def _innermost_message(message: str) -> str:
     """The message inside a plugin's nested JSON, or the text as it is."""
-    start = message.find("{")
-    while start >= 0:
+    while (start := message.find("{")) >= 0:
         try:
             inner, _ = json.JSONDecoder().raw_decode(message, start)
         except (ValueError, RecursionError):
@@ -2493,7 +2491,7 @@ def _innermost_message(message: str) -> str:
         found = inner.get("message") or object_of(inner.get("error")).get("message")
         if not isinstance(found, str) or not found:
             return message
-        message, start = found, found.find("{")
+        message = found
     return message
 
 
@@ -3110,8 +3108,7 @@ def _without_files(value: Any) -> Any:
 
 
 def _is_file(value: Any) -> bool:
-    is_object = isinstance(value, dict)
-    return is_object and value.get("dify_model_identity") == "__dify__file__"
+    return object_of(value).get("dify_model_identity") == "__dify__file__"
 
 
 _NOTHING = object()
