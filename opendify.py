@@ -2222,6 +2222,9 @@ def place_files(
             rest = [file for n, file in enumerate(rest) if n not in taken]
             if files:
                 inputs[row.variable] = files[0] if row.type == "file" else files
+    kinds = _texts(_upload_rules(form).get("allowed_file_types"))
+    if "custom" in kinds:  # Dify compares extensions only where the type says so
+        rest = [f if f["type"] in kinds else {**f, "type": "custom"} for f in rest]
     return {"inputs": inputs, "files": rest}
 
 

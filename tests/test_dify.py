@@ -795,6 +795,16 @@ def test_file_that_comes_twice_fills_two_fields() -> None:
     assert placed == {"inputs": {"first": image, "second": image}, "files": [image]}
 
 
+def test_file_that_is_taken_for_its_extension_says_so() -> None:
+    """Dify refuses a document of an app that takes images and `.pdf` as custom."""
+    rules = {"allowed_file_types": ["image", "custom"], "enabled": True}
+    app = AppForm(uploads={**rules, "allowed_file_extensions": [".PDF"]})
+    opendify.check_files(app, [PNG, PDF], {})
+    files = [opendify.file_mapping(file, "u") for file in (PNG, PDF)]
+    placed = opendify.place_files(app, files, {})["files"]
+    assert [row["type"] for row in placed] == ["image", "custom"]
+
+
 def test_many_files_take_little_time() -> None:
     kinds = [
         {"type": kind, "url": str(n)}
