@@ -1576,10 +1576,9 @@ def _typed(tool: Tool, key: str, text: str) -> Any:
     schema = _properties(tool).get(key)
     if isinstance(schema, dict) and schema.get("type") == "string":
         return text
-    try:
+    with contextlib.suppress(ValueError):
         return parse_json_text(text)
-    except ValueError:
-        return text
+    return text
 
 
 # ... sloppy JSON...
@@ -2669,7 +2668,7 @@ class AnswerReader:
         self._thoughts: dict[str, str] = {}  # snapshots by id
         self._files: dict[str, tuple[str, Media]] = {}  # by URL, unsigned: path
         self._resources: list[Mapping[str, Any]] = []
-        self._usage: Usage | None = None  # as message_end tells it
+        self._usage = Usage()  # as message_end tells it
         self._node_usage = Usage()
         self._total_tokens = 0
         self._reason = "stop"
@@ -2999,7 +2998,7 @@ class AnswerReader:
 
     def _final_usage(self) -> Usage:
         """As message_end tells it, else the sum of the nodes if it adds up."""
-        if self._usage and self._usage.total_tokens:
+        if self._usage.total_tokens:
             return self._usage
         nodes, total = self._node_usage, self._total_tokens
         if total and nodes.total_tokens != total:
@@ -3171,14 +3170,14 @@ def stored_turn(row: Mapping[str, Any], base: str) -> StoredTurn:
     "status", "error", "created_at"}, newer also "message_tokens", "answer_tokens"
     """
     files = objects_of(row.get("message_files"))
-    asked = [file for file in files if file.get("belongs_to") == "user"]
-    attachments = tuple(_stored_file(file, base) for file in asked if file.get("url"))
+    asked = [f for f in files if f.get("belongs_to") == "user" and f.get("url")]
+    attachments = tuple(_stored_file(file, base) for file in asked)
     return StoredTurn(
         str(row.get("conversation_id") or ""),
         str(row.get("id") or ""),
         count_of(row.get("created_at")),
         Message("user", str(row.get("query") or ""), attachments=attachments),
-        _stored_parts(row, [file for file in files if file not in asked], base),
+        _stored_parts(row, base),
     )
 
 
@@ -3197,16 +3196,14 @@ def _stored_file(file: Mapping[str, Any], base: str) -> Attachment:
 _UPLOADED = re.compile(r"/files/([0-9a-f-]{36})/(?:file|image)-preview\Z")
 
 
-def _stored_parts(
-    row: Mapping[str, Any], files: Iterable[Mapping[str, Any]], base: str
-) -> list[Part]:
+def _stored_parts(row: Mapping[str, Any], base: str) -> list[Part]:
     reader = AnswerReader("chat", base)
     parts = reader._add_text(str(row.get("answer") or ""))
     if row.get("status") == "error":
         text = row.get("error") or "the run failed"
         return parts + reader.fail(error_from_dify(200, "", text, in_run=True))
-    for file in files:
-        reader._add_file(file)
+    for file in objects_of(row.get("message_files")):
+        reader._message_file(file)
     reader._resources += objects_of(row.get("retriever_resources"))
     reader._usage = Usage(
         count_of(row.get("message_tokens")), count_of(row.get("answer_tokens"))
