@@ -1999,7 +1999,8 @@ _KIND_BY_EXTENSION = {
 class AppInput:
     """One field of an app's form; `type` in Dify's words ("text-input", "select").
 
-    `kinds` are the kinds of files that a file field takes; empty: any.
+    `kinds` are the kinds of files that a file field takes; empty: any. Where "custom"
+    is one, it takes files with these `extensions`, too.
     """
 
     variable: str
@@ -2007,6 +2008,7 @@ class AppInput:
     required: bool = False
     options: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
+    extensions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -2032,7 +2034,7 @@ def parse_form(parameters: Mapping[str, Any]) -> AppForm:
             str(row.get("type") or type_),
             bool(row.get("required")),
             _texts(row.get("options")),
-            _texts(row.get("allowed_file_types")),
+            *_allowed(row),
         )
         for entry in objects_of(parameters.get("user_input_form"))
         for type_, row in entry.items()
@@ -2148,7 +2150,7 @@ def _left_over(
     form: AppForm, files: Sequence[Attachment], given: Mapping[str, Any]
 ) -> list[Attachment]:
     """The files that no input takes."""
-    numbered = [file_mapping(file, str(index)) for index, file in enumerate(files)]
+    numbered = [(file, str(index)) for index, file in enumerate(files)]
     rest = place_files(form, numbered, given)["files"]
     return [files[int(row["upload_file_id"])] for row in rest]
 
@@ -2168,12 +2170,10 @@ def _size_problem(form: AppForm, file: Attachment) -> str:
 
 
 def _kind_problem(rules: Mapping[str, Any], file: Attachment) -> str:
-    kind = file_kind(file)
-    kinds = _texts(rules.get("allowed_file_types")) or ("image",)
-    extensions = _texts(rules.get("allowed_file_extensions"))
-    extension = file.name.rpartition(".")[2].lower()
-    is_named = extension in [text.lower().strip(".") for text in extensions]
-    if kind not in kinds and not ("custom" in kinds and is_named):
+    kinds, extensions = _allowed(rules)
+    kinds = kinds or ("image",)
+    if not _kind_among(file, kinds, extensions):
+        kind = file_kind(file)
         return f"the app takes files of type {', '.join(kinds)}, not {kind}"
     methods = _texts(rules.get("allowed_file_upload_methods"))
     methods = methods or _texts(rules.get("transfer_methods"))
@@ -2193,38 +2193,63 @@ def _refused_file(file: Attachment, reason: str) -> BadRequest:
     )
 
 
-def file_mapping(file: Attachment, upload_id: str = "") -> dict[str, str]:
+def file_mapping(file: Attachment, upload_id: str, kind: str) -> dict[str, str]:
     """A file as a request names it: by its upload, else by its URL."""
     if upload_id:
         where = {"transfer_method": "local_file", "upload_file_id": upload_id}
     else:
         where = {"transfer_method": "remote_url", "url": file.url}
-    return {"type": file_kind(file), **where}
+    return {"type": kind or file_kind(file), **where}
 
 
 def place_files(
-    form: AppForm, mappings: Sequence[dict[str, str]], given: Mapping[str, Any]
+    form: AppForm, files: Iterable[tuple[Attachment, str]], given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Where files go in a request: the app's file inputs first, then `files`.
+
+    Args:
+        form: the app's.
+        files: each with the id of its upload, "" for one that goes by its URL.
+        given: inputs that the request has already.
 
     Returns:
         {"inputs": {variable: mapping or list}, "files": [mapping, …]}
     """
-    rest = list(mappings)
+    rest = list(files)
     inputs: dict[str, Any] = {}
     for row in form.inputs:
         if row.type in _FILE_TYPES and row.variable not in given:
-            kinds = row.kinds
-            fit = [n for n, f in enumerate(rest) if not kinds or f["type"] in kinds]
+            kinds = [_kind_among(file, row.kinds, row.extensions) for file, _ in rest]
+            fit = [n for n, kind in enumerate(kinds) if kind]
             fit = fit[:1] if row.type == "file" else fit
-            files, taken = [rest[n] for n in fit], set(fit)
-            rest = [file for n, file in enumerate(rest) if n not in taken]
-            if files:
-                inputs[row.variable] = files[0] if row.type == "file" else files
-    kinds = _texts(_upload_rules(form).get("allowed_file_types"))
-    if "custom" in kinds:  # Dify compares extensions only where the type says so
-        rest = [f if f["type"] in kinds else {**f, "type": "custom"} for f in rest]
-    return {"inputs": inputs, "files": rest}
+            placed, taken = [file_mapping(*rest[n], kinds[n]) for n in fit], set(fit)
+            rest = [pair for n, pair in enumerate(rest) if n not in taken]
+            if placed:
+                inputs[row.variable] = placed[0] if row.type == "file" else placed
+    allowed = _allowed(_upload_rules(form))
+    beside = [file_mapping(*pair, _kind_among(pair[0], *allowed)) for pair in rest]
+    return {"inputs": inputs, "files": beside}
+
+
+def _allowed(rules: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(kinds, extensions) of the files that a field takes, or an app beside fields."""
+    kinds, extensions = "allowed_file_types", "allowed_file_extensions"
+    return _texts(rules.get(kinds)), _texts(rules.get(extensions))
+
+
+def _kind_among(
+    file: Attachment, kinds: Sequence[str], extensions: Sequence[str]
+) -> str:
+    """The kind that a file is sent as, where these are taken; "" if it is not taken.
+
+    Dify looks for its extension among the app's own only where it is said to be custom.
+    """
+    kind = file_kind(file)
+    if not kinds or kind in kinds:
+        return kind
+    extension = file.name.rpartition(".")[2].lower()
+    is_listed = extension in [text.lower().strip(".") for text in extensions]
+    return "custom" if "custom" in kinds and is_listed else ""
 
 
 def encode_upload(file: Attachment, user: str) -> tuple[str, bytes]:
@@ -8738,8 +8763,8 @@ class Turns:
         common["trace_id"] = question.exchange.id
         if plan.files:
             check_files(form, plan.files, inputs)
-            mappings = [await self._mapping(question, file) for file in plan.files]
-            placed = place_files(form, mappings, inputs)
+            ids = [await self._upload_id(question, file) for file in plan.files]
+            placed = place_files(form, zip(plan.files, ids), inputs)
             common["inputs"] = {**inputs, **placed["inputs"]}
             common["files"] = placed["files"]
         variable = ""
@@ -8750,14 +8775,14 @@ class Turns:
             mode, plan.query, common, variable=variable, conversation_id=conversation_id
         )
 
-    async def _mapping(self, question: Question, file: Attachment) -> dict[str, str]:
-        """How the request names a file; its data is uploaded, once a request."""
+    async def _upload_id(self, question: Question, file: Attachment) -> str:
+        """Of a file that has none, nor a URL, its data is uploaded, once a request."""
         if file.url or file.upload_id:
-            return file_mapping(file, file.upload_id)
+            return file.upload_id
         if id(file) not in question.uploads:
             upload_id = await self._dify.upload(question.app, file, question.user)
             question.uploads[id(file)] = upload_id
-        return file_mapping(file, question.uploads[id(file)])
+        return question.uploads[id(file)]
 
 
 # ==============================================================================

@@ -774,47 +774,60 @@ def test_room_for_files(app: AppForm, files: list[Attachment], wanted: bool) -> 
 
 
 def test_files_go_to_file_inputs_first() -> None:
-    image, document = (
-        opendify.file_mapping(PNG, "u-1"),
-        opendify.file_mapping(PDF, "u-2"),
-    )
     fields = (AppInput("pic", "file", kinds=("image",)), AppInput("x", "text-input"))
-    placed = opendify.place_files(AppForm(fields), [document, image], {})
+    placed = opendify.place_files(AppForm(fields), [(PDF, "u-2"), (PNG, "u-1")], {})
+    by_upload = {"transfer_method": "local_file", "upload_file_id": "u-1"}
+    image = {"type": "image", **by_upload}
+    document = {"type": "document", **by_upload, "upload_file_id": "u-2"}
     assert placed == {"inputs": {"pic": image}, "files": [document]}
-    assert image == {
-        "type": "image",
-        "transfer_method": "local_file",
-        "upload_file_id": "u-1",
-    }
 
 
 def test_file_that_comes_twice_fills_two_fields() -> None:
-    image = opendify.file_mapping(opendify.Attachment("", url="https://x/cat.png"))
+    url = "https://x/cat.png"
+    file = opendify.Attachment("cat.png", url=url)
     fields = (AppInput("first", "file"), AppInput("second", "file"))
-    placed = opendify.place_files(AppForm(fields), [image] * 3, {})
+    placed = opendify.place_files(AppForm(fields), [(file, "")] * 3, {})
+    image = {"type": "image", "transfer_method": "remote_url", "url": url}
     assert placed == {"inputs": {"first": image, "second": image}, "files": [image]}
 
 
-def test_file_that_is_taken_for_its_extension_says_so() -> None:
+CUSTOM = {
+    "allowed_file_types": ["image", "custom"],
+    "allowed_file_extensions": [".PDF"],
+}
+A_FIELD = {"variable": "doc", "type": "file-list", **CUSTOM}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        pytest.param({"file_upload": {"enabled": True, **CUSTOM}}, id="beside"),
+        pytest.param({"user_input_form": [{"file-list": A_FIELD}]}, id="in-a-field"),
+    ],
+)
+def test_file_that_is_taken_for_its_extension_is_custom(
+    parameters: dict[str, Any],
+) -> None:
     """Dify refuses a document of an app that takes images and `.pdf` as custom."""
-    rules = {"allowed_file_types": ["image", "custom"], "enabled": True}
-    app = AppForm(uploads={**rules, "allowed_file_extensions": [".PDF"]})
+    app = opendify.parse_form(parameters)
     opendify.check_files(app, [PNG, PDF], {})
-    files = [opendify.file_mapping(file, "u") for file in (PNG, PDF)]
-    placed = opendify.place_files(app, files, {})["files"]
-    assert [row["type"] for row in placed] == ["image", "custom"]
+    placed = opendify.place_files(app, [(PNG, "u"), (PDF, "u")], {})
+    files = placed["files"] or placed["inputs"]["doc"]
+    assert [row["type"] for row in files] == ["image", "custom"]
+    with pytest.raises(opendify.BadRequest):
+        opendify.check_files(app, [Attachment("a.md", data=b"#")], {})
 
 
 def test_many_files_take_little_time() -> None:
-    kinds = [
-        {"type": kind, "url": str(n)}
-        for kind in ("audio", "image")
-        for n in range(9999)
-    ]
+    songs, pictures = (
+        [(Attachment(name, url=str(n)), "") for n in range(9999)]
+        for name in ("a.mp3", "a.png")
+    )
     fields = (AppInput("pics", "file-list", kinds=("image",)),)
     with at_most(80):
-        placed = opendify.place_files(AppForm(fields), kinds, {})
-        assert placed == {"inputs": {"pics": kinds[9999:]}, "files": kinds[:9999]}
+        placed = opendify.place_files(AppForm(fields), [*songs, *pictures], {})
+        assert {row["type"] for row in placed["files"]} == {"audio"}
+        assert len(placed["files"]) == len(placed["inputs"]["pics"]) == 9999
 
 
 def test_upload_is_multipart_with_name_type_and_user() -> None:
