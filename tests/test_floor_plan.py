@@ -18,26 +18,26 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
     "Settings": 245,
-    "Errors": 100,
-    "SSE": 90,
-    "Turn": 150,
-    "Calls": 760,
-    "Dify": 900,
-    "Ids": 110,
-    "OpenAI": 890,
-    "Responses": 560,
+    "Errors": 85,
+    "SSE": 65,
+    "Turn": 125,
+    "Calls": 740,
+    "Dify": 880,
+    "Ids": 70,
+    "OpenAI": 800,
+    "Responses": 480,
     "Conversations": 415,
     "Pacer": 135,
-    "Wire": 570,
-    "Upstream": 820,
-    "Answers": 640,
-    "Handlers": 1120,
-    "Server": 300,
+    "Wire": 545,
+    "Upstream": 785,
+    "Answers": 630,
+    "Handlers": 1075,
+    "Server": 290,
     "Page": 260,
-    "Command line": 360,
+    "Command line": 340,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8180
+WHOLE_BUDGET = 8000
 FUNCTION_LINES = 50  # one screen
 
 PURE = set(list(BUDGETS)[: list(BUDGETS).index("Wire")])
