@@ -300,11 +300,12 @@ def _complaints(values: Mapping[str, Any]) -> list[str]:
     complaints = _complaints_of_urls(values, apps)
     for key in [*(app.key for app in apps.values()), *values.get("dify_api_keys", ())]:
         if not re.fullmatch(r"[!-~]+", key):
-            complaints.append(f"the app key {mask_key(key)} has characters no key has")
+            shown = mask_key(key)
+            complaints.append(f"the app key {shown!r} has characters no key has")
     for key in values.get("valid_api_keys", ()):
         if not re.fullmatch(r"[ -~]+", key):  # clients send others in many ways
             shown = mask_key(key)
-            complaints.append(f"VALID_API_KEYS: {shown} has characters no header has")
+            complaints.append(f"VALID_API_KEYS: {shown!r} has characters no header has")
     for name, choices in (("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS)):
         if values.get(name, choices[0]) not in choices:
             complaints.append(f"{name.upper()}: must be one of {', '.join(choices)}")

@@ -321,8 +321,8 @@ def test_all_complaints_come_at_once_and_in_order() -> None:
         "STREAM_SMOOTHING: must be on or off, not 'maybe'",
         "CONVERSATION_TTL: must be 1 or more, not 0s",
         "DIFY_API_BASE: must be a URL like https://host/v1, not 'dify.local'",
-        "the app key app wi… has characters no key has",
-        "VALID_API_KEYS: schlüs… has characters no header has",
+        "the app key 'app wi…' has characters no key has",
+        "VALID_API_KEYS: 'schlüs…' has characters no header has",
         "LOG_LEVEL: must be one of DEBUG, INFO, WARNING, ERROR",
     ]
 
@@ -492,6 +492,7 @@ TEXTS = st.text(max_size=30) | JSON.map(json.dumps)
 @example({"DIFY_API_BASE": "https://[v1.x]/v1"})
 @example({"MODEL_CONFIG": '{"m": {"key": "k", "mode": []}}'})
 @example({"MODEL_CONFIG": '{"m": "\\ud800"}'})
+@example({"DIFY_API_KEYS": "app-a\nb-key", "VALID_API_KEYS": "key-a\nb-key"})
 def test_any_text_parses_or_is_complained_about(variables: dict[str, str]) -> None:
     try:
         settings = parse_settings(variables)
