@@ -303,7 +303,7 @@ def _complaints(values: Mapping[str, Any]) -> list[str]:
             shown = mask_key(key)
             complaints.append(f"the app key {shown!r} has characters no key has")
     for key in values.get("valid_api_keys", ()):
-        if not re.fullmatch(r"[ -~]+", key):  # clients send others in many ways
+        if not re.fullmatch(r"[\t -~]+", key):  # clients send others in many ways
             shown = mask_key(key)
             complaints.append(f"VALID_API_KEYS: {shown!r} has characters no header has")
     for name, choices in (("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS)):
@@ -1869,7 +1869,7 @@ class _Checker:
             return True
         kind, holds = _HOLDS[keyword]
         if kind and (isinstance(limit, bool) or not _is_a(value, kind)):
-            return True  # draft 4, and so OpenAPI 3.0, has "exclusiveMinimum": true
+            return True  # such as "exclusiveMinimum": true, of draft 4 and OpenAPI 3.0
         return holds(value, limit)
 
     def _target(self, ref: str) -> Any:
@@ -2243,7 +2243,8 @@ def _kind_among(
 ) -> str:
     """The kind that a file is sent as, where these are taken; "" if it is not taken.
 
-    Dify looks for its extension among the app's own only where it is said to be custom.
+    Dify looks for its extension among the app's own only where it is said to be custom;
+    of a file that is no other kind it judges, for it may know a better name.
     """
     kind = file_kind(file)
     if not kinds or kind in kinds:
@@ -5240,7 +5241,8 @@ _BUSY_TIMEOUT_S = 0.05  # the event loop waits meanwhile
 _OPEN_TIMEOUT_S = 1.0  # other processes may be opening it too
 _MAX_CANDIDATES = 64  # with the same last answer; with more it is a stock phrase
 _MOST_WAITING = 64  # rows for a table in memory
-_SWEEP_EVERY, _SWEEP_MOST = 100, 200  # new tails, old tails: a sweep takes milliseconds
+_SWEEP_EVERY = 100  # new tails, and named ones: a sweep takes milliseconds
+_SWEEP_MOST = 200  # old tails
 _NEXT = "Write the assistant's next message."
 _GO_ON = "Continue your last message exactly where it ends, without repeating it."
 _SIDE_REQUESTS = (
@@ -5555,7 +5557,7 @@ SELECT id FROM opendify_tails ORDER BY used LIMIT MIN({_SWEEP_MOST}, MAX(0,
 (SELECT COUNT(*) FROM opendify_tails WHERE used < ?))))"""
 _NAMED_BYTES = "SELECT TOTAL(LENGTH(state)) FROM opendify_named"
 _DROP_NAMED = """
-DELETE FROM opendify_named WHERE used < ? OR id IN (
+DELETE FROM opendify_named WHERE id IN (
 SELECT id FROM opendify_named ORDER BY used DESC LIMIT -1 OFFSET ?)"""
 _DROP_LARGE = """
 DELETE FROM opendify_named WHERE id IN (
@@ -5610,7 +5612,7 @@ class Conversations:
     def __init__(self, path: str, ttl_s: float, most: int = MAX_CONVERSATIONS) -> None:
         """Open the table, or make it."""
         self._ttl_s, self._most, self._puts = ttl_s, most, 0
-        self._not_swept = inf  # bytes of named ones since a sweep; none was yet
+        self._not_swept = inf  # named ones since a sweep, in bytes; none was yet
         self._waiting: list[Sequence[Any]] = []  # rows for _PUT, not in the table yet
         self._most_waiting = _MOST_WAITING if path == ":memory:" else 1
         self._db = sqlite3.connect(
@@ -5690,26 +5692,28 @@ class Conversations:
     def keep(self, named: NamedConversation, owner: str, now: float) -> bool:
         """Record it, with the texts that it has, and drop old ones; False if too long.
 
-        Bytes, whose length SQLite knows without reading them.
+        What is beyond the limits in all goes now and then, since a sweep counts all.
         """
+        # Bytes, whose length SQLite knows without reading them.
         state = json.dumps(dataclasses.asdict(named)).encode()
         if len(state) > MAX_NAMED_BYTES:
             return False
         sql = "INSERT OR REPLACE INTO opendify_named VALUES (?, ?, ?, ?)"
         self._run(sql, named.id, _owner(owner), now, state)
+        self._run("DELETE FROM opendify_named WHERE used < ?", now - self._ttl_s)
         most = MAX_ALL_NAMED_BYTES // 16
         self._not_swept += max(len(state), most // _SWEEP_EVERY)
         if self._not_swept > most:
-            self._sweep_named(now)
+            self._sweep_named()
         return True
 
     def drop(self, named: NamedConversation) -> None:
         """Forget it; Dify's conversation stays."""
         self._run("DELETE FROM opendify_named WHERE id = ?", named.id)
 
-    def _sweep_named(self, now: float) -> None:
+    def _sweep_named(self) -> None:
         self._not_swept = 0.0
-        self._run(_DROP_NAMED, now - self._ttl_s, MAX_NAMED)
+        self._run(_DROP_NAMED, MAX_NAMED)
         rows, _ = self._run(_NAMED_BYTES)
         if rows and rows[0][0] > MAX_ALL_NAMED_BYTES:
             self._run(_DROP_LARGE, MAX_ALL_NAMED_BYTES)
@@ -6383,6 +6387,7 @@ class Wire(asyncio.Protocol):
         self._buffer = b""  # read, and not used yet
         self._is_paused = False  # reading, since too much is unused
         self._is_at_end = False  # the peer sends nothing more
+        self._is_lost = False  # the connection
         self._failure: Exception | None = None  # of the connection, or a deadline's
         self._reader: asyncio.Future[None] | None = None  # who waits for bytes
         self._room: asyncio.Event | None = None  # to write; None: there is some
@@ -6433,6 +6438,7 @@ class Wire(asyncio.Protocol):
         """The connection is closed: by the peer, the network, or ourselves."""
         if exc and not self._failure:
             self._failure = ConnectionBroken(str(exc))
+        self._is_lost = True
         self._end()
         self.resume_writing()
 
@@ -6617,12 +6623,13 @@ class Wire(asyncio.Protocol):
             return
         self._transport.close()
         if self._unsent:  # a peer that reads nothing must not hold it for ever
-            self._loop.call_later(WRITE_TIMEOUT_S, self._transport.abort)
+            self._loop.call_later(WRITE_TIMEOUT_S, self.abort)
 
     def abort(self) -> None:
         """Close now."""
         self.close()
-        self._transport.abort()
+        if not self._is_lost:  # asyncio's transports can't be aborted any more then
+            self._transport.abort()
 
 
 async def open_wire(*address: Any, **options: Any) -> Wire:
@@ -8585,7 +8592,7 @@ class Turns:
             raise unsatisfied(ask, reading.problem)
 
     def give_back(self, tail: Tail | None) -> None:
-        """A conversation that was taken, and that nothing was sent to."""
+        """A conversation that was taken, and in which nothing ran."""
         if tail:
             self._conversations.put(tail, self._wall_clock())
 
@@ -8777,7 +8784,7 @@ class Turns:
         )
 
     async def _upload_id(self, question: Question, file: Attachment) -> str:
-        """Of a file that has none, nor a URL, its data is uploaded, once a request."""
+        """Data is uploaded, once a request; "" for a file that goes by its URL."""
         if file.url or file.upload_id:
             return file.upload_id
         if id(file) not in question.uploads:

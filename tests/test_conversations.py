@@ -12,6 +12,7 @@ import tempfile
 import textwrap
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -1397,7 +1398,10 @@ def test_named_conversation_is_forgotten_when_nobody_uses_it(tmp_path: Path) -> 
         assert store.named("conv_1", "key", 105.0) == named
         assert store.named("conv_1", "other", 6.0) is None
         assert store.named("conv_1", "key", 105.1) is None
+        store.keep(replace(named, id="conv_2"), "key", 105.1)
         store.close()
+    with closing(sqlite3.connect(path)) as file:  # nor are its texts kept
+        assert [*file.execute("SELECT id FROM opendify_named")] == [("conv_2",)]
 
 
 def test_named_conversation_of_a_later_version_is_read(tmp_path: Path) -> None:

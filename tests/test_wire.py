@@ -1064,6 +1064,21 @@ async def test_close_sends_what_was_written() -> None:
         assert got == len(MUCH)
 
 
+async def test_connection_that_is_lost_can_be_aborted() -> None:
+    """Its last bytes went after `close`, whose deadline comes all the same."""
+    async with wired() as (wire, far):
+        wire.write(MUCH)
+        wire.close()
+        loop = asyncio.get_running_loop()
+        faults: list[dict[str, Any]] = []
+        loop.set_exception_handler(lambda _, context: faults.append(context))
+        while await loop.sock_recv(far, 10**6):
+            pass
+        await asyncio.sleep(2 * WRITE_TIMEOUT_S)
+        wire.abort()
+        assert faults == []
+
+
 async def test_close_gives_up_a_peer_that_reads_nothing() -> None:
     """Else anyone could take a descriptor for ever by not reading an answer."""
     async with wired() as (wire, far):
