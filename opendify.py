@@ -6146,8 +6146,11 @@ class BodyDecoder:
         if self._is_chunked:
             pieces: list[bytes] = []
             try:
-                if self._buffer == b"\r\n" and (body := _whole_chunks(data)):
-                    return body
+                if self._buffer == b"\r\n":
+                    is_last = data.endswith(b"\r\n0\r\n\r\n")
+                    if body := _whole_chunks(data[:-5] if is_last else data):
+                        self.is_complete = is_last
+                        return body
                 self._feed_chunks(data, pieces)
             except MalformedHTTP as error:
                 self.failure = error
@@ -6166,7 +6169,7 @@ class BodyDecoder:
         self.is_complete = True
 
     def _feed_chunks(self, data: bytes, pieces: list[bytes]) -> None:
-        """Take chunks one by one: the first, the last, and those that are cut."""
+        """Take chunks one by one: those that are cut, and what is beside them."""
         data = self._buffer + data if self._buffer else data
         at, end, left = 0, len(data), self._left
         while at < end and self._trailer_bytes < 0:

@@ -28,7 +28,7 @@ BUDGETS = {
     "Responses": 480,
     "Conversations": 420,
     "Pacer": 135,
-    "Wire": 550,
+    "Wire": 555,
     "Upstream": 785,
     "Answers": 630,
     "Handlers": 1075,
