@@ -9211,7 +9211,7 @@ class Handlers:
         self._archive = Archive(dify, conversations, wall_clock)
         self._created = int(wall_clock())
         self.metrics = Metrics()
-        self._key_failures: dict[str, deque[float]] = {}  # the last times, by address
+        self._key_failures: dict[str, tuple[float, ...]] = {}  # times, by address
         self._running: dict[ResponseStream, Exchange] = {}
 
     def find(self, exchange: Exchange) -> Handler:
@@ -9248,10 +9248,10 @@ class Handlers:
         valid = self.settings.valid_api_keys
         if not valid:
             return
-        now = asyncio.get_running_loop().time()
-        failures = self._key_failures.get(peer) or deque(maxlen=MAX_KEY_FAILURES)
+        now = asyncio.get_running_loop().time
+        failures = self._key_failures.get(peer, ())
         is_full = len(failures) == MAX_KEY_FAILURES
-        if is_full and failures[0] >= now - KEY_FAILURES_S:
+        if is_full and failures[0] >= now() - KEY_FAILURES_S:
             raise RateLimited(
                 "Too many wrong API keys from this address.",
                 headers=[("Retry-After", f"{KEY_FAILURES_S:g}")],
@@ -9265,8 +9265,7 @@ class Handlers:
         if not is_loopback(peer):
             if len(self._key_failures) > MAX_ADDRESSES:
                 self._key_failures.clear()
-            failures.append(now)
-            self._key_failures[peer] = failures
+            self._key_failures[peer] = (*failures, now())[-MAX_KEY_FAILURES:]
         raise Unauthorized(
             "Incorrect API key provided: it is none of this server's VALID_API_KEYS.",
             code="invalid_api_key",
