@@ -64,6 +64,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import sys
 import tempfile
 import time
@@ -5725,15 +5726,16 @@ class Conversations:
         key = (window.digests[-_DIGEST_BYTES:], now - self._ttl_s)
         equal = f"{_MATCH} AND chain = ? LIMIT {_MAX_CANDIDATES}"
         rows, _ = self._run(equal, *key, window.chain)
-        if not rows and _is_clear(history):
-            near, _ = self._run(f"{_MATCH} LIMIT {_MAX_CANDIDATES + 1}", *key)
-            if len(near) > _MAX_CANDIDATES:
-                return None
-            near = [row for row in near if row[3].endswith(window.digests)]
-            if len({row[1] for row in near}) > 1:
-                return None
-            rows = [row for row in near if window.ends(Tail(scope, *row))]
         tails = [Tail(scope, *row) for row in rows]
+        if not tails and _is_clear(history):
+            rows, _ = self._run(f"{_MATCH} LIMIT {_MAX_CANDIDATES + 1}", *key)
+            if len(rows) > _MAX_CANDIDATES:
+                return None
+            near = [Tail(scope, *row) for row in rows]
+            near = [tail for tail in near if tail.digests.endswith(window.digests)]
+            if len({tail.chain for tail in near}) > 1:
+                return None
+            tails = [tail for tail in near if window.ends(tail)]
         if len(tails) > 1:  # the same was said in each: by whom, system text may tell
             told = _system_hash(scope, [*_opening(system), *history])
             tails.sort(key=lambda tail: tail.system != told)
@@ -6111,6 +6113,7 @@ MAX_EXTENSION_BYTES = 1024  # of a chunk; nobody reads it
 _SIZE_LINE = rb"([0-9A-Fa-f]{1,15})[ \t]{0,64}(?:;[^\r\n]{0,%d})?" % MAX_EXTENSION_BYTES
 _CHUNK = re.compile(rb"\r\n" + _SIZE_LINE)
 _CHUNK_BEGUN = re.compile(rb"\r?\Z|\r\n(?:" + _SIZE_LINE + rb"\r?)?\Z")
+_LAST_CHUNK = b"0\r\n\r\n"  # without trailers
 _BAD_CHUNK = "The size of a chunk is malformed, or its extension too long."
 _BAD_TRAILER = "A trailer field is malformed."
 
@@ -6147,8 +6150,9 @@ class BodyDecoder:
             pieces: list[bytes] = []
             try:
                 if self._buffer == b"\r\n":
-                    is_last = data.endswith(b"\r\n0\r\n\r\n")
-                    if body := _whole_chunks(data[:-5] if is_last else data):
+                    is_last = data.endswith(b"\r\n" + _LAST_CHUNK)
+                    end = len(data) - len(_LAST_CHUNK) if is_last else None
+                    if body := _whole_chunks(data[:end]):
                         self.is_complete = is_last
                         return body
                 self._feed_chunks(data, pieces)
@@ -6214,7 +6218,8 @@ class BodyDecoder:
 def _whole_chunks(data: bytes) -> bytes:
     """The body of chunks that all came whole, if their data holds no CR LF, else b"".
 
-    Dify's events are such chunks, so most reads are understood at once.
+    Dify's events are such chunks, so most reads are understood at once: 5% of the
+    instructions of a whole answer.
     """
     lines = data.split(b"\r\n")
     sizes, chunks = lines[::2], lines[1::2]
@@ -6880,7 +6885,7 @@ class Reply:
     def end(self, data: bytes = b"") -> None:
         """The last of the body, and its end, in one packet."""
         self.is_complete = True
-        self.write(data, b"0\r\n\r\n" if self._is_chunked else b"")
+        self.write(data, _LAST_CHUNK if self._is_chunked else b"")
 
     @property
     def must_drain(self) -> bool:
@@ -11036,8 +11041,8 @@ class SettingsSource:
     def _look(self) -> tuple[float, int] | None:
         """What tells whether the file has changed; a pipe is read but once."""
         with contextlib.suppress(OSError):
-            if self._path.is_file():
-                found = self._path.stat()
+            found = self._path.stat()
+            if stat.S_ISREG(found.st_mode):
                 return found.st_mtime, found.st_size
         return None
 

@@ -826,8 +826,14 @@ def test_many_files_take_little_time() -> None:
     fields = (AppInput("pics", "file-list", kinds=("image",)),)
     with at_most(80):
         placed = opendify.place_files(AppForm(fields), [*songs, *pictures], {})
-        assert {row["type"] for row in placed["files"]} == {"audio"}
-        assert len(placed["files"]) == len(placed["inputs"]["pics"]) == 9999
+        said = {
+            kind: [
+                {"type": kind, "transfer_method": "remote_url", "url": str(n)}
+                for n in range(9999)
+            ]
+            for kind in ("audio", "image")
+        }
+        assert placed == {"inputs": {"pics": said["image"]}, "files": said["audio"]}
 
 
 def test_upload_is_multipart_with_name_type_and_user() -> None:
