@@ -826,7 +826,8 @@ class Ask(NamedTuple):
 
     `messages` is the whole visible history in order, the new message(s) last, without
     the system text that opens it: that is `system`. `conversation_id` is the explicit
-    one, "" where the client named none.
+    one, "" where the client named none; of that, Dify has the messages up to the last
+    answer, unless all are new to it.
     """
 
     model: str
@@ -835,6 +836,7 @@ class Ask(NamedTuple):
     inputs: Mapping[str, Any] = MappingProxyType({})
     user: str = ""
     conversation_id: str = ""
+    is_all_new: bool = False
     tools: tuple[Tool, ...] = ()  # that may be called
     tool_mode: str = "auto"  # or "none" or "required"
     output: OutputFormat = OutputFormat()
@@ -5407,20 +5409,20 @@ def plan_turn(
             along with a folded history as far as there is room, the newest first.
     """
     history, new = split_turn(ask)
-    system = "" if system_variable else ask.system
-    opening = _opening(system)
+    opening = _opening("" if system_variable else ask.system)
     told = opening + [row for row in history if row.role == "system"]
-    is_new = tail is None
+    is_new, added = tail is None, _added(ask, tail)
     if tail is None:
         tail = Tail(scope, chain=scope).extend(history)
         if history_variable:
             tail = tail._replace(folded=tail.length)
-    elsewhere = _only_in_input(history, tail)
+    elsewhere = () if added else _only_in_input(history, tail)
     context = [*opening, *history[len(elsewhere) :]]
     if not is_new:
-        context = [] if _system_hash(scope, told) == tail.system else told
+        is_told = _system_hash(scope, told) == tail.system
+        context = [*([] if is_told else told), *added]
     files = [file for row in new for file in row.attachments]
-    carried = _with_room(history if is_new else (), files, has_room)
+    carried = _with_room(history if is_new else added, files, has_room)
     inputs = dict(ask.inputs)
     if system_variable and ask.system.strip():
         inputs[system_variable] = ask.system
@@ -5430,7 +5432,15 @@ def plan_turn(
     files = [file for row in carried for file in row.attachments] + files
     # Nobody can tell how a client shows an answer that was continued, or a title.
     is_known = tail.is_known and bool(new) and not is_side_request(ask)
-    return Plan(query or " ", inputs, tuple(files), tail, told, new, is_known)
+    said = (*added, *new)
+    return Plan(query or " ", inputs, tuple(files), tail, told, said, is_known)
+
+
+def _added(ask: Ask, tail: Tail | None) -> tuple[Message, ...]:
+    """What was said before the new messages in a conversation that does not have it."""
+    if tail is None or not ask.is_all_new:
+        return ()
+    return tuple(row for row in split_turn(ask)[0] if row.role != "system")
 
 
 def _opening(system: str) -> list[Message]:
@@ -9064,13 +9074,7 @@ class Archive:
             if (at := open_place(sealer, id_, user=user))
         }
         if not place and not named:
-            ask, here = ask_of(asked, {}), Place(user, asked.ask.conversation_id, "")
-            has_results = any(row.role == "tool" for row in ask.messages)
-            is_named = has_results and here.conversation_id
-            if is_named and await self._dify.mode_of(app) in CHAT_MODES:
-                turns, _ = await self._page_of(app, here)
-                ask = ask_of(asked, {}, told=_transcript(turns, asked.known_tools))
-            return _with_something(ask, asked), None
+            return await self._continue_named(app, asked, user), None
         anchor = place or list(named.values())[-1]
         scope, now = scope_of(app.key, user), self._wall_clock()
         tail = self._conversations.take_alone(scope, anchor.conversation_id, now)
@@ -9082,6 +9086,21 @@ class Archive:
             if tail and not goes_on:
                 self._conversations.put(tail, self._wall_clock())
         return ask, tail if goes_on else None
+
+    async def _continue_named(
+        self, app: AppSettings, asked: ResponsesRequest, user: str
+    ) -> Ask:
+        """The question in the conversation of its id, if any, or in a new one."""
+        ask, here = ask_of(asked, {}), Place(user, asked.ask.conversation_id, "")
+        told: list[Message] = []
+        has_results = any(row.role == "tool" for row in ask.messages)
+        is_named = has_results and here.conversation_id
+        if is_named and await self._dify.mode_of(app) in CHAT_MODES:
+            turns, _ = await self._page_of(app, here)
+            told = _transcript(turns, asked.known_tools)
+            ask = ask_of(asked, {}, told=told)
+        is_all_new = ask.is_all_new and not is_known_history(ask, told)
+        return _with_something(ask._replace(is_all_new=is_all_new), asked)
 
     async def _continue_at(
         self,
@@ -9100,8 +9119,10 @@ class Archive:
         if previous and is_free and not named:
             newest, _ = await self._page_of(app, anchor, most=1)
             if [row.message_id for row in newest] == [anchor.message_id]:
-                ask = ask_of(asked, {}, told=_transcript(newest, tools))
-                return ask._replace(conversation_id=here)
+                told = _transcript(newest, tools)
+                ask = ask_of(asked, {}, told=told)
+                is_all_new = not is_known_history(ask, told)
+                return ask._replace(conversation_id=here, is_all_new=is_all_new)
         places = [anchor, *reversed(list(named.values()))]
         stored = await self.turns_of_all(app, places)
         rows = {row.message_id: row for turns in stored.values() for row in turns}
@@ -9118,8 +9139,9 @@ class Archive:
         known = _transcript(turns[:end], tools)
         ask = _with_something(ask_of(asked, found, known if previous else ()), asked)
         is_newest = 0 < end == len(turns)
-        if is_free and is_newest and is_known_history(split_turn(ask)[0], known):
-            ask = ask._replace(conversation_id=here)
+        is_here = ask.conversation_id in ("", here)  # it may name another
+        if is_free and is_newest and is_here and is_known_history(ask, known):
+            ask = ask._replace(conversation_id=here, is_all_new=False)
         return ask
 
     async def turns_of_all(
@@ -10007,16 +10029,17 @@ class Handlers:
         return sink.end()
 
 
-def is_known_history(history: Sequence[Message], known: Sequence[Message]) -> bool:
-    """Whether what a client shows is what Dify has stored, or its end.
+def is_known_history(ask: Ask, known: Sequence[Message]) -> bool:
+    """Whether the history that a client shows is what Dify has stored, or its end.
 
     Args:
-        history: the client's, its last message an answer.
+        ask: what the client wants; without a history none is known.
         known: the stored messages, questions and answers in turns. A question may
             hold more than the client's: what was folded, and results of tools.
     """
     at = len(known)
     asked: list[Message] = []
+    history, _ = split_turn(ask)
     for message in reversed([row for row in history if row.role != "system"]):
         if message.role != "assistant":
             asked.append(message)
@@ -10066,7 +10089,8 @@ def _in_conversation(
     if not named.is_bound_to(scope):
         raise bad_value("conversation", "it belongs to another model or end user.")
     items = (*parse_items(list(named.items)), *asked.items)
-    ask = asked.ask._replace(conversation_id=named.conversation_id)
+    id_ = named.conversation_id
+    ask = asked.ask._replace(conversation_id=id_, is_all_new=bool(id_))
     return replace(asked, ask=ask, items=items)
 
 

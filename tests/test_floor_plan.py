@@ -17,27 +17,27 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 245,
-    "Errors": 85,
+    "Settings": 260,
+    "Errors": 95,
     "SSE": 65,
-    "Turn": 125,
-    "Calls": 740,
-    "Dify": 880,
+    "Turn": 135,
+    "Calls": 750,
+    "Dify": 970,
     "Ids": 70,
-    "OpenAI": 800,
-    "Responses": 480,
-    "Conversations": 420,
+    "OpenAI": 815,
+    "Responses": 500,
+    "Conversations": 435,
     "Pacer": 135,
-    "Wire": 555,
-    "Upstream": 785,
-    "Answers": 630,
-    "Handlers": 1075,
-    "Server": 290,
+    "Wire": 565,
+    "Upstream": 815,
+    "Answers": 650,
+    "Handlers": 1115,
+    "Server": 300,
     "Page": 260,
-    "Command line": 340,
+    "Command line": 430,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8000
+WHOLE_BUDGET = 8300
 FUNCTION_LINES = 50  # one screen
 
 PURE = set(list(BUDGETS)[: list(BUDGETS).index("Wire")])

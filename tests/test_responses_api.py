@@ -738,6 +738,41 @@ async def test_items_of_a_conversation_go_with_its_first_turn() -> None:
     assert first.endswith("\n\nThree") and last == "Four"
 
 
+SECRET = [user("It is 42."), {"role": "assistant", "content": "Noted."}]
+
+
+@pytest.mark.parametrize("way", ["previous", "inline", "items"])
+async def test_what_a_conversation_is_given_later_is_told(way: str) -> None:
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        bound = {} if way == "previous" else {"conversation": made["id"]}
+        one = await answer(served, "Hi", **bound)
+        if way == "previous":
+            bound = {"previous_response_id": one["id"]}
+        given = [] if way == "items" else SECRET
+        if way == "items":
+            path = f"{CONVERSATIONS}/{made['id']}/items"
+            await post(served, path, {"items": SECRET})
+        await answer(served, [*given, user("What is it?")], **bound)
+        ((_, query),) = told(served)
+    assert ">\nIt is 42.\n<" in query and ">\nNoted.\n<" in query
+    assert query.endswith("\n\nWhat is it?")
+
+
+async def test_item_of_another_conversation_is_told_in_the_one_that_is_named() -> None:
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        here = {"conversation": made["id"]}
+        await answer(served, "Here", **here)
+        other = await answer(served, "There")
+        items = [reference(other["output"][0]), user("Sum up")]
+        await answer(served, items, **here)
+        await answer(served, "And then?", **here)
+        (_, query, then), there = told(served)
+    assert there == ["There"] and then == "And then?"
+    assert text_of(other) in query and query.endswith("\n\nSum up")
+
+
 async def test_item_with_nulls_can_be_paged_past() -> None:
     nulls = dict.fromkeys(("id", "type", "status"))
     async with proxy() as served:
@@ -904,8 +939,9 @@ def test_long_history_is_compared_in_little_time() -> None:
     known = [opendify.Message("user", "q"), opendify.Message("assistant", "a")]
     asked = [opendify.Message("user", "x")] * 100_000
     with at_most(80):
-        assert not opendify.is_known_history([*asked, known[1]], known)
-        assert opendify.is_known_history(known, known)
+        longer = opendify.Ask("m", (*asked, known[1]))
+        assert not opendify.is_known_history(longer, known)
+        assert opendify.is_known_history(opendify.Ask("m", tuple(known)), known)
 
 
 @contextlib.asynccontextmanager
