@@ -8415,6 +8415,7 @@ class Reading:
         self._held: list[Part] = []  # until it is certain that the answer will do
         self._said: list[str] = []
         self._has_given = False  # text, that can't be taken back
+        self._has_call = False  # that no stop has cut off
 
     @property
     def said(self) -> str:
@@ -8430,6 +8431,7 @@ class Reading:
             parts = [part for part in parts if not isinstance(part, Media)]
         ready = self._calls.feed(parts) if self._calls else parts
         ready = self._stop.feed(ready) if self._stop else ready
+        self._has_call |= any(isinstance(part, ToolCall) for part in ready)
         ready = self._json.feed(ready) if self._json else ready
         if self._stop and self._stop.is_cut and not self.is_cut:
             self.is_cut = True
@@ -8450,10 +8452,6 @@ class Reading:
             return part
         self.usage = self._spent + part
         return self.usage
-
-    @property
-    def _has_call(self) -> bool:
-        return bool(self._calls and self._calls.calls)
 
     @property
     def _is_open(self) -> bool:

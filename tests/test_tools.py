@@ -545,6 +545,15 @@ async def test_second_try_gives_the_call_that_was_required(stream: bool) -> None
 
 
 @WHOLE_OR_STREAMED
+async def test_call_that_a_stop_cuts_off_is_none(stream: bool) -> None:
+    answers = [at_once(f"Let me see.\n\n{OSLO}"), at_once(OSLO)]
+    async with proxy(lambda _: answers.pop(0)) as served:
+        fields: JSONObject = {"tool_choice": "required", "stop": "\n\n"}
+        got = await served.chat(tools=TOOLS, stream=stream, **fields)
+    assert choices_of(got) == [OSLO_CALL] and len(served.turns) == 2
+
+
+@WHOLE_OR_STREAMED
 @pytest.mark.parametrize("kind", ["call", "json"])
 async def test_usage_is_that_of_both_tries(kind: str, stream: bool) -> None:
     answers = [
