@@ -8406,9 +8406,11 @@ class Reading:
         if ask.tools:
             ids = (_call_id(f"{message_id} {n}") for n in itertools.count())
             self._calls = CallReader(ask.tools, ids.__next__)
-        self._stop = StopReader(ask.stops) if ask.stops else None
-        self._json: JsonReader | None = None
         self._is_json = ask.output.kind != "text"
+        # What stands around JSON is no text of the client's, and half of it is none.
+        stops = () if self._is_json else ask.stops
+        self._stop = StopReader(stops) if stops else None
+        self._json: JsonReader | None = None
         if self._is_json and not is_whole and ask.output.is_compound:
             self._json = JsonReader(ask.output)
         self.is_plain = not (ask.tools or ask.stops or self._is_json)

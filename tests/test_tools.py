@@ -554,6 +554,16 @@ async def test_call_that_a_stop_cuts_off_is_none(stream: bool) -> None:
 
 
 @WHOLE_OR_STREAMED
+@pytest.mark.parametrize("stop", ["```", "\n\n", "}"])
+async def test_stop_is_not_looked_for_where_json_is_wanted(
+    stop: str, stream: bool
+) -> None:
+    async with proxy(at_once(f"Sure!\n\n```json\n{GOOD}\n```")) as served:
+        got = await served.chat(response_format=CITY, stop=stop, stream=stream)
+    assert choices_of(got) == [Choice(GOOD, [], "stop")] and len(served.turns) == 1
+
+
+@WHOLE_OR_STREAMED
 @pytest.mark.parametrize("kind", ["call", "json"])
 async def test_usage_is_that_of_both_tries(kind: str, stream: bool) -> None:
     answers = [
