@@ -5121,7 +5121,9 @@ class ResponseStream:
 
     def _add_item(self, form: _Form, fields: Mapping[str, str]) -> bytes:
         at = len(self._output)
-        item = {"id": self._frame.id(form.prefix, at), **form.added, **fields}
+        # By its number among its kind: read again, reasoning comes before the text.
+        number = sum(row["id"].startswith(form.prefix) for row in self._output)
+        item = {"id": self._frame.id(form.prefix, number), **form.added, **fields}
         self._output.append(item)
         self._open[form.prefix] = opened = _OpenItem(form, item, at)
         added = self._event("output_item.added", output_index=at, item=item)

@@ -773,6 +773,17 @@ async def test_item_of_another_conversation_is_told_in_the_one_that_is_named() -
     assert text_of(other) in query and query.endswith("\n\nSum up")
 
 
+async def test_streamed_items_are_found_whatever_their_order() -> None:
+    script = fake.chat_answer("Well ", "<think>Hm.</think>", "yes.")
+    async with proxy(script) as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        got = await answer(served, conversation=made["id"], stream=True)
+        path = f"{CONVERSATIONS}/{made['id']}/items"
+        found = [await served.get(f"{path}/{row['id']}") for row in got["output"]]
+    assert [row["type"] for row in got["output"]] == ["message", "reasoning"]
+    assert [row.json for row in found] == got["output"]
+
+
 async def test_item_with_nulls_can_be_paged_past() -> None:
     nulls = dict.fromkeys(("id", "type", "status"))
     async with proxy() as served:
