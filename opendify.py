@@ -5066,9 +5066,26 @@ class ResponseStream:
         """
         if not self.response:
             return encode_comment("keep-alive")
-        for item in self._open.values():
-            item.update("in_progress")
         return self._lifecycle("in_progress", "in_progress")
+
+    def so_far(self, status: str, **more: Any) -> dict[str, Any]:
+        """The response with the output that it has by now."""
+        for item in self._open.values():
+            item.update(status if status == "in_progress" else "incomplete")
+        frame = self._frame
+        return {
+            "id": frame.id("resp_"),
+            "object": "response",
+            "created_at": frame.created,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "model": frame.model,
+            "output": list(self._output),
+            **frame.echo,
+            **frame.extra,
+            **more,
+        }
 
     def encode(self, part: Part) -> bytes:
         """The events that a part becomes; b"" for one that is kept for the end."""
@@ -5085,8 +5102,6 @@ class ResponseStream:
     def fail(self, error: ProxyError) -> bytes:
         """The end of a stream that can't be finished; open items stay open."""
         begun = b"" if self.response else self.begin({})
-        for item in self._open.values():
-            item.update("incomplete")
         told = {"code": _failure_code(error), "message": error.message}
         return begun + self._lifecycle("failed", "failed", error=told)
 
@@ -5166,20 +5181,7 @@ class ResponseStream:
 
     def _lifecycle(self, event: str, status: str, **more: Any) -> bytes:
         """An event with the whole response as it now is."""
-        frame = self._frame
-        self.response = {
-            "id": frame.id("resp_"),
-            "object": "response",
-            "created_at": frame.created,
-            "status": status,
-            "error": None,
-            "incomplete_details": None,
-            "model": frame.model,
-            "output": list(self._output),
-            **frame.echo,
-            **frame.extra,
-            **more,
-        }
+        self.response = self.so_far(status, **more)
         return self._event(event, response=self.response)
 
     def _event(self, name: str, /, **fields: Any) -> bytes:
@@ -9605,6 +9607,9 @@ class Handlers:
         """`GET /responses/{id}`: the answer, as Dify has stored it."""
         if query_of(exchange.request).get("stream", "").lower() == "true":
             raise bad_value("stream", "a stored response comes whole.")
+        for stream, _ in self._running_as(exchange):
+            send_json(exchange.reply, stream.so_far("in_progress"))
+            return
         frame, turn = await self._stored_response(exchange)
         send_json(exchange.reply, self._as_response(frame, turn))
 
@@ -9621,16 +9626,21 @@ class Handlers:
 
     async def cancel_response(self, exchange: Exchange) -> None:
         """`POST /responses/{id}/cancel`: the app stops, its stream ends with that."""
-        id_ = exchange.name_in_path
-        for stream, other in self._running.items():
-            is_own = self._owner_of(exchange) == self._owner_of(other)
-            if stream.response.get("id") == id_ and is_own and other.turn:
-                turn, value = other.turn, {**stream.response, "status": "cancelled"}
-                task_id = turn.stream.answer.task_id
-                await self._dify.stop(turn.app, turn.mode, task_id, turn.user)
-                send_json(exchange.reply, value)
-                return
+        for stream, turn in self._running_as(exchange):
+            value, task_id = stream.so_far("cancelled"), turn.stream.answer.task_id
+            await self._dify.stop(turn.app, turn.mode, task_id, turn.user)
+            send_json(exchange.reply, value)
+            return
         await self.get_response(exchange)
+
+    def _running_as(self, exchange: Exchange) -> Iterator[tuple[ResponseStream, Turn]]:
+        """The streamed response that a path names, with its turn, while it runs."""
+        owner, asked_for = self._owner_of(exchange), exchange.name_in_path
+        for stream, other in self._running.items():
+            told = stream.response
+            is_it = told.get("id") == asked_for and told["status"] == "in_progress"
+            if is_it and other.turn and self._owner_of(other) == owner:
+                yield stream, other.turn
 
     async def _stored_response(
         self, exchange: Exchange

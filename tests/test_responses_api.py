@@ -367,20 +367,25 @@ async def test_response_is_deleted() -> None:
     assert unknown.status == 404
 
 
+OFF = {"X-OpenDify-Smoothing": "off"}
+
+
 @pytest.mark.parametrize("mode", ["chat", "completion"])
 async def test_running_response_is_cancelled(mode: str) -> None:
     script = [fake.message("Half"), Sleep(100), *fake.chat_answer(" of it")]
     async with proxy(script, mode=mode) as served:
         body = {"model": "m", "input": "Hi", "stream": True}
-        call = await served.open("POST", PATH, body)
+        call = await served.open("POST", PATH, body, OFF)
         await call.read_head()
         first = await call.read_piece()
         id_ = events_of(first.split(b"\n\n")[0])[0]["response"]["id"]
+        before = await served.get(f"{PATH}/{id_}")
         got = await served.get(f"{PATH}/{id_}/cancel", method="POST")
         rest = await call.read_rest()
         assert [stop.user for stop in served.dify.stops] == [served.turns[0].user]
-    validate("Response", got.json)
-    assert (got.json["id"], got.json["status"]) == (id_, "cancelled")
+    for told, status in ((before, "in_progress"), (got, "cancelled")):
+        assert (response_of(told)["id"], told.json["status"]) == (id_, status)
+        assert text_of(told.json) == "Half"
     end = check_responses_stream(events_of(first + rest.body))
     assert text_of(end) == "Half"
 
