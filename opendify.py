@@ -8994,7 +8994,8 @@ _PREFIX = re.compile(  # an endpoint is one, too, if another is behind it
 )
 _DEPLOYMENT = re.compile(
     r"(?:deployments|engines)/(.+?)/((?:v1/)?(?:chat/)?completions"
-    r"|embeddings|images/\w+|models|audio/\w+)\Z"
+    r"|embeddings|images/\w+|audio/\w+|(?:models|files|responses|conversations)"
+    r"(?:/[^/]+(?:/(?:content|cancel|input_items|items(?:/[^/]+)?))?)?)\Z"
 )
 _FILE = re.compile(r"files/([^/]+)(/content)?\Z")
 _RESOURCE = re.compile(

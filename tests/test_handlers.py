@@ -298,6 +298,7 @@ def own_tasks() -> list[str]:
 # Routes, models, keys
 # ------------------------------------------------------------------------------
 
+ITEM_OF_CONVERSATION = "conversations/{id}/items/{id}"
 CHAT = "chat/completions"
 
 
@@ -321,7 +322,7 @@ CHAT = "chat/completions"
         ("/v1/responses/compact", "responses/compact", ""),
         ("/v1/responses/input_tokens", "responses/input_tokens", ""),
         ("/v1/conversations/c/items", "conversations/{id}/items", "c"),
-        ("/v1/conversations/c/items/i", "conversations/{id}/items/{id}", "c/i"),
+        ("/v1/conversations/c/items/i", ITEM_OF_CONVERSATION, "c/i"),
         ("/v1/conversations/c/d/items/i", "conversations/c/d/items/i", ""),
         ("/v1/responses/responses", "responses", ""),
         ("/v1/responses/models", "models", ""),
@@ -332,6 +333,13 @@ CHAT = "chat/completions"
         ("/openai/deployments/team%2Fapp/chat/completions", CHAT, "team%2Fapp"),
         ("/openai/deployments/team/app/chat/completions", CHAT, "team/app"),
         ("/v1/engines/m/chat/completions", CHAT, "m"),
+        ("/openai/deployments/a/models/b/chat/completions", CHAT, "a/models/b"),
+        ("/openai/deployments/m/responses", "responses", "m"),
+        ("/openai/deployments/m/responses/r/cancel", "responses/{id}/cancel", "r"),
+        ("/openai/deployments/m/conversations/c", "conversations/{id}", "c"),
+        ("/v1/engines/m/conversations/c/items/i", ITEM_OF_CONVERSATION, "c/i"),
+        ("/v1/engines/m/files/f/content", "files/content", "f"),
+        ("/v1/engines/m/models/other", "models/", "other"),
         ("/v1/models", "models", ""),
         ("/models", "models", ""),
         ("/v1/models/", "models", ""),
