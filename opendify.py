@@ -10544,7 +10544,10 @@ async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
     wire.allow(DISCARD_S, _Idle)
     size = 0
     while size < DISCARD_BYTES:
-        data = await (wire.read_body(body) if body and is_good else wire.read())
+        if body and not body.failure:
+            data = await wire.read_body(body)
+        else:
+            data = await wire.read()
         size += len(data)
         if not data:
             return is_good

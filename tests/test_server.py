@@ -424,6 +424,18 @@ async def test_connection_is_closed_when_the_client_asks(serving: Serving) -> No
         assert world.stage.bodies == [b""]
 
 
+async def test_connection_is_closed_when_a_refused_body_has_come(
+    serving: Serving,
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        close = ("Connection: close",)
+        reading = await client.ask("/nowhere", *close, method="POST", body=b"hello")
+        assert (reading.status, reading.says_close) == (404, True)
+        assert await client.is_closed()
+        assert now() == 0
+
+
 @pytest.mark.parametrize("path", ["/health", "/v1/models", "/nowhere", "/t/stream"])
 async def test_head_is_get_without_a_body(serving: Serving, path: str) -> None:
     async with serving() as world:
