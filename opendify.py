@@ -1121,7 +1121,7 @@ def parse_tools(body: Mapping[str, Any]) -> tuple[tuple[Tool, ...], str]:
     if not (rows or choice):  # nearly always
         return (), "auto"
     if not isinstance(rows, list):
-        raise bad_type("tools", "an array")
+        raise bad_type("tools" if body.get("tools") else "functions", "an array")
     tools = [tool for row in rows for tool in _parse_tool(row)]
     field_name = "tool_choice" if body.get("tool_choice") else "function_call"
     mode, names = _parse_choice(choice or "auto")
@@ -4750,8 +4750,13 @@ def _echo_tools(value: Any) -> list[dict[str, Any]]:
 
 def _echo_choice(value: Any) -> Any:
     choice = object_of(value)
-    if choice.get("type") == "function" and isinstance(choice.get("name"), str):
-        return {"type": "function", "name": choice["name"]}
+    kind, name, tools = (choice.get(key) for key in ("type", "name", "tools"))
+    if kind in ("function", "custom") and isinstance(name, str):
+        return {"type": kind, "name": name}
+    if kind == "allowed_tools" and isinstance(tools, list):
+        mode = "required" if choice.get("mode") == "required" else "auto"
+        rows = [row for row in tools if isinstance(row, dict)]
+        return {"type": kind, "mode": mode, "tools": rows}
     return value if value in ("none", "auto", "required") else "auto"
 
 
@@ -4866,11 +4871,19 @@ def stored_item(row: Any, id_: str, taken: Collection[str]) -> dict[str, Any]:
     item.update((name, v) for name, v in given.items() if v is not None)
     if not (item["id"] and isinstance(item["id"], str)) or item["id"] in taken:
         item["id"] = id_
-    if item["type"] == "message" and isinstance(item.get("content"), str):
-        is_answer = item.get("role") == "assistant"
-        part = _MESSAGE_FORM.part if is_answer else {"type": "input_text"}
-        item["content"] = [{**part, "text": item["content"]}]
+    content = item.get("content")
+    if isinstance(content, str):
+        kind = "output_text" if item.get("role") == "assistant" else "input_text"
+        content = [{"type": kind, "text": content}]
+    if item["type"] == "message" and isinstance(content, list):
+        item["content"] = [_complete(part) for part in content]
     return item
+
+
+def _complete(part: Any) -> Any:
+    """A part of a message; clients count on the lists of an answer's text."""
+    is_answer = isinstance(part, dict) and part.get("type") == "output_text"
+    return {**_MESSAGE_FORM.part, **part} if is_answer else part
 
 
 def list_page(items: Sequence[Mapping[str, Any]], query: Mapping[str, str]) -> Any:
@@ -10522,6 +10535,8 @@ def _refuse(exchange: Exchange, error: ProxyError) -> None:
     """The error as a response, or as the end of one that has begun."""
     reply = exchange.reply
     exchange.error = error
+    if exchange.route == "responses" and error.param == "messages":
+        error.param = "input"  # as that API names it
     if isinstance(error, _LAST_ERRORS):
         reply.must_close = True
     log_level = logging.WARNING if error.status >= 500 else logging.INFO

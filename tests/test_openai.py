@@ -185,6 +185,7 @@ REFUSED = [
     pytest.param(request(messages={"a": 1}), "messages", TYPE, id="messages-object"),
     pytest.param(request(messages={}), "messages", TYPE, id="messages-empty-object"),
     pytest.param(request(messages=True), "messages", TYPE, id="messages-bool"),
+    pytest.param(request(functions="x"), "functions", TYPE, id="functions"),
     pytest.param(request("Hi"), "messages[0]", TYPE, id="message-string"),
     pytest.param(request({}, None), "messages[1]", TYPE, id="message-null"),
     pytest.param(

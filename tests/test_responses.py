@@ -369,6 +369,11 @@ TOOL = {
     "strict": True,
 }
 SCHEMA = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
+ALLOWED = {
+    "type": "allowed_tools",
+    "mode": "required",
+    "tools": [{"type": "function", "name": "f"}],
+}
 ECHOED = [
     ("instructions", "Be brief.", "Be brief."),
     ("metadata", {"a": "b", "inputs": {"c": 1}}, {"a": "b"}),
@@ -391,6 +396,8 @@ ECHOED = [
         {"type": "function", "name": "f"},
         {"type": "function", "name": "f"},
     ),
+    ("tool_choice", {"type": "custom", "name": "f"}, {"type": "custom", "name": "f"}),
+    ("tool_choice", ALLOWED, ALLOWED),
     ("tool_choice", {"type": "odd"}, "auto"),
     ("tool_choice", {"type": "function"}, "auto"),
     ("parallel_tool_calls", False, False),

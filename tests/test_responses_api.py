@@ -685,6 +685,13 @@ async def test_reasoning_and_citations(stream: bool) -> None:
     assert (annotation["type"], annotation["url"]) == ("url_citation", "https://x/b")
 
 
+async def test_file_that_is_refused_names_the_input() -> None:
+    image = {"type": "input_image", "image_url": "data:image/png;base64,iVBORw0KGgo="}
+    async with proxy() as served:
+        got = await respond(served, [{"role": "user", "content": [image]}])
+    assert (got.status, got.error["param"]) == (400, "input")
+
+
 async def test_image_is_uploaded() -> None:
     png = "data:image/png;base64,iVBORw0KGgo="
     content = [
@@ -787,6 +794,17 @@ async def test_streamed_items_are_found_whatever_their_order() -> None:
         found = [await served.get(f"{path}/{row['id']}") for row in got["output"]]
     assert [row["type"] for row in got["output"]] == ["message", "reasoning"]
     assert [row.json for row in found] == got["output"]
+
+
+async def test_answer_that_a_conversation_is_given_comes_back_with_its_lists() -> None:
+    text = {"type": "output_text", "text": "Two"}
+    said = {"role": "assistant", "content": [text]}
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {"items": [said]})).json
+        page = (await served.get(f"{CONVERSATIONS}/{made['id']}/items")).json
+    validate("ResponseItemList", page)
+    (part,) = page["data"][0]["content"]
+    assert part == {**text, "annotations": [], "logprobs": []}
 
 
 async def test_item_with_nulls_can_be_paged_past() -> None:
