@@ -2072,7 +2072,7 @@ def query_variable(mode: str, form: AppForm) -> str:
     """The input that takes the user's text in a workflow or a text generator.
 
     Raises:
-        BadRequest: the app has none; the message lists what it has.
+        WrongMode: the app has none; the message lists what it has.
     """
     texts = [row for row in form.inputs if row.type in _TEXT_TYPES]
     names = [row.variable for row in texts]
@@ -2082,7 +2082,7 @@ def query_variable(mode: str, form: AppForm) -> str:
         return (usual or (required if len(required) == 1 else names))[0]
     if mode == "completion":
         return "query"
-    raise BadRequest(
+    raise WrongMode(
         "This app has no text input that could take the message. "
         + describe_inputs(form)
     )
@@ -7041,7 +7041,7 @@ def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError
             f"The host name {origin.host!r} can't be resolved; {cure}."
         )
     if isinstance(error, asyncio.TimeoutError):
-        return UpstreamTimeout(f"{where} does not accept connections in time.")
+        return UpstreamTimeout(f"{where} accepts no connection in time; {cure}.")
     if isinstance(error, (OSError, ConnectionBroken)):
         return UpstreamFailed(f"No connection with {where} ({error}); {cure}.")
     return UpstreamFailed(f"{where} does not speak proper HTTP: {error}")
@@ -7426,7 +7426,10 @@ class _NoAnswer(Exception):
     """The connection was closed before a byte of an answer."""
 
 
-_NO_ANSWER = "Dify closed the connection without an answer."
+_NO_ANSWER = (
+    "Dify closed the connection without an answer. If it always does, check the scheme "
+    f"in {BASE_SETTING}."
+)
 
 
 async def _read_response_head(wire: Wire) -> ResponseHead:
@@ -7614,6 +7617,7 @@ class AppFacts:
 
     mode: str = ""
     name: str = ""
+    version: str = ""  # of Dify
     form: AppForm = NO_FORM
     asked_at: float = -inf  # for the form
 
@@ -7657,43 +7661,56 @@ class Dify:
 
     def known_name(self, app: AppSettings) -> str:
         """The app's name, "" if nobody has asked yet."""
-        return self._facts_of(app).name
+        return self.facts_of(app).name
 
     async def name_of(self, app: AppSettings) -> str:
         """The app's name in Dify; kept."""
-        facts = self._facts_of(app)
+        facts = self.facts_of(app)
         if not facts.name:
             await self._ask_info(app)
         return facts.name
 
     async def mode_of(self, app: AppSettings) -> str:
         """The app's mode: as configured, as `/info` tells, or as a probe shows."""
-        facts = self._facts_of(app)
+        facts = self.facts_of(app)
         if not facts.mode:
             facts.mode = app.mode or await self._ask_info(app) or await self._probe(app)
         return facts.mode
 
+    async def confirmed_mode(self, app: AppSettings) -> str:
+        """The app's mode, asked anew; raises a ProxyError if the configured is wrong.
+
+        Releases before 1.4 do not tell it: there the mode is what `mode_of` says.
+        """
+        mode = await self._ask_info(app)
+        if mode and app.mode and mode != app.mode:
+            raise ConfigurationFault(
+                f"mode in MODEL_CONFIG is {app.mode}, but the app is {mode}."
+            )
+        return mode or await self.mode_of(app)
+
     async def correct_mode(self, app: AppSettings) -> str:
         """The mode, asked anew: Dify says that the known one is wrong."""
-        facts = self._facts_of(app)
+        facts = self.facts_of(app)
         facts.mode = await self._ask_info(app) or await self._probe(app)
         return facts.mode
 
     async def form_of(self, app: AppSettings, *, anew: bool = False) -> AppForm:
         """The app's inputs and limits; kept for some minutes."""
-        facts = self._facts_of(app)
+        facts = self.facts_of(app)
         now = asyncio.get_running_loop().time()
         if anew or now - facts.asked_at > FORM_FRESH_S:
             facts.form = parse_form(await self.call(app, "GET", "/parameters"))
             facts.asked_at = now
         return facts.form
 
-    def _facts_of(self, app: AppSettings) -> AppFacts:
+    def facts_of(self, app: AppSettings) -> AppFacts:
+        """What is known by now."""
         return self._facts[app.base, app.key, app.mode]
 
     async def _ask_info(self, app: AppSettings) -> str:
         info = await self.call(app, "GET", "/info")
-        self._facts_of(app).name = str(info.get("name") or "")
+        self.facts_of(app).name = str(info.get("name") or "")
         mode = info.get("mode")
         return mode if mode in APP_MODES else ""
 
@@ -7723,6 +7740,7 @@ class Dify:
         """
         body = b"" if value is None else json_bytes(value)
         response = await self._request(app, method, path, body, CALL_TIMEOUT_S)
+        self.facts_of(app).version = response.headers.get("x-version", "")
         content = await response.read_all(MAX_JSON_BYTES)
         if response.status >= 300:
             raise self._error(response, content, app)
@@ -9341,11 +9359,10 @@ class Handlers:
 
     async def _app_row(self, model: str, app: AppSettings) -> dict[str, str]:
         try:
-            info = await self._dify.call(app, "GET", "/info")
-            mode = await self._dify.mode_of(app)
+            mode = await self._dify.confirmed_mode(app)
         except ProxyError as error:
             return {"id": model, "error": error.message}
-        return {"id": model, "name": str(info.get("name") or ""), "mode": mode}
+        return {"id": model, "name": self._dify.known_name(app), "mode": mode}
 
     async def ready(self, exchange: Exchange) -> None:
         """`GET /ready`: an app has answered lately, or answers now."""

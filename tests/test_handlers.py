@@ -728,6 +728,19 @@ async def test_wrong_mode_is_corrected_in_the_same_request(
     assert "".join(got.deltas).startswith("Hello! You said: Hi")
 
 
+async def test_app_without_a_text_input_may_be_no_workflow() -> None:
+    async with proxy(mode="chat", config={"mode": "workflow"}) as served:
+        got = await served.chat()
+    assert got.message["content"].startswith("Hello! You said: Hi")
+
+
+async def test_apps_tell_of_a_wrong_mode() -> None:
+    async with proxy(mode="chat", config={"mode": "workflow"}) as served:
+        (row,) = (await served.get("/v1/apps")).json["data"]
+    told = "mode in MODEL_CONFIG is workflow, but the app is chat."
+    assert row == {"id": "m", "error": told}
+
+
 # Conversations...
 
 

@@ -42,6 +42,7 @@ from opendify import (
     STOP_DRAIN_S,
     AppSettings,
     Attachment,
+    ConfigurationFault,
     Dify,
     DifyRequest,
     Failure,
@@ -1365,6 +1366,30 @@ async def test_wrong_mode_is_corrected() -> None:
         assert (await turn(dify, app)).end == "WrongMode"
         assert await dify.correct_mode(app) == "workflow"
         assert await dify.mode_of(app) == "workflow"
+
+
+@pytest.mark.parametrize("mode", ["", "chat"])
+async def test_right_mode_is_confirmed(mode: str) -> None:
+    async with FakeDify() as fake, client(fake.base, mode=mode) as (dify, app):
+        fake.app(KEY)
+        assert await dify.confirmed_mode(app) == "chat"
+        assert dify.facts_of(app).version == "1.12.1"
+
+
+async def test_wrong_mode_is_not_confirmed() -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, mode="agent-chat")
+        with pytest.raises(ConfigurationFault, match="but the app is agent-"):
+            await dify.confirmed_mode(app)
+
+
+async def test_configured_mode_is_believed_before_1_4() -> None:
+    async with (
+        FakeDify(version="1.3.1") as fake,
+        client(fake.base, mode="workflow") as (dify, app),
+    ):
+        fake.app(KEY, mode="chat")
+        assert await dify.confirmed_mode(app) == "workflow"
 
 
 async def test_unknown_mode_is_probed() -> None:
