@@ -67,6 +67,7 @@ import ssl
 import stat
 import sys
 import tempfile
+import textwrap
 import time
 import unicodedata
 import urllib.parse
@@ -2148,6 +2149,16 @@ def _upload_rules(form: AppForm) -> dict[str, Any]:
     images = object_of(form.uploads.get("image"))
     is_on = form.uploads.get("enabled") or images.get("enabled")
     return {**images, **form.uploads} if is_on else {}
+
+
+def describe_uploads(form: AppForm) -> str:
+    """Which files may go beside the inputs, "" if none may."""
+    if not (rules := _upload_rules(form)):
+        return ""
+    kinds, extensions = _allowed(rules)
+    limit = count_of(rules.get("number_limits"))
+    what = ", ".join((*(kinds or ("image",)), *extensions))
+    return f"{what}; {limit} at a time" if limit else what
 
 
 def _left_over(
@@ -10984,6 +10995,8 @@ ROUTES["/"] = {"GET": show_page}
 # something could not be done or was cut short, 2 for bad usage or settings.
 
 MAX_DESCRIPTORS = 65_536
+CHECKS_AT_ONCE = 4  # Dify's default server has ten connections in all
+ASK_S = 300.0  # that an app may take to answer one word
 _NOTHING_CONFIGURED = """\
 No Dify app is configured. Either
 
@@ -11024,6 +11037,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR (LOG_LEVEL)"
     )
     add("--check", action="store_true", help="check settings and apps, and exit")
+    add("--ask", action="store_true", help="with --check: ask each app for one word")
     add("--demo", action="store_true", help="serve a built-in app, without any Dify")
     add("--version", action="version", version=f"OpenDify {__version__}")
     return parser
@@ -11033,7 +11047,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run OpenDify; returns the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if options.ask and not options.check:
+        parser.error("--ask belongs to --check: say --check --ask")
     source = SettingsSource(options)
     try:
         settings = source.load()
@@ -11048,9 +11065,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_NOTHING_CONFIGURED, file=sys.stderr)
         return 2
     try:
-        if options.check:
-            return asyncio.run(_check(settings))
-        return asyncio.run(_serve(settings, source, is_demo=options.demo))
+        return asyncio.run(_run(settings, source, options))
     except KeyboardInterrupt:
         return 1
 
@@ -11152,14 +11167,17 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """As always, but what could begin a line is escaped (CWE-117)."""
-        text = record.getMessage()
-        if not text.isprintable():
-            pieces = [c if c.isprintable() else ascii(c)[1:-1] for c in text]
-            text = "".join(pieces)
+        text = _printable(record.getMessage())
         line = f"{self.formatTime(record)} {record.levelname:7} {text}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join([c if c.isprintable() else ascii(c)[1:-1] for c in text])
 
 
 class _JsonFormatter(_Formatter):
@@ -11221,15 +11239,26 @@ def _raise_descriptor_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-async def _serve(settings: Settings, source: SettingsSource, *, is_demo: bool) -> int:
-    """Serve until a signal; returns the exit status."""
+async def _run(
+    settings: Settings, source: SettingsSource, options: argparse.Namespace
+) -> int:
+    """Check or serve, the demo app too if it is wanted; returns the exit status."""
     demo = DemoApp()
-    if is_demo:
+    if options.demo:
         ((host, port),) = await demo.listen("127.0.0.1", 0)
         app = AppSettings("app-demo", f"http://{host}:{port}/v1", "chat")
-        settings = replace(
-            settings, model_config={**settings.model_config, "demo": app}
-        )
+        models = {**settings.model_config, "demo": app}
+        settings = replace(settings, model_config=models)
+    try:
+        if options.check:
+            return await _check(settings, asks=options.ask)
+        return await _serve(settings, source, is_demo=options.demo)
+    finally:
+        await demo.stop(0)
+
+
+async def _serve(settings: Settings, source: SettingsSource, *, is_demo: bool) -> int:
+    """Serve until a signal; returns the exit status."""
     store, ttl_s = settings.conversation_store, settings.conversation_ttl
     conversations, complaint = open_conversations(store, ttl_s)
     if complaint:
@@ -11250,7 +11279,6 @@ async def _serve(settings: Settings, source: SettingsSource, *, is_demo: bool) -
     finally:
         dify.close()
         conversations.close()
-        await demo.stop(0)
 
 
 async def _serve_until_signal(settings: Settings, server: Server) -> int:
@@ -11309,33 +11337,131 @@ def _on_signals(stop: asyncio.Event) -> None:
 
 # The self-check...
 
+_ONE_WORD = "Reply with one word: OK"
+_COLOURS = {"ok": 32, "failed": 31, "to fix": 31, "warning": 33}
+_AGENT, _CHATFLOW, _FLOWS = ["agent"], ["advanced-chat"], ["advanced-chat", "workflow"]
+# What one may notice, and can do something about: the first release that has it, the
+# first without it, as far as is known, and the apps that have it.
+_KNOWN_PROBLEMS: Sequence[tuple[list[float], list[float], Sequence[str], str]]
+_KNOWN_PROBLEMS = [
+    ([0], [0, 10], APP_MODES, "takes no files but images"),
+    ([0], [1, 3], CHAT_MODES, "keeps the inputs of a conversation's first turn"),
+    ([1, 13], [1, 14], _CHATFLOW, "may lose an answer's end and citations (#32856)"),
+    ([1, 13], [1, 15], _CHATFLOW, "is silent in a conversation it has lost (#38801)"),
+    ([1, 14, 2], [1, 14, 3], APP_MODES, "may go on with a stopped answer (#37755)"),
+    ([1, 16], [inf], _AGENT, "does not show images to the model (#40425)"),
+    ([1, 17, 1], [1, 17, 2], _FLOWS, "is silent while an Agent node works (#42268)"),
+]
+Note = tuple[str, str]  # below an app's row: what it is about, and what it says
 
-async def _check(settings: Settings) -> int:
-    """Print the settings and what each app says; 0 if all is well."""
+
+async def _check(settings: Settings, *, asks: bool) -> int:
+    """Print the settings and how each app does; 0 if all is well."""
     for row in dataclasses.fields(settings):
         print(f"{row.name.upper():26}{_masked(row.name, getattr(settings, row.name))}")
-    dify = Dify(settings, open_wire)
+    print()
+    dify, limit = Dify(settings, open_wire), asyncio.Semaphore(CHECKS_AT_ONCE)
     apps = [*settings.model_config.items()]
     for key in settings.dify_api_keys:
         apps.append((mask_key(key), AppSettings(key, settings.dify_api_base)))
-    results = await asyncio.gather(*(_check_app(dify, app) for _, app in apps))
-    table = [("MODEL", "APP", "MODE", "STATUS", "WHAT TO FIX")]
-    table += [(model, *result) for (model, _), result in zip(apps, results)]
-    widths = [max(len(line[column]) for line in table) for column in range(4)]
-    print()
-    for line in table:
-        cells = [f"{cell:{width}}" for cell, width in zip(line, widths)]
-        print("  ".join([*cells, line[4]]).rstrip())
+    checks = (_check_app(dify, *row, limit, asks=asks) for row in apps)
+    results = await asyncio.gather(*checks)
     dify.close()
-    return 0 if all(status == "ok" for _, _, status, _ in results) else 1
+    table = [(["MODEL", "APP", "MODE", "DIFY", "STATUS"], []), *results]
+    widths = [max(map(len, column)) for column in zip(*(cells for cells, _ in table))]
+    for (*cells, status), notes in table:
+        columns = [f"{cell:{width}}" for cell, width in zip(cells, widths)]
+        print("  ".join([*columns, _painted(status)]))
+        for what, text in notes:
+            plain = _printable(" ".join(text.split()))
+            lines = textwrap.wrap(plain, 87, break_on_hyphens=False)
+            print(f"    {_painted(f'{what:9}')}" + f"\n{'':13}".join(lines))
+    return 0 if all(cells[-1] == "ok" for cells, _ in results) else 1
 
 
-async def _check_app(dify: Dify, app: AppSettings) -> tuple[str, str, str, str]:
-    """(name, mode, status, what to fix) of one app."""
+def _painted(text: str) -> str:
+    """A word in its colour, where there are colours (https://no-color.org)."""
+    colour = _COLOURS.get(text.strip())
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    if not colour or is_plain or not sys.stdout.isatty():
+        return text
+    return f"\x1b[{colour}m{text}\x1b[0m"
+
+
+async def _check_app(
+    dify: Dify, model: str, app: AppSettings, limit: asyncio.Semaphore, *, asks: bool
+) -> tuple[list[str], list[Note]]:
+    """An app's cells of the table, and what there is to say below them."""
+    mode, status, notes = app.mode, "failed", list[Note]()
+    facts = dify.facts_of(app)
+    async with limit:
+        try:
+            mode = await dify.confirmed_mode(app)
+            form = await dify.form_of(app)
+            variable = ""
+            if mode not in CHAT_MODES:
+                variable = app.query_variable or query_variable(mode, form)
+            notes += _notes_on(app, form, variable)
+            notes += _known_problems(facts.version, mode)
+            if asks:
+                notes.append(("answer", await _ask(dify, app, mode, variable)))
+            status = "ok"
+        except MissingInput as error:
+            status, cure = "ok", "give it in the model's `inputs` to ask all the same."
+            notes.append(("warning", f"No turn: {error.message}; {cure}"))
+        except ProxyError as error:
+            is_odd = BASE_SETTING in error.message and not app.base.endswith("/v1")
+            odd = f" {mask_password(app.base)} does not end in /v1." if is_odd else ""
+            notes.insert(0, ("to fix", error.message + odd))
+    cells = [model, facts.name, mode, facts.version, status]
+    return [_printable(cell) or "-" for cell in cells], notes
+
+
+def _notes_on(app: AppSettings, form: AppForm, variable: str) -> list[Note]:
+    """What an app takes, and who gives it; `variable` takes the message, if any."""
+    roles = {**dict.fromkeys(app.inputs, "given"), variable: "the message"}
+    roles[app.system_variable] = "the system prompt"
+    roles[app.history_variable] = "earlier messages"
+    inputs = []
+    for row in form.inputs:
+        need = "required of clients" if row.required else "optional"
+        inputs.append(f"{row.variable} ({roles.get(row.variable, need)})")
+    speech = ["speech to text"] * form.hears + ["text to speech"] * form.speaks
+    rows = {"inputs": inputs, "uploads": [describe_uploads(form)], "speech": speech}
+    return [(what, ", ".join(texts)) for what, texts in rows.items() if any(texts)]
+
+
+def _known_problems(version: str, mode: str) -> list[Note]:
+    """Those of a release of Dify, for apps of this mode; none if it is not known."""
+    release: list[float] = [int(n) for n in re.findall(r"\d{1,9}", version)[:3]]
+    return [
+        ("warning", f"Dify {version} {text}.".replace("(#", "(langgenius/dify#"))
+        for first, until, modes, text in _KNOWN_PROBLEMS
+        if release and first <= release < until and mode in modes
+    ]
+
+
+async def _ask(dify: Dify, app: AppSettings, mode: str, variable: str) -> str:
+    """What an app answers to one word; OpenDify remembers nothing of the turn."""
+    started_at, answer, user = time.monotonic(), Answer(), "opendify-check"
+    common = {"inputs": app.inputs, "user": user}
+    request = dify_request(mode, _ONE_WORD, common, variable=variable)
+    stream = await dify.open_turn(app, mode, request)
     try:
-        return await dify.name_of(app), await dify.mode_of(app), "ok", ""
-    except ProxyError as error:
-        return "-", app.mode or "-", "failed", error.message
+        until = started_at + ASK_S
+        while parts := await asyncio.wait_for(stream.read(), until - time.monotonic()):
+            for part in parts:
+                answer.add(part)
+    except asyncio.TimeoutError:
+        raise UpstreamTimeout(f"There is no whole answer after {ASK_S:g} s.") from None
+    finally:
+        may_go_on = stream.is_given_up or not stream.answer.is_finished
+        if stream.answer.task_id and may_go_on:
+            await dify.stop(app, mode, stream.answer.task_id, user)
+        stream.close()
+    text = " ".join(answer.text.split())
+    begin = text[:60] + "…" * (len(text) > 60)
+    return f'"{begin}" after {time.monotonic() - started_at:.1f} s'
 
 
 def _masked(name: str, value: Any) -> str:
@@ -11386,7 +11512,8 @@ class DemoApp(Listener):
         else:  # of a stop's path, the task's id
             self._stopped.update(request.path.split("/"))
             facts = {"name": "OpenDify demo", "mode": "chat", "result": "success"}
-            send_json(reply, facts)
+            off = {"enabled": False}
+            send_json(reply, {**facts, "speech_to_text": off, "text_to_speech": off})
 
     async def _stream(self, reply: Reply, asked: Mapping[str, Any]) -> None:
         """An answer in bursts; events and framing are those of Dify 1.12."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import os
@@ -15,10 +16,11 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
+import fake_dify
 import pytest
-from fake_dify import FakeDify
+from fake_dify import FakeDify, Request, Status, text_input
 
 import opendify
 from opendify import setting_rows
@@ -28,6 +30,7 @@ VERSION = f"OpenDify {opendify.__version__}\n"
 KEY, OTHER_KEY = "app-0123456789abcdef", "app-01zzzzzzzzzzzzzz"
 NOWHERE = "http://127.0.0.1:1/v1"  # nobody listens on the reserved port 1
 SCREEN_LINES = 60
+JSONObject = dict[str, Any]
 
 
 class Outcome(NamedTuple):
@@ -90,7 +93,14 @@ def shown(outcome: Outcome) -> dict[str, str]:
 def rows(outcome: Outcome) -> list[list[str]]:
     """The cells of the table that `--check` prints."""
     lines = outcome.out.partition("\n\n")[2].splitlines()
-    return [re.split(r"  +", line.strip()) for line in lines]
+    return [re.split(r"  +", line) for line in lines if not line.startswith(" ")]
+
+
+def notes(outcome: Outcome) -> list[str]:
+    """What `--check` prints below the rows, each on one line: "what: text"."""
+    table = outcome.out.partition("\n\n")[2]
+    found = re.findall(r"(?m)^    (\S.{8})(.+(?:\n {13}.+)*)", table)
+    return [f"{what.strip()}: {' '.join(text.split())}" for what, text in found]
 
 
 @pytest.fixture
@@ -425,13 +435,16 @@ def test_pipe_as_env_file_is_read_once(
 # The self-check
 # ------------------------------------------------------------------------------
 
-HEADINGS = ["MODEL", "APP", "MODE", "STATUS", "WHAT TO FIX"]
+HEADINGS = ["MODEL", "APP", "MODE", "DIFY", "STATUS"]
 
 
-async def check(run: Run, dify: FakeDify, monkeypatch: pytest.MonkeyPatch) -> Outcome:
+async def check(
+    run: Run, dify: FakeDify, monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> Outcome:
     """Run `--check` beside a fake Dify."""
     monkeypatch.setenv("DIFY_API_BASE", dify.base)
-    return await asyncio.get_running_loop().run_in_executor(None, run, "--check")
+    call = functools.partial(run, "--check", *arguments)
+    return await asyncio.get_running_loop().run_in_executor(None, call)
 
 
 @pytest.mark.real_clock
@@ -443,14 +456,21 @@ async def test_check_tells_each_app_and_ends_with_0_when_all_is_well(
     )
     async with FakeDify() as dify:
         dify.app(KEY, mode="chat", name="First app")
-        dify.app(OTHER_KEY, mode="workflow", name="应用")
+        dify.app(OTHER_KEY, mode="completion", name="应用", version="0.15.3")
         outcome = await check(run, dify, monkeypatch)
     assert (outcome.status, outcome.err) == (0, "")
     assert rows(outcome) == [
         HEADINGS,
-        ["one", "First app", "chat", "ok"],
-        ["second model", "应用", "workflow", "ok"],
+        ["one", "First app", "chat", "1.12.1", "ok"],
+        ["second model", "应用", "completion", "0.15.3", "ok"],
     ]
+
+
+REFUSED_KEY = (
+    "to fix: Dify refused the app key (401 unauthorized: Access token is invalid). "
+    "Check the key in MODEL_CONFIG or DIFY_API_KEYS, and that API access is on for the "
+    "app."
+)
 
 
 @pytest.mark.real_clock
@@ -463,16 +483,306 @@ async def test_check_says_what_to_fix_and_ends_with_1_when_an_app_fails(
         dify.app(KEY, name="Demo")
         outcome = await check(run, dify, monkeypatch)
     assert outcome.status == 1
-    head, good, bad, far = rows(outcome)
-    assert (head, good) == (HEADINGS, ["good", "Demo", "chat", "ok"])
-    assert bad == [
-        *("bad", "-", "-", "failed"),
-        "Dify refused the app key (401 unauthorized: Access token is invalid). Check "
-        "the key in MODEL_CONFIG or DIFY_API_KEYS, and that API access is on for the "
-        "app.",
+    assert rows(outcome) == [
+        HEADINGS,
+        ["good", "Demo", "chat", "1.12.1", "ok"],
+        ["bad", "-", "-", "1.12.1", "failed"],
+        ["far", "-", "-", "-", "failed"],
     ]
-    assert far[:4] == ["far", "-", "-", "failed"]
-    assert far[4].startswith("No connection with http://127.0.0.1:1 ")
+    bad, far = notes(outcome)
+    assert bad == REFUSED_KEY
+    assert far.startswith("to fix: No connection with http://127.0.0.1:1 ")
+    assert max(map(len, outcome.out.partition("\n\n")[2].splitlines())) <= 100
+
+
+async def notes_on(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    *arguments: str,
+    config: Optional[JSONObject] = None,
+    posts: Optional[list[Request]] = None,
+    **app: Any,
+) -> tuple[int, list[str]]:
+    """The status and the notes of `--check` for one app; `posts` are added to."""
+    described = {"m": {"key": KEY, **(config or {})}}
+    monkeypatch.setenv("MODEL_CONFIG", json.dumps(described))
+    async with FakeDify() as dify:
+        dify.app(KEY, **app)
+        outcome = await check(run, dify, monkeypatch, *arguments)
+    if posts is not None:
+        posts += [row for row in dify.requests if row.method == "POST"]
+    return outcome.status, notes(outcome)
+
+
+FILES = {
+    "enabled": True,
+    "allowed_file_types": ["image", "custom"],
+    "allowed_file_extensions": [".zip"],
+    "number_limits": 3,
+}
+FORM = [text_input(name) for name in ("tone", "about", "past", "city")]
+FORM += [text_input("note", required=False)]
+
+
+@pytest.mark.real_clock
+async def test_check_tells_inputs_uploads_and_speech(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {
+        "inputs": {"tone": "calm"},
+        "system_variable": "about",
+        "history_variable": "past",
+    }
+    on = {"enabled": True}
+    parameters = {"user_input_form": FORM, "file_upload": FILES}
+    parameters.update(speech_to_text=on, text_to_speech=on)
+    assert await notes_on(run, monkeypatch, config=config, parameters=parameters) == (
+        0,
+        [
+            "inputs: tone (given), about (the system prompt), past (earlier messages), "
+            "city (required of clients), note (optional)",
+            "uploads: image, custom, .zip; 3 at a time",
+            "speech: speech to text, text to speech",
+        ],
+    )
+
+
+@pytest.mark.real_clock
+@pytest.mark.parametrize("mode", ["completion", "workflow"])
+async def test_check_tells_which_input_takes_the_message(
+    run: Run, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    form = {"user_input_form": [text_input("city"), text_input("text")]}
+    told = ["inputs: city (required of clients), text (the message)"]
+    assert await notes_on(run, monkeypatch, mode=mode, parameters=form) == (0, told)
+    told = ["inputs: city (the message), text (required of clients)"]
+    config = {"query_variable": "city"}
+    got = await notes_on(run, monkeypatch, config=config, mode=mode, parameters=form)
+    assert got == (0, told)
+
+
+@pytest.mark.real_clock
+async def test_check_tells_of_a_workflow_that_takes_no_message(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, (told,) = await notes_on(run, monkeypatch, mode="workflow")
+    assert status == 1
+    assert told.startswith("to fix: This app has no text input that could take the ")
+
+
+@pytest.mark.real_clock
+async def test_check_tells_of_a_wrong_mode(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = ["to fix: mode in MODEL_CONFIG is workflow, but the app is chat."]
+    got = await notes_on(run, monkeypatch, config={"mode": "workflow"}, mode="chat")
+    assert got == (1, told)
+
+
+@pytest.mark.real_clock
+@pytest.mark.parametrize(
+    ("version", "mode", "threads"),
+    [
+        ("0.9.2", "chat", "but images|first turn"),
+        ("1.2.0", "chat", "first turn"),
+        ("1.3.0", "chat", ""),
+        ("1.13.3", "advanced-chat", "#32856|#38801"),
+        ("1.13.3", "chat", ""),
+        ("1.14.2", "workflow", "#37755"),
+        ("1.16.0", "chat", ""),
+        ("1.16.0", "agent", "#40425"),
+        ("1.17.1", "workflow", "#42268"),
+        ("1.17.2", "advanced-chat", ""),
+    ],
+)
+async def test_check_tells_known_problems_of_the_release(
+    run: Run, monkeypatch: pytest.MonkeyPatch, version: str, mode: str, threads: str
+) -> None:
+    form = {"user_input_form": [text_input("text")]} if mode == "workflow" else {}
+    status, told = await notes_on(
+        run, monkeypatch, mode=mode, version=version, parameters=form
+    )
+    warnings = [note for note in told if note.startswith("warning: Dify ")]
+    parts = [part for part in threads.split("|") if part]
+    assert (status, len(warnings)) == (0, len(parts))
+    for part, warning in zip(parts, warnings):
+        assert part in warning and version in warning
+
+
+@pytest.mark.parametrize("version", ["", "main", "-", "v", "9" * 5000])
+def test_unknown_release_has_no_known_problems(version: str) -> None:
+    assert opendify._known_problems(version, "chat") == []
+
+
+HTML = Status(200, "<!DOCTYPE html><title>Dify</title>")
+
+
+@pytest.mark.real_clock
+async def test_check_tells_of_a_missing_v1(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with FakeDify() as dify:
+        dify.app(KEY, overrides={"/info": [HTML]})
+        base = dify.base[: -len("/v1")]
+        app = {"key": KEY, "base": base}
+        monkeypatch.setenv("MODEL_CONFIG", json.dumps({"m": app}))
+        outcome = await check(run, dify, monkeypatch)
+    (told,) = notes(outcome)
+    assert "it must be like https://host/v1. " in told
+    assert told.endswith(f" {base} does not end in /v1.")
+
+
+@pytest.mark.parametrize(
+    ("base", "wanted"),
+    [
+        ("http://no-such-host.invalid/v1", "can't be resolved; check DIFY_API_BASE"),
+        ("http://127.0.0.1:1/v1", "No connection with .*; check DIFY_API_BASE"),
+        ("https://127.0.0.1:1/v1", "No connection with .*; check DIFY_API_BASE"),
+    ],
+)
+def test_check_says_which_setting_leads_nowhere(
+    run: Run, monkeypatch: pytest.MonkeyPatch, base: str, wanted: str
+) -> None:
+    apps = {"m": {"key": KEY, "base": base}}
+    monkeypatch.setenv("MODEL_CONFIG", json.dumps(apps))
+    outcome = run("--check")
+    (told,) = notes(outcome)
+    assert outcome.status == 1 and re.search(wanted, told), told
+    assert "does not end" not in told
+
+
+# One real turn...
+
+
+@pytest.mark.real_clock
+@pytest.mark.parametrize("mode", sorted(fake_dify.DEFAULT_ANSWER))
+async def test_each_app_is_asked_for_one_word(
+    run: Run, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    form = {"user_input_form": [text_input("text", required=False)]}
+    script = fake_dify.DEFAULT_ANSWER[mode]("O", "K")
+    app: JSONObject = {"mode": mode, "parameters": form, "script": script}
+    posts: list[Request] = []
+    status, told = await notes_on(run, monkeypatch, "--ask", posts=posts, **app)
+    assert status == 0
+    assert re.fullmatch(r'answer: "OK" after \d\.\d s', told[-1])
+    (body,) = [row.json for row in posts]
+    asked = body.get("query") or body["inputs"]["text"]
+    assert (asked, body["user"]) == (opendify._ONE_WORD, "opendify-check")
+
+
+@pytest.mark.real_clock
+async def test_only_the_beginning_of_an_answer_is_shown(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = fake_dify.chat_answer("\x1b[31mO\n" + "K" * 80)
+    _, told = await notes_on(run, monkeypatch, "--ask", script=script)
+    assert f'answer: "\\x1b[31mO {"K" * 53}…" after ' in told[-1]
+
+
+@pytest.mark.real_clock
+async def test_turn_that_fails_is_to_be_fixed(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = [fake_dify.error_event("no credentials")]
+    got = await notes_on(run, monkeypatch, "--ask", script=script)
+    assert got == (1, ["to fix: no credentials"])
+
+
+@pytest.mark.real_clock
+async def test_turn_that_does_not_end_is_stopped(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opendify, "ASK_S", 0.2)
+    script = [fake_dify.message("O"), fake_dify.Hang()]
+    posts: list[Request] = []
+    got = await notes_on(run, monkeypatch, "--ask", posts=posts, script=script)
+    assert got == (1, ["to fix: There is no whole answer after 0.2 s."])
+    ends = [row.path.rpartition("/")[2] for row in posts]
+    assert ends == ["chat-messages", "stop"]
+
+
+@pytest.mark.real_clock
+async def test_app_is_not_asked_without_what_clients_must_give(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = {"user_input_form": [text_input("city")]}
+    status, told = await notes_on(run, monkeypatch, "--ask", parameters=form)
+    assert (status, told[1]) == (
+        0,
+        "warning: No turn: city is required in input form; give it in the model's "
+        "`inputs` to ask all the same.",
+    )
+    config = {"inputs": {"city": "Rome"}}
+    status, told = await notes_on(
+        run, monkeypatch, "--ask", config=config, parameters=form
+    )
+    assert (status, told[0]) == (0, "inputs: city (given)")
+    assert told[1].startswith("answer: ")
+
+
+def test_ask_without_check_is_bad_usage(run: Run) -> None:
+    status, out, err = run("--ask", "--demo")
+    assert (status, out) == (2, "")
+    assert "--ask belongs to --check: say --check --ask" in err
+
+
+@pytest.mark.real_clock
+def test_demo_can_be_checked(run: Run) -> None:
+    outcome = run("--check", "--demo", "--ask")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert rows(outcome)[1:] == [["demo", "OpenDify demo", "chat", "-", "ok"]]
+    (told,) = notes(outcome)
+    assert told.startswith("answer: \"Hello! This is OpenDify's demo app.")
+
+
+@pytest.mark.real_clock
+async def test_few_apps_are_checked_at_once(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [f"app-{n:016}" for n in range(12)]
+    monkeypatch.setenv("DIFY_API_KEYS", ",".join(keys))
+    async with FakeDify() as dify:
+        for key in keys:
+            dify.app(key, name=key)
+        outcome = await check(run, dify, monkeypatch)
+        assert dify.connections <= opendify.CHECKS_AT_ONCE
+    assert [row[1] for row in rows(outcome)[1:]] == keys
+
+
+# Colours...
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "variables", "has_colours"),
+    [
+        pytest.param(True, {"TERM": "xterm"}, True, id="terminal"),
+        pytest.param(True, {"TERM": "xterm", "NO_COLOR": ""}, True, id="empty"),
+        pytest.param(True, {"TERM": "xterm", "NO_COLOR": "1"}, False, id="no-color"),
+        pytest.param(True, {"TERM": "dumb"}, False, id="dumb"),
+        pytest.param(True, {}, False, id="no-term"),
+        pytest.param(False, {"TERM": "xterm"}, False, id="pipe"),
+    ],
+)
+def test_colours_are_for_terminals(
+    checked: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    is_terminal: bool,
+    variables: dict[str, str],
+    has_colours: bool,
+) -> None:
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    plain = checked().out
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    out = checked().out
+    assert ("\x1b[31mfailed\x1b[0m" in out) == has_colours
+    assert re.sub(r"\x1b\[\d*m", "", out) == plain
+
+
+# Settings and keys...
 
 
 @pytest.mark.real_clock
@@ -496,7 +806,7 @@ def test_check_tells_of_a_base_that_is_no_host_name(
     monkeypatch.setenv("MODEL_CONFIG", json.dumps(apps))
     outcome = run("--check")
     assert outcome.status == 1
-    assert "can't be resolved" in rows(outcome)[1][-1]
+    assert "can't be resolved" in notes(outcome)[0]
 
 
 def test_check_masks_keys(checked: Run, monkeypatch: pytest.MonkeyPatch) -> None:
