@@ -1477,8 +1477,8 @@ def quiet_loop() -> Iterator[None]:
     yield
 
 
-async def fails(base: str) -> ProxyError:
-    async with client(base) as (dify, app):
+async def fails(base: str, **variables: str) -> ProxyError:
+    async with client(base, **variables) as (dify, app):
         with pytest.raises(ProxyError) as caught:
             await dify.call(app, "GET", "/info")
         return caught.value
@@ -1557,11 +1557,23 @@ async def test_tls_on_a_plain_port_names_the_setting() -> None:
 
 
 @pytest.mark.real_clock
-async def test_plain_request_on_a_tls_port_is_an_error() -> None:
+async def test_plain_request_on_a_tls_port_names_the_setting() -> None:
     with quiet_loop():
         async with raw_server(answer_info, tls_context("localhost")) as base:
             error = await fails(base.replace("https:", "http:"))
     assert outcome_of("", error)[:3] == ("", "UpstreamFailed", 502)
+    assert "check the scheme in DIFY_API_BASE" in error.message
+
+
+@pytest.mark.real_clock
+async def test_server_that_shakes_no_hand_names_the_setting() -> None:
+    async def serve(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with raw_server(serve) as base:
+        error = await fails(base.replace("http:", "https:"), DIFY_CONNECT_TIMEOUT="0.2")
+    assert outcome_of("", error)[:3] == ("", "UpstreamTimeout", 504)
+    assert "accepts no connection in time; check DIFY_API_BASE" in error.message
 
 
 @pytest.mark.real_clock
