@@ -2444,9 +2444,9 @@ _WRONG_MODE = ("not_chat_app", "app_unavailable", "not_workflow_app")
 # What the texts of providers' errors tell: Dify's codes and statuses say "400" to all.
 _BY_WORDING: Mapping[str, type[ProxyError]] = {
     r"conversation not exists": ConversationGone,
-    r"insufficient.{0,3}quota|quota.{0,20}exceeded|credit balance": QuotaExceeded,
+    r"insufficient.{0,3}(?:quota|balance)|quota.{0,20}exceeded|credit balance|余额不足"
+    r"|欠费": QuotaExceeded,
     r"too many requests|rate.?limit|\b429\b": RateLimited,
-    r"timed? ?out|timeout": UpstreamTimeout,
 }
 _BY_CODE: Mapping[str, type[ProxyError]] = {
     "provider_quota_exceeded": QuotaExceeded,
@@ -2466,8 +2466,8 @@ def error_from_dify(
         message: Dify's message, likewise.
         in_run: it came as an event: the request was accepted, its run failed.
     """
-    code = str(code or "")
-    text = _innermost_message(str(message or "")) or code or f"status {status}"
+    code, whole = str(code or ""), str(message or "")
+    text = _innermost_message(whole) or code or f"status {status}"
     text = text.partition(" You have requested this URI")[0]
     if status in (401, 403) and not in_run:
         return ConfigurationFault(
@@ -2479,13 +2479,15 @@ def error_from_dify(
     by_code = RateLimited if status == 429 else _BY_CODE.get(code)
     if by_code:
         return by_code(text)
+    told = f"{whole} {text}"  # the provider's status and code stand around its text
     for wording, error in _BY_WORDING.items():
-        is_meant = in_run or error is not UpstreamTimeout  # no run, no timeout
-        if is_meant and re.search(wording, text, re.IGNORECASE):
+        if re.search(wording, told, re.IGNORECASE):
             return error(text)
-    if in_run:
-        return UpstreamFailed(text, code=code, retry=False)
-    return _refusal(status, code, text)
+    if not in_run:
+        return _refusal(status, code, text)
+    is_late = re.search("timed? ?out|timeout", text, re.IGNORECASE)
+    failed = UpstreamFailed(text, code=code, retry=False)
+    return UpstreamTimeout(text) if is_late else failed
 
 
 def error_from_body(status: int, body: bytes) -> ProxyError:

@@ -923,6 +923,59 @@ def test_error_body_that_is_no_json(status: int, body: bytes, wanted: Any) -> No
         assert "DIFY_API_BASE" in error.message
 
 
+def provider_error(status: int, **error: str) -> str:
+    """A provider's error as Dify's plugins tell it."""
+    return (
+        "[openai_api_compatible] Error: API request failed with status code "
+        f"{status}: {json.dumps({'error': error})}"
+    )
+
+
+RATE, QUOTA = "rate_limit_exceeded", "insufficient_quota"
+
+
+@pytest.mark.parametrize(
+    ("message", "shown", "status", "code"),
+    [
+        (
+            provider_error(429, message="You exceeded it.", code="insufficient_quota"),
+            "You exceeded it.",
+            429,
+            QUOTA,
+        ),
+        (
+            provider_error(402, message="Insufficient Balance"),
+            "Insufficient Balance",
+            429,
+            QUOTA,
+        ),
+        (provider_error(429, message="账户余额不足"), "账户余额不足", 429, QUOTA),
+        (provider_error(429, message="Max RPM: 3"), "Max RPM: 3", 429, RATE),
+        (provider_error(429, message="请您控制频率"), "请您控制频率", 429, RATE),
+        (
+            'PluginInvokeError: {"error_type": "InvokeRateLimitError", '
+            '"message": "Slow down."}',
+            "Slow down.",
+            429,
+            RATE,
+        ),
+        # A node's error may speak of timeouts of anything: its message tells.
+        ('{"message": "Bad input", "timeout": 5}', "Bad input", 502, "c"),
+    ],
+)
+@pytest.mark.parametrize("event_name", ["error", "workflow_finished"])
+def test_error_of_a_provider_is_told_by_what_stands_around_its_message(
+    event_name: str, message: str, shown: str, status: int, code: str
+) -> None:
+    data = {"status": "failed", "error": message}
+    told = {"code": "c", "status": 400, "message": message, "data": data}
+    parts = AnswerReader("chat", BASE).read([event(event=event_name, **told)])
+    error = only(parts, Failure).error
+    is_flow = status == 502 and event_name == "workflow_finished"  # it has no code
+    wanted = "upstream_error" if is_flow else code
+    assert (error.message, error.status, error.code) == (shown, status, wanted)
+
+
 def test_innermost_message_of_a_plugin_is_shown() -> None:
     inner = {"error_type": "X", "message": '{"error": {"message": "no credit left"}}'}
     message = f"[openai] Error: PluginInvokeError: {json.dumps(inner)}"
