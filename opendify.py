@@ -537,6 +537,18 @@ class HeadTooLarge(BadRequest):
     status = 431
 
 
+class PromptTooLong(BadRequest):
+    """The model can't read so much at once."""
+
+    code = "context_length_exceeded"
+
+
+class ContentRefused(BadRequest):
+    """The model's provider does not allow what is asked, or what came of it."""
+
+    code = "content_policy_violation"
+
+
 class RateLimited(ProxyError):
     """Dify, or the model behind it, wants fewer requests."""
 
@@ -2446,6 +2458,10 @@ _BY_WORDING: Mapping[str, type[ProxyError]] = {
     r"conversation not exists": ConversationGone,
     r"insufficient.{0,3}(?:quota|balance)|quota.{0,20}exceeded|credit balance|余额不足"
     r"|欠费": QuotaExceeded,
+    r"context.?(?:length|window)|(?:prompt|input) is too long|range of input length"
+    r"|model token limit|exceeds the maximum number of tokens": PromptTooLong,
+    r"content management policy|content_(?:filter|policy)|data_?inspection_?failed"
+    r"|inappropriate content|content exists risk": ContentRefused,
     r"too many requests|rate.?limit|\b429\b": RateLimited,
 }
 _BY_CODE: Mapping[str, type[ProxyError]] = {

@@ -932,6 +932,12 @@ def provider_error(status: int, **error: str) -> str:
 
 
 RATE, QUOTA = "rate_limit_exceeded", "insufficient_quota"
+TOO_LONG, REFUSED = "context_length_exceeded", "content_policy_violation"
+OPENAI_S = "This model's maximum context length is 4096 tokens."
+DIFY_S = "Query or prefix prompt is too long, you can reduce the prefix prompt"
+ANTHROPIC_S = "prompt is too long: 200251 tokens > 200000 maximum"
+AZURE_S = "It was filtered due to the prompt triggering our content management policy."
+ALIBABA_S = "Output data may contain inappropriate content."
 
 
 @pytest.mark.parametrize(
@@ -959,6 +965,18 @@ RATE, QUOTA = "rate_limit_exceeded", "insufficient_quota"
             429,
             RATE,
         ),
+        (provider_error(400, message=OPENAI_S), OPENAI_S, 400, TOO_LONG),
+        (provider_error(400, message="No.", code=TOO_LONG), "No.", 400, TOO_LONG),
+        (DIFY_S, DIFY_S, 400, TOO_LONG),
+        (provider_error(400, message=ANTHROPIC_S), ANTHROPIC_S, 400, TOO_LONG),
+        (provider_error(400, message=AZURE_S), AZURE_S, 400, REFUSED),
+        (
+            provider_error(400, message="No.", code="content_filter"),
+            "No.",
+            400,
+            REFUSED,
+        ),
+        (provider_error(400, message=ALIBABA_S), ALIBABA_S, 400, REFUSED),
         # A node's error may speak of timeouts of anything: its message tells.
         ('{"message": "Bad input", "timeout": 5}', "Bad input", 502, "c"),
     ],

@@ -45,6 +45,8 @@ TABLE = [
     Row(opendify.WrongMode, 400, INVALID, None),
     Row(opendify.MissingInput, 400, INVALID, None),
     Row(opendify.ConversationGone, 404, INVALID, "not_found"),
+    Row(opendify.PromptTooLong, 400, INVALID, "context_length_exceeded"),
+    Row(opendify.ContentRefused, 400, INVALID, "content_policy_violation"),
     Row(opendify.RateLimited, 429, "requests", "rate_limit_exceeded", (LATER,)),
     Row(
         opendify.QuotaExceeded,
