@@ -2455,7 +2455,7 @@ class MissingInput(UpstreamRejected):
 _WRONG_MODE = ("not_chat_app", "app_unavailable", "not_workflow_app")
 # What the texts of providers' errors tell: Dify's codes and statuses say "400" to all.
 _BY_WORDING: Mapping[str, type[ProxyError]] = {
-    r"conversation not exists": ConversationGone,
+    r"\Aconversation not exists": ConversationGone,  # not by a node, of another app
     r"insufficient.{0,3}(?:quota|balance)|quota.{0,20}exceeded|credit balance|余额不足"
     r"|欠费": QuotaExceeded,
     r"context.?(?:length|window)|(?:prompt|input) is too long|range of input length"
@@ -2490,7 +2490,7 @@ def error_from_dify(
             f"Dify refused the app key ({status} {code}: {text}). Check the key in "
             "MODEL_CONFIG or DIFY_API_KEYS, and that API access is on for the app."
         )
-    if "required in input form" in text:
+    if re.fullmatch(r"\S+ is required in input form", whole):
         return MissingInput(text, code=code)
     by_code = RateLimited if status == 429 else _BY_CODE.get(code)
     if by_code:

@@ -704,6 +704,18 @@ async def test_deleted_conversation_that_is_met_with_silence() -> None:
         assert await client.chat("three") == [fresh]
 
 
+async def test_run_whose_app_calls_a_lost_conversation_is_not_repeated() -> None:
+    async with site("advanced-chat") as served:
+        client = Client(served)
+        await client.chat("one")
+        before = len(served.turns)
+        inner = '{"code": "not_found", "message": "Conversation Not Exists."}'
+        served.answers([fake.error_event(f"Run failed: status 404: {inner}")])
+        client.messages.append(user("two"))
+        got = await (await client.begin()).read_rest()
+        assert (got.status, len(served.turns)) == (502, before + 1)
+
+
 PLACES: dict[str, Callable[[str], JSONObject]] = {
     "body": lambda id_: {"conversation_id": id_},
     "metadata": lambda id_: {"metadata": {"conversation_id": id_}},

@@ -994,6 +994,24 @@ def test_error_of_a_provider_is_told_by_what_stands_around_its_message(
     assert (error.message, error.status, error.code) == (shown, status, wanted)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Run failed: Failed to invoke tool x: topic is required in input form",
+        'Status 404: {"code": "not_found", "message": "Conversation Not Exists."}',
+    ],
+)
+def test_error_of_an_app_that_the_app_calls_is_not_the_caller_s(message: str) -> None:
+    error = opendify.error_from_dify(200, "", message, in_run=True)
+    assert (error.status, error.retry) == (502, False)
+
+
+def test_input_that_only_the_run_misses_is_the_caller_s() -> None:
+    text = "topic is required in input form"
+    error = opendify.error_from_dify(400, "invalid_param", text, in_run=True)
+    assert isinstance(error, opendify.MissingInput)
+
+
 def test_innermost_message_of_a_plugin_is_shown() -> None:
     inner = {"error_type": "X", "message": '{"error": {"message": "no credit left"}}'}
     message = f"[openai] Error: PluginInvokeError: {json.dumps(inner)}"
