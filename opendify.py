@@ -2506,12 +2506,17 @@ def error_from_dify(
     return UpstreamTimeout(text) if is_late else failed
 
 
+_GATEWAY_TIMEOUTS = (504, 522, 524)  # Dify says none of them; the last: Cloudflare's
+
+
 def error_from_body(status: int, body: bytes) -> ProxyError:
     """An HTTP error of Dify, or of what stands before it, by its body.
 
     A body that is no JSON comes from the web UI (the base URL lacks its /v1) or from
-    a gateway (nginx, Cloudflare).
+    a gateway (nginx, Cloudflare); some gateways speak JSON too (Kong, AWS).
     """
+    if status in _GATEWAY_TIMEOUTS:
+        return UpstreamTimeout(f"The gateway before Dify timed out ({status}).")
     value = None
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(body)
@@ -2519,8 +2524,6 @@ def error_from_body(status: int, body: bytes) -> ProxyError:
         return error_from_dify(status, value.get("code"), value.get("message"))
     if status in (413, 414, 431):
         return BodyTooLarge(f"The gateway before Dify refused the size ({status}).")
-    if status == 504:
-        return UpstreamTimeout("The gateway before Dify timed out (504).")
     if status == 429:
         return RateLimited("The gateway before Dify wants fewer requests (429).")
     if status >= 500:

@@ -912,11 +912,14 @@ def test_error_of_dify(
         (200, b"<html>", (502, False)),
         (502, b"<html>", (502, None)),
         (504, b"", (504, None)),
+        (504, b'{"message": "The upstream server is timing out"}', (504, None)),
+        (522, b"<html>", (504, None)),
+        (524, b"error code: 524", (504, None)),
         (413, b"<html>", (413, None)),
         (429, b"", (429, None)),
     ],
 )
-def test_error_body_that_is_no_json(status: int, body: bytes, wanted: Any) -> None:
+def test_error_body_that_is_not_dify_s(status: int, body: bytes, wanted: Any) -> None:
     error = opendify.error_from_body(status, body)
     assert (error.status, error.retry) == wanted
     if not error.retry and status in (200, 404):
