@@ -8035,7 +8035,11 @@ class Dify:
                 f"What the base URL leads to answers {response.status}, but without an "
                 f"event stream. Check {BASE_SETTING}: it must be like https://host/v1."
             )
-        return without_key(error_from_body(response.status, content), app)
+        error = error_from_body(response.status, content)
+        wait_s = response.headers.get("retry-after", "")
+        if isinstance(error, RateLimited) and wait_s.isdecimal():
+            error.headers.append(("Retry-After", wait_s))  # a gateway's
+        return without_key(error, app)
 
 
 # ==============================================================================

@@ -39,6 +39,7 @@ from opendify import (
     FORM_FRESH_S,
     IDLE_CONNECTION_S,
     MAX_IDLE_CONNECTIONS,
+    RETRY_AFTER_S,
     STOP_DRAIN_S,
     AppSettings,
     Attachment,
@@ -57,6 +58,7 @@ from opendify import (
     Usage,
     Wire,
     dify_request,
+    error_headers,
     open_wire,
     origin_of,
     parse_settings,
@@ -924,6 +926,25 @@ async def test_key_in_an_error_of_dify_is_masked() -> None:
         with pytest.raises(ProxyError) as caught:
             await dify.open_turn(app, "chat", question())
         assert caught.value.message == "no app-ke… here"
+
+
+@pytest.mark.parametrize(
+    ("status", "told", "given"),
+    [
+        (429, "120", "120"),
+        (429, "Wed, 21 Oct 2026 07:28:00 GMT", RETRY_AFTER_S),
+        (500, "120", None),
+    ],
+)
+@pytest.mark.parametrize("body", ["<html>", {"message": "slow"}], ids=["page", "json"])
+async def test_wait_that_a_gateway_asks_for_is_passed_on(
+    body: Any, status: int, told: str, given: str | None
+) -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=[Status(status, body, {"Retry-After": told})])
+        with pytest.raises(ProxyError) as caught:
+            await dify.open_turn(app, "chat", question())
+    assert dict(error_headers(caught.value)).get("Retry-After") == given
 
 
 async def test_small_answers_are_bounded() -> None:
