@@ -2468,6 +2468,7 @@ _BY_CODE: Mapping[str, type[ProxyError]] = {
     "provider_quota_exceeded": QuotaExceeded,
     "too_many_requests": RateLimited,
     "rate_limit_error": RateLimited,
+    "conversation_completed": ConversationGone,
 }
 
 
@@ -7922,7 +7923,11 @@ class Dify:
         response = await self._request(app, "POST", request.path, body, timeout_s)
         if response.status != 200 or not response.is_event_stream:
             content = await response.read_all(MAX_ERROR_BYTES)
-            raise self._error(response, content, app)
+            error = self._error(response, content, app)
+            is_unsaid = error.message == error.code == "not_found"  # it says no more
+            if is_unsaid and request.body.get("conversation_id"):
+                error = ConversationGone("Dify does not know this conversation.")
+            raise error
         response.allow(max(0, until - loop.time()), _too_late)
         answer = AnswerReader(
             mode,

@@ -704,6 +704,42 @@ async def test_deleted_conversation_that_is_met_with_silence() -> None:
         assert await client.chat("three") == [fresh]
 
 
+COMPLETED = "The conversation has ended. Please start a new conversation."
+OVER = {
+    "unsaid": Status(404, {"code": "not_found", "message": None, "status": 404}),
+    "completed": Status(400, {"code": "conversation_completed", "message": COMPLETED}),
+}
+
+
+@pytest.mark.parametrize("over", OVER.values(), ids=OVER)
+async def test_conversation_that_is_over_is_begun_anew(over: Step) -> None:
+    async with site() as served:
+        client = Client(served)
+        (own,) = await client.chat("one")
+
+        def script(request: fake.Request) -> list[Step]:
+            is_over = served.conversation_of(request) == own
+            return [over] if is_over else served.script(request)
+
+        served.answers(script)
+        await client.say("two")
+        fresh = client.conversation
+        assert fresh != own
+        assert await client.chat("three") == [fresh]
+        call = await client.begin(conversation_id=own)
+        got = await call.read_rest()
+        assert (got.status, got.error["code"]) == (404, "not_found")
+        assert "conversation" in got.error["message"]
+
+
+async def test_nothing_found_without_a_conversation_is_no_lost_one() -> None:
+    async with site() as served:
+        served.answers([OVER["unsaid"]])
+        client = Client(served, [user("one")])
+        got = await (await client.begin()).read_rest()
+        assert (got.status, got.error["code"]) == (400, "not_found")
+
+
 async def test_run_whose_app_calls_a_lost_conversation_is_not_repeated() -> None:
     async with site("advanced-chat") as served:
         client = Client(served)
