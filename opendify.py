@@ -2735,6 +2735,7 @@ class AnswerReader:
         self._node_usage = Usage()
         self._total_tokens = 0
         self._reason = "stop"
+        self._has_asked = False  # the user, for what the run pauses for
         self._is_stored = False
         self._delta: tuple[str, int, str] | None = None  # see _learn_delta
         self._like = ""  # the event that is to be learnt from
@@ -2989,8 +2990,10 @@ class AnswerReader:
         self._files.setdefault(_SIGNATURE.sub("", url), (path, media))
 
     def _human_input(self, value: dict[str, Any]) -> list[Part]:
+        self._has_asked = True
         data = object_of(value.get("data"))
-        asked, token = data.get("form_content"), data.get("form_token")
+        asked = data.get("form_content") or data.get("message")
+        token = data.get("form_token")
         rows = objects_of(data.get("actions"))
         actions = ", ".join(str(row.get("title") or row.get("id")) for row in rows)
         lines = [
@@ -3034,6 +3037,13 @@ class AnswerReader:
             return parts + self._finish()
         self.is_closing = True
         return parts
+
+    def _workflow_paused(self, value: dict[str, Any]) -> list[Part]:
+        parts: list[Part] = []
+        reasons = objects_of(object_of(value.get("data")).get("reasons"))
+        for reason in [] if self._has_asked else reasons:  # their events were lost
+            parts += self._human_input({"data": reason})
+        return parts + self._finish()
 
     def _error(self, value: dict[str, Any]) -> list[Part]:
         status = count_of(value.get("status")) or 500
@@ -3097,7 +3107,7 @@ _TRANSLATORS: Mapping[str, Callable[[AnswerReader, dict[str, Any]], list[Part]]]
     "human_input_required": AnswerReader._human_input,
     "message_end": AnswerReader._message_end,
     "workflow_finished": AnswerReader._workflow_finished,
-    "workflow_paused": lambda reader, _value: reader._finish(),
+    "workflow_paused": AnswerReader._workflow_paused,
     "error": AnswerReader._error,
 }
 # What `json.loads` reads strings with: (text, where it begins) -> (string, its end).

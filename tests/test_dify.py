@@ -538,6 +538,36 @@ def test_recovery_adds_the_rest_only_to_what_was_sent() -> None:
     assert reader.recover("Hello") == [Text("lo"), Usage(), Finish("stop")]
 
 
+FORM = {
+    "TYPE": "human_input_required",
+    "form_id": "f",
+    "form_content": "Send it?",
+    "actions": [{"id": "y", "title": "Yes"}, {"id": "n", "title": "No"}],
+}
+ASKED = "Send it?\n\nActions: Yes, No"
+
+
+@pytest.mark.parametrize("is_told", [True, False], ids=["told", "lost"])
+@pytest.mark.parametrize(
+    ("reasons", "text"),
+    [
+        ([FORM], ASKED),
+        ([FORM, {**FORM, "form_content": "Sure?"}], f"{ASKED}\n\nSure?{ASKED[8:]}"),
+        ([{"TYPE": "scheduled_pause", "message": "Till noon."}], "Till noon."),
+        ([{"TYPE": "scheduled_pause"}, 5], "Input is needed."),
+    ],
+)
+def test_pause_says_what_it_waits_for(
+    is_told: bool, reasons: list[Any], text: str
+) -> None:
+    forms = [row for row in reasons if row != 5]
+    told = [event(event="human_input_required", data=row) for row in forms if is_told]
+    paused = event(event="workflow_paused", data={"reasons": reasons})
+    parts = read("advanced-chat", *told, paused)
+    assert joined(parts, Text) == text
+    assert parts[-1] == Finish("stop")
+
+
 # ------------------------------------------------------------------------------
 # Requests
 # ------------------------------------------------------------------------------
