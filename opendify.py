@@ -3016,6 +3016,10 @@ class AnswerReader:
         if self._reasoned_in is None:
             for node, text in object_of(metadata.get("reasoning")).items():
                 parts += self._reason_in(("node", node), str(text or ""))
+        has_answer = self._answer.size or self._reason == "content_filter"
+        if self._mode == "advanced-chat" and not (has_answer or self.is_closing):
+            self.is_closing = True  # the outputs may have it
+            return parts
         return parts + self._finish()
 
     def _workflow_finished(self, value: dict[str, Any]) -> list[Part]:
@@ -3033,7 +3037,7 @@ class AnswerReader:
         if not self._answer.size and self._reason != "content_filter":
             text = answer_from_outputs(outputs, self._output_variable, self._mode)
             parts = self._add_text(text)
-        if self._mode == "workflow":
+        if self._mode == "workflow" or self.is_closing:
             return parts + self._finish()
         self.is_closing = True
         return parts

@@ -538,6 +538,24 @@ def test_recovery_adds_the_rest_only_to_what_was_sent() -> None:
     assert reader.recover("Hello") == [Text("lo"), Usage(), Finish("stop")]
 
 
+@pytest.mark.parametrize("is_new", [True, False], ids=["new-order", "old-order"])
+def test_chatflow_whose_text_was_lost_is_answered_by_its_outputs(is_new: bool) -> None:
+    usage = {"prompt_tokens": 2, "completion_tokens": 3}
+    last = [
+        event(event="message_end", metadata={"usage": usage}),
+        event(event="workflow_finished", data={"outputs": {"answer": "the whole"}}),
+    ]
+    parts = read("advanced-chat", *(last if is_new else last[::-1]))
+    assert parts == [Text("the whole"), Usage(2, 3), Finish("stop")]
+
+
+def test_chatflow_without_a_word_ends_when_nothing_more_comes() -> None:
+    reader = AnswerReader("advanced-chat", BASE)
+    assert reader.read([event(event="message_end")]) == []
+    assert reader.is_closing
+    assert reader.end() == [Usage(), Finish("stop")]
+
+
 FORM = {
     "TYPE": "human_input_required",
     "form_id": "f",
