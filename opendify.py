@@ -2825,17 +2825,17 @@ class AnswerReader:
         has_text = self._answer.size and self._answer.is_whole
         return bool(has_text and self.conversation_id and self.message_id)
 
-    def recover(self, answer: str) -> list[Part]:
-        """The rest of a broken answer, as Dify stored it.
+    def recover(self, row: Mapping[str, Any]) -> list[Part]:
+        """The rest of a broken answer, by its row in Dify's store.
 
         Returns:
             [] if the stored answer does not extend what was streamed.
         """
-        streamed = self._answer.text
+        answer, streamed = str(row.get("answer") or ""), self._answer.text
         if not answer.startswith(streamed):
             return []
         self._half = ""  # the stored answer has it whole
-        return self._add_text(answer[len(streamed) :]) + self._finish()
+        return self._add_text(answer[len(streamed) :]) + self._finish_as_stored(row)
 
     @property
     def is_as_sent(self) -> bool:
@@ -3073,6 +3073,15 @@ class AnswerReader:
             parts.append(Citations(tuple(self._resources)))
         return [*parts, self._final_usage(), Finish(self._reason)]
 
+    def _finish_as_stored(self, row: Mapping[str, Any]) -> list[Part]:
+        for file in objects_of(row.get("message_files")):
+            self._message_file(file)
+        self._resources += objects_of(row.get("retriever_resources"))
+        self._usage = Usage(
+            count_of(row.get("message_tokens")), count_of(row.get("answer_tokens"))
+        )
+        return self._finish()
+
     def _final_usage(self) -> Usage:
         """As message_end tells it, else the sum of the nodes if it adds up."""
         if self._usage.total_tokens:
@@ -3279,13 +3288,7 @@ def _stored_parts(row: Mapping[str, Any], base: str) -> list[Part]:
     if row.get("status") == "error":
         text = row.get("error") or "the run failed"
         return parts + reader.fail(error_from_dify(200, "", text, in_run=True))
-    for file in objects_of(row.get("message_files")):
-        reader._message_file(file)
-    reader._resources += objects_of(row.get("retriever_resources"))
-    reader._usage = Usage(
-        count_of(row.get("message_tokens")), count_of(row.get("answer_tokens"))
-    )
-    return parts + reader._finish()
+    return parts + reader._finish_as_stored(row)
 
 
 # ==============================================================================
@@ -7531,7 +7534,7 @@ class TurnStream:
         answer: AnswerReader,
         idle_timeout_s: float,
         app: AppSettings,
-        find_stored: Callable[[], Awaitable[str]],
+        find_stored: Callable[[], Awaitable[dict[str, Any]]],
     ) -> None:
         self.answer = answer
         self._app = app
@@ -7875,18 +7878,18 @@ class Dify:
         response.allow(self._pool.settings.dify_idle_timeout, _too_silent)
         return await response.read()
 
-    async def stored_answer(
+    async def stored_row(
         self, app: AppSettings, answer: AnswerReader, user: str
-    ) -> str:
-        """The answer to a message as Dify stored it, "" if it did not, or failed."""
+    ) -> dict[str, Any]:
+        """The row of an answer in Dify's store, {} if it has none, or failed."""
         try:
             page = await self._messages(app, answer.conversation_id, user, limit=5)
         except ProxyError:
-            return ""
+            return {}
         for row in objects_of(page.get("data")):
             if row.get("id") == answer.message_id and row.get("status") != "error":
-                return str(row.get("answer") or "")
-        return ""
+                return row
+        return {}
 
     async def messages(
         self,
@@ -7950,7 +7953,7 @@ class Dify:
             show_process=settings.show_process,
         )
         user = str(request.body["user"])
-        find_stored = functools.partial(self.stored_answer, app, answer, user)
+        find_stored = functools.partial(self.stored_row, app, answer, user)
         return TurnStream(
             response, answer, settings.dify_idle_timeout, app, find_stored
         )

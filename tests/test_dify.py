@@ -526,7 +526,7 @@ def test_recovery_joins_a_surrogate_pair_that_broke_apart() -> None:
         event="message", answer="A \ud83d", conversation_id="c", message_id="m"
     )
     assert reader.read([half]) == [Text("A ")]
-    assert reader.recover("A 😀 B")[0] == Text("😀 B")
+    assert reader.recover({"answer": "A 😀 B"})[0] == Text("😀 B")
 
 
 def test_recovery_adds_the_rest_only_to_what_was_sent() -> None:
@@ -534,8 +534,35 @@ def test_recovery_adds_the_rest_only_to_what_was_sent() -> None:
     begun = event(event="message", answer="Hel", conversation_id="c", message_id="m")
     reader.read([begun])
     assert reader.can_recover
-    assert reader.recover("Other") == []
-    assert reader.recover("Hello") == [Text("lo"), Usage(), Finish("stop")]
+    assert reader.recover({"answer": "Other"}) == []
+    row = {"answer": "Hello"}
+    assert reader.recover(row) == [Text("lo"), Usage(), Finish("stop")]
+
+
+def test_recovery_has_what_goes_with_the_text() -> None:
+    reader = AnswerReader("chat", BASE)
+    begun = event(event="message", answer="Hel", conversation_id="c", message_id="m")
+    image = {"type": "image", "url": "/files/a.png?sign=1", "belongs_to": "assistant"}
+    seen = event(event="message_file", **image)
+    reader.read([begun, seen])
+    own = {"type": "image", "url": "/files/mine.png", "belongs_to": "user"}
+    source = {"document_name": "doc", "content": "text"}
+    assert reader.recover(
+        {
+            "answer": "Hello",
+            "message_files": [own, image, {**image, "url": "/files/b.png"}],
+            "retriever_resources": [source],
+            "message_tokens": 7,
+            "answer_tokens": 2,
+        }
+    ) == [
+        Text("lo"),
+        Media("image", "http://dify.example/files/a.png?sign=1", "a.png"),
+        Media("image", "http://dify.example/files/b.png", "b.png"),
+        Citations((source,)),
+        Usage(7, 2),
+        Finish("stop"),
+    ]
 
 
 @pytest.mark.parametrize("is_new", [True, False], ids=["new-order", "old-order"])
