@@ -3879,7 +3879,8 @@ def _guess_media_type(name: str, data: bytes) -> str:
     for magic, media_type in _MAGIC:
         if re.match(magic, data, re.DOTALL):
             return media_type
-    return f"application/{extension if extension.isalnum() else 'octet-stream'}"
+    is_known = extension.isalnum() and not extension.isdecimal()
+    return f"application/{extension if is_known else 'octet-stream'}"
 
 
 _MAGIC = (
@@ -3896,7 +3897,8 @@ def _plain_name(name: str, media_type: str) -> str:
     """A file name that every Dify takes: no path, no reserved sign, an extension."""
     name = re.sub(r'[\\/:*?"<>|\x00-\x1f\ud800-\udfff]', "_", name)[-150:].strip(". ")
     name = name or "file"
-    if "." not in name and media_type:
+    has_extension = re.search(r"\.\d*[A-Za-z]\w{0,9}\Z", name)  # not "report v1.2"
+    if media_type and not has_extension:
         subtype = re.sub(r"\W.*", "", media_type.partition("/")[2])
         name += "." + _EXTENSION_BY_MEDIA_TYPE.get(media_type, subtype or "bin")
     return name

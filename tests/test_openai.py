@@ -662,6 +662,31 @@ FILES = [
         id="file-with-nothing-but-dots",
     ),
     pytest.param(
+        file(f"data:application/pdf;base64,{base64_of(PDF)}", filename="Q3 v1.2"),
+        Attachment("Q3 v1.2.pdf", "application/pdf", PDF),
+        id="file-with-a-number-behind-the-dot",
+    ),
+    pytest.param(
+        file(base64_of(PDF), filename="Q3. Report"),
+        Attachment("Q3. Report.pdf", "application/pdf", PDF),
+        id="file-with-words-behind-the-dot",
+    ),
+    pytest.param(
+        file(base64_of(b"??"), filename="Q3 v1.2"),
+        Attachment("Q3 v1.2.bin", "application/octet-stream", b"??"),
+        id="file-of-an-unknown-kind-with-a-number",
+    ),
+    pytest.param(
+        file(base64_of(b"7z"), filename="a.7z"),
+        Attachment("a.7z", "application/7z", b"7z"),
+        id="file-with-a-number-in-its-extension",
+    ),
+    pytest.param(
+        file(f"data:text/plain;base64,{base64_of(b'x')}", filename="a.py"),
+        Attachment("a.py", "text/plain", b"x"),
+        id="file-with-an-extension-of-its-own",
+    ),
+    pytest.param(
         {"type": "input_file", "filename": "a.pdf", "file_data": base64_of(PDF)},
         Attachment("a.pdf", "application/pdf", PDF),
         id="input-file",
