@@ -3151,13 +3151,14 @@ def _is_idle(data: str) -> bool:
 def answer_from_outputs(outputs: Mapping[str, Any], variable: str, mode: str) -> str:
     """The output of a run that is its answer, when none was streamed.
 
-    The one the operator named; else by a usual name, and not empty if possible; else
-    the only one; else all, as JSON. Files are left out: they follow as links.
+    The one the operator named, if the run has it; else by a usual name, and not empty
+    if possible; else the only one; else all, as JSON. Files are left out: they follow
+    as links.
     """
     if mode != "workflow":
         return str(outputs.get("answer") or "")
     texts = object_of(_without_files(outputs))
-    if variable:
+    if variable in outputs:
         texts = {variable: texts[variable]} if variable in texts else {}
     named = [texts[name] for name in _OUTPUT_NAMES if isinstance(texts.get(name), str)]
     if named:

@@ -719,6 +719,7 @@ A_FILE = {"dify_model_identity": "__dify__file__", "url": "/f"}
         ({"result": {"caption": "hi", "img": A_FILE}}, "", '{"caption": "hi"}'),
         ({"x": [{}, None, 0, A_FILE], "y": []}, "", '{"x": [{}, null, 0], "y": []}'),
         ({"f": A_FILE, "x": 1}, "f", ""),
+        ({"result": "r"}, "nope", "r"),
         ({}, "", ""),
     ],
 )
