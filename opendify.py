@@ -2608,7 +2608,8 @@ class ReasoningSplitter:
     """Tells reasoning from answer in text with tags, however the text is cut.
 
     Newlines beside the tags belong to the tags. A closing tag alone means that all
-    the text before it was reasoning. A block never closed is reasoning to the end.
+    the text before it was reasoning. A block never closed is reasoning to the end,
+    or up to a `restart`.
     """
 
     def __init__(self) -> None:
@@ -2624,6 +2625,11 @@ class ReasoningSplitter:
         """Whether text that holds no tag is more than text."""
         return bool(self._held or self._closing or self._newlines)
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether a block of reasoning is open."""
+        return bool(self._closing)
+
     def feed(self, text: str) -> _Numbered:
         """The parts that are certain now."""
         if not ("<" in text or self.is_busy):
@@ -2636,6 +2642,12 @@ class ReasoningSplitter:
     def close(self) -> _Numbered:
         """What is still held back; no more text will come."""
         return self._split(self._held, is_last=True)
+
+    def restart(self) -> _Numbered:
+        """What is still held back; an open block ends here: another will speak."""
+        parts = self.close()
+        self._closing = ""
+        return parts
 
     def _split(self, text: str, *, is_last: bool) -> _Numbered:
         parts: _Numbered = []
@@ -2727,6 +2739,7 @@ class AnswerReader:
         self._splitter = ReasoningSplitter()
         self._half = ""  # the first half of a surrogate pair
         self._answer = KeptText()  # as Dify sent it
+        self._source: object = None  # where the text is from: [node, variable]
         self._reasoned_in: object = None  # the block that reasoning was last added to
         self._thoughts: dict[str, str] = {}  # snapshots by id
         self._files: dict[str, tuple[str, Media]] = {}  # by URL, unsigned: path
@@ -2854,11 +2867,28 @@ class AnswerReader:
             if not self._answer.is_whole or said.endswith(answer.strip()):
                 return []
             answer = "\n\n" + answer
-        return self._add_text(answer)
+        return self._add_text_from(value.get("from_variable_selector"), answer)
 
     def _text_chunk(self, value: dict[str, Any]) -> list[Part]:
-        text = object_of(value.get("data")).get("text")
-        return self._add_text(text) if isinstance(text, str) else []
+        data = object_of(value.get("data"))
+        source, text = data.get("from_variable_selector"), data.get("text")
+        return self._add_text_from(source, text) if isinstance(text, str) else []
+
+    def _add_text_from(self, source: object, text: str) -> list[Part]:
+        if source == self._source:
+            return self._add_text(text)
+        is_framed = _texts(self._source)[1:] == ("answer",)  # by an Answer node's words
+        if is_framed and self._splitter.is_inside:
+            return self._add_text(text)
+        self._source = source
+        return self._end_block() + self._add_text(text)
+
+    def _end_block(self) -> list[Part]:
+        """What is still held back: another node or round speaks now, or the same anew.
+
+        If the model was cut while it thought, its block is still open.
+        """
+        return self._mark_blocks(self._splitter.restart())
 
     def _message_replace(self, value: dict[str, Any]) -> list[Part]:
         answer = value.get("answer", object_of(value.get("data")).get("text"))
@@ -2930,11 +2960,12 @@ class AnswerReader:
         """A snapshot of an agent's round; one of `agent` without tool is reasoning."""
         names = ("id", "tool", "thought")
         id_, tool, thought = (str(value.get(name) or "") for name in names)
+        ended = self._end_block() if self._mode == "agent-chat" else []
         if tool:
             line = f"Tool: {tool} {value.get('tool_input') or ''}".rstrip()
-            return self._process(("tool", id_), line, value.get("observation"))
+            return ended + self._process(("tool", id_), line, value.get("observation"))
         if self._mode != "agent" or not thought:
-            return []
+            return ended
         last = self._thoughts.get(id_, "")
         self._thoughts[id_] = thought
         new = thought[len(last) :] if thought.startswith(last) else thought
@@ -2971,7 +3002,12 @@ class AnswerReader:
                 {**object_of(row.get("metadata")), "content": row.get("content")}
                 for row in objects_of(outputs.get("result"))
             ]
-        return []
+        return self._node_over(value)
+
+    def _node_over(self, value: dict[str, Any]) -> list[Part]:
+        """A node ended or is tried again: what it says then, it says anew."""
+        node = object_of(value.get("data")).get("node_id")
+        return self._end_block() if _texts(self._source)[:1] == (node,) else []
 
     def _message_file(self, value: dict[str, Any]) -> list[Part]:
         if isinstance(value.get("answer"), str):  # text, by a bug of 1.11.2 and later
@@ -3116,6 +3152,7 @@ _TRANSLATORS: Mapping[str, Callable[[AnswerReader, dict[str, Any]], list[Part]]]
     "reasoning_chunk": AnswerReader._reasoning_chunk,
     "node_started": AnswerReader._node_started,
     "node_finished": AnswerReader._node_finished,
+    "node_retry": AnswerReader._node_over,
     "agent_log": AnswerReader._agent_log,
     "human_input_required": AnswerReader._human_input,
     "message_end": AnswerReader._message_end,

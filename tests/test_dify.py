@@ -401,6 +401,102 @@ def test_replaced_text_takes_half_a_character_with_it() -> None:
     assert read("chat", said, replaced) == [Text("a"), Replace("hidden")]
 
 
+def said(node: str, text: str, variable: str = "text") -> str:
+    """A delta of a chatflow."""
+    return event(event="message", answer=text, from_variable_selector=[node, variable])
+
+
+def node_event(name: str, status: str) -> str:
+    return event(event=name, data={"node_id": "llm", "status": status})
+
+
+CUT_THOUGHT = said("llm", "<think>\nlet me")
+CHUNK = {"from_variable_selector": ["llm", "text"]}
+
+
+@pytest.mark.parametrize(
+    ("mode", "events", "reasoning", "text"),
+    [
+        pytest.param(
+            "advanced-chat",
+            [CUT_THOUGHT, said("answer", "Sorry.", "answer")],
+            "let me",
+            "Sorry.",
+            id="fail-branch",
+        ),
+        pytest.param(
+            "advanced-chat",
+            [CUT_THOUGHT, said("llm2", "<think>\nso"), said("llm2", "\n</think>Yes")],
+            "let me\n\nso",
+            "Yes",
+            id="next-node",
+        ),
+        pytest.param(
+            "workflow",
+            [
+                event(event="text_chunk", data={**CHUNK, "text": "<think>\nlet me"}),
+                node_event("node_finished", "exception"),
+                event(event="text_chunk", data={**CHUNK, "text": "DEFAULT"}),
+            ],
+            "let me",
+            "DEFAULT",
+            id="default-value",
+        ),
+        pytest.param(
+            "advanced-chat",
+            [
+                CUT_THOUGHT,
+                node_event("node_retry", "retry"),
+                CUT_THOUGHT,
+                said("llm", " see</think>Yes"),
+            ],
+            "let me\n\nlet me see",
+            "Yes",
+            id="retry",
+        ),
+        pytest.param(
+            "agent-chat",
+            [
+                event(event="agent_message", answer="<think>let me"),
+                event(event="agent_thought", id="2", thought=""),
+                event(event="agent_message", answer="Yes"),
+            ],
+            "let me",
+            "Yes",
+            id="round",
+        ),
+        pytest.param(
+            "advanced-chat",
+            [
+                CUT_THOUGHT,
+                event(event="node_finished", data={"node_id": "other"}),
+                said("llm", " see</think>Yes"),
+            ],
+            "let me see",
+            "Yes",
+            id="other-node-ends",
+        ),
+        pytest.param(
+            "advanced-chat",
+            [
+                said("answer", "<think>", "answer"),
+                said("llm", "let me", "reasoning_content"),
+                said("answer", "</think>\n", "answer"),
+                said("llm", "Yes"),
+            ],
+            "let me",
+            "Yes",
+            id="tags-of-the-template",
+        ),
+    ],
+)
+def test_a_block_of_reasoning_ends_with_its_node_or_round(
+    mode: str, events: list[str], reasoning: str, text: str
+) -> None:
+    parts = read(mode, *events, event(event="message_end"))
+    assert (joined(parts, Reasoning), joined(parts, Text)) == (reasoning, text)
+
+
 def test_surrogate_halves_are_joined_over_events() -> None:
     halves = [event(event="message", answer=half) for half in ("a\ud83d", "\ude00b")]
     assert read("chat", *halves) == [Text("a"), Text("\U0001f600b")]
@@ -460,7 +556,9 @@ def test_what_is_nested_deeply_is_cut() -> None:
 
 
 def test_megabytes_that_nobody_reads_are_not_parsed() -> None:
-    data = '{"event":"node_retry","data":' + "x" * 5000  # would fail if it were parsed
+    data = (
+        '{"event":"loop_completed","data":' + "x" * 5000
+    )  # would fail if it were parsed
     assert AnswerReader("workflow", BASE).read([data]) == []
 
 
