@@ -888,7 +888,9 @@ class Replace:
 
 @dataclass(frozen=True)
 class Recast:
-    """The text so far was reasoning: its opening tag was missing."""
+    """The last text was reasoning, `size` characters: its opening tag was missing."""
+
+    size: int
 
 
 @dataclass(frozen=True)
@@ -2608,12 +2610,15 @@ class ReasoningSplitter:
     """Tells reasoning from answer in text with tags, however the text is cut.
 
     Newlines beside the tags belong to the tags. A closing tag alone means that all
-    the text before it was reasoning. A block never closed is reasoning to the end,
-    or up to a `restart`.
+    the text before it was reasoning. A block never closed is reasoning to the end.
+    Neither reaches over a `restart`. Text may bypass it unless it `is_busy`; add
+    that to `size`, the characters of text since then.
     """
 
     def __init__(self) -> None:
+        self.size = 0
         self._blocks = 0  # of reasoning so far
+        self._has_block = False  # since the restart
         self._held = ""
         self._closing = ""  # the tag that ends the block we are in; "" outside
         self._is_fresh = False  # only newlines and the marker since the opening tag
@@ -2633,6 +2638,7 @@ class ReasoningSplitter:
     def feed(self, text: str) -> _Numbered:
         """The parts that are certain now."""
         if not ("<" in text or self.is_busy):
+            self.size += len(text)
             return [(self._blocks, Text(text))]
         split = [
             self._split(self._held + piece, is_last=False) for piece in in_pieces(text)
@@ -2646,7 +2652,7 @@ class ReasoningSplitter:
     def restart(self) -> _Numbered:
         """What is still held back; an open block ends here: another will speak."""
         parts = self.close()
-        self._closing = ""
+        self._closing, self._has_block, self.size = "", False, 0
         return parts
 
     def _split(self, text: str, *, is_last: bool) -> _Numbered:
@@ -2669,11 +2675,13 @@ class ReasoningSplitter:
         self._take(parts, text[: tag.start()], None)
         if tag[0].startswith("</"):
             self._newlines = 2
-            if not self._blocks:
-                parts.append((0, Recast()))
+            if self.size and not self._has_block:
+                parts.append((self._blocks, Recast(self.size)))
+                self.size = 0
         else:
             self._closing = "</details" if tag[0][1] in "dD" else "</think"
             self._is_fresh, self._is_escaped = True, False
+            self._has_block = True
             self._blocks += 1
         return text[tag.end() :]
 
@@ -2707,6 +2715,7 @@ class ReasoningSplitter:
                 certain = html.unescape(certain)
             parts.append((self._blocks, Reasoning(certain)))
         elif certain:
+            self.size += len(certain)
             parts.append((self._blocks, Text(certain)))
         return ""
 
@@ -2915,6 +2924,7 @@ class AnswerReader:
         if self._half or self._splitter.is_busy or _UNUSUAL.search(text):
             return [part for text in texts for part in self._add_text(text)]
         self._answer.add(text)
+        self._splitter.size += len(text)
         return [Text(text) for text in texts if text]
 
     def _add_text(self, text: str) -> list[Part]:
@@ -4210,7 +4220,11 @@ class Answer:
         elif isinstance(part, Replace):
             self._texts = [part.text]
         elif isinstance(part, Recast):
-            self._texts, self._reasonings = [], self._reasonings + self._texts
+            text = self.text
+            at = max(len(text) - part.size, 0)  # calls may be gone from it
+            apart = "\n\n" if self._reasonings else ""
+            self._texts = [text[:at]]
+            self._reasonings += [apart, text[at:]]
         elif isinstance(part, Failure):
             raise part.error
         else:

@@ -884,9 +884,9 @@ def test_json_is_streamed_as_soon_as_it_is_certain() -> None:
 
 def test_json_in_what_turns_out_to_be_reasoning_is_not_read() -> None:
     reader = JsonReader(ANY)
-    assert not reader.feed([Text("I think of {"), Recast(), Text("So: ")])
+    assert not reader.feed([Text("I think of {"), Recast(12), Text("So: ")])
     assert reader.feed([Text('{"a": 1}')]) == [Text('{"a": 1}')]
-    assert not reader.feed([Recast(), Text('{"b": 1}')])  # too late to say another
+    assert not reader.feed([Recast(12), Text('{"b": 1}')])  # too late to say another
     assert reader.text == ""
 
 

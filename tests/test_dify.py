@@ -219,7 +219,14 @@ def test_reasoning_is_told_from_text_however_it_is_cut(
 def test_text_before_a_closing_tag_alone_was_reasoning() -> None:
     splitter = ReasoningSplitter()
     assert splitter.feed("I think so.</thi") == [(0, Text("I think so."))]
-    assert splitter.feed("nk>\n\nYes") == [(0, Recast()), (0, Text("Yes"))]
+    assert splitter.feed("nk>\n\nYes") == [(0, Recast(11)), (0, Text("Yes"))]
+
+
+def test_a_closing_tag_with_nothing_before_it_says_nothing() -> None:
+    parts = AnswerReader("chat", BASE).read(
+        [event(event="message", answer="</think>A")]
+    )
+    assert parts == [Text("A")]
 
 
 def test_many_tags_in_one_event_take_little_time() -> None:
@@ -495,6 +502,57 @@ def test_a_block_of_reasoning_ends_with_its_node_or_round(
 ) -> None:
     parts = read(mode, *events, event(event="message_end"))
     assert (joined(parts, Reasoning), joined(parts, Text)) == (reasoning, text)
+
+
+@pytest.mark.parametrize(
+    ("mode", "events", "reasoning", "text"),
+    [
+        pytest.param(
+            "advanced-chat",
+            [
+                said("answer", "Dear Ada,\n", "answer"),
+                said("llm", "hmm, let "),
+                said("llm", "me think"),
+                said("llm", "</think>\n\nHello"),
+            ],
+            "hmm, let me think",
+            "Dear Ada,\nHello",
+            id="template",
+        ),
+        pytest.param(
+            "advanced-chat",
+            [said("llm", "t1</think>One. "), said("llm2", "t2</think>Two.")],
+            "t1\n\nt2",
+            "One. Two.",
+            id="nodes",
+        ),
+        pytest.param(
+            "advanced-chat",
+            [said("llm", "<think>t1</think>One. "), said("llm2", "t2</think>Two.")],
+            "t1\n\nt2",
+            "One. Two.",
+            id="first-has-both-tags",
+        ),
+        pytest.param(
+            "agent-chat",
+            [
+                event(event="agent_message", answer="t1</think>One. "),
+                event(event="agent_thought", id="2"),
+                event(event="agent_message", answer="t2</think>Two."),
+            ],
+            "t1\n\nt2",
+            "One. Two.",
+            id="rounds",
+        ),
+    ],
+)
+def test_a_closing_tag_alone_reaches_back_to_the_begin_of_its_node_or_round(
+    mode: str, events: list[str], reasoning: str, text: str
+) -> None:
+    whole = opendify.Answer()
+    for part in read(mode, *events, event(event="message_end")):
+        whole.add(part)
+    assert (whole.reasoning, whole.text) == (reasoning, text)
 
 
 def test_surrogate_halves_are_joined_over_events() -> None:

@@ -946,10 +946,28 @@ def test_replaced_text_is_forgotten() -> None:
     assert (message["content"], message["reasoning_content"]) == ("good end", "r")
 
 
-def test_text_that_turns_out_to_be_reasoning() -> None:
-    parts = (Text("I think"), Recast(), Text("So"), Finish())
-    message = whole(*parts)["choices"][0]["message"]
-    assert (message["content"], message["reasoning_content"]) == ("So", "I think")
+@pytest.mark.parametrize(
+    ("parts", "text", "reasoning"),
+    [
+        ([Text("I "), Text("think"), Recast(7), Text("So")], "So", "I think"),
+        (
+            [Text("Dear Ada,\nI think"), Recast(7), Text("So")],
+            "Dear Ada,\nSo",
+            "I think",
+        ),
+        (
+            [Reasoning("r"), Text("I think"), Recast(7), Text("So")],
+            "So",
+            "r\n\nI think",
+        ),
+        ([Text("less"), Recast(7), Text("So")], "So", "less"),
+    ],
+)
+def test_text_that_turns_out_to_be_reasoning(
+    parts: list[Part], text: str, reasoning: str
+) -> None:
+    message = whole(*parts, Finish())["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == (text, reasoning)
 
 
 def test_failure_is_raised() -> None:
