@@ -2748,6 +2748,7 @@ class AnswerReader:
         self._splitter = ReasoningSplitter()
         self._half = ""  # the first half of a surrogate pair
         self._answer = KeptText()  # as Dify sent it
+        self._has_rounds = False  # an agent_message had text
         self._source: object = None  # where the text is from: [node, variable]
         self._reasoned_in: object = None  # the block that reasoning was last added to
         self._thoughts: dict[str, str] = {}  # snapshots by id
@@ -2870,7 +2871,9 @@ class AnswerReader:
         answer = value.get("answer")
         if not isinstance(answer, str):
             return []
-        if self._mode == "agent" and value["event"] == "message" and self._answer.size:
+        if value["event"] == "agent_message":
+            self._has_rounds = self._has_rounds or bool(answer)
+        elif self._mode == "agent" and self._has_rounds:
             # The New Agent closes with the whole of its last round.
             said = self._answer.text.rstrip()
             if not self._answer.is_whole or said.endswith(answer.strip()):

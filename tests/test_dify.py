@@ -396,6 +396,15 @@ def test_a_file_is_given_unless_the_text_shows_it(
     assert (only(parts, Media) is None) == is_shown
 
 
+def test_moderated_input_of_a_new_agent_is_answered_in_single_characters() -> None:
+    pieces = [event(event="message", answer=character) for character in "No, off."]
+    parts = read("agent", *pieces, event(event="message_end"))
+    assert joined(parts, Text) == "No, off."
+    replaced = event(event="message_replace", answer="No, off.")  # as 0.15 does
+    parts = read("agent", *pieces, replaced, event(event="message_end"))
+    assert (joined(parts, Text), parts[-1]) == ("No, off.", Finish("stop"))
+
+
 def test_replaced_text_shows_no_reasoning() -> None:
     said = event(event="message", answer="Hm")
     replaced = event(event="message_replace", answer="hidden</think>answer")
