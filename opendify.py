@@ -4221,12 +4221,12 @@ class Answer:
         elif isinstance(part, Reasoning):
             self._reasonings.append(part.text)
         elif isinstance(part, Replace):
-            self._texts = [part.text]
+            self._texts, self.calls = [part.text], []
         elif isinstance(part, Recast):
             text = self.text
             at = max(len(text) - part.size, 0)  # calls may be gone from it
             apart = "\n\n" if self._reasonings else ""
-            self._texts = [text[:at]]
+            self._texts, self.calls = [text[:at]], []
             self._reasonings += [apart, text[at:]]
         elif isinstance(part, Failure):
             raise part.error

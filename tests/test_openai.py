@@ -970,6 +970,16 @@ def test_text_that_turns_out_to_be_reasoning(
     assert (message["content"], message["reasoning_content"]) == (text, reasoning)
 
 
+@pytest.mark.parametrize("withdrawing", [Replace("Blocked."), Recast(7)])
+def test_calls_are_withdrawn_with_their_text(withdrawing: Part) -> None:
+    call = ToolCall("call_1", "clock", "{}")
+    choice = whole(Text("I could"), call, withdrawing, Finish())["choices"][0]
+    assert "tool_calls" not in choice["message"]
+    assert choice["finish_reason"] == "stop"
+    choice = whole(Text("I could"), withdrawing, call, Finish())["choices"][0]
+    assert [row["id"] for row in choice["message"]["tool_calls"]] == ["call_1"]
+
+
 def test_failure_is_raised() -> None:
     error = UpstreamFailed("broken")
     with pytest.raises(UpstreamFailed) as caught:
