@@ -871,19 +871,27 @@ class Text:
     text: str
 
 
-@dataclass
+@dataclass(init=False)
 class Reasoning:
-    """More of what the model thinks before or between its text."""
+    """More of what the model thinks before or between its text, or inline: in it."""
 
-    __slots__ = ("text",)
+    __slots__ = ("is_inline", "text")
     text: str
+
+    def __init__(self, text: str, *, is_inline: bool = False) -> None:
+        self.text = text
+        self.is_inline = is_inline
 
 
 @dataclass(frozen=True)
 class Replace:
-    """Forget the text so far, this is it (moderation does that)."""
+    """Forget the text so far, this is it (moderation does that).
+
+    `reasoning` stood in it, in the place of what stood in the text so far.
+    """
 
     text: str
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)
@@ -2911,13 +2919,15 @@ class AnswerReader:
             return self._add_text(answer[self._answer.size :])  # it goes on
         self._reason, self._answer = "content_filter", KeptText()
         self._splitter = ReasoningSplitter()
-        text = ""
+        text = reasoning = ""
         for part in self._add_text(answer) + self._mark_blocks(self._splitter.close()):
             if isinstance(part, Recast):
-                text = ""
+                text, reasoning = "", reasoning + text
+            elif isinstance(part, Reasoning):
+                reasoning += part.text
             elif isinstance(part, Text):
                 text += part.text
-        return [Replace(text)]
+        return [Replace(text, reasoning.lstrip("\n"))]
 
     def _add_texts(self, texts: Sequence[str]) -> list[Part]:
         """A part for each text."""
@@ -2954,14 +2964,14 @@ class AnswerReader:
                 marked.append(part)
         return marked
 
-    def _reason_in(self, block: object, text: str) -> list[Part]:
+    def _reason_in(self, block: tuple[str, object], text: str) -> list[Part]:
         """Reasoning of one block (a tag, a node, a thought): blocks stand apart."""
         if not text:
             return []
         if self._reasoned_in not in (None, block):
             text = "\n\n" + text
         self._reasoned_in = block
-        return [Reasoning(text)]
+        return [Reasoning(text, is_inline=block[0] == "tag")]
 
     def _reasoning_chunk(self, value: dict[str, Any]) -> list[Part]:
         data = object_of(value.get("data"))
@@ -2986,7 +2996,9 @@ class AnswerReader:
 
     # What happens beside the text...
 
-    def _process(self, block: object, line: str, is_certain: object) -> list[Part]:
+    def _process(
+        self, block: tuple[str, object], line: str, is_certain: object
+    ) -> list[Part]:
         """A line about the run, once, if the operator wants such lines."""
         key = repr(block)
         if not self._show_process or not is_certain or key in self._thoughts:
@@ -4200,7 +4212,7 @@ class Answer:
         self.usage = Usage()
         self.finish_reason = ""  # until it is finished
         self._texts: list[str] = []
-        self._reasonings: list[str] = []
+        self._reasonings: list[Reasoning] = []
 
     @property
     def text(self) -> str:
@@ -4210,7 +4222,7 @@ class Answer:
     @property
     def reasoning(self) -> str:
         """What the model thought, "" if nothing."""
-        return "".join(self._reasonings)
+        return "".join([part.text for part in self._reasonings])
 
     def add(self, part: Part) -> None:
         """Take the next part in; raises the error of a Failure."""
@@ -4219,19 +4231,25 @@ class Answer:
         elif isinstance(part, Media):
             self._texts.append(media_text(part, is_first=not self.text))
         elif isinstance(part, Reasoning):
-            self._reasonings.append(part.text)
+            self._reasonings.append(part)
         elif isinstance(part, Replace):
-            self._texts, self.calls = [part.text], []
+            self._reasonings = [row for row in self._reasonings if not row.is_inline]
+            self._leave(part.text, part.reasoning)
         elif isinstance(part, Recast):
             text = self.text
             at = max(len(text) - part.size, 0)  # calls may be gone from it
-            apart = "\n\n" if self._reasonings else ""
-            self._texts, self.calls = [text[:at]], []
-            self._reasonings += [apart, text[at:]]
+            self._leave(text[:at], text[at:])
         elif isinstance(part, Failure):
             raise part.error
         else:
             self._add_beside(part)
+
+    def _leave(self, text: str, reasoning: str) -> None:
+        """Only this is left of the text so far, and this of it is reasoning."""
+        self._texts, self.calls = [text], []
+        if reasoning:
+            apart = "\n\n" if self._reasonings else ""
+            self._reasonings.append(Reasoning(apart + reasoning, is_inline=True))
 
     def _add_beside(self, part: ToolCall | Sound | Citations | Usage | Finish) -> None:
         if isinstance(part, ToolCall):

@@ -408,7 +408,30 @@ def test_moderated_input_of_a_new_agent_is_answered_in_single_characters() -> No
 def test_replaced_text_shows_no_reasoning() -> None:
     said = event(event="message", answer="Hm")
     replaced = event(event="message_replace", answer="hidden</think>answer")
-    assert read("chat", said, replaced) == [Text("Hm"), Replace("answer")]
+    assert read("chat", said, replaced) == [Text("Hm"), Replace("answer", "hidden")]
+
+
+@pytest.mark.parametrize(
+    ("replacing", "text", "reasoning"),
+    [
+        ("No.", "No.", "apart"),
+        ("<think>how to ***</think>The ***", "The ***", "apart\n\nhow to ***"),
+    ],
+)
+def test_reasoning_in_replaced_text_goes_with_it(
+    replacing: str, text: str, reasoning: str
+) -> None:
+    whole = opendify.Answer()
+    for part in read(
+        "advanced-chat",
+        event(event="reasoning_chunk", data={"reasoning": "apart", "node_id": "llm"}),
+        said("llm", "<think>how to build</think>\n"),
+        said("llm", "The BOMB <think>again</think>"),
+        event(event="message_replace", answer=replacing),
+        event(event="message_end"),
+    ):
+        whole.add(part)
+    assert (whole.text, whole.reasoning) == (text, reasoning)
 
 
 def test_replaced_text_takes_half_a_character_with_it() -> None:
