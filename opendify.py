@@ -3090,7 +3090,7 @@ class AnswerReader:
         if data.get("status") == "failed":
             text = data.get("error") or "the workflow failed"
             return self.fail(error_from_dify(200, "", text, in_run=True))
-        if data.get("status") == "stopped":
+        if data.get("status") == "stopped" and self._reason == "stop":
             self._reason = "length"
         for file in [*objects_of(data.get("files")), *_files_in(outputs)]:
             self._add_file(file)

@@ -366,6 +366,17 @@ def test_withdrawn_text_does_not_come_back_with_the_outputs() -> None:
     assert parts == [Text("bad"), Replace(""), Usage(), Finish("content_filter")]
 
 
+def test_answer_that_is_replaced_and_stopped_was_filtered() -> None:
+    parts = read(
+        "advanced-chat",
+        event(event="message", answer="abc"),
+        event(event="message_replace", answer="No."),
+        event(event="workflow_finished", data={"status": "stopped"}),
+        event(event="message_end"),
+    )
+    assert parts[-1] == Finish("content_filter")
+
+
 def test_replacement_that_goes_on_with_the_answer_is_more_of_it() -> None:
     replacing = [event(event="message_replace", answer=text) for text in ("ab", "abc")]
     parts = read("chat", event(event="message", answer="a"), *replacing)
