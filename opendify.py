@@ -2759,6 +2759,7 @@ class AnswerReader:
         self._has_rounds = False  # an agent_message had text
         self._source: object = None  # where the text is from: [node, variable]
         self._reasoned_in: object = None  # the block that reasoning was last added to
+        self._has_thought = False  # reasoning of the app's own came
         self._thoughts: dict[str, str] = {}  # snapshots by id
         self._files: dict[str, tuple[str, Media]] = {}  # by URL, unsigned: path
         self._resources: list[Mapping[str, Any]] = []
@@ -2971,6 +2972,7 @@ class AnswerReader:
         if self._reasoned_in not in (None, block):
             text = "\n\n" + text
         self._reasoned_in = block
+        self._has_thought = self._has_thought or block[0] in ("tag", "node", "thought")
         return [Reasoning(text, is_inline=block[0] == "tag")]
 
     def _reasoning_chunk(self, value: dict[str, Any]) -> list[Part]:
@@ -3074,7 +3076,7 @@ class AnswerReader:
         for file in objects_of(value.get("files")):
             self._add_file(file)
         parts: list[Part] = []
-        if self._reasoned_in is None:
+        if not self._has_thought:
             for node, text in object_of(metadata.get("reasoning")).items():
                 parts += self._reason_in(("node", node), str(text or ""))
         has_answer = self._answer.size or self._reason == "content_filter"

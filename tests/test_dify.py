@@ -711,6 +711,19 @@ def test_process_lines_are_reasoning_when_wanted() -> None:
     assert read("advanced-chat", *events) == []
 
 
+@pytest.mark.parametrize("has_chunk", [True, False])
+def test_reasoning_told_at_the_end_joins_the_process_lines(has_chunk: bool) -> None:
+    chunk = event(event="reasoning_chunk", data={"reasoning": "Hm", "node_id": "llm"})
+    parts = read(
+        "advanced-chat",
+        event(event="node_started", data={"id": "1", "title": "LLM"}),
+        *([chunk] if has_chunk else []),
+        event(event="message_end", metadata={"reasoning": {"llm": "Hm"}}),
+        show_process=True,
+    )
+    assert parts[:-2] == [Reasoning("Step: LLM"), Reasoning("\n\nHm")]
+
+
 def test_ids_are_learnt_from_the_first_event_that_has_them() -> None:
     reader = AnswerReader("chat", BASE)
     ids = {"task_id": "t", "conversation_id": "c"}
