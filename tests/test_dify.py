@@ -17,6 +17,7 @@ from work import at_most
 
 import opendify
 from opendify import (
+    Answer,
     AnswerReader,
     AppForm,
     AppInput,
@@ -58,15 +59,11 @@ def parts_of(row: Expected) -> tuple[list[Part], AnswerReader]:
 
 def joined(parts: list[Part], kind: type[Text] | type[Reasoning]) -> str:
     """All text of one kind, as a whole answer has it."""
-    text = ""
+    whole = Answer()
     for part in parts:
-        if isinstance(part, Recast):
-            text = ""
-        elif isinstance(part, Replace) and kind is Text:
-            text = part.text
-        elif isinstance(part, (Text, Reasoning)) and type(part) is kind:
-            text += part.text
-    return text
+        if isinstance(part, (Text, Reasoning, Recast, Replace)):
+            whole.add(part)
+    return whole.text if kind is Text else whole.reasoning
 
 
 def only(parts: list[Part], kind: Any) -> Any:
@@ -432,17 +429,15 @@ def test_replaced_text_shows_no_reasoning() -> None:
 def test_reasoning_in_replaced_text_goes_with_it(
     replacing: str, text: str, reasoning: str
 ) -> None:
-    whole = opendify.Answer()
-    for part in read(
+    parts = read(
         "advanced-chat",
         event(event="reasoning_chunk", data={"reasoning": "apart", "node_id": "llm"}),
         said("llm", "<think>how to build</think>\n"),
         said("llm", "The BOMB <think>again</think>"),
         event(event="message_replace", answer=replacing),
         event(event="message_end"),
-    ):
-        whole.add(part)
-    assert (whole.text, whole.reasoning) == (text, reasoning)
+    )
+    assert (joined(parts, Text), joined(parts, Reasoning)) == (text, reasoning)
 
 
 def test_replaced_text_takes_half_a_character_with_it() -> None:
@@ -592,10 +587,8 @@ def test_a_block_of_reasoning_ends_with_its_node_or_round(
 def test_a_closing_tag_alone_reaches_back_to_the_begin_of_its_node_or_round(
     mode: str, events: list[str], reasoning: str, text: str
 ) -> None:
-    whole = opendify.Answer()
-    for part in read(mode, *events, event(event="message_end")):
-        whole.add(part)
-    assert (whole.reasoning, whole.text) == (reasoning, text)
+    parts = read(mode, *events, event(event="message_end"))
+    assert (joined(parts, Reasoning), joined(parts, Text)) == (reasoning, text)
 
 
 def test_surrogate_halves_are_joined_over_events() -> None:
