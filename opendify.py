@@ -6912,11 +6912,16 @@ def _h11_request(head: bytes) -> h11.Request:
         connection.receive_data(head)
         event = connection.next_event()
     except h11.RemoteProtocolError as error:
-        status = error.error_status_hint
-        raise MalformedHTTP(f"Malformed HTTP: {error}.", status=status) from error
+        status, fault = error.error_status_hint, without_quote(error)
+        raise MalformedHTTP(f"Malformed HTTP: {fault}.", status=status) from error
     if not isinstance(event, h11.Request):
         raise MalformedHTTP("Malformed HTTP: no request.")
     return event
+
+
+def without_quote(error: Exception) -> str:
+    """What h11 finds malformed, not its bytes: a key or a message's text is in them."""
+    return str(error).partition(": b")[0]  # ": bytearray(b'…')"
 
 
 def encode_head(start: str, fields: Sequence[tuple[str, str]]) -> bytes:
@@ -7171,7 +7176,7 @@ def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError
         return UpstreamTimeout(f"{where} accepts no connection in time; {cure}.")
     if isinstance(error, (OSError, ConnectionBroken)):
         return UpstreamFailed(f"No connection with {where} ({error}); {cure}.")
-    return UpstreamFailed(f"{where} does not speak proper HTTP: {error}")
+    return UpstreamFailed(f"{where} does not speak proper HTTP: {without_quote(error)}")
 
 
 _WIRE_ERRORS = (

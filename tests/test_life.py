@@ -22,7 +22,18 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from fake_dify import FakeDify, Hang, Send, Sleep, Status, Wait, chat_answer, message
+from fake_dify import (
+    Close,
+    FakeDify,
+    Hang,
+    Raw,
+    Send,
+    Sleep,
+    Status,
+    Wait,
+    chat_answer,
+    message,
+)
 from test_faults import understand
 from test_upstream import HEAD, chunk, event, free_port, raw_server, read_request
 
@@ -670,6 +681,7 @@ async def test_logs_and_errors_hold_no_secrets(tmp_path: Path, log_format: str) 
         [Status(400, refusal)],
         [Status(401, denied)],
         [Status(502, f"<html>{echo}</html>")],
+        [Raw(f"HTTP/1.1 200 OK\r\nA : {echo}\r\n\r\n".encode()), Close()],
     ]
     received = []
     async with FakeDify() as dify:
@@ -745,6 +757,11 @@ BAD_REQUESTS = (
     get(f"/v1/models?api-key={SECRETS['query string']}"),
     get(f"/v1/models?api-key={SECRETS['query string']}", RIGHT),
     get("/metrics", RIGHT),
+    secret_chat().replace(b"Content-Length", b"X-Length").replace(b"close", b"")
+    + get("/health"),  # the body is the next head's first line
+    secret_chat(credentials=RIGHT.replace(":", " :")),
+    secret_chat(credentials=RIGHT.replace(":", "")),
+    get("/v1/models?api-key=planted query 9", RIGHT),
 )
 MALFORMED = b"GET / HTTP/1.1\r\nA\x00: planted file 7\r\n\r\n"
 
