@@ -91,6 +91,7 @@ from typing import IO, Any, Callable, NamedTuple, Union, cast
 try:
     import h11
     from dotenv import dotenv_values
+    from dotenv import parser as env_parser
 except ImportError as missing:
     sys.exit(
         f"OpenDify needs the package {missing.name!r}: "
@@ -11218,11 +11219,14 @@ class SettingsSource:
     def load(self) -> Settings:
         """The settings as they are now; raises SettingsError."""
         written: dict[str, str] = {}
+        self.warnings = []
         if self._path.exists() and not self._path.is_dir():  # it may be a pipe
-            written = _read_env_file(self._path)
+            written, self.warnings = _read_env_file(self._path)
         elif self._is_named:
             raise SettingsError([f"--env-file: there is no file {self._path}"])
-        self.warnings = unknown_variables(written)
+        # A key that wrapped to a line of its own may end in "=", and is no name.
+        names = [name for name, value in written.items() if value.strip("=")]
+        self.warnings += unknown_variables(names)
         lower = ("https_proxy", "http_proxy", "no_proxy")  # as other tools read them
         environment = {k.upper() if k in lower else k: v for k, v in os.environ.items()}
         return parse_settings({**written, **environment, **self._given})
@@ -11271,12 +11275,35 @@ def _find_env_file(named: str | None) -> Path:
     return here if here.is_file() else Path(__file__).resolve().parent / ".env"
 
 
-def _read_env_file(path: Path) -> dict[str, str]:
+def _read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
+    """(variables, warnings); a line that is none is not shown: it may hold a key."""
     try:
-        values = dotenv_values(path, encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError([f"{path} can't be read: {error}"]) from error
-    return {name: value or "" for name, value in values.items()}
+    rows = [*env_parser.parse_stream(io.StringIO(text))]
+    good = "".join(row.original.string for row in rows if _is_sound(row))
+    lines = ", ".join(_line_of(row) for row in rows if not _is_sound(row))
+    warning = (
+        f"{path}: no NAME=value in line {lines}; a value on several lines needs "
+        "single quotes"
+    )
+    values = dotenv_values(stream=io.StringIO(good))
+    variables = {name: value or "" for name, value in values.items()}
+    return variables, [warning] if lines else []
+
+
+def _is_sound(row: env_parser.Binding) -> bool:
+    """Whether it sets a variable, or is a comment or blank."""
+    if row.key is None:
+        return not row.error
+    return row.value is not None and re.fullmatch(r"\w+", row.key) is not None
+
+
+def _line_of(row: env_parser.Binding) -> str:
+    """The number of its line; blank ones before it are a part of it."""
+    text, line = row.original
+    return str(line + text[: -len(text.lstrip())].count("\n"))
 
 
 class _Formatter(logging.Formatter):

@@ -299,6 +299,49 @@ def test_unknown_key_of_the_env_file_is_a_warning(home: Path, checked: Run) -> N
     assert shown(outcome)["SERVER_PORT"] == "1001"
 
 
+WRAPPED = [
+    pytest.param(
+        "DIFY_API_KEYS=app-0123456789abcdef,\n\napp-SECRET-key\nSECRETkey", id="list"
+    ),
+    pytest.param(
+        'MODEL_CONFIG={\n\n"m": "app-SECRET-1",\n"SECRET":"app-SECRET-2"}', id="models"
+    ),
+    pytest.param("VALID_API_KEYS=a,\n\nSECRET+key==\n'SECRET' key", id="client-keys"),
+]
+
+
+@pytest.mark.parametrize("text", WRAPPED)
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_line_without_a_name_is_a_warning_that_does_not_show_it(
+    home: Path, run: Run, monkeypatch: pytest.MonkeyPatch, text: str, log_format: str
+) -> None:
+    """It may be the rest of a list of keys; python-dotenv's own warning is no JSON."""
+    monkeypatch.setenv("DIFY_API_BASE", NOWHERE)
+    monkeypatch.setenv("LOG_FORMAT", log_format)
+    (home / "work/.env").write_text(f"{text}\n")
+    outcome = run("--check")
+    warning = ".env: no NAME=value in line 3, 4; a value on several lines needs single"
+    assert warning in outcome.err.splitlines()[0]
+    assert "SECRET" not in outcome.err + outcome.out
+    if log_format == "json" and outcome.status != 2:
+        assert all(json.loads(line) for line in outcome.err.splitlines())
+
+
+def test_padded_key_on_a_line_of_its_own_is_not_shown(home: Path, run: Run) -> None:
+    lines = "VALID_API_KEYS=a,\nSECRET1=\nSECRET2==\nNO_PROXY=\n"
+    (home / "work/.env").write_text(lines)
+    assert run("--check").err.startswith("No Dify app is configured.")
+
+
+def test_line_without_a_name_in_a_changed_env_file_is_a_warning(
+    edited: EditedFile, caplog: pytest.LogCaptureFixture
+) -> None:
+    edited.write("SERVER_PORT=1002\napp-SECRET-key")
+    assert edited.port() == 1002
+    assert "edited.env: no NAME=value in line 2; " in caplog.text
+    assert "SECRET" not in caplog.text
+
+
 def test_unreadable_env_file_is_one_line_and_status_2(home: Path, run: Run) -> None:
     (home / "work/.env").write_bytes("SERVER_PORT=1001".encode("utf-16"))
     status, out, err = run("--demo")
