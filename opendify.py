@@ -9507,11 +9507,15 @@ class Handlers:
 
     async def ready(self, exchange: Exchange) -> None:
         """`GET /ready`: an app has answered lately, or answers now."""
-        app = next(iter((await self._models()).values()), None)
-        if app is None:
+        apps = (await self._models()).values()
+        if not apps:
             raise ConfigurationFault("No app is configured.")
         if not self._dify.has_answered_lately:
-            await self._dify.call(app, "GET", "/info")
+            asking = [self._dify.call(app, "GET", "/info") for app in apps]
+            results = await asyncio.gather(*asking, return_exceptions=True)
+            errors = [got for got in results if isinstance(got, BaseException)]
+            if len(errors) == len(results):
+                raise errors[0]
         send_json(exchange.reply, {"status": "ready"})
 
     async def show_metrics(self, exchange: Exchange) -> None:

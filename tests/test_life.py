@@ -361,6 +361,18 @@ async def test_refused_app_key_is_never_ready() -> None:
             assert status_of(await talk(front.port, get("/ready"))) == 502
 
 
+async def test_one_app_that_answers_is_enough_to_be_ready() -> None:
+    refusal = Status(401, {"code": "unauthorized", "message": "No.", "status": 401})
+    apps = json.dumps({"bad": KEY, "worse": "app-worse", "good": "app-good"})
+    async with FakeDify() as dify, proxying(dify.base, MODEL_CONFIG=apps) as front:
+        for key in (KEY, "app-worse", "app-good"):
+            dify.app(key, overrides={"/info": [refusal]})
+        dify.app("app-worse", overrides={"/info": [Status(504, "<html>")]})
+        assert status_of(await talk(front.port, get("/ready"))) == 502, "the first's"
+        dify.app("app-good")
+        assert status_of(await talk(front.port, get("/ready"))) == 200
+
+
 async def test_health_and_readiness_need_no_key() -> None:
     async with FakeDify() as dify, proxying(dify.base, VALID_API_KEYS="k") as front:
         dify.app(KEY, overrides={"/info": [Status(500, "<html>")]})
