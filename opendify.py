@@ -9544,9 +9544,10 @@ class Handlers:
         models, base = dict(self.settings.model_config), self.settings.dify_api_base
         apps = [AppSettings(key, base) for key in self.settings.dify_api_keys]
         unnamed = [app for app in apps if not self._dify.known_name(app)]
-        for got in await _in_time(map(self._dify.name_of, unnamed)):
+        results = await _in_time(map(self._dify.name_of, unnamed))
+        for app, got in zip(unnamed, results):
             if isinstance(got, Exception) and not isinstance(got, asyncio.TimeoutError):
-                log.warning("an app of DIFY_API_KEYS: %s", got)
+                log.warning("%s of DIFY_API_KEYS: %s", mask_key(app.key), got)
         for app in apps:
             digest = hashlib.sha256(app.key.encode()).hexdigest()
             name = self._dify.known_name(app) or f"app-{digest[:8]}"
@@ -10701,6 +10702,8 @@ def _refuse(exchange: Exchange, error: ProxyError) -> None:
         error.param = "input"  # as that API names it
     if isinstance(error, _LAST_ERRORS):
         reply.must_close = True
+    if isinstance(error, ConfigurationFault) and exchange.model:
+        error.message = f"The model {exchange.model!r}: {error.message}"
     log_level = logging.WARNING if error.status >= 500 else logging.INFO
     log.log(log_level, "%s: %s id=%s", type(error).__name__, error.message, exchange.id)
     if not reply.status:

@@ -429,7 +429,21 @@ async def test_key_that_dify_repeats_is_in_no_log(
     async with proxy(variables={"DIFY_API_KEYS": "app-secret"}) as served:
         served.dify.app("app-secret", overrides={"/info": [fake.Status(401, denied)]})
         assert (await served.get("/v1/models")).status == 200
+    assert "app-se… of DIFY_API_KEYS: " in caplog.text
     assert "is invalid" in caplog.text and "app-secret" not in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_model_whose_key_dify_refuses_is_named(
+    stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    denied = fake.Status(401, {"code": "unauthorized", "message": "No", "status": 401})
+    variables = {"MODEL_CONFIG": json.dumps({"助手": {"key": KEY, "mode": "chat"}})}
+    async with proxy([denied], variables=variables) as served:
+        got = await served.chat(model="助手", stream=stream)
+    said = "The model '助手': Dify refused the app key (401 unauthorized: No). Check "
+    assert (got.status, got.error["message"][: len(said)]) == (502, said)
+    assert f"ConfigurationFault: {said}" in caplog.text
 
 
 ODD = "team/应用 1"
