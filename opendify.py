@@ -8129,6 +8129,11 @@ class Dify:
     def _error(
         self, response: UpstreamResponse, content: bytes, app: AppSettings
     ) -> ProxyError:
+        if response.status == 407:
+            return ConfigurationFault(
+                "The proxy on the way to Dify wants other credentials (407). Check "
+                "HTTP_PROXY and NO_PROXY."
+            )
         if 300 <= response.status < 400:
             return ConfigurationFault(
                 f"Dify redirects ({response.status}) to "

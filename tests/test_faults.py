@@ -862,6 +862,7 @@ class Between:
 
     target_port: int = 0
     answer: bytes = b"HTTP/1.1 200 Connection established\r\n\r\n"
+    plain: bytes = WHOLE
     heads: list[bytes] = field(default_factory=list)
 
     async def serve(
@@ -877,7 +878,7 @@ class Between:
                 elif not self.answer:
                     await reader.read()
                 return
-            writer.write(WHOLE)
+            writer.write(self.plain)
 
     async def _tunnel(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -972,6 +973,22 @@ async def test_proxy_that_refuses_is_named(answer: bytes, words: str) -> None:
     assert asked.outcome == REFUSED
     for part in (words, "HTTPS_PROXY", f"127.0.0.1:{port_of(here)}"):
         assert part in asked.message
+    assert "secret-word" not in asked.message
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b'{"message": "Who are you?"}'])
+async def test_proxy_for_http_that_refuses_is_named(body: bytes) -> None:
+    head = b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: %d\r\n\r\n"
+    between = Between(plain=head % len(body) + body)
+    async with raw_server(between.serve) as here:
+        url = f"http://me:secret-word@127.0.0.1:{port_of(here)}"
+        async with proxying(
+            "http://dify.example/v1", variables={"HTTP_PROXY": url}
+        ) as front:
+            asked = await front.ask(stream=True)
+    assert asked.outcome == REFUSED
+    assert "(407). Check HTTP_PROXY and NO_PROXY." in asked.message
+    assert "DIFY_API_BASE" not in asked.message
     assert "secret-word" not in asked.message
 
 
