@@ -8135,11 +8135,12 @@ class Dify:
                 "HTTP_PROXY and NO_PROXY."
             )
         if 300 <= response.status < 400:
-            return ConfigurationFault(
+            redirect = ConfigurationFault(
                 f"Dify redirects ({response.status}) to "
                 f"{response.headers.get('location', 'nowhere')!r}; say in "
                 f"{BASE_SETTING} where the API really is."
             )
+            return without_key(redirect, app)
         if response.status < 300:
             return ConfigurationFault(
                 f"What the base URL leads to answers {response.status}, but without an "

@@ -693,6 +693,7 @@ async def test_logs_and_errors_hold_no_secrets(tmp_path: Path, log_format: str) 
         [Status(400, refusal)],
         [Status(401, denied)],
         [Status(502, f"<html>{echo}</html>")],
+        [Status(302, "", {"Location": f"https://x/?{SECRETS['app key']}"})],
         [Raw(f"HTTP/1.1 200 OK\r\nA : {echo}\r\n\r\n".encode()), Close()],
     ]
     received = []
