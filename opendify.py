@@ -6890,7 +6890,7 @@ def _parse_request_head(head: bytes) -> Request:
     headers = read_fields(event.headers)
     version = event.http_version.decode()
     if version not in ("1.0", "1.1"):
-        raise MalformedHTTP(f"HTTP/{version} is not spoken here.", status=505)
+        raise MalformedHTTP(f"HTTP/{version} is not spoken here.")
     path, host = _split_target(event.method, event.target.decode("latin-1"))
     if host:
         headers["host"] = host
@@ -6913,8 +6913,8 @@ def _h11_request(head: bytes) -> h11.Request:
         connection.receive_data(head)
         event = connection.next_event()
     except h11.RemoteProtocolError as error:
-        status, fault = error.error_status_hint, without_quote(error)
-        raise MalformedHTTP(f"Malformed HTTP: {fault}.", status=status) from error
+        # Not h11's status: a 501 is of type `server_error`, and would be repeated.
+        raise MalformedHTTP(f"Malformed HTTP: {without_quote(error)}.") from error
     if not isinstance(event, h11.Request):
         raise MalformedHTTP("Malformed HTTP: no request.")
     return event

@@ -207,8 +207,7 @@ def assert_proper(answer: Answer) -> None:
     if answer.status >= 400 and answer.body:
         error = json.loads(answer.body)["error"]
         assert sorted(error) == ["code", "message", "param", "type"]
-        if answer.status not in (501, 505):  # they say that the request is at fault
-            assert (error["type"] == "server_error") == (answer.status >= 500)
+        assert (error["type"] == "server_error") == (answer.status >= 500)
 
 
 def now() -> float:
