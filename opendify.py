@@ -9082,8 +9082,7 @@ class Form:
         elif "json" in content_type.lower() and self._exchange.route != "files":
             self._open_json(await read_whole(self._exchange))
         else:
-            message = "A file must come as multipart/form-data."
-            raise BadRequest(message, status=415)
+            raise BadRequest("A file must come as multipart/form-data.")
         if not self.file:
             raise missing_parameter("file")
         return self.file

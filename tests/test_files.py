@@ -578,7 +578,7 @@ async def test_transcription_that_can_not_be_is_refused(
 async def test_other_body_than_a_form_is_refused(path: str, content_type: str) -> None:
     async with proxy(parameters=AUDIO) as served:
         got = await post(served, path, b"{}", content_type)
-    assert (got.status, got.error["type"]) == (415, "invalid_request_error")
+    assert (got.status, got.error["type"]) == (400, "invalid_request_error")
 
 
 async def test_app_that_does_not_hear_is_not_sent_anything() -> None:
