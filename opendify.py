@@ -11265,7 +11265,7 @@ class SettingsSource:
             for complaint in error.complaints:
                 log.error("%s (the settings stay as they were)", complaint)
             return None
-        log.info("settings read anew: models %s", ", ".join(settings.model_config))
+        log.info("settings read anew: %s", _models_shown(settings))
         for warning in self.warnings:
             log.warning(warning)
         return settings
@@ -11475,11 +11475,18 @@ def _announce(settings: Settings, addresses: Sequence[tuple[str, int]]) -> None:
         with contextlib.suppress(OSError):  # a full disk, a pipe that nobody reads
             text = f"OpenDify {__version__} listens on http://{shown}:{port}/v1"
             print(text, flush=True)
-    names = ", ".join(settings.model_config) or "named by Dify"
+    log.info(_models_shown(settings))
+
+
+def _models_shown(settings: Settings) -> str:
+    """The models and where their apps are, for the log."""
+    names = list(settings.model_config)
     bases = [app.base for app in settings.model_config.values()]
-    bases += [settings.dify_api_base] if settings.dify_api_keys else []
+    if settings.dify_api_keys:
+        names.append(f"{len(settings.dify_api_keys)} named by Dify")
+        bases.append(settings.dify_api_base)
     shown = ", ".join(map(mask_password, dict.fromkeys(bases)))
-    log.info("models: %s; Dify: %s", names, shown)
+    return f"models: {', '.join(names)}; Dify: {shown}"
 
 
 def _warn_of_strangers(settings: Settings, server: Server) -> None:

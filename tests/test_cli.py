@@ -424,6 +424,30 @@ def test_bad_env_file_is_reported_and_changes_nothing(
     assert edited.port() == 1003
 
 
+@pytest.mark.parametrize(
+    ("models", "keys", "shown"),
+    [
+        pytest.param('{"a": "app-1", "b": "app-2"}', "", "a, b", id="models"),
+        pytest.param("", "app-1,app-2", "2 named by Dify", id="keys"),
+        pytest.param('{"a": "app-1"}', "app-2", "a, 1 named by Dify", id="both"),
+    ],
+)
+def test_models_of_a_changed_env_file_are_told(
+    edited: EditedFile,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    models: str,
+    keys: str,
+    shown: str,
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("DIFY_API_KEYS", keys)
+    edited.write(f"MODEL_CONFIG={models}\nDIFY_API_BASE={NOWHERE}")
+    assert edited.port() == 5000
+    told = f"settings read anew: models: {shown}; Dify: {NOWHERE}"
+    assert caplog.messages == [told]
+
+
 def test_unknown_name_in_a_changed_env_file_is_a_warning(
     edited: EditedFile, caplog: pytest.LogCaptureFixture
 ) -> None:
