@@ -11086,7 +11086,8 @@ $("text").onkeydown = (event) => {
   event.preventDefault(), run.stop || $("ask").requestSubmit();
 };
 $("door").onsubmit = (event) => {
-  event.preventDefault(), key = $("key").value;
+  event.preventDefault();
+  key = $("key").value.replace(/[^ -~]/g, "?"); // a header takes no others
   load();
 };
 onkeydown = (event) => { if (event.key === "Escape") stop(); };

@@ -518,13 +518,12 @@ def test_key_is_asked_for_and_kept_in_the_tab_only(browser: Any, guarded: Site) 
     with opened(browser, guarded.url) as tab:
         assert tab.page.evaluate("document.activeElement.id") == "key"
         assert (tab.messages, tab.page.locator("#apps li").count()) == ([], 0)
-        tab.page.keyboard.type("wrong")
-        tab.page.keyboard.press("Enter")
-        assert "Incorrect API key" in tab.text("#apps li")
-        tab.page.fill("#key", "“pasted”")  # it can't even be sent
-        tab.page.press("#key", "Enter")
-        tab.page.locator("#apps li", has_text="can't be reached").wait_for()
-        assert tab.page.is_visible("#door")
+        for wrong in ("wrong", "“pasted”", "密钥"):  # no header can hold the latter
+            tab.page.evaluate("document.querySelector('#apps').replaceChildren()")
+            tab.page.fill("#key", wrong)
+            tab.page.keyboard.press("Enter")
+            assert "Incorrect API key" in tab.text("#apps li")
+            assert tab.page.is_visible("#door")
         tab.page.reload()
         tab.page.fill("#key", CLIENT_KEY)
         tab.page.press("#key", "Enter")
