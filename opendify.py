@@ -11013,8 +11013,9 @@ function draw() { // bars: pieces per second; line: lag; dashes: the first text
   plot("lags", lags.map(([at, s], i) => "ML"[+!!i] + [at * x, 98 - top(s, .5) * 190]));
   plot("first", pieces.slice(0, 1).map((at) => `M${at * x} 0V100`));
   const lag = lags.reduce((sum, row) => sum + row[1], 0) / (lags.length || 1);
+  const took = pieces[last] - pieces[0]; // too short a time tells no rate
   $("n0").textContent = last < 0 ? "–" : pieces[0].toFixed(2) + " s";
-  $("n1").textContent = last < 0 ? "–" : (last / (pieces[last] - pieces[0]) | 0) || 1;
+  $("n1").textContent = took >= .25 ? (last / took | 0) || 1 : "–";
   $("n2").textContent = last < 0 ? "–" : lag.toFixed(2) + " s";
 }
 async function* eventsOf(response) {

@@ -77,7 +77,7 @@ def answer(request: fake.Request) -> list[fake.Step]:
         return [fake.message("Half an"), fake.error_event("the model fell over")]
     if "hang" in query:
         return [fake.message("And then"), fake.Hang()]
-    return fake.chat_answer(*words, delay=0.03)
+    return fake.chat_answer(*words, delay=0 if "at once" in query else 0.03)
 
 
 @dataclass
@@ -397,6 +397,14 @@ def test_smoothing_is_switched_and_measured(tab: Tab, site: Site) -> None:
     assert float(seen["on"][2].split()[0]) > 0
     assert all(re.fullmatch(r"\d\.\d\d s", row[0]) for row in seen.values())
     assert all(re.fullmatch(r"\d+", row[1]) for row in seen.values())
+
+
+def test_pieces_that_come_at_once_have_no_rate(tab: Tab) -> None:
+    tab.page.set_checked("#smooth", False)
+    tab.ask("tell me at once")
+    tab.is_done()
+    assert tab.text(".answer > .text").endswith("word11")
+    assert tab.text("#n1") == "–"
 
 
 def test_reasoning_files_links_and_sources_are_shown(tab: Tab) -> None:
