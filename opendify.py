@@ -11649,7 +11649,8 @@ def _masked(name: str, value: Any) -> str:
     if isinstance(value, dict):
         shown = [f"{model} ({mask_key(app.key)})" for model, app in value.items()]
         return ", ".join(shown) or "-"
-    return mask_password(written(value)) or "-"
+    text = written(value)
+    return (mask_password(text) if name.endswith(("_base", "_proxy")) else text) or "-"
 
 
 # The demo...

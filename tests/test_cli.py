@@ -186,6 +186,16 @@ def test_bad_value_is_one_line_and_status_2(
     assert run(*arguments.split()) == Outcome(2, "", f"opendify: {complaint}\n")
 
 
+def test_path_with_an_at_sign_is_shown_whole(
+    checked: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVERSATION_STORE", "/data/a@b/c.sqlite")
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:planted@proxy:3128")
+    settings = shown(checked())
+    assert settings["CONVERSATION_STORE"] == "/data/a@b/c.sqlite"
+    assert settings["HTTPS_PROXY"] == "http://…@proxy:3128"
+
+
 def test_all_complaints_are_printed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOW_PROCESS", "maybe")
     monkeypatch.setenv("MODEL_CONFIG", f'{{"m": {{"key": "{KEY}", "mod": "x"}}}}')
