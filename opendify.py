@@ -11234,7 +11234,8 @@ class SettingsSource:
         """The settings as they are now; raises SettingsError."""
         written: dict[str, str] = {}
         self.warnings = []
-        if self._path.exists() and not self._path.is_dir():  # it may be a pipe
+        # It may be a pipe; a folder that was named is read in vain, and so reported.
+        if self._path.exists() and (self._is_named or not self._path.is_dir()):
             written, self.warnings = _read_env_file(self._path)
         elif self._is_named:
             raise SettingsError([f"--env-file: there is no file {self._path}"])

@@ -177,7 +177,6 @@ def test_both_ways_out_are_named_when_nothing_is_configured(
             "--env-file: there is no file nowhere.env",
             id="env",
         ),
-        pytest.param("--env-file .", "--env-file: there is no file .", id="folder"),
     ],
 )
 def test_bad_value_is_one_line_and_status_2(
@@ -350,6 +349,12 @@ def test_line_without_a_name_in_a_changed_env_file_is_a_warning(
     assert edited.port() == 1002
     assert "edited.env: no NAME=value in line 2; " in caplog.text
     assert "SECRET" not in caplog.text
+
+
+def test_folder_as_env_file_is_one_line_and_status_2(home: Path, run: Run) -> None:
+    status, out, err = run("--demo", "--env-file", str(home))
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert f"{home} can't be read: " in err
 
 
 def test_unreadable_env_file_is_one_line_and_status_2(home: Path, run: Run) -> None:
