@@ -383,7 +383,7 @@ def _parse_models(text: str) -> dict[str, AppSettings]:
         raise ValueError(f"is not JSON ({error}); {like}") from None
     if not isinstance(models, dict):
         raise ValueError('must be a JSON object like {"name": "app-…"}')
-    problems: list[str] = []
+    problems = ["a model needs a name that is not empty"] if "" in models else []
     apps = {name: _parse_app(name, value, problems) for name, value in models.items()}
     if problems:
         raise ValueError("; ".join(problems))

@@ -244,6 +244,9 @@ def test_bad_value_is_a_complaint_that_says_what_to_write(
             [KEY], 'must be a JSON object like {"name": "app-…"}', id="an-array"
         ),
         pytest.param(
+            {"": "app-1"}, "a model needs a name that is not empty", id="no-name"
+        ),
+        pytest.param(
             {"m": ""}, '\'m\' needs an app key: "app-…" or {"key": "app-…"}', id="empty"
         ),
         pytest.param(
