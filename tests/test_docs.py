@@ -423,6 +423,12 @@ def fields(done: str) -> list[str]:
     return re.findall(r"`(\w+)`", row[1])
 
 
+def test_chinese_list_of_honoured_fields_is_the_same() -> None:
+    listed = re.search(r"有效的字段：([^。]+)。", PROSE)
+    assert listed
+    assert sorted(re.findall(r"`(\w+)`", listed[1])) == sorted(fields("honoured"))
+
+
 @pytest.mark.parametrize("name", fields("honoured"))
 def test_field_that_is_said_to_be_honoured_is(name: str) -> None:
     without, given = FIELDS[name]
