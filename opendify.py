@@ -11063,7 +11063,7 @@ async function chat(question) {
   } catch (error) {
     const why = told(mine.stop.signal.reason || error);
     answer.append(make("p", why, { className: "error", role: "alert" }));
-    $("text").value ||= question;
+    if (answer.isConnected) $("text").value ||= question; // not after "New chat"
   }
   clearInterval(timer), mine.end = clock(), mine.stop = undefined, draw();
   $("send").textContent = say("Send", "发送");

@@ -479,6 +479,15 @@ def test_answer_is_stopped_by_escape(tab: Tab) -> None:
     tab.is_done()
 
 
+def test_new_chat_drops_the_question_that_runs(tab: Tab) -> None:
+    tab.ask("hang on")
+    tab.page.locator(".answer > .text", has_text="And then").wait_for()
+    tab.page.click("#clear")
+    tab.is_done()
+    assert tab.page.input_value("#text") == ""
+    assert tab.page.locator(".answer").count() == 0
+
+
 def test_all_is_reached_by_keyboard(tab: Tab) -> None:
     reached = []
     for _ in range(16):
