@@ -712,6 +712,7 @@ def test_reasoning_told_at_the_end_joins_the_process_lines(has_chunk: bool) -> N
         event(event="node_started", data={"id": "1", "title": "LLM"}),
         *([chunk] if has_chunk else []),
         event(event="message_end", metadata={"reasoning": {"llm": "Hm"}}),
+        event(event="workflow_finished", data={"status": "succeeded"}),
         show_process=True,
     )
     assert parts[:-2] == [Reasoning("Step: LLM"), Reasoning("\n\nHm")]
