@@ -459,6 +459,7 @@ class ProxyError(Exception):
     status = 500
     type = "server_error"
     code: str | None = None
+    param: str | None = None
     retry: bool | None = None
 
     def __init__(
@@ -473,7 +474,7 @@ class ProxyError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.param = param
+        self.param = param or self.param
         self.status = status or self.status
         self.code = code or self.code
         self.retry = self.retry if retry is None else retry
@@ -542,6 +543,7 @@ class PromptTooLong(BadRequest):
     """The model can't read so much at once."""
 
     code = "context_length_exceeded"
+    param = "messages"
 
 
 class ContentRefused(BadRequest):
@@ -1308,6 +1310,8 @@ class CallReader:
                     self._read(done, piece, is_last=False)
             else:
                 done += [*self.close(), part]
+            if isinstance(part, (Replace, Recast)):  # other text comes before now
+                self._is_code, self._tail = False, ""
         return done
 
     def close(self) -> list[Part]:
@@ -10699,12 +10703,15 @@ def _slow_request() -> ProxyError:
 _LAST_ERRORS = (MalformedHTTP, HeadTooLarge, RequestTimeout, Overloaded)
 
 
+_QUESTION_PARAMS = {"responses": "input", "completions": "prompt"}  # else `messages`
+
+
 def _refuse(exchange: Exchange, error: ProxyError) -> None:
     """The error as a response, or as the end of one that has begun."""
     reply = exchange.reply
     exchange.error = error
-    if exchange.route == "responses" and error.param == "messages":
-        error.param = "input"  # as that API names it
+    if error.param == "messages":
+        error.param = _QUESTION_PARAMS.get(exchange.route, error.param)
     if isinstance(error, _LAST_ERRORS):
         reply.must_close = True
     if isinstance(error, ConfigurationFault) and exchange.model:

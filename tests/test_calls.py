@@ -24,6 +24,7 @@ from opendify import (
     Part,
     Reasoning,
     Recast,
+    Replace,
     StopReader,
     Text,
     Tool,
@@ -77,6 +78,13 @@ def read(*pieces: str) -> list[Part]:
     for piece in pieces:
         parts += calls.feed([Text(piece)])
     return joined(parts + calls.close())
+
+
+@pytest.mark.parametrize("part", [Recast(10), Replace("So:")])
+def test_code_that_was_withdrawn_hides_no_call(part: Part) -> None:
+    calls = reader()
+    calls.feed([Text("```\nIt is a"), part])
+    assert calls.feed([Text(f"<tool_call>{CALL}</tool_call>")]) == parts_of(PARIS_CALL)
 
 
 def joined(parts: list[Part]) -> list[Part]:

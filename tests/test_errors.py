@@ -98,7 +98,7 @@ def test_body_has_all_four_keys_and_fits_the_schema(row: Row) -> None:
         "error": {
             "message": "Say what to do.",
             "type": row.type,
-            "param": None,
+            "param": row.error.param,
             "code": row.code,
         }
     }

@@ -1429,6 +1429,25 @@ async def test_completion_of_a_model_in_the_path(path: str, stream: bool) -> Non
 
 
 @pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("/v1/chat/completions", "messages"),
+        ("/v1/completions", "prompt"),
+        ("/v1/responses", "input"),
+    ],
+)
+async def test_prompt_too_long_names_the_field_of_the_endpoint(
+    path: str, param: str
+) -> None:
+    async with proxy([fake.error_event("prompt is too long")]) as served:
+        asked = HI if param == "messages" else "A"
+        call = await served.open("POST", path, {"model": "m", param: asked})
+        got = await call.read_rest()
+    assert (got.status, got.error["param"]) == (400, param)
+    assert got.error["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
         ({"suffix": "the end"}, "suffix", "unsupported_parameter"),
