@@ -1604,12 +1604,15 @@ def _properties(tool: Tool) -> dict[str, Any]:
 
 
 def _typed(tool: Tool, key: str, text: str) -> Any:
-    """A parameter written as an element: JSON, unless a string is due."""
+    """A parameter written as an element: JSON, unless only a string will do."""
     schema = _properties(tool).get(key)
-    if isinstance(schema, dict) and schema.get("type") == "string":
+    schema = schema if isinstance(schema, dict) else {}
+    if schema.get("type") == "string":
         return text
     with contextlib.suppress(ValueError):
-        return parse_json_text(text)
+        value = parse_json_text(text)
+        if not schema_problems(value, schema) or schema_problems(text, schema):
+            return value
     return text
 
 

@@ -704,6 +704,27 @@ def test_spaces_around_a_key_are_not_its_own() -> None:
     assert isinstance(part, ToolCall) and part.arguments == '{"query": "x"}'
 
 
+@pytest.mark.parametrize(
+    "schema, text, value",
+    [
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "2024", "2024"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "null", None),
+        ({"type": ["string", "null"]}, "true", "true"),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"type": ["string", "integer"]}, "1", 1),
+        ({"type": "integer"}, "1.5", 1.5),
+        ({}, "1", 1),
+    ],
+)
+def test_parameter_is_text_where_only_text_will_do(
+    schema: Any, text: str, value: Any
+) -> None:
+    tool = Tool("f", "", {"type": "object", "properties": {"x": schema}})
+    call = f"<function=f>\n<parameter=x>\n{text}\n</parameter>\n</function>"
+    (part,) = CallReader([tool], str).feed([Text(call)])
+    assert isinstance(part, ToolCall) and json.loads(part.arguments) == {"x": value}
+
+
 # Stop strings...
 
 
