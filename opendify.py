@@ -1116,7 +1116,7 @@ _OBJECT = re.compile(r"\{\s*[\"}]")
 _OBJECT_OR_ARRAY = re.compile(r"\{\s*[\"}]|\[\s*[\"{\[\]\dtfn-]")
 _MAYBE_JSON = re.compile(r"[\[{]\s*\Z")
 _PAIRS = {"{": "}", "[": "]"}
-_ESCAPE = re.compile(r"\\.|[\"\\]", re.DOTALL)
+_ESCAPE = re.compile(r"\\(?:[^u]|u[0-9a-fA-F]{4})|[\"\\]")
 _SLOPPY = re.compile(
     r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\b(?:True|False|None)\b"
     r"|(?<![\w$-])[^\W\d][\w$-]*(?=\s*:)|,(?=\s*(?:[}\]]|\Z))|[{}\[\]\"']",

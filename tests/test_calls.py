@@ -233,6 +233,11 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
         r'"content": "a"}}</tool_call>'.replace(r"\U", r"\W"),
         [("write_file", {"path": r"C:\Wsers\d", "content": "a"})],
     ),
+    "path-of-windows": (
+        r'<tool_call>{"name": "write_file", "arguments": {"path": "src\ui\u00e9.py"}}'
+        "</tool_call>",
+        [("write_file", {"path": r"src\uié.py"})],
+    ),
     # Bare and fenced JSON.
     "bare": (CALL, PARIS_CALL),
     "bare-pretty": (json.dumps(json.loads(CALL), indent=4), PARIS_CALL),
