@@ -5340,9 +5340,10 @@ class ResponseStream:
 
 def _custom_input(arguments: str) -> str:
     try:
-        return str(object_of(json.loads(arguments)).get("input", arguments))
+        given = object_of(json.loads(arguments)).get("input", arguments)
     except (ValueError, RecursionError):
         return arguments
+    return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
 
 
 # Writes one answer as SSE, in the words of one API: `begin` once, then `encode` for

@@ -707,6 +707,21 @@ def test_call_of_a_custom_tool_has_text() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ('{"input": {"a": true, "b": "é"}}', '{"a": true, "b": "é"}'),
+        ('{"input": 3}', "3"),
+        ('{"other": 3}', '{"other": 3}'),
+    ],
+)
+def test_input_of_a_custom_tool_that_is_no_text(arguments: str, text: str) -> None:
+    body = request(tools=[{"type": "custom", "name": "patch"}])
+    call = ToolCall("call_1", "patch", arguments)
+    _, end = streamed(call, Finish("tool_calls"), body=body)
+    assert end["output"][0]["input"] == text
+
+
+@pytest.mark.parametrize(
     ("reason", "status", "details"),
     [
         ("stop", "completed", None),
