@@ -3916,7 +3916,8 @@ def _attachment(source: str, name: str, stem: str, where: str) -> Attachment:
         media_type, data = _parse_data_url(source, where)
     else:
         media_type, data = "", _decode_base64(source, where)
-    media_type = media_type or _guess_media_type(name, data)
+    if media_type in ("", "application/octet-stream"):
+        media_type = _guess_media_type(name, data)
     return Attachment(_plain_name(name or stem, media_type), media_type, data)
 
 
@@ -3925,9 +3926,9 @@ def _parse_data_url(url: str, where: str) -> tuple[str, bytes]:
     head, comma, payload = url[5:].partition(",")
     if not comma:
         raise bad_value(where, "the data URL has no comma.")
-    fields = [row.strip() for row in head.split(";")]
-    media_type = fields[0].lower() if "/" in fields[0] else ""
-    if fields[-1].lower() == "base64":
+    fields = [row.strip().lower() for row in head.split(";")]
+    media_type = fields[0] if "/" in fields[0] else ""
+    if "base64" in fields:  # last, says the RFC
         return media_type, _decode_base64(urllib.parse.unquote(payload), where)
     data = urllib.parse.unquote_to_bytes(payload.encode("utf-8", "replace"))
     return media_type or "text/plain", data

@@ -534,7 +534,17 @@ FILES = [
         IMAGE,
         id="data-url-parameters",
     ),
+    pytest.param(
+        image(f"data:image/png;base64;name=a.png,{BASE64}"),
+        IMAGE,
+        id="data-url-parameter-behind",
+    ),
     pytest.param(image(f"data:;base64,{BASE64}"), IMAGE, id="data-url-no-type"),
+    pytest.param(
+        image(f"data:application/octet-stream;base64,{BASE64}"),
+        IMAGE,
+        id="data-url-any-type",
+    ),
     pytest.param(image(f"data:base64,{BASE64}"), IMAGE, id="data-url-only-base64"),
     pytest.param(
         image(f"data:;charset=utf-8;base64,{BASE64}"), IMAGE, id="data-url-only-charset"
