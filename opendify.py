@@ -1099,7 +1099,7 @@ _LEADS = tuple(":.!?*：。！？")
 _QUOTED_MARKER = re.compile(r"[`\"'“‘「\\]<[^<>]{1,40}>\s*\Z")
 _HEAD = re.compile(  # of JSON: its first key, and how the value of that one begins
     r"(?:\[\s{0,40})?(?:\{\s{0,40}[\"']?(?P<key>\w*)[\"']?\s{0,8}"
-    r"(?::\s{0,40}(?P<value>[\[{]|[\"'][\w.-]*)?(?P<closed>[\"'])?)?)?"
+    r"(?::\s{0,40}(?P<value>[\[{]|[\"'][^\"'\\]{0,99})?(?P<closed>[\"'])?)?)?"
 )
 _NAMES = ("name", "tool", "tool_name", "function", "function_name", "recipient_name")
 _ARGUMENTS = ("arguments", "args", "parameters", "params", "input", "tool_input")

@@ -730,6 +730,15 @@ def test_parameter_is_text_where_only_text_will_do(
     assert isinstance(part, ToolCall) and json.loads(part.arguments) == {"x": value}
 
 
+@pytest.mark.parametrize("name", ["server/get:it", "get weather", "查询", "a-b.c"])
+def test_name_may_have_any_sign(name: str) -> None:
+    text = describe_call(ToolCall("", name, '{"a": 1}'))
+    for pieces in ([text], list(text)):
+        calls = CallReader([Tool(name, "", {})], str)
+        parts = [part for piece in pieces for part in calls.feed([Text(piece)])]
+        assert parts == [ToolCall("", name, '{"a": 1}')]
+
+
 # Stop strings...
 
 
