@@ -1059,11 +1059,13 @@ _RETRY_TEXTS = {
 }
 
 # How calls are written: our way (Hermes', Qwen's), then Anthropic's, DeepSeek's, GLM's,
-# Mistral's, Llama's, Kimi's, and that of a history that was folded into a query.
+# MiniMax's, Seed's, Mistral's, Llama's, Kimi's, and that of a history that was folded
+# into a query.
 _MARKERS = (
     *("<tool_call", "<tools>", "<tool_use>", "<function_call"),
     *("<function=", "<function ", "<invoke ", "<antml:"),
     *("<｜DSML｜", "<｜tool▁call", "<|tool_call", "<message "),
+    *("<minimax:tool_call>", "<seed:tool_call>"),
     *("<|python_tag|>", "[TOOL_CALLS]", "```"),
 )
 _BEGINNINGS = {
@@ -1075,7 +1077,7 @@ _MAX_PIECE_CHARS = 4096  # read at once: what follows a marker is copied for eac
 _MAX_REREAD = 16_384  # of a block that was none after all; the rest is text then
 _TOKEN = re.compile(
     r"""(?P<space>[\s;,}\]]+)
-    |(?P<opener><(?:antml:|｜DSML｜)?(?:tool_calls?|tools|tool_use|function_calls?)>
+    |(?P<opener><(?:\w+:|｜DSML｜)?(?:tool_calls?|tools|tool_use|function_calls?)>
         |<[|｜][^<>|｜]{1,40}(?<!end)(?<!_id)[|｜]>|\[TOOL_CALLS\]|\[ARGS\]
         |<(?:(?:antml:|｜DSML｜)?(?:invoke|function|tool_call)(?:=|\ +name\ *=\ *)["']?
         |message\s[^<>]*?\btool_call=")(?P<name>[\w.-]+)(?![\w.-])[^<>]*>)
@@ -1083,7 +1085,7 @@ _TOKEN = re.compile(
         <(?P<tag>(?:antml:|｜DSML｜)?parameter)(?:=|\ +name\ *=\ *)
             ["']?(?P<key>[\w.-]+)(?![\w.-])[^<>]*>
         |<arg_key>(?P<arg_key>[^<>]+)</arg_key>\s*<(?P<arg_tag>arg_value)>)
-    |(?P<closer></(?:antml:|｜DSML｜)?(?:tool_calls?|tools|tool_use|function_calls?|function
+    |(?P<closer></(?:\w+:|｜DSML｜)?(?:tool_calls?|tools|tool_use|function_calls?|function
         |invoke|message)>|<[|｜][^<>|｜]{1,40}[|｜]>)
     |(?P<fence>```[\w-]*[ \t]*)
     |(?P<json>[\[{])

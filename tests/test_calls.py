@@ -321,6 +321,16 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
         "<parameter=hourly>\ntrue\n</parameter>\n</function>\n</tool_call>",
         [("get_weather", {"city": "Paris", "hourly": True})],
     ),
+    "minimax": (
+        '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Paris'
+        "</parameter>\n</invoke>\n</minimax:tool_call>",
+        PARIS_CALL,
+    ),
+    "seed": (
+        "<seed:tool_call>\n<function=get_weather>\n<parameter=city>Paris</parameter>\n"
+        "</function>\n</seed:tool_call>",
+        PARIS_CALL,
+    ),
     "llama-function": (
         '<function=get_weather>{"city": "Paris"}</function>',
         PARIS_CALL,
