@@ -1612,7 +1612,7 @@ def _typed(tool: Tool, key: str, text: str) -> Any:
     if schema.get("type") == "string":
         return text
     with contextlib.suppress(ValueError):
-        value = parse_json_text(text)
+        value = parse_sloppy_json(text)
         if not schema_problems(value, schema) or schema_problems(text, schema):
             return value
     return text

@@ -728,12 +728,14 @@ def test_spaces_around_a_key_are_not_its_own() -> None:
         ({"enum": ["1", "2"]}, "1", "1"),
         ({"type": ["string", "integer"]}, "1", 1),
         ({"type": "integer"}, "1.5", 1.5),
+        ({"type": "integer"}, "three", "three"),
+        ({"type": "boolean"}, "True", True),
+        ({"type": ["boolean", "string"]}, "it's", "it's"),
+        ({"type": "array"}, "['a', None]", ["a", None]),
         ({}, "1", 1),
     ],
 )
-def test_parameter_is_text_where_only_text_will_do(
-    schema: Any, text: str, value: Any
-) -> None:
+def test_parameter_has_the_type_that_is_due(schema: Any, text: str, value: Any) -> None:
     tool = Tool("f", "", {"type": "object", "properties": {"x": schema}})
     call = f"<function=f>\n<parameter=x>\n{text}\n</parameter>\n</function>"
     (part,) = CallReader([tool], str).feed([Text(call)])
