@@ -1512,7 +1512,7 @@ class _Block:
         return False
 
     def _take_json(self, _token: re.Match[str]) -> bool | None:
-        begins = bool(self._name) or self._begins_call()
+        begins = bool(self._name) or self._is_tagged or self._begins_call()
         if not begins:
             return begins
         end = self._value.find(self._text, self._at)

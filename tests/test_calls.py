@@ -167,6 +167,11 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
         '{"city": "Paris"}}</tool_call>',
         PARIS_CALL,
     ),
+    "with-any-id-first": (
+        f'<tool_call>{{"id": "toolu_1", {CALL[1:]}</tool_call>'
+        f'<tool_call>{{"index": 0, {CALL[1:]}</tool_call>',
+        PARIS_CALL * 2,
+    ),
     "cjk": (
         '我来查一下。\n<tool_call>\n{"name": "get_weather", "arguments": '
         '{"city": "北京"}}\n</tool_call>',
