@@ -3975,7 +3975,7 @@ def _plain_name(name: str, media_type: str) -> str:
     name = name or "file"
     has_extension = re.search(r"\.\d*[A-Za-z]\w{0,9}\Z", name)  # not "report v1.2"
     if media_type and not has_extension:
-        subtype = re.sub(r"\W.*", "", media_type.partition("/")[2])
+        subtype = re.sub(r"\Ax-|\W.*", "", media_type.partition("/")[2])
         name += "." + _EXTENSION_BY_MEDIA_TYPE.get(media_type, subtype or "bin")
     return name
 

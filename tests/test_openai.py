@@ -589,6 +589,11 @@ FILES = [
         id="jpeg",
     ),
     pytest.param(
+        file("data:audio/x-m4a;base64,/9j/"),
+        Attachment("file.m4a", "audio/x-m4a", b"\xff\xd8\xff"),
+        id="type-with-x",
+    ),
+    pytest.param(
         image(f"data:image/svg+xml,{quote('<svg/>')}"),
         Attachment("image.svg", "image/svg+xml", b"<svg/>"),
         id="svg",
