@@ -8668,14 +8668,15 @@ class Reading:
             if self.problem and self._has_given:
                 raise unsatisfied(self._ask, self.problem)
         elif self._is_json and not self._json:
-            answer = Answer()  # it knows what was reasoning after all
+            answer = Answer()  # it knows what was reasoning after all, calls too
             for part in self._held:
                 answer.add(part)
             text, problem = extract_json(answer.text, self._ask.output)
-            self.problem = "" if self._has_call else problem
-            kinds = (Text, Reasoning, Recast)
+            self.problem = "" if answer.calls else problem
+            kinds = (Text, Reasoning, Recast, ToolCall)
             rest = [part for part in self._held if not isinstance(part, kinds)]
-            self._held = [Reasoning(answer.reasoning), Text(text or ""), *rest]
+            self._held = [Reasoning(answer.reasoning), Text(text or "")]
+            self._held += [*answer.calls, *rest]
 
 
 def _call_id(seed: str) -> str:

@@ -553,6 +553,13 @@ async def test_call_that_a_stop_cuts_off_is_none(stream: bool) -> None:
     assert choices_of(got) == [OSLO_CALL] and len(served.turns) == 2
 
 
+async def test_call_that_was_only_thought_of_is_none_beside_json() -> None:
+    thought = f"I could write\n{OSLO}\nbut no.\n</think>\n\n"
+    async with proxy(at_once(f"{thought}{GOOD}")) as served:
+        got = await served.chat(tools=TOOLS, response_format=CITY)
+    assert choices_of(got) == [Choice(GOOD, [], "stop")]
+
+
 @WHOLE_OR_STREAMED
 @pytest.mark.parametrize("stop", ["```", "\n\n", "}"])
 async def test_stop_is_not_looked_for_where_json_is_wanted(
