@@ -843,7 +843,7 @@ class Ask(NamedTuple):
     `messages` is the whole visible history in order, the new message(s) last, without
     the system text that opens it: that is `system`. `conversation_id` is the explicit
     one, "" where the client named none; of that, Dify has the messages up to the last
-    answer, unless all are new to it.
+    answer, unless all are new to it. Without one, all are new to any conversation then.
     """
 
     model: str
@@ -5812,7 +5812,8 @@ class Conversations:
         if ask.conversation_id:
             tail = self.take_alone(scope, ask.conversation_id, now)
             return tail or self._lose(_unknown(scope, ask.conversation_id), now)
-        tail = self._find(scope, ask.system, history, now) if history and new else None
+        may_go_on = history and new and not ask.is_all_new
+        tail = self._find(scope, ask.system, history, now) if may_go_on else None
         return self._mark(tail, now) if tail else None
 
     def take_alone(self, scope: bytes, conversation_id: str, now: float) -> Tail | None:
@@ -9335,8 +9336,10 @@ class Archive:
         is_newest = 0 < end == len(turns)
         is_here = ask.conversation_id in ("", here)  # it may name another
         if is_free and is_newest and is_here and is_known_history(ask, known):
-            ask = ask._replace(conversation_id=here, is_all_new=False)
-        return ask
+            return ask._replace(conversation_id=here, is_all_new=False)
+        # Another replica may have gone on there: the table would find it as it was.
+        is_all_new = ask.is_all_new or not (is_newest or ask.conversation_id)
+        return ask._replace(is_all_new=is_all_new)
 
     async def turns_of_all(
         self, app: AppSettings, places: Iterable[Place]

@@ -207,6 +207,17 @@ async def test_each_branch_has_exactly_its_own_history(way: str, other: int) -> 
 
 
 @WAYS
+async def test_branch_is_no_turn_of_what_another_replica_has_moved(way: str) -> None:
+    async with replicas() as (first, second):
+        one = await answer(first, "Hi")
+        await answer(second, **next_turn(way, "Hi", one, "Left"))
+        await answer(first, **next_turn(way, "Hi", one, "Right"))
+        left, (folded,) = told(first)
+    assert left == ["Hi", "Left"]
+    assert "Left" not in folded and folded.endswith("\n\nRight")
+
+
+@WAYS
 async def test_branches_at_the_same_time_do_not_share_a_conversation(way: str) -> None:
     async with replicas() as (first, _):
         one = await answer(first, "Hi")
