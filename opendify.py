@@ -2758,6 +2758,7 @@ class AnswerReader:
     ) -> None:
         self.conversation_id = self.message_id = self.task_id = ""
         self.is_finished = False
+        self.is_stored = False  # as Dify says itself
         self.is_closing = False
         self._mode = mode
         self._base = base
@@ -2778,7 +2779,6 @@ class AnswerReader:
         self._total_tokens = 0
         self._reason = "stop"
         self._has_asked = False  # the user, for what the run pauses for
-        self._is_stored = False
         self._delta: tuple[str, int, str] | None = None  # see _learn_delta
         self._like = ""  # the event that is to be learnt from
 
@@ -2882,7 +2882,7 @@ class AnswerReader:
     @property
     def is_as_sent(self) -> bool:
         """Whether Dify has stored exactly the text that it sent."""
-        return self._is_stored and self._reason != "content_filter"
+        return self.is_stored and self._reason != "content_filter"
 
     # Text and reasoning...
 
@@ -3135,7 +3135,7 @@ class AnswerReader:
         return parts
 
     def _finish(self) -> list[Part]:
-        self.is_finished = self._is_stored = True
+        self.is_finished = self.is_stored = True
         parts = self._close_text()
         answer = self._answer.text
         for unsigned, (path, media) in self._files.items():
@@ -9658,8 +9658,12 @@ class Handlers:
                 self._bind(exchange, named, exchange.turn)
 
     def _bind(self, exchange: Exchange, named: NamedConversation, turn: Turn) -> None:
-        """Dify has the conversation from this turn on, as it was when that began."""
-        id_, scope = turn.ids.get("conversation_id"), scope_of(turn.app.key, turn.user)
+        """Dify has the conversation from this turn on, as it was when that began.
+
+        Of a turn that failed, some releases remember nothing.
+        """
+        answer, scope = turn.stream.answer, scope_of(turn.app.key, turn.user)
+        id_ = answer.conversation_id if answer.is_stored else ""
         owner, now = self._owner_of(exchange), self._wall_clock()
         latest = self._conversations.named(named.id, owner, now)
         if id_ and latest and latest.conversation_id == named.conversation_id:

@@ -761,6 +761,21 @@ async def test_items_of_a_conversation_go_with_its_first_turn() -> None:
     assert first.endswith("\n\nThree") and last == "Four"
 
 
+@BOTH
+async def test_items_of_a_conversation_outlast_a_turn_that_fails(stream: bool) -> None:
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {"items": [user("One")]})).json
+        served.dify.app(KEY, script=[fake.message("Half"), fake.error_event()])
+        await respond(served, "Two", conversation=made["id"], stream=stream)
+        path = f"{CONVERSATIONS}/{made['id']}/items"
+        (item,) = (await served.get(path)).json["data"]
+        served.dify.app(KEY)
+        await answer(served, "Two", conversation=made["id"], stream=stream)
+        failed, (query,) = told(served)
+    assert item["content"][0]["text"] == "One"
+    assert failed == [query] and ">\nOne\n<" in query and ">\nTwo\n<" in query
+
+
 SECRET = [user("It is 42."), {"role": "assistant", "content": "Noted."}]
 
 
