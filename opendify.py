@@ -8789,7 +8789,7 @@ class Turns:
         said = Message("assistant", reading.said)
         words = Message("user", retry_text(kind, reading.problem))
         # What came before in a conversation that is named, Dify alone knows.
-        goes_on = question.joins and bool(ask.conversation_id)
+        goes_on = bool(ask.conversation_id and question.tail)
         before = () if goes_on else (*ask.messages, said)
         again = ask._replace(messages=(*before, words))
         question = replace(

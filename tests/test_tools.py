@@ -11,6 +11,7 @@ import asyncio
 import functools
 import json
 import re
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -670,6 +671,23 @@ async def test_second_try_stays_in_the_conversation_that_was_named(
     ids = [turn.json.get("conversation_id") for turn in served.turns]
     assert ids[1:] == [named, named]
     assert got.headers["x-dify-conversation-id"] == named
+
+
+@pytest.mark.parametrize(
+    ("mode", "question"),
+    [("completion", "Where?"), ("chat", "### Task:\nWhere?")],
+    ids=["no-memory", "side-request"],
+)
+async def test_second_try_beside_the_named_conversation_has_the_question(
+    mode: str, question: str
+) -> None:
+    answers = [fake.DEFAULT_ANSWER[mode](text) for text in ("Oslo.", GOOD)]
+    async with proxy(lambda _: answers.pop(0), mode=mode) as served:
+        messages = [{"role": "user", "content": question}]
+        fields: JSONObject = {"messages": messages, "response_format": CITY}
+        got = await served.chat(conversation_id=str(uuid.UUID(int=1)), **fields)
+    assert got.message["content"] == GOOD
+    assert f">\n{question}\n<" in query(served)
 
 
 async def test_conversation_goes_on_after_a_second_try() -> None:
