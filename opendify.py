@@ -9670,6 +9670,9 @@ class Handlers:
             about = {"model": exchange.model, "user": turn.user}
             bound = latest.bind(scope, named.items, **about, conversation_id=id_)
             self._keep(exchange, bound)
+            # No chat with the same words may go on in it.
+            if tail := self._conversations.take_alone(scope, id_, now):
+                self._conversations.put(tail._replace(digests=b""), now)
 
     # Conversations that clients name...
 
@@ -9730,14 +9733,11 @@ class Handlers:
         Dify can't forget one that it has: a new conversation is told the others.
         """
         id_, item_id = _item_in_path(exchange)
-        named, left = self._named(exchange, id_), None
+        named = self._named(exchange, id_)
         while not any(row["id"] == item_id for row in named.items):
-            app = (await self._models()).get(named.model)
             was, items = named, await self._items_of(exchange, named)
             named = self._named(exchange, id_)
             if named == was:  # nobody has changed it while Dify was asked
-                scope = scope_of(app.key if app else "", named.user)
-                left = Tail(scope, named.conversation_id)
                 named = replace(named, conversation_id="", items=tuple(items))
                 break
         rest = [row for row in named.items if row["id"] != item_id]
@@ -9746,7 +9746,6 @@ class Handlers:
         if len(rest) > MAX_NAMED_ITEMS:
             most = f"{MAX_NAMED_ITEMS} items"
             raise BadRequest(f"None of more than {most} can be deleted.")
-        self._conversations.forget(left)  # no history may lead there again
         named = replace(named, items=tuple(rest))
         self._keep(exchange, named)
         send_json(exchange.reply, _shown_conversation(named))
@@ -10303,7 +10302,7 @@ def _in_conversation(
         raise bad_value("conversation", "it belongs to another model or end user.")
     items = (*parse_items(list(named.items)), *asked.items)
     id_ = named.conversation_id
-    ask = asked.ask._replace(conversation_id=id_, is_all_new=bool(id_))
+    ask = asked.ask._replace(conversation_id=id_, is_all_new=True)
     return replace(asked, ask=ask, items=items)
 
 

@@ -797,6 +797,20 @@ async def test_what_a_conversation_is_given_later_is_told(way: str) -> None:
     assert query.endswith("\n\nWhat is it?")
 
 
+async def test_chat_with_the_same_words_has_no_part_in_a_conversation() -> None:
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        one = await answer(served, "Hi", conversation=made["id"])
+        history = [user("Hi"), {"role": "assistant", "content": text_of(one)}]
+        await answer(served, [*history, user("Mine")])
+        await answer(served, "More", conversation=made["id"])
+        copied = (await post(served, CONVERSATIONS, {"items": history})).json
+        await answer(served, "Copied", conversation=copied["id"])
+        asked = told(served)
+    assert asked[0] == ["Hi", "More"]
+    assert [row[0].rpartition("\n\n")[2] for row in asked[1:]] == ["Mine", "Copied"]
+
+
 async def test_item_of_another_conversation_is_told_in_the_one_that_is_named() -> None:
     async with proxy() as served:
         made = (await post(served, CONVERSATIONS, {})).json
