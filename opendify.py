@@ -461,6 +461,7 @@ class ProxyError(Exception):
     code: str | None = None
     param: str | None = None
     retry: bool | None = None
+    is_unsent = False  # Dify was asked nothing
 
     def __init__(
         self,
@@ -7328,13 +7329,17 @@ class Pool:
         Raises:
             UpstreamFailed, UpstreamTimeout, ConfigurationFault.
         """
-        wire = self._take_idle(origin)
-        if wire:
+        kept = self._take_idle(origin)
+        if kept:
             try:
-                return await self._exchange(origin, wire, request, timeout_s)
+                return await self._exchange(origin, kept, request, timeout_s)
             except _NoAnswer:
                 pass
-        wire = await self._open(origin)
+        try:
+            wire = await self._open(origin)
+        except ProxyError as error:
+            error.is_unsent = not kept
+            raise
         try:
             return await self._exchange(origin, wire, request, timeout_s)
         except _NoAnswer as error:
@@ -8928,9 +8933,10 @@ class Turns:
 
     def _let_go(self, question: Question, error: BaseException) -> None:
         """The turn did not begin: its conversation stays as it was, if nothing ran."""
-        is_refused = isinstance(error, _REFUSALS) and not question.is_accepted
         is_gone = isinstance(error, ConversationGone)
-        if is_refused and not is_gone:
+        is_refused = isinstance(error, _REFUSALS) and not is_gone
+        is_unsent = isinstance(error, ProxyError) and error.is_unsent
+        if (is_refused or is_unsent) and not question.is_accepted:
             self.give_back(question.tail)
         else:
             self._conversations.forget(question.tail, is_gone=is_gone)

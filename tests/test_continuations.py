@@ -1055,6 +1055,32 @@ async def test_conversation_goes_on_after_a_refusal(
         assert client.conversation == before
 
 
+@pytest.mark.parametrize("is_asked", [False, True], ids=["before", "meanwhile"])
+async def test_conversation_goes_on_if_dify_was_down_before_it_was_asked(
+    is_asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise ConnectionRefusedError
+
+    async with site() as served:
+        client = Client(served)
+        (before,) = await client.chat("one")
+        if is_asked:  # by a kept connection, on which no answer comes
+            served.answers([Close()])
+        else:
+            await served.quiet()
+        client.messages.append(user("two"))
+        with monkeypatch.context() as patched:
+            patched.setattr(opendify.Pool, "_connect_to", refuse)
+            for _ in range(2):  # the second is not even tried
+                assert (await (await client.begin()).read_rest()).status == 502
+        await asyncio.sleep(opendify.CIRCUIT_S)
+        served.answers()
+        await client.send()
+        client.check()
+        assert (client.conversation == before) is not is_asked
+
+
 async def test_agent_s_rounds_are_one_answer() -> None:
     """Dify stores them apart by a line break that it does not stream."""
     async with site("agent-chat") as served:
