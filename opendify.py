@@ -10640,6 +10640,8 @@ class Server(Listener):
 
     async def _is_called(self, wire: Wire) -> bool:
         """Wait for the next request; False if none will come."""
+        if wire.has_unread:  # a client that sends ahead lets others have their turn
+            await asyncio.sleep(0)
         self._idle.add(wire)
         wire.allow(IDLE_TIMEOUT_S, _Idle)
         try:

@@ -319,6 +319,15 @@ async def test_pipelined_requests_are_answered_in_order(
         assert [(await client.read()).body for _ in bodies] == bodies
 
 
+async def test_pipelined_requests_let_others_have_their_turn(serving: Serving) -> None:
+    async with serving() as world:
+        hasty, other = await world.connect(), await world.connect()
+        hasty.send(request("/t/echo", method="POST", body=b"hasty") * 1000)
+        other.send(request("/t/echo", method="POST", body=b"other"))
+        assert (await other.read()).body == b"other"
+        assert len(world.stage.bodies) < 100
+
+
 async def test_pipelined_request_waits_for_the_one_before_it(serving: Serving) -> None:
     async with serving() as world:
         client = await world.connect()
