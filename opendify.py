@@ -10749,6 +10749,7 @@ def _refuse(exchange: Exchange, error: ProxyError) -> None:
 async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
     """Throw away what is left of the request; whether the connection may go on."""
     reply, body = exchange.reply, exchange.decoder
+    await reply.drain()
     is_good = reply.is_complete and not reply.must_close
     error, exchange.error = exchange.error, None  # its traceback holds the exchange
     if isinstance(error, RequestTimeout):
