@@ -7158,10 +7158,10 @@ def origin_of(url: str) -> Origin:
     return Origin(parts.scheme, parts.hostname or "", parts.port or default)
 
 
-def _authority(origin: Origin) -> str:
+def _authority(origin: Origin, default_port: int = 0) -> str:
     """Host and port as requests name them (RFC 3986, section 3.2)."""
     host = f"[{origin.host}]" if ":" in origin.host else origin.host
-    return f"{host}:{origin.port}"
+    return host if origin.port == default_port else f"{host}:{origin.port}"
 
 
 def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError:
@@ -8101,8 +8101,10 @@ class Dify:
         timeout_s: float,
     ) -> UpstreamResponse:
         origin, (body, content_type) = origin_of(app.base), content
+        # Gateways that choose by the Host know none with the scheme's own port.
+        host = _authority(origin, 443 if origin.scheme == "https" else 80)
         fields = [
-            ("Host", _authority(origin)),
+            ("Host", host),
             ("Authorization", f"Bearer {app.key}"),
             ("User-Agent", f"OpenDify/{__version__}"),
             ("Accept-Encoding", "identity"),
@@ -8115,7 +8117,7 @@ class Dify:
                 fields.append(("Transfer-Encoding", "chunked"))
         proxy = proxy_for(origin, self._pool.settings)
         if proxy and origin.scheme == "http":  # RFC 9112, section 3.2.2
-            target = f"http://{_authority(origin)}{target}"
+            target = f"http://{host}{target}"
             fields += proxy.headers
         head = encode_head(f"{method} {target} HTTP/1.1", fields)
         if isinstance(body, bytes):

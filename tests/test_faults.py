@@ -1046,9 +1046,9 @@ async def test_plain_http_goes_through_a_proxy(user: str) -> None:
             for stream in (True, False):
                 asked = await front.ask(stream=stream)
                 assert asked.outcome == Outcome(200, "Hello", FINE)
-    line = "POST http://dify.example:80/v1/chat-messages HTTP/1.1"
+    line = "POST http://dify.example/v1/chat-messages HTTP/1.1"
     assert [between.first_line(number) for number in (0, 1)] == [line] * 2
-    assert between.fields()["host"] == "dify.example:80"
+    assert between.fields()["host"] == "dify.example"
     wanted = AUTHORIZATION if user else None
     assert between.fields().get("proxy-authorization") == wanted
 
@@ -1124,6 +1124,29 @@ async def test_base_may_be_an_ipv6_address() -> None:
         assert (await front.ask(stream=True)).outcome == Outcome(200, "Hello", FINE)
         await asyncio.sleep(0.1)
     assert f"\r\nHost: [::1]:{port}\r\n".encode() in heads[0]
+
+
+@pytest.mark.parametrize(
+    ("base", "host"),
+    [
+        ("http://dify.example/v1", "dify.example"),
+        ("http://dify.example:80/v1", "dify.example"),
+        ("http://dify.example:443/v1", "dify.example:443"),
+        ("http://user:word@[2001:db8::1]:5001/v1", "[2001:db8::1]:5001"),
+    ],
+)
+async def test_host_has_a_port_only_if_it_is_not_the_schemes_own(
+    base: str, host: str
+) -> None:
+    between = Between()
+    async with raw_server(between.serve) as here:
+
+        async def connect(*_: Any, **__: Any) -> Any:
+            return await open_wire("127.0.0.1", port_of(here))
+
+        async with proxying(base, connect) as front:
+            assert (await front.ask(stream=False)).outcome.end == FINE
+    assert between.fields()["host"] == host
 
 
 async def test_second_address_is_tried_when_the_first_does_not_answer() -> None:
