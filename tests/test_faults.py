@@ -41,10 +41,12 @@ from opendify import (
     CIRCUIT_S,
     Dify,
     Handlers,
+    Origin,
     Server,
     open_conversations,
     open_wire,
     parse_settings,
+    proxy_for,
 )
 
 FIRST_EVENT_S, IDLE_S, CONNECT_S = 20, 40, 10
@@ -1091,6 +1093,24 @@ async def test_no_proxy_names_what_is_reached_directly(
             assert (await front.ask(stream=False)).outcome.end == FINE
     proxy = ("127.0.0.1", port_of(here))
     assert asked_for == [("dify.example", 80) if is_direct else proxy]
+
+
+@pytest.mark.parametrize(
+    ("host", "no_proxy", "is_direct"),
+    [
+        ("10.1.2.3", "localhost,10.0.0.0/8,.svc", True),
+        ("10.1.2.3", "10.1.2.9/24", True),
+        ("11.1.2.3", "10.0.0.0/8", False),
+        ("dify.example", "0.0.0.0/0", False),
+        ("10.1.2.3", "10.0.0.0/99,/", False),
+        ("fd00::1", "fd00::/8", True),
+        ("fd00::1", "10.0.0.0/8", False),
+    ],
+)
+def test_no_proxy_may_name_a_network(host: str, no_proxy: str, is_direct: bool) -> None:
+    variables = {"HTTP_PROXY": "http://proxy.example:3128", "NO_PROXY": no_proxy}
+    settings = parse_settings(variables)
+    assert (proxy_for(Origin("http", host, 80), settings) is None) == is_direct
 
 
 async def test_loopback_needs_no_proxy() -> None:
