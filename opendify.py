@@ -6798,7 +6798,9 @@ class Wire(asyncio.Protocol):
         if self._transport.is_closing():
             return
         self._transport.close()
-        if self._unsent:  # a peer that reads nothing must not hold it for ever
+        # A peer that reads nothing must not hold it for ever, nor one of TLS that does
+        # not say goodbye in its turn.
+        if self._unsent or self._transport.get_extra_info("sslcontext"):
             self._loop.call_later(WRITE_TIMEOUT_S, self.abort)
 
     def abort(self) -> None:

@@ -41,6 +41,7 @@ from opendify import (
     MAX_IDLE_CONNECTIONS,
     RETRY_AFTER_S,
     STOP_DRAIN_S,
+    WRITE_TIMEOUT_S,
     AppSettings,
     Attachment,
     ConfigurationFault,
@@ -1537,6 +1538,29 @@ async def test_tls_connection_is_made_and_reused(host: str) -> None:
         for _ in range(3):
             assert await dify.call(app, "GET", "/info") == {"name": "n"}
     assert accepted == 1
+
+
+async def test_tls_connection_ends_though_its_peer_says_no_goodbye() -> None:
+    """Before Python 3.11, asyncio would wait for it for ever."""
+    peers: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+
+    def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        peers.put_nowait(writer)
+
+    server = await asyncio.start_server(
+        accept, "127.0.0.1", 0, ssl=tls_context("localhost")
+    )
+    async with server:
+        address = server.sockets[0].getsockname()
+        trust = ssl.create_default_context(cafile=str(TLS / "authority.pem"))
+        wire = await open_wire(*address, ssl=trust, server_hostname="localhost")
+        peer = await peers.get()
+        wire.close()
+        await asyncio.sleep(WRITE_TIMEOUT_S + 1)
+        assert wire._is_lost
+        peer.transport.abort()
+        await asyncio.sleep(0.1)
 
 
 @pytest.mark.real_clock
