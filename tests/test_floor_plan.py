@@ -29,7 +29,7 @@ BUDGETS = {
     "Conversations": 435,
     "Pacer": 135,
     "Wire": 565,
-    "Upstream": 815,
+    "Upstream": 830,
     "Answers": 650,
     "Handlers": 1115,
     "Server": 300,
