@@ -8629,6 +8629,8 @@ class Reading:
         if self._is_json and not is_whole and ask.output.is_compound:
             self._json = JsonReader(ask.output)
         self.is_plain = not (ask.tools or ask.stops or self._is_json)
+        self._holds_all = self._is_json and not self._json  # until it is judged
+        self._holds_all |= is_whole and ask.tool_mode == "required"
         self._held: list[Part] = []  # until it is certain that the answer will do
         self._said: list[str] = []
         self._has_given = False  # text, that can't be taken back
@@ -8673,8 +8675,8 @@ class Reading:
     @property
     def _is_open(self) -> bool:
         """Whether the answer may still turn out not to do."""
-        if self._is_json and not self._json:
-            return True  # it is judged as a whole
+        if self._holds_all:
+            return True
         if self._has_call:
             return False
         has_json = not self._json or bool(self._json.text)
@@ -8682,19 +8684,20 @@ class Reading:
 
     def _judge(self) -> None:
         """The answer is over: will it do? Beside a call no JSON is needed."""
-        if self._ask.tool_mode == "required" and not self._has_call:
+        answer = Answer()  # it knows what was reasoning after all, calls too
+        for part in self._held:
+            answer.add(part)
+        has_call = bool(answer.calls) if self._holds_all else self._has_call
+        if self._ask.tool_mode == "required" and not has_call:
             names = ", ".join(tool.name for tool in self._ask.tools)
             self.problem = f"Call {names}."
-        elif self._json and not self._has_call:
+        elif self._json and not has_call:
             self.problem = json_problem(self._json.text, self._ask.output)
             if self.problem and self._has_given:
                 raise unsatisfied(self._ask, self.problem)
         elif self._is_json and not self._json:
-            answer = Answer()  # it knows what was reasoning after all, calls too
-            for part in self._held:
-                answer.add(part)
             text, problem = extract_json(answer.text, self._ask.output)
-            self.problem = "" if answer.calls else problem
+            self.problem = "" if has_call else problem
             kinds = (Text, Reasoning, Recast, ToolCall)
             rest = [part for part in self._held if not isinstance(part, kinds)]
             self._held = [Reasoning(answer.reasoning), Text(text or "")]

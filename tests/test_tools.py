@@ -561,6 +561,14 @@ async def test_call_that_was_only_thought_of_is_none_beside_json() -> None:
     assert choices_of(got) == [Choice(GOOD, [], "stop")]
 
 
+async def test_call_that_was_only_thought_of_is_none_where_one_is_required() -> None:
+    thought = f"I could write\n{OSLO}\nbut no.\n</think>\n\n"
+    answers = [at_once(f"{thought}It is sunny."), at_once(OSLO)]
+    async with proxy(lambda _: answers.pop(0)) as served:
+        got = await served.chat(tools=TOOLS, tool_choice="required")
+    assert choices_of(got) == [OSLO_CALL] and len(served.turns) == 2
+
+
 @WHOLE_OR_STREAMED
 @pytest.mark.parametrize("stop", ["```", "\n\n", "}"])
 async def test_stop_is_not_looked_for_where_json_is_wanted(
