@@ -843,8 +843,9 @@ class Ask(NamedTuple):
 
     `messages` is the whole visible history in order, the new message(s) last, without
     the system text that opens it: that is `system`. `conversation_id` is the explicit
-    one, "" where the client named none; of that, Dify has the messages up to the last
-    answer, unless all are new to it. Without one, all are new to any conversation then.
+    one, "" where the client named none. That conversation has the messages up to the
+    last answer, unless `is_all_new`; where none is named, another may not be continued
+    then because it has them.
     """
 
     model: str
@@ -7823,10 +7824,6 @@ class Dify:
 
     # Facts about apps...
 
-    def known_name(self, app: AppSettings) -> str:
-        """The app's name, "" if nobody has asked yet."""
-        return self.facts_of(app).name
-
     async def name_of(self, app: AppSettings) -> str:
         """The app's name in Dify; kept."""
         facts = self.facts_of(app)
@@ -9525,7 +9522,7 @@ class Handlers:
     async def list_models(self, exchange: Exchange) -> None:
         """`GET /models`."""
         models = await self._models()
-        rows = [(name, self._dify.known_name(app)) for name, app in models.items()]
+        rows = [(name, self._dify.facts_of(app).name) for name, app in models.items()]
         send_json(exchange.reply, models_list(rows, self._created))
 
     async def get_model(self, exchange: Exchange) -> None:
@@ -9534,7 +9531,7 @@ class Handlers:
         name = _decoded_name(exchange.name_in_path, models)
         if name not in models:
             raise _no_such_model(name, models)
-        app_name = self._dify.known_name(models[name])
+        app_name = self._dify.facts_of(models[name]).name
         send_json(exchange.reply, model_object(name, app_name, self._created))
 
     async def list_apps(self, exchange: Exchange) -> None:
@@ -9548,7 +9545,7 @@ class Handlers:
             mode = await self._dify.confirmed_mode(app)
         except ProxyError as error:
             return {"id": model, "error": error.message}
-        return {"id": model, "name": self._dify.known_name(app), "mode": mode}
+        return {"id": model, "name": self._dify.facts_of(app).name, "mode": mode}
 
     async def ready(self, exchange: Exchange) -> None:
         """`GET /ready`: an app has answered lately, or answers now."""
@@ -9588,14 +9585,14 @@ class Handlers:
         """All apps by model name; those of DIFY_API_KEYS by their names in Dify."""
         models, base = dict(self.settings.model_config), self.settings.dify_api_base
         apps = [AppSettings(key, base) for key in self.settings.dify_api_keys]
-        unnamed = [app for app in apps if not self._dify.known_name(app)]
+        unnamed = [app for app in apps if not self._dify.facts_of(app).name]
         results = await _in_time(map(self._dify.name_of, unnamed))
         for app, got in zip(unnamed, results):
             if isinstance(got, Exception) and not isinstance(got, asyncio.TimeoutError):
                 log.warning("%s of DIFY_API_KEYS: %s", mask_key(app.key), got)
         for app in apps:
             digest = hashlib.sha256(app.key.encode()).hexdigest()
-            name = self._dify.known_name(app) or f"app-{digest[:8]}"
+            name = self._dify.facts_of(app).name or f"app-{digest[:8]}"
             if name in models:
                 name = f"{name} ({digest[:4]})"
             models[name] = app
@@ -9832,11 +9829,11 @@ class Handlers:
         """`GET /responses/{id}`: the answer, as Dify has stored it."""
         if query_of(exchange.request).get("stream", "").lower() == "true":
             raise bad_value("stream", "a stored response comes whole.")
-        for stream, _ in self._running_as(exchange):
-            send_json(exchange.reply, stream.so_far("in_progress"))
-            return
-        frame, turn = await self._stored_response(exchange)
-        send_json(exchange.reply, self._as_response(frame, turn))
+        if running := self._running_as(exchange):
+            shown = running[0].so_far("in_progress")
+        else:
+            shown = self._as_response(*await self._stored_response(exchange))
+        send_json(exchange.reply, shown)
 
     async def get_input_items(self, exchange: Exchange) -> None:
         """`GET /responses/{id}/input_items`: the question of an answer."""
@@ -9851,21 +9848,23 @@ class Handlers:
 
     async def cancel_response(self, exchange: Exchange) -> None:
         """`POST /responses/{id}/cancel`: the app stops, its stream ends with that."""
-        for stream, turn in self._running_as(exchange):
+        if running := self._running_as(exchange):
+            stream, turn = running
             value, task_id = stream.so_far("cancelled"), turn.stream.answer.task_id
             await self._dify.stop(turn.app, turn.mode, task_id, turn.user)
             send_json(exchange.reply, value)
-            return
-        await self.get_response(exchange)
+        else:
+            await self.get_response(exchange)
 
-    def _running_as(self, exchange: Exchange) -> Iterator[tuple[ResponseStream, Turn]]:
+    def _running_as(self, exchange: Exchange) -> tuple[ResponseStream, Turn] | None:
         """The streamed response that a path names, with its turn, while it runs."""
         owner, asked_for = self._owner_of(exchange), exchange.name_in_path
         for stream, other in self._running.items():
             told = stream.response
             is_it = told.get("id") == asked_for and told["status"] == "in_progress"
             if is_it and other.turn and self._owner_of(other) == owner:
-                yield stream, other.turn
+                return stream, other.turn
+        return None
 
     async def _stored_response(
         self, exchange: Exchange

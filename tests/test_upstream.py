@@ -1346,9 +1346,9 @@ async def test_mode_is_told_by_info_and_kept(mode: str) -> None:
         client(fake.base, mode="") as (dify, app),
     ):
         fake.app(KEY, mode=mode, name="Name")
-        assert dify.known_name(app) == ""
+        assert dify.facts_of(app).name == ""
         assert [await dify.mode_of(app) for _ in range(3)] == [mode] * 3
-        assert (dify.known_name(app), await dify.name_of(app)) == ("Name", "Name")
+        assert (dify.facts_of(app).name, await dify.name_of(app)) == ("Name", "Name")
         assert [request.path for request in fake.requests] == ["/info"]
 
 
