@@ -2103,12 +2103,16 @@ def mode_from_probe(conversations: str, completion_stop: str) -> str:
     return "workflow" if completion_stop == "app_unavailable" else "completion"
 
 
-def query_variable(mode: str, form: AppForm) -> str:
-    """The input that takes the user's text in a workflow or a text generator.
+def query_variable(mode: str, form: AppForm, configured: str = "") -> str:
+    """The input that takes the user's text; "" in a chat, where the query does.
 
     Raises:
         WrongMode: the app has none; the message lists what it has.
     """
+    if mode in CHAT_MODES:
+        return ""
+    if configured:
+        return configured
     texts = [row for row in form.inputs if row.type in _TEXT_TYPES]
     names = [row.variable for row in texts]
     required = [row.variable for row in texts if row.required]
@@ -9010,9 +9014,7 @@ class Turns:
             placed = place_files(form, zip(plan.files, ids), inputs)
             common["inputs"] = {**inputs, **placed["inputs"]}
             common["files"] = placed["files"]
-        variable = ""
-        if mode not in CHAT_MODES:
-            variable = app.query_variable or query_variable(mode, form)
+        variable = query_variable(mode, form, app.query_variable)
         conversation_id = plan.tail.conversation_id
         return dify_request(
             mode, plan.query, common, variable=variable, conversation_id=conversation_id
@@ -11624,9 +11626,7 @@ async def _check_app(
         try:
             mode = await dify.confirmed_mode(app)
             form = await dify.form_of(app)
-            variable = ""
-            if mode not in CHAT_MODES:
-                variable = app.query_variable or query_variable(mode, form)
+            variable = query_variable(mode, form, app.query_variable)
             notes += _notes_on(app, form, variable)
             notes += _known_problems(facts.version, mode)
             if asks:
