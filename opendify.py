@@ -9555,11 +9555,7 @@ class Handlers:
         if not apps:
             raise ConfigurationFault("No app is configured.")
         if not self._dify.has_answered_lately:
-            asking = [self._dify.call(app, "GET", "/info") for app in apps]
-            results = await asyncio.gather(*asking, return_exceptions=True)
-            errors = [got for got in results if isinstance(got, BaseException)]
-            if len(errors) == len(results):
-                raise errors[0]
+            await _any_of(self._dify.call(app, "GET", "/info") for app in apps)
         send_json(exchange.reply, {"status": "ready"})
 
     async def show_metrics(self, exchange: Exchange) -> None:
@@ -10403,6 +10399,22 @@ def with_words(ask: Ask, place: str) -> Ask:
         return ask
     texts = [text for text in (ask.system, *words) if text]
     return ask._replace(system="\n\n".join(texts))
+
+
+async def _any_of(asking: Iterable[Awaitable[Any]]) -> None:
+    """Wait until one succeeds; raises the first one's error if none does."""
+    tasks = [asyncio.ensure_future(row) for row in asking]
+    whole = asyncio.gather(*tasks, return_exceptions=True)  # takes note of all errors
+    try:
+        for done in asyncio.as_completed(tasks):
+            with contextlib.suppress(ProxyError):
+                await done
+                return
+        await tasks[0]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await whole
 
 
 async def _in_time(asking: Iterable[Awaitable[Any]]) -> list[Any]:

@@ -369,8 +369,13 @@ async def test_one_app_that_answers_is_enough_to_be_ready() -> None:
             dify.app(key, overrides={"/info": [refusal]})
         dify.app("app-worse", overrides={"/info": [Status(504, "<html>")]})
         assert status_of(await talk(front.port, get("/ready"))) == 502, "the first's"
+        dify.app("app-worse", overrides={"/info": [Hang()]})
         dify.app("app-good")
+        asked_at = asyncio.get_running_loop().time()
         assert status_of(await talk(front.port, get("/ready"))) == 200
+        assert asyncio.get_running_loop().time() - asked_at < 1, (
+            "others are not waited for"
+        )
 
 
 async def test_health_and_readiness_need_no_key() -> None:
