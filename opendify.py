@@ -878,7 +878,7 @@ class Text:
 
 @dataclass(init=False)
 class Reasoning:
-    """More of what the model thinks before or between its text, or inline: in it."""
+    """More of what the model thinks; `is_inline` if it stood in the text, in tags."""
 
     __slots__ = ("is_inline", "text")
     text: str
@@ -892,7 +892,7 @@ class Reasoning:
 class Replace:
     """Forget the text so far, this is it (moderation does that).
 
-    `reasoning` stood in it, in the place of what stood in the text so far.
+    `reasoning` stood in the new text; what stood in the text so far is forgotten, too.
     """
 
     text: str
@@ -1314,7 +1314,7 @@ class CallReader:
                     self._read(done, piece, is_last=False)
             else:
                 done += [*self.close(), part]
-            if isinstance(part, (Replace, Recast)):  # other text comes before now
+            if isinstance(part, (Replace, Recast)):  # what comes follows other text
                 self._is_code, self._tail = False, ""
         return done
 
@@ -4899,8 +4899,7 @@ def _echo_choice(value: Any) -> Any:
         return {"type": kind, "name": name}
     if kind == "allowed_tools" and isinstance(tools, list):
         mode = "required" if choice.get("mode") == "required" else "auto"
-        rows = [row for row in tools if isinstance(row, dict)]
-        return {"type": kind, "mode": mode, "tools": rows}
+        return {"type": kind, "mode": mode, "tools": objects_of(tools)}
     return value if value in ("none", "auto", "required") else "auto"
 
 
@@ -5025,7 +5024,7 @@ def stored_item(row: Any, id_: str, taken: Collection[str]) -> dict[str, Any]:
 
 
 def _complete(part: Any) -> Any:
-    """A part of a message; clients count on the lists of an answer's text."""
+    """A part of a message; clients count on the lists that an answer's text has."""
     is_answer = isinstance(part, dict) and part.get("type") == "output_text"
     return {**_MESSAGE_FORM.part, **part} if is_answer else part
 
@@ -10755,8 +10754,6 @@ def _slow_request() -> ProxyError:
 
 # After these nobody knows where the next request begins, or there is none to be.
 _LAST_ERRORS = (MalformedHTTP, HeadTooLarge, RequestTimeout, Overloaded)
-
-
 _QUESTION_PARAMS = {"responses": "input", "completions": "prompt"}  # else `messages`
 
 
