@@ -11324,7 +11324,7 @@ class SettingsSource:
             if not settings.has_apps:
                 raise SettingsError([f"{self._path} has no app any more"])
         except SettingsError as error:
-            for complaint in error.complaints:
+            for complaint in [*self.warnings, *error.complaints]:
                 log.error("%s (the settings stay as they were)", complaint)
             return None
         log.info("settings read anew: %s", _models_shown(settings))

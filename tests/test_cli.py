@@ -439,6 +439,15 @@ def test_bad_env_file_is_reported_and_changes_nothing(
     assert edited.port() == 1003
 
 
+def test_bad_line_of_a_changed_env_file_is_told_beside_what_came_of_it(
+    edited: EditedFile, caplog: pytest.LogCaptureFixture
+) -> None:
+    edited.write('MODEL_CONFIG={\n"a": "app-1"\n}')
+    assert edited.port() is None
+    assert ["line 2, 3" in row for row in caplog.messages] == [True, False]
+    assert "MODEL_CONFIG: is not JSON" in caplog.messages[1]
+
+
 @pytest.mark.parametrize(
     ("models", "keys", "shown"),
     [
