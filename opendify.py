@@ -5204,6 +5204,7 @@ class ResponseStream:
         self._output: list[dict[str, Any]] = []
         self._open: dict[str, _OpenItem] = {}  # by prefix
         self._numbers = count()  # of its events
+        self._item_numbers: defaultdict[str, Iterator[int]] = defaultdict(count)
 
     @property
     def usage(self) -> Usage:
@@ -5293,7 +5294,7 @@ class ResponseStream:
     def _add_item(self, form: _Form, fields: Mapping[str, str]) -> bytes:
         at = len(self._output)
         # By its number among its kind: read again, reasoning comes before the text.
-        number = sum(row["id"].startswith(form.prefix) for row in self._output)
+        number = next(self._item_numbers[form.prefix])
         item = {"id": self._frame.id(form.prefix, number), **form.added, **fields}
         self._output.append(item)
         self._open[form.prefix] = opened = _OpenItem(form, item, at)

@@ -769,6 +769,17 @@ def test_stream_that_fails_while_it_thinks() -> None:
     assert end["output"][0]["summary"] == [{"type": "summary_text", "text": "a"}]
 
 
+def test_many_items_take_little_time() -> None:
+    parts: list[Part] = [Reasoning("a"), Text("b")] * 4000
+    parts += [ToolCall(f"call_{number}", "f", "{}") for number in range(4000)]
+    stream = ResponseStream(frame_of())
+    stream.begin(IDS)
+    with at_most(300):
+        for part in [*parts, Finish()]:
+            stream.encode(part)
+    assert len(stream.response["output"]) == 8001
+
+
 def test_stream_that_fails_before_it_begins() -> None:
     stream = ResponseStream(frame_of())
     events = events_of(stream.fail(UpstreamFailed("x")))
