@@ -2478,6 +2478,7 @@ class MissingInput(UpstreamRejected):
     """The app wants an input that was not sent."""
 
 
+_MAX_TOLD = 10_000  # characters of an error that are searched for what it means
 _WRONG_MODE = ("not_chat_app", "app_unavailable", "not_workflow_app")
 # What the texts of providers' errors tell: Dify's codes and statuses say "400" to all.
 _BY_WORDING: Mapping[str, type[ProxyError]] = {
@@ -2522,7 +2523,8 @@ def error_from_dify(
     by_code = RateLimited if status == 429 else _BY_CODE.get(code)
     if by_code:
         return by_code(text)
-    told = f"{whole} {text}"  # the provider's status and code stand around its text
+    # The provider's status and code stand around its text, which may echo megabytes.
+    told = " ".join([whole[:_MAX_TOLD], whole[-_MAX_TOLD:], text[:_MAX_TOLD]])
     for wording, error in _BY_WORDING.items():
         if re.search(wording, told, re.IGNORECASE):
             return error(text)

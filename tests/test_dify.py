@@ -1187,6 +1187,18 @@ def test_error_of_dify(
     )
 
 
+def test_error_that_echoes_a_file_is_understood_in_little_time() -> None:
+    echo = "QUJD rate " * 400_000
+    message = (
+        f'[openai] {{"image": "{echo}", "error": {{"message": "Too many requests"}}}}'
+    )
+    with at_most(40):
+        error = opendify.error_from_dify(400, "x", message, in_run=True)
+        other = opendify.error_from_dify(400, "x", echo, in_run=True)
+    assert (error.code, error.message) == ("rate_limit_exceeded", "Too many requests")
+    assert (type(other).__name__, other.code) == ("UpstreamFailed", "x")
+
+
 @pytest.mark.parametrize(
     ("status", "body", "wanted"),
     [
