@@ -8412,8 +8412,8 @@ class Outlet:
         if self._pacer:
             is_flood = self._pacer.held > MAX_HELD_CHARS
             out.append(self._flush() if is_flood else self._take(self._pacer, now))
-            self._arm()
         self._write(b"".join(out), now)
+        self._arm()
 
     def stay(self) -> None:
         """Keep the connection alive; after `finish`, once more."""
