@@ -1120,6 +1120,9 @@ _OBJECT = re.compile(r"\{\s*[\"}]")
 _OBJECT_OR_ARRAY = re.compile(r"\{\s*[\"}]|\[\s*[\"{\[\]\dtfn-]")
 _MAYBE_JSON = re.compile(r"[\[{]\s*\Z")
 _PAIRS = {"{": "}", "[": "]"}
+_NEXT_PARAMETER = re.compile(
+    r"\n<(?:antml:|｜DSML｜)?parameter(?:=|\ +name\ *=\ *)[\"']?(?P<key>[\w.-]+)"
+)
 _ESCAPE = re.compile(r"\\(?:[^u]|u[0-9a-fA-F]{4})|[\"\\]")
 _SLOPPY = re.compile(
     r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\b(?:True|False|None)\b"
@@ -1487,9 +1490,13 @@ class _Block:
         end = self._text.find(closer, token.end())
         if end < 0 or not self._name:
             return None if self._name else False
-        key = token["key"] or token["arg_key"].strip()
+        key, tool = token["key"] or token["arg_key"].strip(), self._tools[self._name]
+        for other in _NEXT_PARAMETER.finditer(self._text, token.end(), end):
+            if other["key"] in _properties(tool):  # the closer before it is missing
+                end, closer = other.start(), ""
+                break
         text = re.sub(r"\A\n|\n\Z", "", self._text[token.end() : end])
-        self._given[key] = _typed(self._tools[self._name], key, text)
+        self._given[key] = _typed(tool, key, text)
         self._at = end + len(closer)
         return True
 
@@ -8214,6 +8221,7 @@ _ID_HEADERS = {
     "message_id": "X-Dify-Message-Id",
 }
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_QUESTION_PARAMS = {"responses": "input", "completions": "prompt"}  # else `messages`
 # What Dify says before anything runs.
 _REFUSALS = (BadRequest, ConfigurationFault, RateLimited, QuotaExceeded)
 
@@ -8312,6 +8320,13 @@ class Exchange:
     def user_of(self, asked: str) -> str:
         """The end user's name in Dify, by the body, a header, or the key."""
         return end_user(asked, self.forwarded_user, client_key(self.request.headers))
+
+    def explain(self, error: ProxyError) -> None:
+        """Let an error name the model, and the field as the endpoint calls it."""
+        if error.param == "messages":
+            error.param = _QUESTION_PARAMS.get(self.route, error.param)
+        if isinstance(error, ConfigurationFault) and self.model:
+            error.message = f"The model {self.model!r}: {error.message}"
 
     def leave(self) -> None:
         """The client has gone; what serves it is interrupted if it wants to be."""
@@ -10757,19 +10772,15 @@ def _slow_request() -> ProxyError:
 
 # After these nobody knows where the next request begins, or there is none to be.
 _LAST_ERRORS = (MalformedHTTP, HeadTooLarge, RequestTimeout, Overloaded)
-_QUESTION_PARAMS = {"responses": "input", "completions": "prompt"}  # else `messages`
 
 
 def _refuse(exchange: Exchange, error: ProxyError) -> None:
     """The error as a response, or as the end of one that has begun."""
     reply = exchange.reply
     exchange.error = error
-    if error.param == "messages":
-        error.param = _QUESTION_PARAMS.get(exchange.route, error.param)
+    exchange.explain(error)
     if isinstance(error, _LAST_ERRORS):
         reply.must_close = True
-    if isinstance(error, ConfigurationFault) and exchange.model:
-        error.message = f"The model {exchange.model!r}: {error.message}"
     log_level = logging.WARNING if error.status >= 500 else logging.INFO
     log.log(log_level, "%s: %s id=%s", type(error).__name__, error.message, exchange.id)
     if not reply.status:

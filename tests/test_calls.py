@@ -326,6 +326,11 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
         "<parameter=hourly>\ntrue\n</parameter>\n</function>\n</tool_call>",
         [("get_weather", {"city": "Paris", "hourly": True})],
     ),
+    "qwen-coder-closer-forgotten": (
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n<parameter=a>\n"
+        "<parameter=hourly>\ntrue\n</parameter>\n</function>\n</tool_call>",
+        [("get_weather", {"city": "Paris\n<parameter=a>", "hourly": True})],
+    ),
     "minimax": (
         '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Paris'
         "</parameter>\n</invoke>\n</minimax:tool_call>",
