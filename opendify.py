@@ -8428,7 +8428,8 @@ class Outlet:
             is_flood = self._pacer.held > MAX_HELD_CHARS
             out.append(self._flush() if is_flood else self._take(self._pacer, now))
         self._write(b"".join(out), now)
-        self._arm()
+        if self._pacer:
+            self._arm()
 
     def stay(self) -> None:
         """Keep the connection alive; after `finish`, once more."""
@@ -10340,8 +10341,7 @@ def _in_conversation(
     if not named.is_bound_to(scope):
         raise bad_value("conversation", "it belongs to another model or end user.")
     items = (*parse_items(list(named.items)), *asked.items)
-    id_ = named.conversation_id
-    ask = asked.ask._replace(conversation_id=id_, is_all_new=True)
+    ask = asked.ask._replace(conversation_id=named.conversation_id, is_all_new=True)
     return replace(asked, ask=ask, items=items)
 
 
