@@ -6581,6 +6581,7 @@ class Wire(asyncio.Protocol):
         self._failure: Exception | None = None  # of the connection, or a deadline's
         self._reader: asyncio.Future[None] | None = None  # who waits for bytes
         self._room: asyncio.Event | None = None  # to write; None: there is some
+        self._was_unsent = 0  # when the deadline of a write was set
         self._deadline = 0.0  # 0: none
         self._on_deadline: Callable[[], Exception] = ConnectionBroken
         self._timer: asyncio.TimerHandle | None = None
@@ -6678,6 +6679,9 @@ class Wire(asyncio.Protocol):
             return
         if self._now() < self._deadline:
             self._arm()
+            return
+        if self._room and self._unsent < self._was_unsent:
+            self._allow_write()  # it reads, if slowly
             return
         is_awaited = bool(self._reader and not self._reader.done())
         if self._buffer and not (is_awaited or self._room or self._unsent):
@@ -6797,11 +6801,15 @@ class Wire(asyncio.Protocol):
     async def drain(self) -> None:
         """Wait until the peer has taken most of what was written."""
         if self._room:
-            self.allow(WRITE_TIMEOUT_S, ConnectionBroken)
+            self._allow_write()
             await self._room.wait()
             self.allow_any_time()
         if self._transport.is_closing():
             raise self._failure or ConnectionBroken("closed")
+
+    def _allow_write(self) -> None:
+        self._was_unsent = self._unsent
+        self.allow(WRITE_TIMEOUT_S, ConnectionBroken)
 
     def close(self) -> None:
         """Close after what was written is sent; may be called twice."""
@@ -6815,7 +6823,13 @@ class Wire(asyncio.Protocol):
         # A peer that reads nothing must not hold it for ever, nor one of TLS that does
         # not say goodbye in its turn.
         if self._unsent or self._transport.get_extra_info("sslcontext"):
-            self._loop.call_later(WRITE_TIMEOUT_S, self.abort)
+            self._loop.call_later(WRITE_TIMEOUT_S, self._close_at_last, self._unsent)
+
+    def _close_at_last(self, was_unsent: int) -> None:
+        if 0 < self._unsent < was_unsent:
+            self._loop.call_later(WRITE_TIMEOUT_S, self._close_at_last, self._unsent)
+        else:
+            self.abort()
 
     def abort(self) -> None:
         """Close now."""
@@ -10541,6 +10555,9 @@ HEAD_TIMEOUT_S = 30.0
 BODY_TIMEOUT_S = 60.0  # between two reads
 # asyncio accepts this many in a row, and fails as often when descriptors are used up.
 ACCEPTS_AT_ONCE, BACKLOG = 16, 2048
+# What the kernel may hold for a client that is not on its way yet. It would take
+# megabytes, and more in lumps of a third of them: who reads slowly would seem not to.
+NOT_SENT_BYTES = 128 * 1024
 DISCARD_S, DISCARD_BYTES = 2.0, 1024 * 1024  # of a request that was refused
 CANCEL_S = 2.0  # for what was cut to stop its runs in Dify
 DRAIN_S = 30.0  # Kubernetes kills after 30 s by default
@@ -10590,6 +10607,9 @@ class Listener:
         for socket_ in server.sockets:
             with socket.fromfd(socket_.fileno(), socket_.family, socket_.type) as twin:
                 twin.listen(BACKLOG)
+                if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # not on Windows
+                    option = (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
+                    twin.setsockopt(*option, NOT_SENT_BYTES)
         return addresses
 
     async def stop(self, grace_s: float) -> bool:

@@ -40,6 +40,7 @@ from opendify import (
     Dify,
     Exchange,
     Handlers,
+    Listener,
     RateLimited,
     Reply,
     Request,
@@ -999,6 +1000,30 @@ async def test_client_that_reads_nothing_is_cut_off(line: str) -> None:
         sock.close()
         await quiet()
         await host.still_serves()
+
+
+async def test_client_that_reads_slowly_gets_all() -> None:
+    """The kernel would hold megabytes for it, and take more after minutes only."""
+
+    class Sender(Listener):
+        async def serve(self, wire: Wire) -> None:
+            wire.write(bytes(8_000_000))
+            await wire.drain()
+            wire.close()
+
+    listener = Sender()
+    (address,) = await listener.listen("127.0.0.1", 0)
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, address)
+    got = 0
+    while got < 8_000_000:
+        await asyncio.sleep(1)
+        got += len(sock.recv(20_000))
+    assert now() > 5 * WRITE_TIMEOUT_S
+    sock.close()
+    assert await listener.stop(1)
 
 
 async def test_address_that_guesses_keys_has_to_wait() -> None:
