@@ -2847,7 +2847,7 @@ class AnswerReader:
         if not (self.task_id and self.conversation_id and self.message_id):
             self._learn_ids(value)
         translate = _TRANSLATORS.get(str(value.get("event")))
-        if translate is AnswerReader._message and self._mode != "agent":
+        if value.get("event") in _DELTAS and self._mode != "agent":
             self._like = data
         return translate(self, value) if translate else []
 
@@ -2857,15 +2857,16 @@ class AnswerReader:
         Reading the text alone is five times faster than parsing the whole event.
         """
         self._delta = None
-        before, key, rest = data.partition('"answer":')
-        opening = rest[: rest.find('"') + 1]
+        key = _TEXT_KEY.search(data)
+        if not key:
+            return
+        before = data[: key.end()]
         try:
-            after = rest[_scan_string(rest, len(opening))[1] :]
-            parsed = json.loads(f'{before}{key}"?"{after}')
+            after = data[_scan_string(data, len(before))[1] :]
+            parsed = json.loads(f'{before}\\u0000"{after}')
         except ValueError:
             return
-        if parsed.get("answer") == "?":
-            before = f"{before}{key}{opening}"
+        if "\0" in (parsed.get("answer"), object_of(parsed.get("data")).get("text")):
             self._delta = (before, len(before), after)
 
     def end(self) -> list[Part]:
@@ -3214,6 +3215,8 @@ _TRANSLATORS: Mapping[str, Callable[[AnswerReader, dict[str, Any]], list[Part]]]
 }
 # What `json.loads` reads strings with: (text, where it begins) -> (string, its end).
 _scan_string: Callable[[str, int], tuple[str, int]] = vars(json.decoder)["scanstring"]
+_DELTAS = ("message", "agent_message", "text_chunk")  # events, and where their text is
+_TEXT_KEY = re.compile(r'"(?:answer|text)":\s*"')
 _UNUSUAL = re.compile("[<\ud800-\udfff]")  # a tag may begin; half a surrogate pair
 _LONG_EVENT = 4096  # characters; a text delta is shorter
 _EVENT_NAME = re.compile(r'\{"event": ?"(\w+)"')
@@ -4384,6 +4387,18 @@ def _finish_reason(reason: str, calls: Sequence[ToolCall], is_legacy: bool) -> s
     return "function_call" if is_legacy else "tool_calls"
 
 
+_HERE = {"@": 0}  # where the text of a chunk goes
+
+
+def _around(chunk: bytes) -> tuple[bytes, bytes]:
+    """What stands before and behind the text in all chunks like this one.
+
+    Written so, a chunk costs a twentieth of what `dumps` of the whole one would.
+    """
+    before, _, after = chunk.partition(json_bytes(_HERE))
+    return before, after
+
+
 class _ChunkStream:
     """What chat and the legacy API have in common; `_choice` is their own."""
 
@@ -4422,11 +4437,7 @@ class _ChunkStream:
 
 
 class ChatStream(_ChunkStream):
-    """Writes the chunks of one choice of a streamed chat completion as SSE.
-
-    Text and Reasoning are written from a template: `dumps` of a whole chunk costs
-    twenty times as much.
-    """
+    """Writes the chunks of one choice of a streamed chat completion as SSE."""
 
     def __init__(
         self,
@@ -4440,7 +4451,7 @@ class ChatStream(_ChunkStream):
         head["system_fingerprint"] = _FINGERPRINT
         super().__init__(head, include_usage=include_usage, index=index)
         self._is_legacy = is_legacy
-        before, _, after = self._chunk({"@": 0}, None).partition(b'{"@":0}')
+        before, after = _around(self._chunk(_HERE, None))
         self._text = (before + b'{"content":', b"}" + after)
         self._reasoning = (before + b'{"reasoning_content":', b"}" + after)
         self._chars = 0
@@ -4504,7 +4515,7 @@ class SpokenStream(ChatStream):
         self._spoken = spoken
         self._id = ""  # until it is told, with the first text
         self._sound: bytes | None = None  # what is not written yet
-        before, _, after = self._audio({"@": 0}).partition(b'{"@":0}')
+        before, after = _around(self._audio(_HERE))
         self._text = (before + b'{"transcript":', b"}" + after)
 
     def begin(self, extra: Mapping[str, Any]) -> bytes:
@@ -4544,6 +4555,7 @@ class CompletionStream(_ChunkStream):
         head = envelope.head("text_completion")
         super().__init__(head, include_usage=include_usage, index=index)
         self._echo = echo
+        self._text = _around(self._chunk(_HERE, None))
 
     def begin(self, extra: Mapping[str, Any]) -> bytes:
         """The first chunk: the prompt, if it is to be repeated."""
@@ -4552,7 +4564,8 @@ class CompletionStream(_ChunkStream):
     def encode(self, part: Part) -> bytes:
         """The chunk that a part becomes; b"" for one that this API has no word for."""
         if isinstance(part, Text):
-            return self._chunk(part.text, None)
+            head, tail = self._text
+            return head + json_string(part.text) + tail
         if isinstance(part, Finish):
             return self._chunk("", part.reason)
         if isinstance(part, Usage):

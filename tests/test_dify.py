@@ -322,14 +322,51 @@ def read(mode: str, *events: str, **options: Any) -> list[Part]:
 PIECES = ["a", "字", "", "\n", "<", "<think>", "</think>", "x" * 90, *"\ud83d\ude00"]
 
 
-@given(st.lists(st.sampled_from([*PIECES, "ping", "end"]), max_size=12))
-def test_deltas_are_read_alike_one_by_one_and_in_a_row(pieces: list[str]) -> None:
-    events = {
-        "ping": "ping",
-        "end": event(event="message_end"),
-        **{text: event(event="message", answer=text) for text in PIECES},
-    }
-    read("chat", *(events[piece] for piece in pieces))
+def text_event(kind: str, text: str, source: str, **more: Any) -> str:
+    where = {"from_variable_selector": [source, "text"]}
+    if kind == "text_chunk":
+        return event(event=kind, data={"text": text, **where}, **more)
+    return event(event=kind, id="1", answer=text, **where, **more)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("chat", "message"), ("agent-chat", "agent_message"), ("workflow", "text_chunk")],
+)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([*PIECES, '"', "\0"]), st.sampled_from("ab"))
+        | st.sampled_from(["ping", "end"]),
+        max_size=12,
+    )
+)
+def test_deltas_are_read_alike_one_by_one_and_in_a_row(
+    mode: str, kind: str, rows: list[str | tuple[str, str]]
+) -> None:
+    """And as those that have nothing in common, each of which is parsed."""
+    fixed = {"ping": "ping", "end": event(event="message_end")}
+    alike, unlike = [], []
+    for number, row in enumerate(rows):
+        if isinstance(row, str):
+            alike.append(fixed[row])
+            unlike.append(fixed[row])
+        else:
+            alike.append(text_event(kind, *row))
+            unlike.append(text_event(kind, *row, number=number))
+    assert read(mode, *alike) == read(mode, *unlike)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("chat", "message"), ("workflow", "text_chunk")]
+)
+def test_deltas_that_are_alike_are_not_parsed(
+    mode: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = AnswerReader(mode, BASE)
+    reader.read([text_event(kind, "a", "llm")])
+    monkeypatch.setattr(opendify, "read_json", None)
+    rows = [text_event(kind, text, "llm") for text in ("b", "c")]
+    assert reader.read(rows) == [Text("b"), Text("c")]
 
 
 @pytest.mark.parametrize(
