@@ -7681,21 +7681,33 @@ class TurnStream:
     """One turn's answer, as it comes: `read` until [], then or before `close`.
 
     `answer` knows the ids of the turn, and whether it is finished.
+
+    Args:
+        dify: the client that opened it.
+        app: that answers, in this mode.
+        mode: of the app.
+        user: who asks.
+        response: the stream.
     """
 
     def __init__(
         self,
-        response: UpstreamResponse,
-        answer: AnswerReader,
-        idle_timeout_s: float,
+        dify: Dify,
         app: AppSettings,
-        find_stored: Callable[[], Awaitable[dict[str, Any]]],
+        mode: str,
+        user: str,
+        response: UpstreamResponse,
     ) -> None:
-        self.answer = answer
-        self._app = app
+        settings = dify.settings
+        self.answer = AnswerReader(
+            mode,
+            app.base,
+            output_variable=app.output_variable,
+            show_process=settings.show_process,
+        )
+        self._dify, self._app, self._mode, self._user = dify, app, mode, user
         self._response = response
-        self._idle_timeout_s = idle_timeout_s
-        self._find_stored = find_stored
+        self._idle_timeout_s = settings.dify_idle_timeout
         self._decoder = SSEDecoder()
         self._parts: list[Part] = []  # that `read` is to return
         self._carry: Callable[[list[Part]], bool] | None = None
@@ -7750,7 +7762,8 @@ class TurnStream:
         if answer.is_closing:
             return answer.end()
         if answer.can_recover:
-            parts = answer.recover(await self._find_stored())
+            row = await self._dify.stored_row(self._app, answer, self._user)
+            parts = answer.recover(row)
         return parts or self._give_up(UpstreamFailed(BROKEN_OFF, retry=False))
 
     def _give_up(self, error: ProxyError) -> list[Part]:
@@ -7774,11 +7787,33 @@ class TurnStream:
         return parts
 
     def close(self) -> None:
-        """Let the connection go; the end of an answer is waited for beside."""
-        if self.answer.is_finished:
+        """Let the connection go; beside, a run that was given up is stopped."""
+        if self.is_given_up and self.answer.task_id:
+            self._dify.run_beside(self.end())
+        elif self.answer.is_finished:
             self._response.close_soon()
         else:
             self._response.close()
+
+    async def stop(self) -> None:
+        """Have Dify end the run, if it may still go on."""
+        may_go_on = self.is_given_up or not self.answer.is_finished
+        self.is_given_up = False  # it is stopped, as well as can be
+        if may_go_on and (task_id := self.answer.task_id):
+            await self._dify.stop(self._app, self._mode, task_id, self._user)
+
+    async def end(self) -> bool:
+        """Stop the run, read on so that Dify stores what it has, and close.
+
+        Returns:
+            Whether Dify has ended the answer with not a word more than was read before.
+        """
+        try:
+            await self.stop()
+            return not await self.drain() and self.answer.is_as_sent
+        finally:
+            self.is_given_up = False  # whatever came meanwhile
+            self.close()
 
     async def drain(self) -> bool:
         """Read on until Dify has ended the answer; whether more text came."""
@@ -7852,6 +7887,11 @@ class Dify:
         self._pool = Pool(connect, settings)
         self._facts: dict[tuple[str, ...], AppFacts] = defaultdict(AppFacts)
         self._answered_at = -inf
+
+    @property
+    def settings(self) -> Settings:
+        """The configuration as it is now."""
+        return self._pool.settings
 
     def use(self, settings: Settings) -> None:
         """Go on with other settings."""
@@ -8014,7 +8054,7 @@ class Dify:
     ) -> UpstreamResponse:
         """A file that a call gives, not read yet; raises `missing` if there is none."""
         body = b"" if value is None else json_bytes(value)
-        timeout_s = self._pool.settings.dify_first_event_timeout
+        timeout_s = self.settings.dify_first_event_timeout
         method = "POST" if body else "GET"
         response = await self._request(app, method, path, body, timeout_s)
         if response.status == 200:
@@ -8026,7 +8066,7 @@ class Dify:
 
     async def read_file(self, response: UpstreamResponse) -> bytes:
         """The next bytes of a file; b"" at its end."""
-        response.allow(self._pool.settings.dify_idle_timeout, _too_silent)
+        response.allow(self.settings.dify_idle_timeout, _too_silent)
         return await response.read()
 
     async def stored_row(
@@ -8083,8 +8123,7 @@ class Dify:
         Raises:
             ProxyError: Dify refused it, or can't be reached.
         """
-        settings = self._pool.settings
-        timeout_s = settings.dify_first_event_timeout
+        timeout_s = self.settings.dify_first_event_timeout
         body = json_bytes(request.body)
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout_s
@@ -8097,17 +8136,7 @@ class Dify:
                 error = ConversationGone("Dify does not know this conversation.")
             raise error
         response.allow(max(0, until - loop.time()), _too_late)
-        answer = AnswerReader(
-            mode,
-            app.base,
-            output_variable=app.output_variable,
-            show_process=settings.show_process,
-        )
-        user = str(request.body["user"])
-        find_stored = functools.partial(self.stored_row, app, answer, user)
-        return TurnStream(
-            response, answer, settings.dify_idle_timeout, app, find_stored
-        )
+        return TurnStream(self, app, mode, str(request.body["user"]), response)
 
     async def stop(self, app: AppSettings, mode: str, task_id: str, user: str) -> None:
         """Ask Dify to stop a run, as well as it can."""
@@ -8166,7 +8195,7 @@ class Dify:
                 fields.append(("Content-Length", str(len(body))))
             else:
                 fields.append(("Transfer-Encoding", "chunked"))
-        proxy = proxy_for(origin, self._pool.settings)
+        proxy = proxy_for(origin, self.settings)
         if proxy and origin.scheme == "http":  # RFC 9112, section 3.2.2
             target = f"http://{host}{target}"
             fields += proxy.headers
@@ -8806,12 +8835,9 @@ class Question:
 class Turn:
     """A turn that Dify has begun to answer."""
 
-    app: AppSettings
-    mode: str
-    user: str
     plan: Plan
     stream: TurnStream
-    first_parts: list[Part] = field(default_factory=list)
+    first_parts: list[Part]
 
     @property
     def ids(self) -> dict[str, str]:
@@ -8895,10 +8921,10 @@ class Turns:
         except (asyncio.CancelledError, ConnectionBroken):
             sink.close()  # nobody reads any more
             has_all = was_there and joins and not sink.is_behind
-            is_stored = await self._stop(turn) and has_all
+            is_stored = await turn.stream.end() and has_all
             raise
         finally:
-            self._let_end(turn)
+            turn.stream.close()
             self._settle(turn, sink if is_stored else None)
         return reading
 
@@ -8937,28 +8963,6 @@ class Turns:
             said = Message("assistant", sink.text, tool_calls=tuple(sink.calls))
             tail = turn.plan.finish(answer.conversation_id, said)
             self._conversations.put(tail, self._wall_clock())
-
-    def _let_end(self, turn: Turn) -> None:
-        """Close the turn's stream; a run that may go on is stopped."""
-        if turn.stream.is_given_up and turn.stream.answer.task_id:
-            self._dify.run_beside(self._stop(turn))
-        else:
-            turn.stream.close()
-
-    async def _stop(self, turn: Turn) -> bool:
-        """End the run, and read on so that Dify stores what it has.
-
-        Returns:
-            Whether Dify has ended the answer with not a word more than was read before.
-        """
-        stream, answer = turn.stream, turn.stream.answer
-        try:
-            if answer.task_id and (stream.is_given_up or not answer.is_finished):
-                await self._dify.stop(turn.app, turn.mode, answer.task_id, turn.user)
-            return not await stream.drain() and answer.is_as_sent
-        finally:
-            stream.is_given_up = False  # it is stopped, as well as can be
-            stream.close()
 
     async def _open_turn(self, question: Question) -> Turn:
         """Send the question to Dify, until it begins to answer."""
@@ -9022,16 +9026,15 @@ class Turns:
         request = await self._request_for(question, plan, mode)
         stream = await self._dify.open_turn(app, mode, request)
         question.is_accepted = True
-        turn = Turn(app, mode, question.user, plan, stream)
         try:
-            turn.first_parts = await self._first_parts(question.exchange, stream)
+            parts = await self._first_parts(question.exchange, stream)
         except (asyncio.CancelledError, ConnectionBroken):
-            await self._stop(turn)
+            await stream.end()
             raise
         except BaseException:
-            self._let_end(turn)
+            stream.close()
             raise
-        return turn
+        return Turn(plan, stream, parts)
 
     @staticmethod
     async def _first_parts(exchange: Exchange, stream: TurnStream) -> list[Part]:
@@ -9720,6 +9723,7 @@ class Handlers:
         finally:
             del self._running[running]
             if named and exchange.turn:
+                named = replace(named, model=exchange.model, user=user)
                 self._bind(exchange, named, exchange.turn)
 
     def _bind(self, exchange: Exchange, named: NamedConversation, turn: Turn) -> None:
@@ -9727,12 +9731,12 @@ class Handlers:
 
         Of a turn that failed, some releases remember nothing.
         """
-        answer, scope = turn.stream.answer, scope_of(turn.app.key, turn.user)
+        answer, scope = turn.stream.answer, turn.plan.tail.scope
         id_ = answer.conversation_id if answer.is_stored else ""
         owner, now = self._owner_of(exchange), self._wall_clock()
         latest = self._conversations.named(named.id, owner, now)
         if id_ and latest and latest.conversation_id == named.conversation_id:
-            about = {"model": exchange.model, "user": turn.user}
+            about = {"model": named.model, "user": named.user}
             bound = latest.bind(scope, named.items, **about, conversation_id=id_)
             self._keep(exchange, bound)
             # No chat with the same words may go on in it.
@@ -9893,8 +9897,8 @@ class Handlers:
         """`POST /responses/{id}/cancel`: the app stops, its stream ends with that."""
         if running := self._running_as(exchange):
             stream, turn = running
-            value, task_id = stream.so_far("cancelled"), turn.stream.answer.task_id
-            await self._dify.stop(turn.app, turn.mode, task_id, turn.user)
+            value = stream.so_far("cancelled")
+            await turn.stream.stop()
             send_json(exchange.reply, value)
         else:
             await self.get_response(exchange)
@@ -11737,9 +11741,7 @@ async def _ask(dify: Dify, app: AppSettings, mode: str, variable: str) -> str:
     except asyncio.TimeoutError:
         raise UpstreamTimeout(f"There is no whole answer after {ASK_S:g} s.") from None
     finally:
-        may_go_on = stream.is_given_up or not stream.answer.is_finished
-        if stream.answer.task_id and may_go_on:
-            await dify.stop(app, mode, stream.answer.task_id, user)
+        await stream.stop()
         stream.close()
     text = " ".join(answer.text.split())
     begin = text[:60] + "…" * (len(text) > 60)

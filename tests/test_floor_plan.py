@@ -29,7 +29,7 @@ BUDGETS = {
     "Conversations": 435,
     "Pacer": 135,
     "Wire": 575,
-    "Upstream": 830,
+    "Upstream": 832,
     "Answers": 650,
     "Handlers": 1115,
     "Server": 305,
