@@ -6667,6 +6667,12 @@ class Wire(asyncio.Protocol):
         if self._reader and not self._reader.done():
             self._reader.set_result(None)
 
+    async def start_tls(self, trust: ssl.SSLContext, host: str) -> None:
+        """Go on in TLS, as its client; raises OSError (an ssl.SSLError is one)."""
+        start = self._loop.start_tls
+        secured = await start(self._transport, self, trust, server_hostname=host)
+        self._transport = cast(asyncio.Transport, secured)
+
     # Deadlines...
 
     def allow(self, seconds: float, error: Callable[[], Exception]) -> None:
@@ -6941,8 +6947,11 @@ _MAX_KEPT_HEAD = 4096
 
 def _parse_request_head(head: bytes) -> Request:
     """As `parse_request_head`, which may know it already."""
-    check_line_ends(head)
-    event = _h11_request(head)
+    event = h11_event(h11.SERVER, head)
+    if _LENIENT.search(head):
+        raise MalformedHTTP("Malformed HTTP: folding, control sign or length list.")
+    if not isinstance(event, h11.Request):
+        raise MalformedHTTP("Malformed HTTP: no request.")
     headers = read_fields(event.headers)
     version = event.http_version.decode()
     if version not in ("1.0", "1.1"):
@@ -6961,24 +6970,23 @@ def _parse_request_head(head: bytes) -> Request:
 _kept_request_head = functools.lru_cache(maxsize=256)(_parse_request_head)
 
 
-def _h11_request(head: bytes) -> h11.Request:
-    if _LENIENT.search(head):
-        raise MalformedHTTP("Malformed HTTP: folding, control sign or length list.")
-    connection = h11.Connection(h11.SERVER, MAX_HEAD_BYTES * 2)
+def h11_event(role: type[h11.SERVER] | type[h11.CLIENT], head: bytes) -> Any:
+    """What h11 reads in a whole head: a request, or a response; raises MalformedHTTP.
+
+    Args:
+        role: ours: h11.SERVER or h11.CLIENT.
+        head: its lines end with CR LF.
+    """
+    check_line_ends(head)
+    connection = h11.Connection(role, MAX_HEAD_BYTES * 2)
     try:
         connection.receive_data(head)
-        event = connection.next_event()
+        return connection.next_event()
     except h11.RemoteProtocolError as error:
-        # Not h11's status: a 501 is of type `server_error`, and would be repeated.
-        raise MalformedHTTP(f"Malformed HTTP: {without_quote(error)}.") from error
-    if not isinstance(event, h11.Request):
-        raise MalformedHTTP("Malformed HTTP: no request.")
-    return event
-
-
-def without_quote(error: Exception) -> str:
-    """What h11 finds malformed, not its bytes: a key or a message's text is in them."""
-    return str(error).partition(": b")[0]  # ": bytearray(b'…')"
+        # Not h11's status: a 501 is of type `server_error`, and would be repeated. Nor
+        # the bytes that it quotes: a key or a message's text is in them.
+        about = str(error).partition(": b")[0]  # ": bytearray(b'…')"
+        raise MalformedHTTP(f"Malformed HTTP: {about}.") from error
 
 
 def encode_head(start: str, fields: Sequence[tuple[str, str]]) -> bytes:
@@ -7245,12 +7253,12 @@ def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError
         return UpstreamTimeout(f"{where} accepts no connection in time; {cure}.")
     if isinstance(error, (OSError, ConnectionBroken)):
         return UpstreamFailed(f"No connection with {where} ({error}); {cure}.")
-    return UpstreamFailed(f"{where} does not speak proper HTTP: {without_quote(error)}")
+    return UpstreamFailed(f"{where} does not speak proper HTTP: {error}")
 
 
 _WIRE_ERRORS = (
     *(OSError, asyncio.TimeoutError, ConnectionBroken, UnicodeError),
-    *(h11.RemoteProtocolError, MalformedHTTP, HeadTooLarge),
+    *(MalformedHTTP, HeadTooLarge),
 )
 
 
@@ -7386,19 +7394,14 @@ class Pool:
         """
         kept = self._take_idle(origin)
         if kept:
-            try:
+            with contextlib.suppress(NoAnswer):
                 return await self._exchange(origin, kept, request, timeout_s)
-            except _NoAnswer:
-                pass
         try:
             wire = await self._open(origin)
         except ProxyError as error:
             error.is_unsent = not kept
             raise
-        try:
-            return await self._exchange(origin, wire, request, timeout_s)
-        except _NoAnswer as error:
-            raise UpstreamFailed(_NO_ANSWER) from error
+        return await self._exchange(origin, wire, request, timeout_s)
 
     async def send(
         self, origin: Origin, head: bytes, read: Read, timeout_s: float
@@ -7432,8 +7435,6 @@ class Pool:
             response = await answering
             response.can_reuse = response.can_reuse and is_sent
             return response
-        except _NoAnswer as error:
-            raise UpstreamFailed(_NO_ANSWER) from error
         except BaseException:
             answering.cancel()
             wire.abort()
@@ -7529,17 +7530,16 @@ class Pool:
             raise _proxy_error(origin, error, cure) from error
 
     async def _connect_to(self, origin: Origin, proxy: Proxy | None) -> Wire:
-        options: dict[str, Any] = {}
-        if origin.scheme == "https":
-            options.update(ssl=self._trust(), server_hostname=origin.host)
-        if proxy and origin.scheme == "https":
-            return await self._connect(
-                sock=await _open_tunnel(proxy, origin), **options
-            )
-        to = proxy or origin
+        trust = self._trust() if origin.scheme == "https" else None
+        to, options = proxy or origin, dict[str, Any]()
+        if trust and not proxy:
+            options.update(ssl=trust, server_hostname=origin.host)
         if not _is_address(to.host):  # the race of addresses costs 0.1 ms
             options["happy_eyeballs_delay"] = 0.25
-        return await self._connect(to.host, to.port, **options)
+        wire = await self._connect(to.host, to.port, **options)
+        if trust and proxy:
+            await _tunnel(wire, proxy, origin, trust)
+        return wire
 
     def _trust(self) -> ssl.SSLContext:
         """The system's authorities and the operator's; verification is always on."""
@@ -7560,7 +7560,7 @@ class Pool:
     async def _exchange(
         self, origin: Origin, wire: Wire, request: bytes, timeout_s: float
     ) -> UpstreamResponse:
-        """Write a request, read the head of its response; _NoAnswer if none comes."""
+        """Write a request, read the head of its response; NoAnswer if none comes."""
         try:
             wire.allow(timeout_s, _no_answer)
             wire.write(request)
@@ -7582,32 +7582,16 @@ def _abort_made(opening: asyncio.Task[Wire]) -> None:
         opening.result().abort()
 
 
-async def _open_tunnel(proxy: Proxy, origin: Origin) -> socket.socket:
-    """A socket to the origin through a proxy, by its first address that works."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(proxy.host, proxy.port, type=socket.SOCK_STREAM)
-    for address in found[:-1]:
-        with contextlib.suppress(OSError):
-            return await _tunnel_by(address, proxy, origin)
-    return await _tunnel_by(found[-1], proxy, origin)
-
-
-async def _tunnel_by(
-    found: tuple[Any, ...], proxy: Proxy, origin: Origin
-) -> socket.socket:
-    """A tunnel made by CONNECT (RFC 9110, section 9.3.6), by this address."""
-    loop = asyncio.get_running_loop()
-    family, kind, protocol, _, address = found
-    sock = socket.socket(family, kind, protocol)
+async def _tunnel(
+    wire: Wire, proxy: Proxy, origin: Origin, trust: ssl.SSLContext
+) -> None:
+    """TLS with the origin through a proxy, by CONNECT (RFC 9110, section 9.3.6)."""
+    where, head = _authority(origin), b""
+    fields = [("Host", where), *proxy.headers]
     try:
-        sock.setblocking(False)
-        await loop.sock_connect(sock, address)
-        where = _authority(origin)
-        fields = [("Host", where), *proxy.headers]
-        await loop.sock_sendall(sock, encode_head(f"CONNECT {where} HTTP/1.1", fields))
-        head = b""
+        wire.write(encode_head(f"CONNECT {where} HTTP/1.1", fields))
         while b"\r\n\r\n" not in head and len(head) < MAX_HEAD_BYTES:
-            data = await loop.sock_recv(sock, 1024)  # TLS speaks only when spoken to
+            data = await wire.read()  # TLS speaks only when spoken to
             if not data:
                 break
             head += data
@@ -7617,24 +7601,18 @@ async def _tunnel_by(
                 f"The proxy {proxy.host}:{proxy.port} refuses {where}: {answer}. Check "
                 "HTTPS_PROXY and NO_PROXY."
             )
+        await wire.start_tls(trust, origin.host)
     except BaseException:
-        sock.close()
+        wire.abort()
         raise
-    return sock
 
 
 def _no_answer() -> ProxyError:
     return UpstreamTimeout("Dify does not answer in time.")
 
 
-class _NoAnswer(Exception):
+class NoAnswer(UpstreamFailed):
     """The connection was closed before a byte of an answer."""
-
-
-_NO_ANSWER = (
-    "Dify closed the connection without an answer. If it always does, check the scheme "
-    f"in {BASE_SETTING}."
-)
 
 
 async def _read_response_head(wire: Wire) -> ResponseHead:
@@ -7644,7 +7622,10 @@ async def _read_response_head(wire: Wire) -> ResponseHead:
     except ConnectionBroken:
         has_answer = False
     if not has_answer:
-        raise _NoAnswer
+        raise NoAnswer(
+            "Dify closed the connection without an answer. If it always does, check "
+            f"the scheme in {BASE_SETTING}."
+        )
     for _ in range(MAX_INTERIM_RESPONSES):
         head = await wire.read_head()
         if not _INTERIM.match(head):
@@ -7663,10 +7644,7 @@ class ResponseHead(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _parse_response_head(head: bytes) -> ResponseHead:
     """A response's head, read by h11; those of one second are the same, as a rule."""
-    check_line_ends(head)
-    connection = h11.Connection(h11.CLIENT, MAX_HEAD_BYTES * 2)
-    connection.receive_data(head)
-    event = connection.next_event()
+    event = h11_event(h11.CLIENT, head)
     if not isinstance(event, h11.Response):
         raise MalformedHTTP("no response came")
     return ResponseHead(

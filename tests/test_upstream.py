@@ -618,6 +618,7 @@ def plain(fields: str, body: bytes, version: str = "1.1") -> Raw:
 
 FINE = Outcome("Hello", "finish")
 REFUSED = Outcome("", "UpstreamFailed", 502)  # a retry can help: nothing ran for sure
+UNANSWERED = Outcome("", "NoAnswer", 502)
 BROKEN = Outcome("Hello", "UpstreamFailed", 502, retry=False)
 BROKEN_EARLY = Outcome("", "UpstreamFailed", 502, retry=False)
 MISLED = Outcome("", "ConfigurationFault", 502, retry=False)
@@ -625,8 +626,8 @@ LONG = "x" * 8_000_000
 
 FAULTS: list[Any] = [
     # Before the head
-    pytest.param([Close()], REFUSED, id="end-before-head"),
-    pytest.param([Reset()], REFUSED, id="reset-before-head"),
+    pytest.param([Close()], UNANSWERED, id="end-before-head"),
+    pytest.param([Reset()], UNANSWERED, id="reset-before-head"),
     # In the head
     pytest.param([Raw(HEAD[:20]), Close()], REFUSED, id="end-in-head"),
     pytest.param([Raw(HEAD[:20]), Reset()], REFUSED, id="reset-in-head"),
@@ -1606,7 +1607,7 @@ async def test_plain_request_on_a_tls_port_names_the_setting() -> None:
     with quiet_loop():
         async with raw_server(answer_info, tls_context("localhost")) as base:
             error = await fails(base.replace("https:", "http:"))
-    assert outcome_of("", error)[:3] == ("", "UpstreamFailed", 502)
+    assert outcome_of("", error)[:3] == ("", "NoAnswer", 502)
     assert "check the scheme in DIFY_API_BASE" in error.message
 
 
