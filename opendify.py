@@ -5595,11 +5595,11 @@ def plan_turn(
     history, new = split_turn(ask)
     opening = _opening("" if system_variable else ask.system)
     told = opening + [row for row in history if row.role == "system"]
-    is_new, added = tail is None, _added(ask, tail)
+    is_new, said = tail is None, [row for row in history if row.role != "system"]
+    added = said if ask.is_all_new and not is_new else []  # the conversation lacks it
     if tail is None:
-        tail = Tail(scope, chain=scope).extend(history)
-        if history_variable:
-            tail = tail._replace(folded=tail.length)
+        folded = len(said) if history_variable else 0
+        tail = Tail(scope, chain=scope).extend(history, folded=folded)
     elsewhere = () if added else _only_in_input(history, tail)
     context = [*opening, *history[len(elsewhere) :]]
     if not is_new:
@@ -5616,15 +5616,8 @@ def plan_turn(
     files = [file for row in carried for file in row.attachments] + files
     # Nobody can tell how a client shows an answer that was continued, or a title.
     is_known = tail.is_known and bool(new) and not is_side_request(ask)
-    said = (*added, *new)
-    return Plan(query or " ", inputs, tuple(files), tail, told, said, is_known)
-
-
-def _added(ask: Ask, tail: Tail | None) -> tuple[Message, ...]:
-    """What was said before the new messages in a conversation that does not have it."""
-    if tail is None or not ask.is_all_new:
-        return ()
-    return tuple(row for row in split_turn(ask)[0] if row.role != "system")
+    new = (*added, *new)
+    return Plan(query or " ", inputs, tuple(files), tail, told, new, is_known)
 
 
 def _opening(system: str) -> list[Message]:
@@ -6937,8 +6930,7 @@ def parse_request_head(head: bytes) -> Request:
         return _parse_request_head(head)
     before, length, after = cut
     like = _kept_request_head(b"%b\r\nContent-Length: 1%b" % (before, after))
-    headers = {**like.headers, "content-length": length.decode()}
-    return Request(like.method, like.path, like.query, headers, like.http_version)
+    return like._replace(headers={**like.headers, "content-length": length.decode()})
 
 
 _LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: (\d{1,18})(?=\r\n)")
@@ -7960,12 +7952,7 @@ class Dify:
         body = b"" if value is None else json_bytes(value)
         response = await self._request(app, method, path, body, CALL_TIMEOUT_S)
         self.facts_of(app).version = response.headers.get("x-version", "")
-        content = await response.read_all(MAX_JSON_BYTES)
-        if response.status >= 300:
-            raise self._error(response, content, app)
-        if method != "GET" and not content:
-            return {}
-        return parse_answer(response.status, content)
+        return await self._object(response, app, or_nothing=method != "GET")
 
     async def upload(self, app: AppSettings, file: Attachment, user: str) -> str:
         """Upload a file; returns its id in Dify. Errors name the file."""
@@ -7974,10 +7961,7 @@ class Dify:
             response = await self._request(
                 app, "POST", "/files/upload", body, UPLOAD_TIMEOUT_S, content_type
             )
-            content = await response.read_all(MAX_ERROR_BYTES)
-            if response.status not in (200, 201):
-                raise self._error(response, content, app)
-            if id_ := parse_answer(response.status, content).get("id"):
+            if id_ := (await self._object(response, app)).get("id"):
                 return str(id_)
             raise UpstreamFailed("Dify gave it no id.")
         except ProxyError as error:
@@ -8016,10 +8000,9 @@ class Dify:
         response = await self._request(
             app, "POST", path, read_form, UPLOAD_TIMEOUT_S, content_type
         )
-        content = await response.read_all(MAX_JSON_BYTES)
-        if response.status in (200, 201):
-            return parse_answer(response.status, content)
-        error = self._error(response, content, app)
+        if response.status < 300:
+            return await self._object(response, app)
+        error = await self._refusal(response, app)
         error.message = f"The file {file.name!r} was refused: {error.message}"
         raise error
 
@@ -8037,10 +8020,8 @@ class Dify:
         response = await self._request(app, method, path, body, timeout_s)
         if response.status == 200:
             return response
-        content = await response.read_all(MAX_ERROR_BYTES)
-        if missing and response.status in (403, 404):
-            raise missing
-        raise self._error(response, content, app)
+        error = await self._refusal(response, app)
+        raise missing if missing and response.status in (403, 404) else error
 
     async def read_file(self, response: UpstreamResponse) -> bytes:
         """The next bytes of a file; b"" at its end."""
@@ -8107,8 +8088,7 @@ class Dify:
         until = loop.time() + timeout_s
         response = await self._request(app, "POST", request.path, body, timeout_s)
         if response.status != 200 or not response.is_event_stream:
-            content = await response.read_all(MAX_ERROR_BYTES)
-            error = self._error(response, content, app)
+            error = await self._refusal(response, app)
             is_unsaid = error.message == error.code == "not_found"  # it says no more
             if is_unsaid and request.body.get("conversation_id"):
                 error = ConversationGone("Dify does not know this conversation.")
@@ -8203,9 +8183,21 @@ class Dify:
         moved = f"{parts.path}?{parts.query}".rstrip("?")
         return urllib.parse.quote(moved, "%/?:&=+,;@~", errors="replace")
 
-    def _error(
-        self, response: UpstreamResponse, content: bytes, app: AppSettings
-    ) -> ProxyError:
+    async def _object(
+        self, response: UpstreamResponse, app: AppSettings, *, or_nothing: bool = False
+    ) -> dict[str, Any]:
+        """The JSON object that answers a call; raises the ProxyError of an error."""
+        if response.status >= 300:
+            raise await self._refusal(response, app)
+        content = await response.read_all(MAX_JSON_BYTES)
+        if or_nothing and not content:
+            return {}
+        return parse_answer(response.status, content)
+
+    @staticmethod
+    async def _refusal(response: UpstreamResponse, app: AppSettings) -> ProxyError:
+        """What Dify, or what stands before it, says where no answer came."""
+        content = await response.read_all(MAX_ERROR_BYTES)
         if response.status == 407:
             return ConfigurationFault(
                 "The proxy on the way to Dify wants other credentials (407). Check "
@@ -8265,18 +8257,17 @@ class Metrics:
 
     def __init__(self) -> None:
         self.in_flight = 0
-        self._counts: dict[tuple[Any, ...], float] = {}  # by name and labels
-        self._histograms: dict[str, tuple[list[int], list[float]]] = {}
+        # By name and labels; and by name: how many are below each bound, and the sum.
+        self._counts: dict[tuple[Any, ...], float] = defaultdict(float)
+        self._histograms: dict[str, tuple[list[int], list[float]]]
+        self._histograms = defaultdict(lambda: ([0] * (len(_BUCKETS_S) + 1), [0.0]))
 
     def count(self, name: str, amount: float = 1, **labels: object) -> None:
         """Add to a counter."""
-        key = (name, *labels.items())
-        self._counts[key] = self._counts.get(key, 0) + amount
+        self._counts[(name, *labels.items())] += amount
 
     def observe(self, name: str, seconds: float) -> None:
         """Add to a histogram."""
-        if name not in self._histograms:
-            self._histograms[name] = ([0] * (len(_BUCKETS_S) + 1), [0.0])
         counts, total = self._histograms[name]
         counts[bisect.bisect_left(_BUCKETS_S, seconds)] += 1
         total[0] += seconds
@@ -8824,6 +8815,7 @@ class Turn:
         return {name: id_ for name in _ID_HEADERS if (id_ := getattr(answer, name))}
 
 
+@dataclass(frozen=True)
 class Turns:
     """Asks apps, and carries their answers to the clients.
 
@@ -8834,17 +8826,10 @@ class Turns:
         wall_clock: seconds since the epoch.
     """
 
-    def __init__(
-        self,
-        dify: Dify,
-        conversations: Conversations,
-        new_id: Callable[[], str],
-        wall_clock: Callable[[], float],
-    ) -> None:
-        self._dify = dify
-        self._conversations = conversations
-        self._new_id = new_id
-        self._wall_clock = wall_clock
+    dify: Dify
+    conversations: Conversations
+    new_id: Callable[[], str]
+    wall_clock: Callable[[], float]
 
     async def run(self, question: Question, sink: Outlet | Collector) -> None:
         """One turn, and another one if its answer will not do.
@@ -8881,13 +8866,13 @@ class Turns:
     def give_back(self, tail: Tail | None) -> None:
         """A conversation that was taken, and in which nothing ran."""
         if tail:
-            self._conversations.put(tail, self._wall_clock())
+            self.conversations.put(tail, self.wall_clock())
 
     async def _run_once(self, question: Question, sink: Outlet | Collector) -> Reading:
         """Ask, and carry the answer to the sink; the reading says if it will do."""
         exchange, joins = question.exchange, question.joins
         exchange.turn = turn = await self._open_turn(question)
-        seed = turn.stream.answer.message_id or self._new_id()
+        seed = turn.stream.answer.message_id or self.new_id()
         is_whole, spent = isinstance(sink, Collector), question.spent
         reading = Reading(question.ask, seed, is_whole=is_whole, spent=spent)
         is_stored, was_there = False, not exchange.has_left
@@ -8936,11 +8921,11 @@ class Turns:
         """Record where the conversation stands; without a sink nobody knows."""
         answer = turn.stream.answer
         if sink is None or not answer.conversation_id:
-            self._conversations.forget(turn.plan.tail)
+            self.conversations.forget(turn.plan.tail)
         else:
             said = Message("assistant", sink.text, tool_calls=tuple(sink.calls))
             tail = turn.plan.finish(answer.conversation_id, said)
-            self._conversations.put(tail, self._wall_clock())
+            self.conversations.put(tail, self.wall_clock())
 
     async def _open_turn(self, question: Question) -> Turn:
         """Send the question to Dify, until it begins to answer."""
@@ -8948,7 +8933,7 @@ class Turns:
             return await self._ask(question)
         except MissingInput as error:
             self._let_go(question, error)
-            form = await self._dify.form_of(question.app, anew=True)
+            form = await self.dify.form_of(question.app, anew=True)
             message = f"{error.message}. {describe_inputs(form)}"
             raise BadRequest(message, param="inputs") from error
         except BaseException as error:
@@ -8957,10 +8942,10 @@ class Turns:
 
     async def _ask(self, question: Question) -> Turn:
         """Ask, and again where Dify shows that a conversation or a mode is wrong."""
-        mode = await self._dify.mode_of(question.app)
+        mode = await self.dify.mode_of(question.app)
         if mode in CHAT_MODES and question.joins and not question.tail:
-            now = self._wall_clock()
-            question.tail = self._conversations.take(question.ask, question.scope, now)
+            now = self.wall_clock()
+            question.tail = self.conversations.take(question.ask, question.scope, now)
         for _ in range(MAX_TRIES):
             try:
                 return await self._try_turn(question, mode)
@@ -8969,10 +8954,10 @@ class Turns:
                 is_lost = isinstance(error, ConversationGone) or mode == "advanced-chat"
                 if question.ask.conversation_id or not (question.tail and is_lost):
                     raise
-                self._conversations.forget(question.tail, is_gone=True)
+                self.conversations.forget(question.tail, is_gone=True)
                 question.tail, question.is_accepted = None, False
             except WrongMode:
-                corrected = await self._dify.correct_mode(question.app)
+                corrected = await self.dify.correct_mode(question.app)
                 if corrected == mode:
                     raise
                 mode = corrected
@@ -8986,13 +8971,14 @@ class Turns:
         if (is_refused or is_unsent) and not question.is_accepted:
             self.give_back(question.tail)
         else:
-            self._conversations.forget(question.tail, is_gone=is_gone)
+            self.conversations.forget(question.tail, is_gone=is_gone)
 
     async def _try_turn(self, question: Question, mode: str) -> Turn:
         """One attempt; raises what Dify says before its first word."""
         app, ask = question.app, question.ask
         has_files = any(row.attachments for row in ask.messages)
-        form = await self._dify.form_of(app) if has_files else NO_FORM
+        needs_form = has_files or (mode not in CHAT_MODES and not app.query_variable)
+        form = await self.dify.form_of(app) if needs_form else NO_FORM
         plan = plan_turn(
             ask,
             question.scope,
@@ -9001,8 +8987,8 @@ class Turns:
             history_variable=app.history_variable,
             has_room=lambda files: has_room(form, files, {**app.inputs, **ask.inputs}),
         )
-        request = await self._request_for(question, plan, mode)
-        stream = await self._dify.open_turn(app, mode, request)
+        request = await self._request_for(question, plan, mode, form)
+        stream = await self.dify.open_turn(app, mode, request)
         question.is_accepted = True
         try:
             parts = await self._first_parts(question.exchange, stream)
@@ -9025,15 +9011,12 @@ class Turns:
         return parts
 
     async def _request_for(
-        self, question: Question, plan: Plan, mode: str
+        self, question: Question, plan: Plan, mode: str, form: AppForm
     ) -> DifyRequest:
         """The request to Dify, with its files uploaded."""
-        app = question.app
-        needs_form = plan.files or (mode not in CHAT_MODES and not app.query_variable)
-        form = await self._dify.form_of(app) if needs_form else NO_FORM
+        app, trace_id = question.app, question.exchange.id
         inputs = {**app.inputs, **plan.inputs}
-        common: dict[str, Any] = {"inputs": inputs, "user": question.user}
-        common["trace_id"] = question.exchange.id
+        common = {"inputs": inputs, "user": question.user, "trace_id": trace_id}
         if plan.files:
             check_files(form, plan.files, inputs)
             ids = [await self._upload_id(question, file) for file in plan.files]
@@ -9051,7 +9034,7 @@ class Turns:
         if file.url or file.upload_id:
             return file.upload_id
         if id(file) not in question.uploads:
-            upload_id = await self._dify.upload(question.app, file, question.user)
+            upload_id = await self.dify.upload(question.app, file, question.user)
             question.uploads[id(file)] = upload_id
         return question.uploads[id(file)]
 
@@ -9285,6 +9268,7 @@ def send_json(
     reply.send(Response(status, json_bytes(value), fields))
 
 
+@dataclass(frozen=True)
 class Archive:
     """What Dify keeps of conversations, read back as clients know it.
 
@@ -9294,12 +9278,9 @@ class Archive:
         wall_clock: seconds since the epoch.
     """
 
-    def __init__(
-        self, dify: Dify, conversations: Conversations, wall_clock: Callable[[], float]
-    ) -> None:
-        self._dify = dify
-        self._conversations = conversations
-        self._wall_clock = wall_clock
+    dify: Dify
+    conversations: Conversations
+    wall_clock: Callable[[], float]
 
     async def continued(
         self, app: AppSettings, asked: ResponsesRequest, sealer: IdSealer, user: str
@@ -9321,15 +9302,15 @@ class Archive:
         if not place and not named:
             return await self._continue_named(app, asked, user), None
         anchor = place or list(named.values())[-1]
-        scope, now = scope_of(app.key, user), self._wall_clock()
-        tail = self._conversations.take_alone(scope, anchor.conversation_id, now)
+        scope, now = scope_of(app.key, user), self.wall_clock()
+        tail = self.conversations.take_alone(scope, anchor.conversation_id, now)
         goes_on = False
         try:
             ask = await self._continue_at(app, asked, anchor, named, tail is not None)
             goes_on = ask.conversation_id == anchor.conversation_id
         finally:
             if tail and not goes_on:
-                self._conversations.put(tail, self._wall_clock())
+                self.conversations.put(tail, self.wall_clock())
         return ask, tail if goes_on else None
 
     async def _continue_named(
@@ -9340,7 +9321,7 @@ class Archive:
         told: list[Message] = []
         has_results = any(row.role == "tool" for row in ask.messages)
         is_named = has_results and here.conversation_id
-        if is_named and await self._dify.mode_of(app) in CHAT_MODES:
+        if is_named and await self.dify.mode_of(app) in CHAT_MODES:
             turns, _ = await self._page_of(app, here)
             told = _transcript(turns, asked.known_tools)
             ask = ask_of(asked, {}, told=told)
@@ -9405,11 +9386,12 @@ class Archive:
     async def turns_of(self, app: AppSettings, place: Place) -> list[StoredTurn]:
         """All turns of a conversation, as far as Dify still has them."""
         turns: list[StoredTurn] = []
-        has_more, pages = True, 0
-        while has_more and pages < MAX_PAGES:
+        for _ in range(MAX_PAGES):
             first_id = turns[0].message_id if turns else ""
             rows, has_more = await self._page_of(app, place, first_id=first_id)
-            turns, pages, has_more = [*rows, *turns], pages + 1, has_more and any(rows)
+            turns = [*rows, *turns]
+            if not (rows and has_more):
+                break
         tools: Sequence[Tool] = ()
         for at, turn in enumerate(turns):
             tools = told_tools(turn.question.text) or tools
@@ -9421,7 +9403,7 @@ class Archive:
     ) -> tuple[list[StoredTurn], bool]:
         """(turns, whether there are older ones); a lost conversation has none."""
         try:
-            return await self._dify.messages(
+            return await self.dify.messages(
                 app, place.conversation_id, place.user, most=most, first_id=first_id
             )
         except (ConversationGone, NotFound):
@@ -9939,10 +9921,12 @@ class Handlers:
             whole: makes the object of a whole answer.
             tail: the conversation that the question continues, taken already.
         """
-        sinks: list[Outlet | Collector] = [
+        outlets = [
             Outlet(exchange, row, self._pacer(exchange, app), self.metrics)
             for row in streams
-        ] or [Collector(exchange) for _ in asks]
+        ]
+        collectors = [Collector(exchange) for _ in asks]
+        sinks: Sequence[Outlet | Collector] = outlets or collectors
         is_one = len(asks) == 1
         questions = [Question(exchange, app, ask, is_one, tail) for ask in asks]
         try:
@@ -9955,10 +9939,9 @@ class Handlers:
             usage = sum((row.usage for row in streams), Usage())
             exchange.reply.end(b"".join(ends) + streams[0].end(usage))
             return
-        collectors = [sink for sink in sinks if isinstance(sink, Collector)]
         ids = collectors[0].ids
         extra = {"dify": dict(ids)} if ids else {}
-        value = whole([sink.answer for sink in collectors], extra)
+        value = whole([row.answer for row in collectors], extra)
         send_json(exchange.reply, value, id_headers(ids))
 
     async def _all_of(
@@ -10076,17 +10059,14 @@ class Handlers:
         Raises:
             BadRequest: an id is not ours, or Dify does not have its answer any more.
         """
-        places: dict[str, Place] = {}
-        for id_ in filter(None, (row.spoken_id for row in ask.messages)):
-            place = open_place(sealer, id_, "audio_", user=user)
-            if not place:
-                raise _no_spoken(id_)
-            places[id_] = place
-        stored = await self._archive.turns_of_all(app, places.values())
+        ids = [row.spoken_id for row in ask.messages if row.spoken_id]
+        places = {id_: open_place(sealer, id_, "audio_", user=user) for id_ in ids}
+        known = filter(None, places.values())
+        stored = await self._archive.turns_of_all(app, known)
         turns = {turn.message_id: turn for rows in stored.values() for turn in rows}
         texts: dict[str, str] = {}
         for id_, place in places.items():
-            if place.message_id not in turns:
+            if not place or place.message_id not in turns:
                 raise _no_spoken(id_)
             texts[id_] = stored_answer(turns[place.message_id], ask.tools).text
         messages = (
@@ -10562,15 +10542,8 @@ _CORS_EXPOSED = (
 )
 # Desktop apps and editor or browser extensions: pages that the user has installed.
 _APP_SCHEMES = (
-    "app",
-    "capacitor",
-    "chrome-extension",
-    "ionic",
-    "moz-extension",
-    "safari-web-extension",
-    "tauri",
-    "vscode-file",
-    "vscode-webview",
+    *("app", "capacitor", "ionic", "tauri", "vscode-file", "vscode-webview"),
+    *("chrome-extension", "moz-extension", "safari-web-extension"),
 )
 
 
@@ -10743,7 +10716,6 @@ class Server(Listener):
             await handler(self._handlers, exchange)
         finally:
             self._handlers.metrics.in_flight -= 1
-        await reply.drain()
 
     def _note(self, exchange: Exchange) -> None:
         """What the log and the metrics say of a request."""
@@ -10805,7 +10777,11 @@ def _refuse(exchange: Exchange, error: ProxyError) -> None:
 
 
 async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
-    """Throw away what is left of the request; whether the connection may go on."""
+    """Have the reply taken, and throw away what is left of the request.
+
+    Returns:
+        Whether the connection may go on.
+    """
     reply, body = exchange.reply, exchange.decoder
     await reply.drain()
     is_good = reply.is_complete and not reply.must_close
@@ -10831,10 +10807,13 @@ def _body_reader(
     exchange: Exchange, wire: Wire, decoder: BodyDecoder, limit: int
 ) -> Read:
     """What reads the request's body; the client is told to send it."""
+
+    def check(size: int) -> None:
+        if size > limit:
+            raise BodyTooLarge(f"The body is over {limit >> 20} MiB (MAX_BODY_MB).")
+
     wire.allow_any_time()  # the head was in time
-    headers = exchange.request.headers
-    if int(headers.get("content-length", 0)) > limit:
-        raise _too_large(limit)
+    check(int(exchange.request.headers.get("content-length", 0)))
     if exchange.request.expects_continue and not decoder.is_complete:
         wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -10843,15 +10822,10 @@ def _body_reader(
         data = await wire.read_body(decoder)
         wire.allow_any_time()
         exchange.body_bytes += len(data)
-        if exchange.body_bytes > limit:
-            raise _too_large(limit)
+        check(exchange.body_bytes)
         return data
 
     return read
-
-
-def _too_large(limit: int) -> ProxyError:
-    return BodyTooLarge(f"The body is over {limit >> 20} MiB (MAX_BODY_MB).")
 
 
 def check_host(request: Request, settings: Settings, *, is_local: bool) -> None:
