@@ -6280,10 +6280,10 @@ def _ends_in_half_a_flag(text: str) -> bool:
 # 12. Wire
 # ==============================================================================
 #
-# HTTP/1.1 over asyncio's transports, both roles (RFC 9112). h11 reads and writes every
-# head; bodies are decoded here, beside it, since h11's own decoder costs 10 µs a
-# chunk. Rule 1: a head is read strictly, also where h11 is lenient. Rule 2: the
-# happy path, back to it, or close. Knows nothing of JSON and of routes.
+# HTTP/1.1 over asyncio's transports, both roles (RFC 9112). h11 reads every head;
+# bodies are decoded here, since h11's own decoder costs 10 µs a chunk. Rule 1: a head
+# is read strictly, also where h11 is lenient. Rule 2: the happy path, back to it, or
+# close. Knows nothing of JSON and of routes.
 #
 #     IDLE -> HEAD -> BODY -> IDLE      [read_head, read_body, …]
 #     any  -> closed                    [EOF, a deadline, malformed bytes, close]
@@ -7275,10 +7275,9 @@ class UpstreamResponse:
         self.wake = wire.wake  # let `read` return b"" before the body's end
 
     @property
-    def is_event_stream(self) -> bool:
-        """Whether the body is SSE."""
-        kind = self.headers.get("content-type", "").lower()
-        return kind.startswith("text/event-stream")
+    def content_type(self) -> str:
+        """What the body is; if it is not said, anything."""
+        return self.headers.get("content-type", "application/octet-stream")
 
     async def read(self) -> bytes:
         """The next bytes of the body; b"" at its end."""
@@ -7911,7 +7910,7 @@ class Dify:
         facts = self.facts_of(app)
         now = asyncio.get_running_loop().time()
         if anew or now - facts.asked_at > FORM_FRESH_S:
-            facts.form = parse_form(await self.call(app, "GET", "/parameters"))
+            facts.form = parse_form(await self.call(app, "/parameters"))
             facts.asked_at = now
         return facts.form
 
@@ -7920,7 +7919,7 @@ class Dify:
         return self._facts[app.base, app.key, app.mode]
 
     async def _ask_info(self, app: AppSettings) -> str:
-        info = await self.call(app, "GET", "/info")
+        info = await self.call(app, "/info")
         self.facts_of(app).name = str(info.get("name") or "")
         mode = info.get("mode")
         return mode if mode in APP_MODES else ""
@@ -7929,12 +7928,12 @@ class Dify:
         """Calls that run no model; their refusals tell the mode."""
         codes = []
         task = "00000000-0000-0000-0000-000000000000"
-        for method, path, value in (
-            ("GET", "/conversations?user=opendify&limit=1", None),
-            ("POST", f"/completion-messages/{task}/stop", {"user": "opendify"}),
+        for path, value in (
+            ("/conversations?user=opendify&limit=1", None),
+            (f"/completion-messages/{task}/stop", {"user": "opendify"}),
         ):
             try:
-                await self.call(app, method, path, value)
+                await self.call(app, path, value)
                 codes.append("")
             except UpstreamRejected as refusal:
                 codes.append(refusal.code or "")
@@ -7943,23 +7942,23 @@ class Dify:
     # Calls...
 
     async def call(
-        self, app: AppSettings, method: str, path: str, value: Any = None
+        self, app: AppSettings, path: str, value: Any = None
     ) -> dict[str, Any]:
         """A call whose answer is a JSON object; raises the ProxyError of an error.
 
-        What is no question may be answered by nothing: {}.
+        It is a GET, or a POST of `value`, which may be answered by nothing: {}.
         """
         body = b"" if value is None else json_bytes(value)
-        response = await self._request(app, method, path, body, CALL_TIMEOUT_S)
+        response = await self._request(app, path, body, CALL_TIMEOUT_S)
         self.facts_of(app).version = response.headers.get("x-version", "")
-        return await self._object(response, app, or_nothing=method != "GET")
+        return await self._object(response, app, or_nothing=bool(body))
 
     async def upload(self, app: AppSettings, file: Attachment, user: str) -> str:
         """Upload a file; returns its id in Dify. Errors name the file."""
         content_type, body = encode_upload(file, user)
         try:
             response = await self._request(
-                app, "POST", "/files/upload", body, UPLOAD_TIMEOUT_S, content_type
+                app, "/files/upload", body, UPLOAD_TIMEOUT_S, content_type
             )
             if id_ := (await self._object(response, app)).get("id"):
                 return str(id_)
@@ -7998,7 +7997,7 @@ class Dify:
 
         content_type = f"multipart/form-data; boundary={boundary}"
         response = await self._request(
-            app, "POST", path, read_form, UPLOAD_TIMEOUT_S, content_type
+            app, path, read_form, UPLOAD_TIMEOUT_S, content_type
         )
         if response.status < 300:
             return await self._object(response, app)
@@ -8016,8 +8015,7 @@ class Dify:
         """A file that a call gives, not read yet; raises `missing` if there is none."""
         body = b"" if value is None else json_bytes(value)
         timeout_s = self.settings.dify_first_event_timeout
-        method = "POST" if body else "GET"
-        response = await self._request(app, method, path, body, timeout_s)
+        response = await self._request(app, path, body, timeout_s)
         if response.status == 200:
             return response
         error = await self._refusal(response, app)
@@ -8072,7 +8070,7 @@ class Dify:
     ) -> dict[str, Any]:
         about = {"conversation_id": conversation_id, "user": user, **more}
         query = urllib.parse.urlencode(about, errors="replace")
-        return await self.call(app, "GET", f"/messages?{query}")
+        return await self.call(app, f"/messages?{query}")
 
     async def open_turn(
         self, app: AppSettings, mode: str, request: DifyRequest
@@ -8086,8 +8084,9 @@ class Dify:
         body = json_bytes(request.body)
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout_s
-        response = await self._request(app, "POST", request.path, body, timeout_s)
-        if response.status != 200 or not response.is_event_stream:
+        response = await self._request(app, request.path, body, timeout_s)
+        is_stream = response.content_type.lower().startswith("text/event-stream")
+        if response.status != 200 or not is_stream:
             error = await self._refusal(response, app)
             is_unsaid = error.message == error.code == "not_found"  # it says no more
             if is_unsaid and request.body.get("conversation_id"):
@@ -8099,7 +8098,7 @@ class Dify:
     async def stop(self, app: AppSettings, mode: str, task_id: str, user: str) -> None:
         """Ask Dify to stop a run, as well as it can."""
         try:
-            await self.call(app, "POST", stop_path(mode, task_id), {"user": user})
+            await self.call(app, stop_path(mode, task_id), {"user": user})
         except ProxyError as error:
             log.warning("stop of task %s failed: %s", task_id, error.message)
 
@@ -8114,31 +8113,29 @@ class Dify:
     async def _request(
         self,
         app: AppSettings,
-        method: str,
         path: str,
         body: bytes | Read,
         timeout_s: float,
         content_type: str = "application/json",
     ) -> UpstreamResponse:
-        """Send a request; one redirect within the origin is followed."""
+        """GET a path, or POST a body; one redirect within the origin is followed."""
         target = urllib.parse.urlsplit(app.base).path.rstrip("/") + path
-        content = (body, content_type)
-        response = await self._send(app, method, target, content, timeout_s)
+        response = await self._send(app, target, body, timeout_s, content_type)
         # What came piece by piece is gone.
         can_follow = response.status in (307, 308) and isinstance(body, bytes)
         if can_follow and (moved := await self._redirected(response, app, path)):
-            response = await self._send(app, method, moved, content, timeout_s)
+            response = await self._send(app, moved, body, timeout_s, content_type)
         return response
 
     async def _send(
         self,
         app: AppSettings,
-        method: str,
         target: str,
-        content: tuple[bytes | Read, str],
+        body: bytes | Read,
         timeout_s: float,
+        content_type: str,
     ) -> UpstreamResponse:
-        origin, (body, content_type) = origin_of(app.base), content
+        origin, method = origin_of(app.base), "POST" if body else "GET"
         # Gateways that choose by the Host know none with the scheme's own port.
         host = _authority(origin, 443 if origin.scheme == "https" else 80)
         fields = [
@@ -9063,7 +9060,6 @@ _NO_FILE = (
 )
 _NO_CONTENT = "Dify (from 1.7.2 on) gives a file back once a message has used it."
 _NO_SOUND = "Dify made no sound of this text."
-_UNTYPED = "application/octet-stream"  # a file of any kind
 _UNSPOKEN = "The app has answered, but its speech failed: "
 _LOUD = f"It is over {MAX_SOUND_BYTES >> 20} MB; a streamed answer may be longer."
 
@@ -9443,8 +9439,7 @@ class Handlers:
     """Answers the requests; see ROUTES.
 
     Args:
-        settings: the configuration.
-        dify: the client of Dify.
+        dify: the client of Dify; its settings are these, too.
         conversations: what is known of them.
         new_id: makes a fresh id for an answer, without its prefix.
         wall_clock: seconds since the epoch.
@@ -9452,13 +9447,11 @@ class Handlers:
 
     def __init__(
         self,
-        settings: Settings,
         dify: Dify,
         conversations: Conversations,
         new_id: Callable[[], str],
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self.settings = settings
         self._dify = dify
         self._conversations = conversations
         self._new_id = new_id
@@ -9470,11 +9463,16 @@ class Handlers:
         self._key_failures: dict[str, tuple[float, ...]] = {}  # times, by address
         self._running: dict[ResponseStream, Exchange] = {}
 
+    @property
+    def settings(self) -> Settings:
+        """The configuration as it is now."""
+        return self._dify.settings
+
     def find(self, exchange: Exchange) -> Handler:
         """The handler of a request.
 
         Raises:
-            NotFound, MethodNotAllowed, Unauthorized.
+            NotFound, MethodNotAllowed, Unauthorized, RateLimited.
         """
         request = exchange.request
         endpoint, exchange.name_in_path = find_endpoint(request.path)
@@ -9563,7 +9561,7 @@ class Handlers:
         if not apps:
             raise ConfigurationFault("No app is configured.")
         if not self._dify.has_answered_lately:
-            await _any_of(self._dify.call(app, "GET", "/info") for app in apps)
+            await _any_of(self._dify.call(app, "/info") for app in apps)
         send_json(exchange.reply, {"status": "ready"})
 
     async def show_metrics(self, exchange: Exchange) -> None:
@@ -10007,12 +10005,12 @@ class Handlers:
         user = exchange.user_of(speech.user)
         with while_present(exchange):
             response = await self._open_speech(app, speech.text, speech.voice, user)
-            kind = response.headers.get("content-type", _UNTYPED)
             if speech.is_sse:
                 exchange.fail = encode_failure
                 await self._pass_file(exchange, response, SSE_HEADERS, encode_speech)
             else:
-                await self._pass_file(exchange, response, [("Content-Type", kind)])
+                fields = [("Content-Type", response.content_type)]
+                await self._pass_file(exchange, response, fields)
 
     async def _open_speech(
         self, app: AppSettings, text: str, voice: str, user: str
@@ -10021,8 +10019,8 @@ class Handlers:
         voice = voice_for(voice, (await self._dify.form_of(app)).voice)
         asked = {"text": text, "user": user, **({"voice": voice} if voice else {})}
         response = await self._dify.open_file(app, "/text-to-audio", value=asked)
-        kind = response.headers.get("content-type", _UNTYPED).lower()
-        if not kind.startswith(("audio/", _UNTYPED)):
+        kind = response.content_type.lower()
+        if not kind.startswith(("audio/", "application/octet-stream")):
             response.close()
             raise UpstreamFailed(_NO_SOUND)
         return response
@@ -10164,11 +10162,10 @@ class Handlers:
         with while_present(exchange):
             missing = file_not_found(stored.name, _NO_CONTENT)
             response = await self._dify.open_file(app, path, missing)
-            kind = response.headers.get("content-type", _UNTYPED)
             name = urllib.parse.quote(stored.name, safe="")
             # As an attachment: a page that somebody uploaded must not be one of here.
             headers = [
-                ("Content-Type", kind),
+                ("Content-Type", response.content_type),
                 ("Content-Disposition", f"attachment; filename*=UTF-8''{name}"),
                 ("X-Content-Type-Options", "nosniff"),
             ]
@@ -11497,13 +11494,12 @@ async def _serve(settings: Settings, source: SettingsSource, *, is_demo: bool) -
     if complaint:
         log.warning(complaint)
     dify = Dify(settings, open_wire)
-    handlers = Handlers(settings, dify, conversations, lambda: secrets.token_hex(16))
+    handlers = Handlers(dify, conversations, lambda: secrets.token_hex(16))
     server = Server(handlers, new_id=lambda: f"req_{secrets.token_hex(16)}")
 
     def reload() -> None:
         if changed := source.load_if_changed():
             dify.use(changed)
-            handlers.settings = changed
             _warn_of_strangers(changed, server)
 
     server.before_request = (lambda: None) if is_demo else reload

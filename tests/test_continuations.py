@@ -509,7 +509,7 @@ async def proxy_with_clock(
     options = settings_of(dify, "chat")
     table, _ = opendify.open_conversations("memory", 1e6)
     upstream = opendify.Dify(options, opendify.open_wire)
-    handlers = opendify.Handlers(options, upstream, table, lambda: "a1", wall_clock)
+    handlers = opendify.Handlers(upstream, table, lambda: "a1", wall_clock)
     server = opendify.Server(handlers, lambda: "req_1")
     ((_, port),) = await server.listen("127.0.0.1", 0)
     try:

@@ -225,7 +225,7 @@ async def proxying(
     conversations, _ = open_conversations("memory", 1)
     dify = Dify(settings, connect)
     ids = itertools.count(1)
-    handlers = Handlers(settings, dify, conversations, lambda: str(next(ids)))
+    handlers = Handlers(dify, conversations, lambda: str(next(ids)))
     server = Server(handlers, lambda: f"req_{next(ids)}")
     ((_, port),) = await server.listen("127.0.0.1", 0)
     try:

@@ -1235,7 +1235,7 @@ async def main():
     )
     conversations, _ = opendify.open_conversations("memory", 60)
     dify = opendify.Dify(settings, opendify.open_wire)
-    handlers = opendify.Handlers(settings, dify, conversations, lambda: "1")
+    handlers = opendify.Handlers(dify, conversations, lambda: "1")
     server = opendify.Server(handlers, lambda: "1")
     ((_, port),) = await server.listen("127.0.0.1", 0)
     print(port, flush=True)

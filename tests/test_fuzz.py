@@ -133,7 +133,7 @@ class World:
         )
         self.conversations, _ = open_conversations("memory", 3600)
         self.dify = Dify(settings, self._connect)
-        self.handlers = Handlers(settings, self.dify, self.conversations, lambda: "id")
+        self.handlers = Handlers(self.dify, self.conversations, lambda: "id")
         self.server = Server(self.handlers, lambda: "req_id")
         self.answer = SSE_HEAD + FINE
         self.cuts: tuple[int, ...] = ()

@@ -271,7 +271,7 @@ async def serving(
     client = opendify.Dify(settings, opendify.open_wire)
     answers, requests = itertools.count(1), itertools.count(1)
     handlers = opendify.Handlers(
-        settings, client, conversations, lambda: f"a{next(answers)}", lambda: NOW
+        client, conversations, lambda: f"a{next(answers)}", lambda: NOW
     )
     server = opendify.Server(handlers, lambda: f"req_{next(requests)}")
     ((_, port),) = await server.listen("127.0.0.1", 0)

@@ -234,7 +234,7 @@ async def hosting(
     conversations, _ = open_conversations("memory", 1)
     dify = Dify(settings, open_wire)
     ids = itertools.count(1)
-    handlers = Handlers(settings, dify, conversations, lambda: str(next(ids)))
+    handlers = Handlers(dify, conversations, lambda: str(next(ids)))
     server = Server(handlers, lambda: f"req_{next(ids)}")
     is_local = server.is_local  # as if it listened where the settings say
     ((_, port),) = await server.listen("127.0.0.1", 0)

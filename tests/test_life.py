@@ -112,7 +112,7 @@ async def proxying(
     dify = Dify(settings, open_wire)
     ids = itertools.count(1)
     handlers = Handlers(
-        settings, dify, conversations, lambda: str(next(ids)), wall_clock=wall_clock
+        dify, conversations, lambda: str(next(ids)), wall_clock=wall_clock
     )
     server = Server(handlers, lambda: f"req_{next(ids)}")
     ((_, port),) = await server.listen("127.0.0.1", 0)

@@ -252,7 +252,7 @@ def serving(routes: Callable[[], Stage]) -> Serving:
         conversations, _ = open_conversations("memory", 1)
         dify = Dify(settings, open_wire)
         ids = itertools.count(1)
-        handlers = Handlers(settings, dify, conversations, lambda: str(next(ids)))
+        handlers = Handlers(dify, conversations, lambda: str(next(ids)))
         server = Server(handlers, lambda: f"req_{next(ids)}")
         ((_, port),) = await server.listen("127.0.0.1", 0)
         world = World(server, port, routes())
