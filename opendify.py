@@ -5466,8 +5466,6 @@ class Tail(NamedTuple):
 
     def extend(self, messages: Sequence[Message], **changes: Any) -> Tail:
         """The tail with these messages behind it, and with other fields changed."""
-        if not messages and not changes:
-            return self
         chain = self.chain
         new = [message_digest(self.scope, m) for m in messages if m.role != "system"]
         for digest in new:
@@ -6942,8 +6940,6 @@ def _parse_request_head(head: bytes) -> Request:
     event = h11_event(h11.SERVER, head)
     if _LENIENT.search(head):
         raise MalformedHTTP("Malformed HTTP: folding, control sign or length list.")
-    if not isinstance(event, h11.Request):
-        raise MalformedHTTP("Malformed HTTP: no request.")
     headers = read_fields(event.headers)
     version = event.http_version.decode()
     if version not in ("1.0", "1.1"):
@@ -6973,12 +6969,15 @@ def h11_event(role: type[h11.SERVER] | type[h11.CLIENT], head: bytes) -> Any:
     connection = h11.Connection(role, MAX_HEAD_BYTES * 2)
     try:
         connection.receive_data(head)
-        return connection.next_event()
+        event = connection.next_event()
     except h11.RemoteProtocolError as error:
         # Not h11's status: a 501 is of type `server_error`, and would be repeated. Nor
         # the bytes that it quotes: a key or a message's text is in them.
         about = str(error).partition(": b")[0]  # ": bytearray(b'…')"
         raise MalformedHTTP(f"Malformed HTTP: {about}.") from error
+    if not isinstance(event, (h11.Request, h11.Response)):  # 1xx, or nothing
+        raise MalformedHTTP("Malformed HTTP: neither a request nor a response.")
+    return event
 
 
 def encode_head(start: str, fields: Sequence[tuple[str, str]]) -> bytes:
@@ -7264,10 +7263,9 @@ class UpstreamResponse:
         self._pool = pool
         self._origin = origin
         self._wire = wire
-        has_body = self.status not in (204, 304)
-        self._body = (
-            body_decoder(self.headers, until_end=True) if has_body else BodyDecoder(0)
-        )
+        self._body = body_decoder(self.headers, until_end=True)
+        if self.status in (204, 304):
+            self._body = BodyDecoder(0)
         close = "close" in self.headers.get("connection", "").lower()
         self.can_reuse = head.http_version == b"1.1" and not close
         self._is_released = self._is_lingering = False
@@ -7636,8 +7634,6 @@ class ResponseHead(NamedTuple):
 def _parse_response_head(head: bytes) -> ResponseHead:
     """A response's head, read by h11; those of one second are the same, as a rule."""
     event = h11_event(h11.CLIENT, head)
-    if not isinstance(event, h11.Response):
-        raise MalformedHTTP("no response came")
     return ResponseHead(
         event.status_code, read_fields(event.headers), event.http_version
     )
@@ -8782,9 +8778,9 @@ class Question:
     ask: Ask
     joins: bool  # whether it may continue a conversation, and be continued
     tail: Tail | None = None  # the conversation that it continues, once taken
-    is_accepted: bool = False  # Dify has begun to answer: it may remember the question
     uploads: dict[int, str] = field(default_factory=dict)  # by the id() of the file
     spent: Usage = Usage()  # by a first try
+    is_accepted: bool = False  # Dify has begun to answer: it may remember the question
 
     @functools.cached_property
     def user(self) -> str:
@@ -8848,14 +8844,8 @@ class Turns:
         goes_on = bool(ask.conversation_id and question.tail)
         before = () if goes_on else (*ask.messages, said)
         again = ask._replace(messages=(*before, words))
-        question = replace(
-            question,
-            ask=again,
-            joins=goes_on,
-            tail=None,
-            is_accepted=False,
-            spent=reading.usage,
-        )
+        exchange, app, uploads = question.exchange, question.app, question.uploads
+        question = Question(exchange, app, again, goes_on, None, uploads, reading.usage)
         reading = await self._run_once(question, sink)
         if reading.problem:
             raise unsatisfied(ask, reading.problem)
@@ -9216,12 +9206,7 @@ _DEPLOYMENT = re.compile(
     r"|embeddings|images/\w+|audio/\w+|(?:models|files|responses|conversations)"
     r"(?:/[^/]+(?:/(?:content|cancel|input_items|items(?:/[^/]+)?))?)?)\Z"
 )
-_FILE = re.compile(r"files/([^/]+)(/content)?\Z")
-_RESOURCE = re.compile(
-    r"(responses(?!/(?:compact|input_tokens)\Z)|conversations)/([^/]+)"
-    r"(/input_items|/cancel|/items|)\Z"
-)
-_ITEM = re.compile(r"conversations/([^/]+)/items/([^/]+)\Z")
+_NO_NAMES = ("responses/compact", "responses/input_tokens")  # OpenAI's own endpoints
 
 
 @functools.lru_cache(maxsize=64)
@@ -9234,7 +9219,7 @@ def find_endpoint(path: str) -> tuple[str, str]:
 
         /v1//chat/completions                          ("chat/completions", "")
         /openai/deployments/m/chat/completions         ("chat/completions", "m")
-        /v1/models/team%2Fapp                          ("models/", "team%2Fapp")
+        /v1/models/team%2Fapp               ("models/{model}", "team%2Fapp")
         /v1/responses/resp_x/cancel         ("responses/{id}/cancel", "resp_x")
         /v1/conversations/c/items/i   ("conversations/{id}/items/{id}", "c/i")
     """
@@ -9245,14 +9230,9 @@ def find_endpoint(path: str) -> tuple[str, str]:
     if deployment := _DEPLOYMENT.match(tail):
         name, tail = deployment[1], deployment[2]
         tail = _PREFIX.sub("", tail)
-    if file := _FILE.match(tail):
-        return f"files{file[2] or '/'}", file[1]
-    if tail.startswith("models/"):
-        return "models/", tail[len("models/") :]
-    if resource := _RESOURCE.match(tail):
-        return f"{resource[1]}/{{id}}{resource[3]}", resource[2]
-    if item := _ITEM.match(tail):
-        return "conversations/{id}/items/{id}", f"{item[1]}/{item[2]}"
+    for endpoint, pattern in () if tail in _NO_NAMES else _PATTERNS:
+        if named := pattern.match(tail):
+            return endpoint, "/".join(named.groups())
     return tail, name
 
 
@@ -10487,20 +10467,25 @@ ROUTES: dict[str, Mapping[str, Handler]] = {
         "DELETE": Handlers.delete_conversation_item,
     },
     "models": {"GET": Handlers.list_models},
-    "models/": {"GET": Handlers.get_model},
+    "models/{model}": {"GET": Handlers.get_model},
     "audio/transcriptions": {"POST": Handlers.transcribe},
     "audio/translations": {"POST": Handlers.transcribe},
     "audio/speech": {"POST": Handlers.speak},
     "audio/voices": {"GET": Handlers.list_speakers},
     "audio/models": {"GET": Handlers.list_speakers},
     "files": {"GET": Handlers.list_files, "POST": Handlers.create_file},
-    "files/": {"GET": Handlers.get_file, "DELETE": Handlers.delete_file},
-    "files/content": {"GET": Handlers.get_file_content},
+    "files/{id}": {"GET": Handlers.get_file, "DELETE": Handlers.delete_file},
+    "files/{id}/content": {"GET": Handlers.get_file_content},
     "apps": {"GET": Handlers.list_apps},
     "health": {"GET": Handlers.health},
     "ready": {"GET": Handlers.ready},
     "metrics": {"GET": Handlers.show_metrics},
 }
+_PATTERNS = [  # of the endpoints that name something; a model's name may have slashes
+    (key, re.compile(key.replace("{id}", "([^/]+)").replace("{model}", "(.+)") + r"\Z"))
+    for key in ROUTES
+    if "{" in key
+]
 # Whose handlers read the body themselves: it may be large.
 READING_ENDPOINTS = ("audio/transcriptions", "audio/translations", "files")
 OPEN_ENDPOINTS = ("/", "health", "ready")
@@ -10841,7 +10826,8 @@ def check_host(request: Request, settings: Settings, *, is_local: bool) -> None:
     is_private = is_local and not settings.valid_api_keys
     if is_private and not name:
         raise BadRequest("The request has no Host header.")
-    if is_private and not (is_loopback(name) or _is_listed(name, allowed)):
+    hosts = (urllib.parse.urlsplit(entry).hostname for entry in allowed)
+    if is_private and not (is_loopback(name) or "*" in allowed or name in hosts):
         raise Forbidden(
             f"The host {name!r} is not this server's. If it is meant, add "
             f"http://{name} to ALLOWED_ORIGINS, or set VALID_API_KEYS."
@@ -10850,12 +10836,6 @@ def check_host(request: Request, settings: Settings, *, is_local: bool) -> None:
         raise Forbidden(
             f"Pages of {origin!r} may not call this server; add it to ALLOWED_ORIGINS."
         )
-
-
-def _is_listed(name: str, allowed: Sequence[str]) -> bool:
-    return "*" in allowed or any(
-        urllib.parse.urlsplit(entry).hostname == name for entry in allowed
-    )
 
 
 @functools.lru_cache(maxsize=64)

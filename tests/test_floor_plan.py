@@ -26,7 +26,7 @@ BUDGETS = {
     "Ids": 70,
     "OpenAI": 815,
     "Responses": 500,
-    "Conversations": 420,
+    "Conversations": 416,
     "Pacer": 135,
     "Wire": 575,
     "Upstream": 832,
