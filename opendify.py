@@ -9694,12 +9694,11 @@ class Handlers:
 
     async def get_conversation(self, exchange: Exchange) -> None:
         """`GET /conversations/{id}`."""
-        named = self._named(exchange, exchange.name_in_path)
-        send_json(exchange.reply, _shown_conversation(named))
+        send_json(exchange.reply, _shown_conversation(self._named(exchange)))
 
     async def update_conversation(self, exchange: Exchange) -> None:
         """`POST /conversations/{id}`: other metadata."""
-        named = self._named(exchange, exchange.name_in_path)
+        named = self._named(exchange)
         metadata = _parse_metadata(parse_json_object(exchange.body))
         named = replace(named, metadata=metadata)
         self._keep(exchange, named)
@@ -9707,13 +9706,13 @@ class Handlers:
 
     async def delete_conversation(self, exchange: Exchange) -> None:
         """`DELETE /conversations/{id}`."""
-        named = self._named(exchange, exchange.name_in_path)
+        named = self._named(exchange)
         self._conversations.drop(named)
         send_json(exchange.reply, deleted_object(named.id))
 
     async def add_conversation_items(self, exchange: Exchange) -> None:
         """`POST /conversations/{id}/items`: they go to Dify with the next turn."""
-        named = self._named(exchange, exchange.name_in_path)
+        named = self._named(exchange)
         items = self._with_items(parse_json_object(exchange.body), named.items)
         self._keep(exchange, replace(named, items=items))
         added = items[len(named.items) :]
@@ -9721,14 +9720,13 @@ class Handlers:
 
     async def list_conversation_items(self, exchange: Exchange) -> None:
         """`GET /conversations/{id}/items`: all turns in Dify, and what awaits one."""
-        named = self._named(exchange, exchange.name_in_path)
-        items = await self._items_of(exchange, named)
+        items = await self._items_of(exchange, self._named(exchange))
         send_json(exchange.reply, list_page(items, query_of(exchange.request)))
 
     async def get_conversation_item(self, exchange: Exchange) -> None:
         """`GET /conversations/{id}/items/{id}`."""
-        id_, item_id = _item_in_path(exchange)
-        items = await self._items_of(exchange, self._named(exchange, id_))
+        item_id = _item_in_path(exchange)
+        items = await self._items_of(exchange, self._named(exchange))
         item = next((row for row in items if row["id"] == item_id), None)
         if not item:
             raise _not_found("Item", item_id)
@@ -9739,11 +9737,10 @@ class Handlers:
 
         Dify can't forget one that it has: a new conversation is told the others.
         """
-        id_, item_id = _item_in_path(exchange)
-        named = self._named(exchange, id_)
+        item_id, named = _item_in_path(exchange), self._named(exchange)
         while not any(row["id"] == item_id for row in named.items):
             was, items = named, await self._items_of(exchange, named)
-            named = self._named(exchange, id_)
+            named = self._named(exchange)
             if named == was:  # nobody has changed it while Dify was asked
                 named = replace(named, conversation_id="", items=tuple(items))
                 break
@@ -9751,8 +9748,7 @@ class Handlers:
         if len(rest) == len(named.items):
             raise _not_found("Item", item_id)
         if len(rest) > MAX_NAMED_ITEMS:
-            most = f"{MAX_NAMED_ITEMS} items"
-            raise BadRequest(f"None of more than {most} can be deleted.")
+            raise BadRequest(f"None of more than {MAX_NAMED_ITEMS} can be deleted.")
         named = replace(named, items=tuple(rest))
         self._keep(exchange, named)
         send_json(exchange.reply, _shown_conversation(named))
@@ -9795,7 +9791,9 @@ class Handlers:
         key = client_key(exchange.request.headers)
         return key if self.settings.valid_api_keys else ""
 
-    def _named(self, exchange: Exchange, id_: str) -> NamedConversation:
+    def _named(self, exchange: Exchange, id_: str = "") -> NamedConversation:
+        """The client's conversation of this id, or of the one in the path."""
+        id_ = id_ or exchange.name_in_path.partition("/")[0]
         owner, now = self._owner_of(exchange), self._wall_clock()
         named = self._conversations.named(id_, owner, now)
         if not named:
@@ -10322,10 +10320,9 @@ def _shown_conversation(named: NamedConversation) -> dict[str, Any]:
     return conversation_object(named.id, named.created, named.metadata)
 
 
-def _item_in_path(exchange: Exchange) -> tuple[str, str]:
-    """(the conversation's id, the item's, which a client may have given)."""
-    id_, _, item_id = exchange.name_in_path.partition("/")
-    return id_, urllib.parse.unquote(item_id)
+def _item_in_path(exchange: Exchange) -> str:
+    """The id of an item, behind its conversation's; a client may have given it."""
+    return urllib.parse.unquote(exchange.name_in_path.partition("/")[2])
 
 
 def _not_found(kind: str, id_: str) -> NotFound:
@@ -10529,10 +10526,6 @@ _APP_SCHEMES = (
 )
 
 
-class _Idle(Exception):
-    """A kept connection that nobody used."""
-
-
 class Listener:
     """Accepts connections, and serves each in a task of its own.
 
@@ -10618,7 +10611,7 @@ class Server(Listener):
                 return
             while await self._serve_one(wire) and not self._is_draining:
                 pass
-        except (_Idle, ConnectionBroken, MalformedHTTP):
+        except (ConnectionBroken, MalformedHTTP):
             pass
         finally:
             wire.close()
@@ -10662,7 +10655,7 @@ class Server(Listener):
         if wire.has_unread:  # a client that sends ahead lets others have their turn
             await asyncio.sleep(0)
         self._idle.add(wire)
-        wire.allow(IDLE_TIMEOUT_S, _Idle)
+        wire.allow(IDLE_TIMEOUT_S, ConnectionBroken)
         try:
             while wire.has_unread or not self._is_draining:
                 if not await wire.wait_for_data():
@@ -10772,7 +10765,7 @@ async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
         return False  # nothing can be read after a deadline
     if body and body.is_complete:
         return is_good
-    wire.allow(DISCARD_S, _Idle)
+    wire.allow(DISCARD_S, ConnectionBroken)
     size = 0
     while size < DISCARD_BYTES:
         if body and not body.failure:
