@@ -9031,8 +9031,9 @@ class Turns:
 # ==============================================================================
 #
 # The routes, one coroutine each: a request in, a reply out. Finds the app, checks the
-# key, has the turn run, and says what it made. Catches nothing that the error boundary
-# of room 16 can answer. Never touches sockets and h11.
+# key, has the turn run, and says what it made. A Form reads the requests that bring a
+# file, the Archive what Dify keeps of earlier turns. Catches nothing that the error
+# boundary of room 16 can answer. Never touches sockets and h11.
 
 MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
 MAX_ADDRESSES = 10_000  # that are remembered for it
@@ -9348,6 +9349,30 @@ class Archive:
         is_all_new = ask.is_all_new or not (is_newest or ask.conversation_id)
         return ask._replace(is_all_new=is_all_new)
 
+    async def with_spoken(
+        self, app: AppSettings, ask: Ask, sealer: IdSealer, user: str
+    ) -> Ask:
+        """The question with the texts of the answers that are named by their audio.
+
+        Raises:
+            BadRequest: an id is not ours, or Dify does not have its answer any more.
+        """
+        ids = [row.spoken_id for row in ask.messages if row.spoken_id]
+        places = {id_: open_place(sealer, id_, "audio_", user=user) for id_ in ids}
+        known = filter(None, places.values())
+        stored = await self.turns_of_all(app, known)
+        turns = {turn.message_id: turn for rows in stored.values() for turn in rows}
+        texts: dict[str, str] = {}
+        for id_, place in places.items():
+            if not place or place.message_id not in turns:
+                raise _no_spoken(id_)
+            texts[id_] = stored_answer(turns[place.message_id], ask.tools).text
+        messages = (
+            row._replace(text=texts.get(row.spoken_id, row.text), spoken_id="")
+            for row in ask.messages
+        )
+        return ask._replace(messages=tuple(messages))
+
     async def turns_of_all(
         self, app: AppSettings, places: Iterable[Place]
     ) -> dict[str, list[StoredTurn]]:
@@ -9413,6 +9438,69 @@ def stored_message(turn: StoredTurn, tools: Sequence[Tool]) -> Message:
 def _transcript(turns: Iterable[StoredTurn], tools: Sequence[Tool]) -> list[Message]:
     pairs = [(row.question, stored_message(row, tools)) for row in turns]
     return [message for pair in pairs for message in pair]
+
+
+def is_known_history(ask: Ask, known: Sequence[Message]) -> bool:
+    """Whether the history that a client shows is what Dify has stored, or its end.
+
+    Args:
+        ask: what the client wants; without a history none is known.
+        known: the stored messages, questions and answers in turns. A question may
+            hold more than the client's: what was folded, and results of tools.
+    """
+    at = len(known)
+    asked: list[Message] = []
+    history, _ = split_turn(ask)
+    for message in reversed([row for row in history if row.role != "system"]):
+        if message.role != "assistant":
+            asked.append(message)
+            continue
+        if not _is_said(asked, known[at : at + 1]) or not at:
+            return False
+        at, asked = at - 2, []
+        if _said(message) != _said(known[at + 1]):
+            return False
+    return at < len(known) and (not asked or _is_said(asked, known[at : at + 1]))
+
+
+def _is_said(asked: Sequence[Message], stored: Sequence[Message]) -> bool:
+    """Whether these messages, in any order, are what was sent as one question."""
+    if not asked or not stored:
+        return not asked and not stored
+    texts = [row.text.strip() for row in asked]
+    whole = stored[0].text.strip()
+    if len(texts) == 1 and asked[0].role == "user":
+        return whole == texts[0] or whole.endswith(f"\n\n{texts[0]}")
+    return all(f"\n{text}\n" in whole for text in texts)
+
+
+def _said(answer: Message) -> tuple[list[str], list[tuple[str, str]]]:
+    """What makes answers the same: their words, and their calls but for the ids."""
+    calls = [(call.name, call.arguments) for call in answer.tool_calls]
+    return answer.text.split(), calls
+
+
+def _with_something(ask: Ask, asked: ResponsesRequest) -> Ask:
+    """The question, unless nothing is left of it but ids that nobody knows."""
+    if asked.references and not ask.messages:
+        raise bad_value("input", "none of the items that it names is known.")
+    return ask
+
+
+def _no_previous(id_: str) -> BadRequest:
+    return BadRequest(
+        f"Previous response with id {_shown(id_)} not found. Send the history instead.",
+        param="previous_response_id",
+        code="previous_response_not_found",
+    )
+
+
+def _no_spoken(id_: str) -> BadRequest:
+    return bad_value(
+        "messages",
+        f"no answer of this app to this user has the audio id {_shown(id_)}; send its "
+        "transcript as `content`.",
+    )
 
 
 class Handlers:
@@ -10018,7 +10106,7 @@ class Handlers:
             raise _switched_off("Text to speech", ask.model, "modalities")
         ask = await self._with_stored_files(exchange, ask)  # they may name the user
         user, sealer = exchange.user_of(ask.user), self._sealer(exchange, app)
-        ask = await self._with_spoken(app, ask, sealer, user)
+        ask = await self._archive.with_spoken(app, ask, sealer, user)
         frame = ResponseFrame(now, ask.model, echo_of({}), sealer, user, self._new_id())
 
         def id_of(extra: Mapping[str, Any]) -> str:
@@ -10026,30 +10114,6 @@ class Handlers:
 
         expires_at = now + int(self.settings.conversation_ttl)
         return ask, Spoken(id_of, expires_at) if is_spoken else None
-
-    async def _with_spoken(
-        self, app: AppSettings, ask: Ask, sealer: IdSealer, user: str
-    ) -> Ask:
-        """The question with the texts of the answers that are named by their audio.
-
-        Raises:
-            BadRequest: an id is not ours, or Dify does not have its answer any more.
-        """
-        ids = [row.spoken_id for row in ask.messages if row.spoken_id]
-        places = {id_: open_place(sealer, id_, "audio_", user=user) for id_ in ids}
-        known = filter(None, places.values())
-        stored = await self._archive.turns_of_all(app, known)
-        turns = {turn.message_id: turn for rows in stored.values() for turn in rows}
-        texts: dict[str, str] = {}
-        for id_, place in places.items():
-            if not place or place.message_id not in turns:
-                raise _no_spoken(id_)
-            texts[id_] = stored_answer(turns[place.message_id], ask.tools).text
-        messages = (
-            row._replace(text=texts.get(row.spoken_id, row.text), spoken_id="")
-            for row in ask.messages
-        )
-        return ask._replace(messages=tuple(messages))
 
     async def _say(self, question: Question, sink: Outlet | Collector) -> None:
         """Have the app say its answer; a call, or nothing, is not said.
@@ -10245,46 +10309,6 @@ class Handlers:
         return sink.end()
 
 
-def is_known_history(ask: Ask, known: Sequence[Message]) -> bool:
-    """Whether the history that a client shows is what Dify has stored, or its end.
-
-    Args:
-        ask: what the client wants; without a history none is known.
-        known: the stored messages, questions and answers in turns. A question may
-            hold more than the client's: what was folded, and results of tools.
-    """
-    at = len(known)
-    asked: list[Message] = []
-    history, _ = split_turn(ask)
-    for message in reversed([row for row in history if row.role != "system"]):
-        if message.role != "assistant":
-            asked.append(message)
-            continue
-        if not _is_said(asked, known[at : at + 1]) or not at:
-            return False
-        at, asked = at - 2, []
-        if _said(message) != _said(known[at + 1]):
-            return False
-    return at < len(known) and (not asked or _is_said(asked, known[at : at + 1]))
-
-
-def _is_said(asked: Sequence[Message], stored: Sequence[Message]) -> bool:
-    """Whether these messages, in any order, are what was sent as one question."""
-    if not asked or not stored:
-        return not asked and not stored
-    texts = [row.text.strip() for row in asked]
-    whole = stored[0].text.strip()
-    if len(texts) == 1 and asked[0].role == "user":
-        return whole == texts[0] or whole.endswith(f"\n\n{texts[0]}")
-    return all(f"\n{text}\n" in whole for text in texts)
-
-
-def _said(answer: Message) -> tuple[list[str], list[tuple[str, str]]]:
-    """What makes answers the same: their words, and their calls but for the ids."""
-    calls = [(call.name, call.arguments) for call in answer.tool_calls]
-    return answer.text.split(), calls
-
-
 def _frame_of(
     turn: StoredTurn, model: str, sealer: IdSealer, user: str
 ) -> ResponseFrame:
@@ -10336,21 +10360,6 @@ def _shown(id_: str) -> str:
 def query_of(request: Request) -> dict[str, str]:
     """The fields after the `?`; the last one of a name counts."""
     return dict(urllib.parse.parse_qsl(request.query, errors="replace"))
-
-
-def _with_something(ask: Ask, asked: ResponsesRequest) -> Ask:
-    """The question, unless nothing is left of it but ids that nobody knows."""
-    if asked.references and not ask.messages:
-        raise bad_value("input", "none of the items that it names is known.")
-    return ask
-
-
-def _no_previous(id_: str) -> BadRequest:
-    return BadRequest(
-        f"Previous response with id {_shown(id_)} not found. Send the history instead.",
-        param="previous_response_id",
-        code="previous_response_not_found",
-    )
 
 
 def with_words(ask: Ask, place: str) -> Ask:
@@ -10414,14 +10423,6 @@ def _switched_off(feature: str, model: str, param: str = "model") -> ProxyError:
         f"{feature} is switched off in the app of {model!r}; switch it on among the "
         "app's features in Dify.",
         param=param,
-    )
-
-
-def _no_spoken(id_: str) -> BadRequest:
-    return bad_value(
-        "messages",
-        f"no answer of this app to this user has the audio id {_shown(id_)}; send its "
-        "transcript as `content`.",
     )
 
 
@@ -11435,9 +11436,8 @@ def _raise_descriptor_limit() -> None:
         import resource  # noqa: PLC0415  (there is none on Windows)
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = MAX_DESCRIPTORS
-        if hard != resource.RLIM_INFINITY:
-            wanted = min(hard, wanted)
+        is_free = hard == resource.RLIM_INFINITY
+        wanted = MAX_DESCRIPTORS if is_free else min(hard, MAX_DESCRIPTORS)
         if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
