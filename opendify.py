@@ -11551,8 +11551,7 @@ _COLOURS = {"ok": 32, "failed": 31, "to fix": 31, "warning": 33}
 _AGENT, _CHATFLOW, _FLOWS = ["agent"], ["advanced-chat"], ["advanced-chat", "workflow"]
 # What one may notice, and can do something about: the first release that has it, the
 # first without it, as far as is known, and the apps that have it.
-_KNOWN_PROBLEMS: Sequence[tuple[list[float], list[float], Sequence[str], str]]
-_KNOWN_PROBLEMS = [
+_KNOWN_PROBLEMS: Sequence[tuple[list[float], list[float], Sequence[str], str]] = [
     ([0], [0, 10], APP_MODES, "takes no files but images"),
     ([0], [1, 3], CHAT_MODES, "keeps the inputs of a conversation's first turn"),
     ([1, 13], [1, 14], _CHATFLOW, "may lose an answer's end and citations (#32856)"),

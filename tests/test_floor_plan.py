@@ -26,15 +26,15 @@ BUDGETS = {
     "Ids": 70,
     "OpenAI": 815,
     "Responses": 500,
-    "Conversations": 416,
+    "Conversations": 420,
     "Pacer": 135,
-    "Wire": 575,
-    "Upstream": 832,
-    "Answers": 650,
-    "Handlers": 1115,
-    "Server": 305,
+    "Wire": 570,
+    "Upstream": 800,
+    "Answers": 605,
+    "Handlers": 1095,
+    "Server": 290,
     "Page": 260,
-    "Command line": 460,
+    "Command line": 455,
 }
 OPTIONAL = {"Calls", "Page"}
 WHOLE_BUDGET = 8370
