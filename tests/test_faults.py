@@ -953,6 +953,19 @@ async def test_https_goes_through_a_tunnel_with_authentication(answer: bytes) ->
 
 
 @pytest.mark.real_clock
+async def test_certificate_is_verified_through_a_tunnel() -> None:
+    between, base = Between(), "https://dify.example/v1"
+    upstream = raw_server(Upstream([WHOLE]).serve, tls_context("localhost"))
+    async with upstream as there, raw_server(between.serve) as here:
+        between.target_port = port_of(there)
+        url = f"http://127.0.0.1:{port_of(here)}"
+        async with proxying(base, variables={"HTTPS_PROXY": url, **AUTHORITY}) as front:
+            asked = await front.ask(stream=True)
+    assert asked.outcome == REFUSED
+    assert "The certificate of https://dify.example:443 fails" in asked.message
+
+
+@pytest.mark.real_clock
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
