@@ -5741,6 +5741,7 @@ DELETE FROM opendify_tails WHERE id IN (
 SELECT id FROM opendify_tails ORDER BY used LIMIT MIN({_SWEEP_MOST}, MAX(0,
 (SELECT COUNT(*) FROM opendify_tails) - ?,
 (SELECT COUNT(*) FROM opendify_tails WHERE used < ?))))"""
+_NAMED = "SELECT state FROM opendify_named WHERE id = ? AND owner = ? AND used >= ?"
 _NAMED_BYTES = "SELECT TOTAL(LENGTH(state)) FROM opendify_named"
 _DROP_NAMED = """
 DELETE FROM opendify_named WHERE id IN (
@@ -5866,10 +5867,7 @@ class Conversations:
 
     def named(self, id_: str, owner: str, now: float) -> NamedConversation | None:
         """What a client of this key has named so."""
-        sql = (
-            "SELECT state FROM opendify_named WHERE id = ? AND owner = ? AND used >= ?"
-        )
-        rows, _ = self._run(sql, id_, _owner(owner), now - self._ttl_s)
+        rows, _ = self._run(_NAMED, id_, _owner(owner), now - self._ttl_s)
         if not rows:
             return None
         known = NamedConversation.__dataclass_fields__  # a later version has more
@@ -7231,20 +7229,18 @@ def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError
         )
         reason = error.verify_message
         return ConfigurationFault(f"The certificate of {where} fails: {reason}. {cure}")
-    if isinstance(error, ssl.SSLError):
-        return UpstreamFailed(
-            f"TLS with {where} failed ({error.reason or error}); check scheme and port "
-            f"in {BASE_SETTING}."
-        )
-    if isinstance(error, (socket.gaierror, UnicodeError)):  # the latter: no such name
-        return UpstreamFailed(
-            f"The host name {origin.host!r} can't be resolved; {cure}."
-        )
     if isinstance(error, asyncio.TimeoutError):
         return UpstreamTimeout(f"{where} accepts no connection in time; {cure}.")
-    if isinstance(error, (OSError, ConnectionBroken)):
-        return UpstreamFailed(f"No connection with {where} ({error}); {cure}.")
-    return UpstreamFailed(f"{where} does not speak proper HTTP: {error}")
+    if isinstance(error, ssl.SSLError):
+        cure = f"check scheme and port in {BASE_SETTING}"
+        text = f"TLS with {where} failed ({error.reason or error}); {cure}."
+    elif isinstance(error, (socket.gaierror, UnicodeError)):  # the latter: no such name
+        text = f"The host name {origin.host!r} can't be resolved; {cure}."
+    elif isinstance(error, (OSError, ConnectionBroken)):
+        text = f"No connection with {where} ({error}); {cure}."
+    else:
+        text = f"{where} does not speak proper HTTP: {error}"
+    return UpstreamFailed(text)
 
 
 _WIRE_ERRORS = (
@@ -8918,14 +8914,13 @@ class Turns:
         """Send the question to Dify, until it begins to answer."""
         try:
             return await self._ask(question)
-        except MissingInput as error:
+        except BaseException as error:
             self._let_go(question, error)
+            if not isinstance(error, MissingInput):
+                raise
             form = await self.dify.form_of(question.app, anew=True)
             message = f"{error.message}. {describe_inputs(form)}"
             raise BadRequest(message, param="inputs") from error
-        except BaseException as error:
-            self._let_go(question, error)
-            raise
 
     async def _ask(self, question: Question) -> Turn:
         """Ask, and again where Dify shows that a conversation or a mode is wrong."""

@@ -29,7 +29,7 @@ BUDGETS = {
     "Conversations": 420,
     "Pacer": 135,
     "Wire": 570,
-    "Upstream": 800,
+    "Upstream": 795,
     "Answers": 605,
     "Handlers": 1095,
     "Server": 290,
