@@ -1728,7 +1728,8 @@ class StopReader:
     """Cuts an answer before the first of some texts; other parts go through.
 
     There is one at least, none is empty. First is what is complete first, as for a
-    model that stops there. Once `is_cut`, the app can be told to stop.
+    model that stops there. Once `is_cut`, the answer is over, however the app would
+    have ended it: no more than its Citations and Usage go through.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -1742,7 +1743,7 @@ class StopReader:
         for part in parts:
             if isinstance(part, Text):
                 done += self._cut(part.text)
-            elif not (self.is_cut and isinstance(part, (Reasoning, Media, ToolCall))):
+            elif not self.is_cut or isinstance(part, (Citations, Usage)):
                 done += [*self.close(), part]
         return done
 
@@ -8687,8 +8688,8 @@ class Reading:
         ready = self._json.feed(ready) if self._json else ready
         if self._stop and self._stop.is_cut and not self.is_cut:
             self.is_cut = True
-            there = set(map(type, ready))
-            ready += [end for end in (Usage(), Finish()) if type(end) not in there]
+            is_known = any(isinstance(part, Usage) for part in ready)
+            ready += [Finish()] if is_known else [Usage(), Finish()]
         self._held += map(self._with_spent, ready)
         ends = [part for part in ready if isinstance(part, (Finish, Failure))]
         if not ends and self._is_open:

@@ -18,6 +18,7 @@ from opendify import (
     BadRequest,
     CallReader,
     Citations,
+    Failure,
     Finish,
     JsonReader,
     OutputFormat,
@@ -29,6 +30,7 @@ from opendify import (
     Text,
     Tool,
     ToolCall,
+    UpstreamFailed,
     Usage,
     describe_call,
     describe_format,
@@ -809,12 +811,16 @@ def test_stop_holds_back_partial_matches_only() -> None:
     assert stop.is_cut
 
 
-def test_parts_after_the_stop_are_dropped_but_the_last_ones() -> None:
+@pytest.mark.parametrize(
+    "end", [Finish(), Finish("length"), Failure(UpstreamFailed("broken"))], ids=str
+)
+def test_parts_after_the_stop_are_dropped_but_those_beside_the_text(end: Part) -> None:
     stop = StopReader(["X"])
     call = ToolCall("c", "f", "{}")
     parts: list[Part] = [Reasoning("r"), Text("aX"), Text("b"), call, Reasoning("r")]
-    got = stop.feed([*parts, Citations(()), Usage(1, 1), Finish()])
-    assert got == [Reasoning("r"), Text("a"), Citations(()), Usage(1, 1), Finish()]
+    parts += [Recast(3), Replace("not that")]
+    got = stop.feed([*parts, Citations(()), Usage(1, 1), end])
+    assert got == [Reasoning("r"), Text("a"), Citations(()), Usage(1, 1)]
 
 
 @settings(max_examples=200, deadline=None)

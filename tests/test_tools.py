@@ -78,13 +78,13 @@ def says(*texts: str) -> fake.Script:
     return lambda _: fake.chat_answer(*pieces_of(left.pop(0)))
 
 
-def at_once(text: str) -> list[fake.Step]:
+END = {"event": "message_end", "metadata": {"usage": fake.usage_of(14, 8)}}
+
+
+def at_once(text: str, *ends: JSONObject) -> list[fake.Step]:
     """Return an answer whose events come in one read."""
     ids = {"task_id": "t", "message_id": "m", "conversation_id": "c"}
-    events: list[JSONObject] = [
-        {"event": "message", "answer": text},
-        {"event": "message_end", "metadata": {"usage": fake.usage_of(14, 8)}},
-    ]
+    events: list[JSONObject] = [{"event": "message", "answer": text}, *(ends or [END])]
     data = b"".join(fake.encode_event({**event, **ids}) for event in events)
     return [fake.Send(data)]
 
@@ -1153,6 +1153,28 @@ async def test_usage_that_came_with_the_stop_is_told(stream: bool) -> None:
         got = await served.chat(stop="STOP", stream=stream, **more)
     usage = got.chunks[-1]["usage"] if stream else got.json["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (14, 8)
+
+
+@WHOLE_OR_STREAMED
+@pytest.mark.parametrize(
+    "ends",
+    [
+        pytest.param([{"event": "error", "message": "broken"}], id="error"),
+        pytest.param(
+            [{"event": "message_replace", "answer": "No."}, END], id="replaced"
+        ),
+        pytest.param(
+            [{"event": "message", "answer": "</think>No."}, END], id="thought"
+        ),
+    ],
+)
+async def test_what_comes_with_the_stop_changes_nothing(
+    ends: list[JSONObject], stream: bool
+) -> None:
+    """It would not have been waited for, had it come later."""
+    async with proxy(at_once("one STOP two", *ends)) as served:
+        got = await served.chat(stop="STOP", stream=stream)
+    assert choices_of(got) == [Choice("one ", [], "stop")]
 
 
 @WHOLE_OR_STREAMED
