@@ -8367,7 +8367,7 @@ class Outlet:
     """A streamed answer on its way to the client: parts in, even text out.
 
     `put` never waits: text that is not due yet is written by a timer, so reading from
-    Dify never waits for the pacer.
+    Dify never waits for the pacer. `before` is that of the choice before, if any.
     """
 
     def __init__(
@@ -8376,7 +8376,9 @@ class Outlet:
         stream: AnswerStream,
         pacer: Pacer | None,
         metrics: Metrics,
+        before: Outlet | None = None,
     ) -> None:
+        self._before = before
         self._exchange = exchange
         self._metrics = metrics
         self._reply = exchange.reply
@@ -8419,8 +8421,16 @@ class Outlet:
             self._reply.start(200, [*SSE_HEADERS, *id_headers(ids)])
 
     def _fail(self, error: ProxyError) -> bytes:
+        return self._take_opening() + self._stream.fail(error)
+
+    def _take_opening(self) -> bytes:
+        """The first chunk, once; openai-python wants those of all choices in order."""
         opening, self._opening = self._opening, b""
-        return opening + self._stream.fail(error)
+        if opening and self._before:
+            if not self._before.has_begun:
+                self._before.begin({})
+            return self._before._take_opening() + opening
+        return opening
 
     def put(self, parts: Sequence[Part]) -> None:
         """Take parts in and write what is due; raises the error of a Failure."""
@@ -8462,8 +8472,7 @@ class Outlet:
 
     def end(self) -> bytes:
         """What is left to be sent: the last chunk."""
-        opening, self._opening = self._opening, b""
-        return opening + self._stream.encode(self._finish)
+        return self._take_opening() + self._stream.encode(self._finish)
 
     def close(self) -> None:
         """Stop the timers; nothing is written any more."""
@@ -8550,8 +8559,7 @@ class Outlet:
     def _write(self, data: bytes, now: float) -> None:
         if data or self._opening:
             self._written_at = now
-            self._reply.write(self._opening + data)
-            self._opening = b""
+            self._reply.write(self._take_opening() + data)
 
     # Timers...
 
@@ -9981,12 +9989,12 @@ class Handlers:
             whole: makes the object of a whole answer.
             tail: the conversation that the question continues, taken already.
         """
-        outlets = [
-            Outlet(exchange, row, self._pacer(exchange, app), self.metrics)
-            for row in streams
-        ]
-        collectors = [Collector(exchange) for _ in asks]
-        sinks: Sequence[Outlet | Collector] = outlets or collectors
+        outlets: list[Outlet] = []
+        for row in streams:
+            pacer, before = self._pacer(exchange, app), outlets[-1:]
+            outlets.append(Outlet(exchange, row, pacer, self.metrics, *before))
+        collectors = [] if streams else [Collector(exchange) for _ in asks]
+        sinks: list[Outlet | Collector] = [*outlets, *collectors]
         is_one = len(asks) == 1
         questions = [Question(exchange, app, ask, is_one, tail) for ask in asks]
         try:

@@ -1273,6 +1273,24 @@ async def test_streams_of_choices_are_interleaved() -> None:
     assert [chunk for chunk in got.chunks if "usage" in chunk] == []
 
 
+@pytest.mark.parametrize("smoothing", ["on", "off"])
+@pytest.mark.parametrize("first", range(3))
+async def test_choices_begin_in_order(first: int, smoothing: str) -> None:
+    """openai-python counts them as they come."""
+    turns = iter(range(3))
+
+    def script(_: fake.Request) -> list[fake.Step]:
+        is_first = next(turns) == first
+        return [Sleep(0.0 if is_first else 1.0), *fake.chat_answer(str(is_first))]
+
+    async with proxy(script) as served:
+        headers = {"X-OpenDify-Smoothing": smoothing}
+        got = await served.chat(headers, n=3, stream=True)
+    rows = [row for chunk in got.chunks for row in chunk["choices"]]
+    assert [row["index"] for row in rows if "role" in row["delta"]] == [0, 1, 2]
+    assert sorted(row.text for row in choices_of(got)) == ["False", "False", "True"]
+
+
 async def test_choices_call_tools_each_on_its_own() -> None:
     async with proxy(lambda _: fake.chat_answer(OSLO)) as served:
         whole = await served.chat(n=3, tools=TOOLS)
