@@ -11209,8 +11209,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="Talk to Dify apps through the OpenAI API.",
         epilog="settings, from the environment or .env [default]:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,  # it would be printed without `_show`, and so would a version
     )
     add = parser.add_argument
+    add("-h", "--help", action="store_true", help="show this help, and exit")
     add("--host", help="address to listen on (SERVER_HOST)")
     add("--port", help="port to listen on (SERVER_PORT)")
     add("--env-file", metavar="FILE", help="read this instead of .env")
@@ -11220,7 +11222,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--check", action="store_true", help="check settings and apps, and exit")
     add("--ask", action="store_true", help="with --check: ask each app for one word")
     add("--demo", action="store_true", help="serve a built-in app, without any Dify")
-    add("--version", action="version", version=f"OpenDify {__version__}")
+    add("--version", action="store_true", help="show the version, and exit")
     return parser
 
 
@@ -11230,8 +11232,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = build_parser()
     options = parser.parse_args(argv)
+    if options.help or options.version:
+        _show(parser.format_help() if options.help else f"OpenDify {__version__}")
+        return 0
     if options.ask and not options.check:
         parser.error("--ask belongs to --check: say --check --ask")
+    return _start(options)
+
+
+def _start(options: argparse.Namespace) -> int:
     source = SettingsSource(options)
     try:
         settings = source.load()
@@ -11249,6 +11258,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return asyncio.run(_run(settings, source, options))
     except KeyboardInterrupt:
         return 1
+
+
+def _show(text: str = "") -> None:
+    """Print it; from the first failure on, what is printed goes nowhere.
+
+    A pipe that nobody reads any more (`--check | head`) and a full disk are no reason
+    for a traceback, nor for another exit status: what Python still holds to be
+    written would fail again at its exit.
+    """
+    try:
+        print(text.rstrip("\n"), flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class SettingsSource:
@@ -11510,9 +11534,7 @@ async def _serve_until_signal(settings: Settings, server: Server) -> int:
 def _announce(settings: Settings, addresses: Sequence[tuple[str, int]]) -> None:
     for host, port in addresses:
         shown = f"[{host}]" if ":" in host else host
-        with contextlib.suppress(OSError):  # a full disk, a pipe that nobody reads
-            text = f"OpenDify {__version__} listens on http://{shown}:{port}/v1"
-            print(text, flush=True)
+        _show(f"OpenDify {__version__} listens on http://{shown}:{port}/v1")
     log.info(_models_shown(settings))
 
 
@@ -11570,8 +11592,8 @@ Note = tuple[str, str]  # below an app's row: what it is about, and what it says
 async def _check(settings: Settings, *, asks: bool) -> int:
     """Print the settings and how each app does; 0 if all is well."""
     for row in dataclasses.fields(settings):
-        print(f"{row.name.upper():26}{_masked(row.name, getattr(settings, row.name))}")
-    print()
+        _show(f"{row.name.upper():26}{_masked(row.name, getattr(settings, row.name))}")
+    _show()
     dify, limit = Dify(settings, open_wire), asyncio.Semaphore(CHECKS_AT_ONCE)
     apps = [*settings.model_config.items()]
     for key in settings.dify_api_keys:
@@ -11583,11 +11605,11 @@ async def _check(settings: Settings, *, asks: bool) -> int:
     widths = [max(map(len, column)) for column in zip(*(cells for cells, _ in table))]
     for (*cells, status), notes in table:
         columns = [f"{cell:{width}}" for cell, width in zip(cells, widths)]
-        print("  ".join([*columns, _painted(status)]))
+        _show("  ".join([*columns, _painted(status)]))
         for what, text in notes:
             plain = _printable(" ".join(text.split()))
             lines = textwrap.wrap(plain, 87, break_on_hyphens=False)
-            print(f"    {_painted(f'{what:9}')}" + f"\n{'':13}".join(lines))
+            _show(f"    {_painted(f'{what:9}')}" + f"\n{'':13}".join(lines))
     return 0 if all(cells[-1] == "ok" for cells, _ in results) else 1
 
 
@@ -11595,7 +11617,7 @@ def _painted(text: str) -> str:
     """A word in its colour, where there are colours (https://no-color.org)."""
     colour = _COLOURS.get(text.strip())
     is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
-    if not colour or is_plain or not sys.stdout.isatty():
+    if not colour or is_plain or not (sys.stdout and sys.stdout.isatty()):
         return text
     return f"\x1b[{colour}m{text}\x1b[0m"
 

@@ -983,6 +983,40 @@ def test_output_in_another_encoding_is_no_failure(home: Path, argument: str) -> 
     assert ended.stdout
 
 
+@pytest.mark.parametrize("is_buffered", [True, False])
+@pytest.mark.parametrize(
+    ("argument", "status"), [("--help", 0), ("--version", 0), ("--check", 1)]
+)
+def test_output_that_nobody_reads_is_no_failure(
+    home: Path,
+    environment: dict[str, str],
+    argument: str,
+    status: int,
+    *,
+    is_buffered: bool,
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    app = json.dumps({"m": {"key": KEY, "base": NOWHERE}})
+    names = {"MODEL_CONFIG": app, "PYTHONUNBUFFERED": "" if is_buffered else "1"}
+    ended = subprocess.run(
+        [*START, argument],
+        env={**environment, **names},
+        cwd=home,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (status, b"")
+
+
+def test_check_needs_no_output(checked: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed one, or that of pythonw.exe, is None."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert checked().status == 1
+
+
 def test_missing_package_is_one_line_and_status_1(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
