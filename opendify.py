@@ -10513,6 +10513,7 @@ IDLE_TIMEOUT_S = 75.0  # longer than nginx's 60 s, so that nginx closes first
 HEAD_TIMEOUT_S = 30.0
 BODY_TIMEOUT_S = 60.0  # between two reads
 # asyncio accepts this many in a row, and fails as often when descriptors are used up.
+# (Not on Windows, where a second `listen` does not change the backlog, either.)
 ACCEPTS_AT_ONCE, BACKLOG = 16, 2048
 # What the kernel may hold for a client that is not on its way yet. It would take
 # megabytes, and more in lumps of a third of them: who reads slowly would seem not to.
@@ -10545,10 +10546,21 @@ class Listener:
 
     async def listen(self, host: str, port: int) -> list[tuple[str, int]]:
         """Begin to accept; returns the real addresses. Raises OSError."""
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(
-            lambda: Wire(self._accept), host, port, backlog=ACCEPTS_AT_ONCE
+        bind = functools.partial(
+            asyncio.get_running_loop().create_server,
+            *(lambda: Wire(self._accept), host, port),
+            backlog=BACKLOG if sys.platform == "win32" else ACCEPTS_AT_ONCE,
         )
+        try:
+            server = await bind()
+        except OSError as error:
+            # `localhost` may have an IPv6 address though the system has no IPv6. Python
+            # 3.13 passes over what is not there, earlier ones fail.
+            if error.errno != errno.EADDRNOTAVAIL or ":" in host:
+                raise
+            server = await bind(family=socket.AF_INET)
+        if not server.sockets:  # asyncio passes over kinds that the system lacks
+            raise OSError("the system has no addresses of this kind")
         self._servers.append(server)
         addresses = [socket_.getsockname()[:2] for socket_ in server.sockets]
         self.is_local = all(is_loopback(host) for host, _ in addresses)

@@ -281,6 +281,47 @@ def now() -> float:
 
 
 # ------------------------------------------------------------------------------
+# Listening
+# ------------------------------------------------------------------------------
+
+V6 = (socket.AF_INET6, ("2001:db8::1", 0, 0, 0))  # for documents: nobody has it
+V4 = (socket.AF_INET, ("127.0.0.1", 0))
+UNKNOWN = (9999, ("127.0.0.1", 0))  # as IPv6 is for a kernel without it
+
+
+class Deaf(opendify.Listener):
+    """Serves nobody."""
+
+    async def listen_at(self, *found: tuple[int, tuple[Any, ...]]) -> list[str]:
+        """Listen under a name that has these addresses; returns the hosts."""
+
+        async def resolve(*_: object, family: int = 0, **__: object) -> list[Any]:
+            return [
+                (kind, socket.SOCK_STREAM, 6, "", address)
+                for kind, address in found
+                if family in (0, kind)
+            ]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+            addresses = await self.listen("localhost", 0)
+        await self.stop(0)
+        return [host for host, _ in addresses]
+
+
+@pytest.mark.parametrize("found", [[V4], [V6, V4], [V4, V6], [UNKNOWN, V4]])
+async def test_address_that_the_system_lacks_is_passed_over(found: Any) -> None:
+    """Hosts files name ::1 where IPv6 is switched off, too."""
+    assert await Deaf().listen_at(*found) == ["127.0.0.1"]
+
+
+@pytest.mark.parametrize("found", [[V6], [UNKNOWN]])
+async def test_nobody_waits_for_a_server_without_an_address(found: Any) -> None:
+    with pytest.raises(OSError):
+        await Deaf().listen_at(*found)
+
+
+# ------------------------------------------------------------------------------
 # Requests on one connection
 # ------------------------------------------------------------------------------
 
