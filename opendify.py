@@ -11307,11 +11307,10 @@ class SettingsSource:
         """The settings as they are now; raises SettingsError."""
         written: dict[str, str] = {}
         self.warnings = []
-        # It may be a pipe; a folder that was named is read in vain, and so reported.
-        if self._path.exists() and (self._is_named or not self._path.is_dir()):
+        # It may be a pipe; what was named and is none is read in vain, and so reported.
+        is_there = os.path.exists(self._path) and not os.path.isdir(self._path)
+        if self._is_named or is_there:
             written, self.warnings = _read_env_file(self._path)
-        elif self._is_named:
-            raise SettingsError([f"--env-file: there is no file {self._path}"])
         # A key that wrapped to a line of its own may end in "=", and is no name.
         names = [name for name, value in written.items() if value.strip("=")]
         self.warnings += unknown_variables(names)
@@ -11357,10 +11356,10 @@ class SettingsSource:
 
 def _find_env_file(named: str | None) -> Path:
     """The one named, or .env in the working directory, or .env beside this file."""
-    here = Path(".env")
     if named is not None:
         return Path(named)
-    return here if here.is_file() else Path(__file__).resolve().parent / ".env"
+    is_here = os.path.isfile(".env")  # False also where nobody may look; Path's raises
+    return (Path() if is_here else Path(__file__).resolve().parent) / ".env"
 
 
 def _read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
@@ -11368,7 +11367,8 @@ def _read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError([f"{path} can't be read: {error}"]) from error
+        cure = "; save it as UTF-8" if isinstance(error, UnicodeError) else ""
+        raise SettingsError([f"{path} can't be read: {error}{cure}"]) from error
     rows = [*env_parser.parse_stream(io.StringIO(text))]
     good = "".join(row.original.string for row in rows if _is_sound(row))
     lines = ", ".join(_line_of(row) for row in rows if not _is_sound(row))

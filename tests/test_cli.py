@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import json
 import logging
@@ -174,7 +175,8 @@ def test_both_ways_out_are_named_when_nothing_is_configured(
         ),
         pytest.param(
             "--env-file nowhere.env",
-            "--env-file: there is no file nowhere.env",
+            "nowhere.env can't be read: [Errno 2] No such file or directory: "
+            "'nowhere.env'",
             id="env",
         ),
     ],
@@ -362,6 +364,26 @@ def test_unreadable_env_file_is_one_line_and_status_2(home: Path, run: Run) -> N
     status, out, err = run("--demo")
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert ".env can't be read: " in err
+    assert err.endswith("; save it as UTF-8\n")
+
+
+@pytest.mark.parametrize("arguments", ["", "--env-file .env"])
+def test_folder_that_nobody_may_look_into_is_no_traceback(
+    run: Run, monkeypatch: pytest.MonkeyPatch, arguments: str
+) -> None:
+    def stat(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", ".env")
+
+    for call in ("open", "stat"):
+        monkeypatch.setattr(Path, call, stat)
+    monkeypatch.setattr(os, "stat", stat)
+    status, _, err = run(*arguments.split())
+    assert status == 2
+    if arguments:
+        refused = "[Errno 13] Permission denied: '.env'"
+        assert err == f"opendify: .env can't be read: {refused}\n"
+    else:
+        assert err.startswith("No Dify app is configured.")
 
 
 class Ticks:
