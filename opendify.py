@@ -7217,18 +7217,24 @@ def _authority(origin: Origin, default_port: int = 0) -> str:
     return host if origin.port == default_port else f"{host}:{origin.port}"
 
 
+_CERTIFICATE_CURES = {  # by X509_V_ERR_…
+    **dict.fromkeys((9, 10), "Have it renewed, or set this machine's clock."),
+    **dict.fromkeys((62, 64), f"Name the host that it is for in {BASE_SETTING}."),
+}
+_UNKNOWN_AUTHORITY = (
+    "If a private authority signed it, name its file in DIFY_CA_FILE. If this Python "
+    "knows no authority at all, give it some: on macOS by its `Install "
+    "Certificates.command`, on Linux by the package ca-certificates."
+)
+
+
 def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError:
     """What to do about an error of sockets, TLS or HTTP."""
     cure = cure or f"check {BASE_SETTING}"
     where = f"{origin.scheme}://{_authority(origin)}"
     if isinstance(error, ssl.SSLCertVerificationError):
-        is_for_another = error.verify_code in (62, 64)  # X509_V_ERR_…_MISMATCH
-        cure = (
-            f"Name the host that it is for in {BASE_SETTING}."
-            if is_for_another
-            else "If a private authority signed it, name its file in DIFY_CA_FILE."
-        )
-        reason = error.verify_message
+        cure = _CERTIFICATE_CURES.get(error.verify_code, _UNKNOWN_AUTHORITY)
+        reason = error.verify_message.rstrip(".")
         return ConfigurationFault(f"The certificate of {where} fails: {reason}. {cure}")
     if isinstance(error, asyncio.TimeoutError):
         return UpstreamTimeout(f"{where} accepts no connection in time; {cure}.")
