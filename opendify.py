@@ -7035,6 +7035,12 @@ def _split_target(method: bytes, target: str) -> tuple[str, str]:
     return path if path.startswith("/") else f"/{path}", match[1]
 
 
+@functools.lru_cache(maxsize=1)
+def _http_date(second: int) -> str:
+    """A time as `Date` tells it (RFC 9110, section 5.6.7); made once a second."""
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
+
+
 class Reply:
     """The response to one request: `send` it whole, or `start`, `write` and `end`.
 
@@ -7073,7 +7079,8 @@ class Reply:
         length: int | None = None,
     ) -> None:
         """The head; without a length the body is chunked, or ends at the close."""
-        fields = [*headers, *self.headers]
+        date = _http_date(int(time.time()))
+        fields = [("Date", date), *headers, *self.headers]
         if length is not None and status != 204:
             fields.append(("Content-Length", str(length)))
         elif length is None:

@@ -496,7 +496,8 @@ async def test_head_is_get_without_a_body(serving: Serving, path: str) -> None:
         assert head.status == got.status
         assert (await client.ask("/t/echo")).status == 200  # nothing was left over
         for reading in (got, head):
-            reading.headers.pop("x-request-id")
+            for differs in ("x-request-id", "date"):
+                reading.headers.pop(differs)
         if path != "/nowhere":  # its message names the method
             assert head.headers == got.headers
 

@@ -777,12 +777,22 @@ def test_field_that_would_break_out_of_its_line_is_not_sent(value: str) -> None:
             encode_head("HTTP/1.1 200 OK", [(name, text)])
 
 
+EPOCH = "Thu, 01 Jan 1970 00:00:00"
+DATE = b"Date: Sun, 06 Nov 1994 08:49:37 GMT\r\n"  # the RFC's own
+
+
+@pytest.fixture
+def then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be at that time."""
+    monkeypatch.setattr("time.time", lambda: 784111777.9)
+
+
 REPLIES: list[Any] = [
     pytest.param(
         "GET",
         "1.1",
         {},
-        b"HTTP/1.1 200 OK\r\nA: b\r\nX: y\r\nContent-Length: 2\r\n\r\nhi",
+        b"HTTP/1.1 200 OK\r\n" + DATE + b"A: b\r\nX: y\r\nContent-Length: 2\r\n\r\nhi",
         False,
         id="plain",
     ),
@@ -790,7 +800,7 @@ REPLIES: list[Any] = [
         "GET",
         "1.1",
         {"connection": "close"},
-        b"HTTP/1.1 200 OK\r\nA: b\r\nX: y\r\nContent-Length: 2\r\n"
+        b"HTTP/1.1 200 OK\r\n" + DATE + b"A: b\r\nX: y\r\nContent-Length: 2\r\n"
         b"Connection: close\r\n\r\nhi",
         True,
         id="close",
@@ -799,7 +809,7 @@ REPLIES: list[Any] = [
         "GET",
         "1.0",
         {},
-        b"HTTP/1.1 200 OK\r\nA: b\r\nX: y\r\nContent-Length: 2\r\n"
+        b"HTTP/1.1 200 OK\r\n" + DATE + b"A: b\r\nX: y\r\nContent-Length: 2\r\n"
         b"Connection: close\r\n\r\nhi",
         True,
         id="1.0",
@@ -808,13 +818,14 @@ REPLIES: list[Any] = [
         "HEAD",
         "1.1",
         {},
-        b"HTTP/1.1 200 OK\r\nA: b\r\nX: y\r\nContent-Length: 2\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + DATE + b"A: b\r\nX: y\r\nContent-Length: 2\r\n\r\n",
         False,
         id="head",
     ),
 ]
 
 
+@pytest.mark.usefixtures("then")
 @pytest.mark.parametrize(("method", "version", "fields", "sent", "close"), REPLIES)
 async def test_whole_reply(
     method: str, version: str, fields: dict[str, str], sent: bytes, close: bool
@@ -827,17 +838,19 @@ async def test_whole_reply(
         assert (reply.status, reply.is_complete, reply.must_close) == (200, True, close)
 
 
+@pytest.mark.usefixtures("then")
 async def test_reply_without_content_has_no_length() -> None:
     async with memory_wire() as (wire, transport):
         Reply(wire, Request("OPTIONS", "/", "", {})).send(Response(204))
-        assert transport.sent == b"HTTP/1.1 204 No Content\r\n\r\n"
+        assert transport.sent == b"HTTP/1.1 204 No Content\r\n" + DATE + b"\r\n"
 
 
+@pytest.mark.usefixtures("then")
 async def test_reply_to_what_was_not_understood_closes() -> None:
     async with memory_wire() as (wire, transport):
         Reply(wire).send(Response(400, b"no"))
         assert transport.sent == (
-            b"HTTP/1.1 400 Bad Request\r\nContent-Length: 2\r\n"
+            b"HTTP/1.1 400 Bad Request\r\n" + DATE + b"Content-Length: 2\r\n"
             b"Connection: close\r\n\r\nno"
         )
 
@@ -847,7 +860,9 @@ STREAMED: list[Any] = [
         "POST",
         "1.1",
         [
-            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n",
+            b"HTTP/1.1 200 OK\r\n"
+            + DATE
+            + b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n",
             b"a\r\n0123456789\r\n",
             b"1\r\nz\r\n0\r\n\r\n",
         ],
@@ -857,20 +872,29 @@ STREAMED: list[Any] = [
     pytest.param(
         "POST",
         "1.0",
-        [b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nab", b"0123456789", b"z"],
+        [
+            b"HTTP/1.1 200 OK\r\n" + DATE + b"Connection: close\r\n\r\nab",
+            b"0123456789",
+            b"z",
+        ],
         True,
         id="1.0",
     ),
     pytest.param(
         "HEAD",
         "1.1",
-        [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"", b""],
+        [
+            b"HTTP/1.1 200 OK\r\n" + DATE + b"Transfer-Encoding: chunked\r\n\r\n",
+            b"",
+            b"",
+        ],
         False,
         id="head",
     ),
 ]
 
 
+@pytest.mark.usefixtures("then")
 @pytest.mark.parametrize(("method", "version", "sent", "close"), STREAMED)
 async def test_streamed_reply_leaves_piece_by_piece(
     method: str, version: str, sent: list[bytes], close: bool
@@ -891,14 +915,29 @@ async def test_streamed_reply_leaves_piece_by_piece(
         assert (reply.is_complete, reply.must_close) == (True, close)
 
 
+@pytest.mark.usefixtures("then")
 async def test_streamed_reply_may_end_without_a_byte() -> None:
     async with memory_wire() as (wire, transport):
         reply = Reply(wire, Request("POST", "/", "", {}))
         reply.start(200)
         reply.end()
         assert transport.sent == (
-            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+            b"HTTP/1.1 200 OK\r\n"
+            + DATE
+            + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
         )
+
+
+async def test_each_reply_has_the_date_of_its_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """RFC 9110, section 6.6.1; a clock may be set back, too."""
+    for at, date in [(951782399.9, "Mon, 28 Feb 2000 23:59:59"), (0.0, EPOCH)]:
+        monkeypatch.setattr("time.time", lambda at=at: at)
+        async with memory_wire() as (wire, transport):
+            Reply(wire).send(Response(404))
+            head = transport.sent.decode().split("\r\n")
+        assert [row for row in head if row.startswith("Date")] == [f"Date: {date} GMT"]
 
 
 @settings(max_examples=25)
