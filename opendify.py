@@ -62,8 +62,6 @@ import re
 import secrets
 import signal
 import socket
-import sqlite3
-import ssl
 import stat
 import sys
 import tempfile
@@ -89,14 +87,17 @@ from types import MappingProxyType
 from typing import IO, Any, Callable, NamedTuple, Union, cast
 
 try:
+    import sqlite3
+    import ssl
+
     import h11
     from dotenv import dotenv_values
     from dotenv import parser as env_parser
 except ImportError as missing:
-    sys.exit(
-        f"OpenDify needs the package {missing.name!r}: "
-        f"{sys.executable} -m pip install h11 python-dotenv"
-    )
+    is_own = str(missing.name).startswith("_")  # _sqlite3 and _ssl, in C
+    pip = f"{sys.executable} -m pip install h11 python-dotenv"
+    cure = "a part of Python that some systems package apart" if is_own else pip
+    sys.exit(f"OpenDify needs the package {missing.name!r}: {cure}")
 
 __version__ = "0.1.0"
 

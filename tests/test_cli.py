@@ -1054,6 +1054,21 @@ def test_missing_package_is_one_line_and_status_1(
     assert "-m pip install h11 python-dotenv" in err
 
 
+@pytest.mark.parametrize("name", ["_sqlite3", "_ssl"])
+def test_missing_part_of_python_is_one_line_and_status_1(name: str) -> None:
+    """FreeBSD packages it apart; a Python built without its library lacks it, too."""
+    code = (
+        f"import runpy, sys; sys.modules[{name!r}] = None; "
+        f"runpy.run_path({str(FILE)!r}, run_name='__main__')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "--version"], capture_output=True, check=False
+    )
+    err = ended.stderr.decode()
+    assert (ended.returncode, ended.stdout, len(err.splitlines())) == (1, b"", 1)
+    assert f"{name!r}: a part of Python that some systems package apart" in err
+
+
 @pytest.fixture
 def demo(
     tmp_path: Path, environment: dict[str, str]
