@@ -11202,6 +11202,7 @@ ROUTES["/"] = {"GET": show_page}
 # something could not be done or was cut short, 2 for bad usage or settings.
 
 MAX_DESCRIPTORS = 65_536
+REOPEN_S = 0.2  # until a port that was lost is opened again
 CHECKS_AT_ONCE = 4  # Dify's default server has ten connections in all
 ASK_S = 300.0  # that an app may take to answer one word
 _NOTHING_CONFIGURED = """\
@@ -11464,17 +11465,35 @@ def _set_up_logging(settings: Settings) -> None:
 
 
 class _LoopErrors:
-    """The loop's exception handler: says once a minute that descriptors are used up."""
+    """The loop's exception handler: says once a minute that descriptors are used up.
 
-    def __init__(self) -> None:
+    On Windows asyncio closes a port for good when a client resets its connection before
+    it is accepted (python/cpython#93821): here it is opened again, until `stop`.
+    """
+
+    def __init__(self, server: Listener, stop: asyncio.Event) -> None:
+        self._server, self._stop = server, stop
         self._said_at = -inf
+        self._reopening: asyncio.Task[None] | None = None
+
+    async def _reopen(self, host: str, port: int) -> None:
+        await asyncio.sleep(REOPEN_S)
+        while not self._stop.is_set():
+            with contextlib.suppress(OSError):
+                await self._server.listen(host, port)
+                return
+            await asyncio.sleep(REOPEN_S)
 
     def __call__(
         self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]
     ) -> None:
         """Called by the loop."""
         error = context.get("exception")
-        if not (isinstance(error, OSError) and error.errno in _EXHAUSTED):
+        if context.get("message") == "Accept failed on a socket":
+            host, port = context["socket"].getsockname()[:2]
+            log.warning("port %d was closed (%s), and is opened again", port, error)
+            self._reopening = asyncio.ensure_future(self._reopen(host, port))
+        elif not (isinstance(error, OSError) and error.errno in _EXHAUSTED):
             loop.default_exception_handler(context)
         elif loop.time() - self._said_at > 60:
             self._said_at = loop.time()
@@ -11541,7 +11560,7 @@ async def _serve_until_signal(settings: Settings, server: Server) -> int:
     stop = asyncio.Event()
     _on_signals(stop)
     _raise_descriptor_limit()
-    asyncio.get_running_loop().set_exception_handler(_LoopErrors())
+    asyncio.get_running_loop().set_exception_handler(_LoopErrors(server, stop))
     host, port = settings.server_host, settings.server_port
     try:
         addresses = await server.listen(host, port)

@@ -83,6 +83,13 @@ def run(home: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
+class Deaf(opendify.Listener):
+    """Accepts, and serves nobody."""
+
+    async def serve(self, wire: opendify.Wire) -> None:
+        wire.close()
+
+
 def shown(outcome: Outcome) -> dict[str, str]:
     """The settings that `--check` prints."""
     lines = outcome.out.partition("\n\n")[0].splitlines()
@@ -1131,6 +1138,32 @@ async def test_status_tells_whether_open_requests_could_end(
     assert await opendify._serve_until_signal(settings, server) == status
     dify.close()
     conversations.close()
+
+
+@pytest.mark.parametrize("is_stopping", [True, False])
+async def test_port_that_asyncio_gives_up_is_opened_again(
+    is_stopping: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on Windows, where the loop closes it as soon as the handler returns."""
+    loop, stop, listener = asyncio.get_running_loop(), asyncio.Event(), Deaf()
+    handle = opendify._LoopErrors(listener, stop)
+    ((host, port),) = await listener.listen("127.0.0.1", 0)
+    with socket.socket() as other:  # who takes the port for a while
+        (lost,) = listener._servers
+        context = {"message": "Accept failed on a socket", "exception": OSError("64")}
+        handle(loop, {**context, "socket": lost.sockets[0]})
+        lost.close()
+        await asyncio.sleep(0)
+        other.bind((host, port))
+        other.listen()
+        await asyncio.sleep(opendify.REOPEN_S * 3)
+    if is_stopping:
+        stop.set()
+    await asyncio.sleep(opendify.REOPEN_S * 2)
+    open_servers = [server for server in listener._servers if server.sockets]
+    assert len(open_servers) == (0 if is_stopping else 1)
+    assert caplog.messages == [f"port {port} was closed (64), and is opened again"]
+    await listener.stop(0)
 
 
 def test_time_of_a_line_is_its_own() -> None:
