@@ -9061,6 +9061,10 @@ NAMES_TIMEOUT_S = 5.0  # Open WebUI gives the model list 10 s
 MAX_FIELDS_BYTES = 1024 * 1024  # of a form, beside its file
 MAX_HELD_BYTES = 512 * 1024  # of a file in memory, until it is known where it goes
 MAX_SOUND_BYTES = MAX_JSON_BYTES  # of a whole answer: a quarter of an hour of mp3
+_NO_ROOM = (
+    "The file can't be kept until it is known where it goes (%s). Send the fields "
+    "before the file, or let the server's TMPDIR name a folder with room."
+)
 _BESIDE_FILE_BYTES = MAX_FIELDS_BYTES + MAX_FORM_PARTS * 2 * MAX_PART_HEAD_BYTES
 _START_BYTES = 64  # of a recording: the head of a WAV file
 _NO_FILE = (
@@ -9163,9 +9167,12 @@ class Form:
         if not self._is_held:
             store = tempfile.SpooledTemporaryFile(MAX_HELD_BYTES)  # noqa: SIM115 - `close`
             self._store = cast("IO[bytes]", store)
-            while data := await self.read():
-                self._store.write(data)
-            self._store.seek(0)
+            try:
+                while data := await self.read():
+                    self._store.write(data)
+                self._store.seek(0)
+            except OSError as error:  # a full disk, or one that may not be written
+                raise Overloaded(_NO_ROOM % os.strerror(error.errno or 0)) from error
             self._is_held = True
 
     def limit(self, most_mb: int) -> None:

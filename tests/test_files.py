@@ -12,6 +12,7 @@ import json
 import os
 import random
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -507,6 +508,26 @@ async def test_model_is_found_behind_the_file(size: int) -> None:
         (request,) = [row for row in served.dify.requests if row.parts]
     assert got.json == {"text": f"transcribed {size} bytes"}
     assert (request.key, request.user) == (KEY, "al")
+
+
+async def test_server_without_a_disk_takes_small_files_and_large_ones_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A container's file system may be read-only."""
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere/at-all")
+    async with proxy(parameters=AUDIO, variables=two_apps()) as served:
+
+        async def outcome(size: int, order: str) -> int:
+            form = form_of(b"x" * size, order=order, model="m", user="al")
+            got = await post(served, TRANSCRIPTS, form)
+            if got.status == 503:
+                message = got.error["message"]
+                assert "(No such file or directory). Send the fields before" in message
+            return got.status
+
+        assert await outcome(10, FILE_FIRST) == 200
+        assert await outcome(2_000_000, "fields, file") == 200
+        assert await outcome(2_000_000, FILE_FIRST) == 503
 
 
 @pytest.mark.parametrize(
