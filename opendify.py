@@ -7601,6 +7601,8 @@ async def _tunnel(
                 f"The proxy {proxy.host}:{proxy.port} refuses {where}: {answer}. Check "
                 "HTTPS_PROXY and NO_PROXY."
             )
+        if wire.has_unread:  # it would be taken for the origin's words
+            raise ConnectionBroken("the proxy says more than its answer")
         await wire.start_tls(trust, origin.host)
     except BaseException:
         wire.abort()

@@ -37,6 +37,7 @@ from test_upstream import (
     tls_context,
 )
 
+import opendify
 from opendify import (
     CIRCUIT_S,
     Dify,
@@ -963,6 +964,21 @@ async def test_certificate_is_verified_through_a_tunnel() -> None:
             asked = await front.ask(stream=True)
     assert asked.outcome == REFUSED
     assert "The certificate of https://dify.example:443 fails" in asked.message
+
+
+@pytest.mark.real_clock
+async def test_proxy_can_say_nothing_in_the_name_of_dify() -> None:
+    """What it sends behind its answer, more than one read takes, is not in TLS."""
+    pad = opendify.READ_BUFFER_BYTES - len(Between.answer)
+    between = Between(answer=Between.answer + b"x" * pad + WHOLE)
+    there = raw_server(Upstream([WHOLE]).serve, tls_context("other-host"))
+    async with there as target, raw_server(between.serve) as here:
+        between.target_port = port_of(target)
+        url = f"http://127.0.0.1:{port_of(here)}"
+        variables = {"HTTPS_PROXY": url, **AUTHORITY}
+        async with proxying("https://dify.example/v1", variables=variables) as front:
+            asked = await front.ask(stream=False)
+    assert asked.outcome == REFUSED
 
 
 @pytest.mark.real_clock
