@@ -2848,10 +2848,12 @@ class AnswerReader:
             return []
         if not (self.task_id and self.conversation_id and self.message_id):
             self._learn_ids(value)
-        translate = _TRANSLATORS.get(str(value.get("event")))
-        if value.get("event") in _DELTAS and self._mode != "agent":
+        name = str(value.get("event"))
+        translate = _TRANSLATORS.get(name)
+        if name in _DELTAS and self._mode != "agent":
             self._like = data
-        return translate(self, value) if translate else []
+        said = object_of(value.get("data")) if name in _OF_DATA else value
+        return translate(self, said) if translate else []
 
     def _learn_delta(self, data: str) -> None:
         """Remember what stands around the text of a delta: it is the same in the next.
@@ -2918,8 +2920,7 @@ class AnswerReader:
             answer = "\n\n" + answer
         return self._add_text_from(value.get("from_variable_selector"), answer)
 
-    def _text_chunk(self, value: dict[str, Any]) -> list[Part]:
-        data = object_of(value.get("data"))
+    def _text_chunk(self, data: dict[str, Any]) -> list[Part]:
         source, text = data.get("from_variable_selector"), data.get("text")
         return self._add_text_from(source, text) if isinstance(text, str) else []
 
@@ -2940,7 +2941,7 @@ class AnswerReader:
         return self._mark_blocks(self._splitter.restart())
 
     def _message_replace(self, value: dict[str, Any]) -> list[Part]:
-        answer = value.get("answer", object_of(value.get("data")).get("text"))
+        answer = value.get("answer", value.get("text"))
         if not isinstance(answer, str):
             return []
         self._half = ""
@@ -3003,8 +3004,7 @@ class AnswerReader:
         self._has_thought = self._has_thought or block[0] in ("tag", "node", "thought")
         return [Reasoning(text, is_inline=block[0] == "tag")]
 
-    def _reasoning_chunk(self, value: dict[str, Any]) -> list[Part]:
-        data = object_of(value.get("data"))
+    def _reasoning_chunk(self, data: dict[str, Any]) -> list[Part]:
         text = data.get("reasoning")
         block = ("node", data.get("node_id"))
         return self._reason_in(block, text) if isinstance(text, str) else []
@@ -3036,18 +3036,15 @@ class AnswerReader:
         self._thoughts[key] = line
         return self._reason_in(block, line)
 
-    def _node_started(self, value: dict[str, Any]) -> list[Part]:
-        data = object_of(value.get("data"))
+    def _node_started(self, data: dict[str, Any]) -> list[Part]:
         title = data.get("title") or data.get("node_type")
         return self._process(("step", data.get("id")), f"Step: {title}", title)
 
-    def _agent_log(self, value: dict[str, Any]) -> list[Part]:
-        data = object_of(value.get("data"))
+    def _agent_log(self, data: dict[str, Any]) -> list[Part]:
         label = data.get("label")
         return self._process(("log", data.get("id")), str(label), label)
 
-    def _node_finished(self, value: dict[str, Any]) -> list[Part]:
-        data = object_of(value.get("data"))
+    def _node_finished(self, data: dict[str, Any]) -> list[Part]:
         kind, outputs = data.get("node_type"), object_of(data.get("outputs"))
         if kind in _MODEL_NODES:
             process = object_of(data.get("process_data"))
@@ -3057,12 +3054,12 @@ class AnswerReader:
                 {**object_of(row.get("metadata")), "content": row.get("content")}
                 for row in objects_of(outputs.get("result"))
             ]
-        return self._node_over(value)
+        return self._node_over(data)
 
-    def _node_over(self, value: dict[str, Any]) -> list[Part]:
+    def _node_over(self, data: dict[str, Any]) -> list[Part]:
         """A node ended or is tried again: what it says then, it says anew."""
-        node = object_of(value.get("data")).get("node_id")
-        return self._end_block() if _texts(self._source)[:1] == (node,) else []
+        is_source = _texts(self._source)[:1] == (data.get("node_id"),)
+        return self._end_block() if is_source else []
 
     def _message_file(self, value: dict[str, Any]) -> list[Part]:
         if isinstance(value.get("answer"), str):  # text, by a bug of 1.11.2 and later
@@ -3080,9 +3077,8 @@ class AnswerReader:
         media = Media(str(value.get("type") or "custom"), url, str(name))
         self._files.setdefault(_SIGNATURE.sub("", url), (path, media))
 
-    def _human_input(self, value: dict[str, Any]) -> list[Part]:
+    def _human_input(self, data: dict[str, Any]) -> list[Part]:
         self._has_asked = True
-        data = object_of(value.get("data"))
         asked = data.get("form_content") or data.get("message")
         token = data.get("form_token")
         rows = objects_of(data.get("actions"))
@@ -3113,13 +3109,11 @@ class AnswerReader:
             return parts
         return parts + self._finish()
 
-    def _workflow_finished(self, value: dict[str, Any]) -> list[Part]:
-        data = object_of(value.get("data"))
+    def _workflow_finished(self, data: dict[str, Any]) -> list[Part]:
         outputs = object_of(data.get("outputs"))
         self._total_tokens = count_of(data.get("total_tokens"))
         if data.get("status") == "failed":
-            text = data.get("error") or "the workflow failed"
-            return self.fail(error_from_dify(200, "", text, in_run=True))
+            return self._error({"message": data.get("error") or "the workflow failed"})
         if data.get("status") == "stopped" and self._reason == "stop":
             self._reason = "length"
         for file in [*objects_of(data.get("files")), *_files_in(outputs)]:
@@ -3133,11 +3127,11 @@ class AnswerReader:
         self.is_closing = True
         return parts
 
-    def _workflow_paused(self, value: dict[str, Any]) -> list[Part]:
+    def _workflow_paused(self, data: dict[str, Any]) -> list[Part]:
         parts: list[Part] = []
-        reasons = objects_of(object_of(value.get("data")).get("reasons"))
+        reasons = objects_of(data.get("reasons"))
         for reason in [] if self._has_asked else reasons:  # their events were lost
-            parts += self._human_input({"data": reason})
+            parts += self._human_input(reason)
         return parts + self._finish()
 
     def _error(self, value: dict[str, Any]) -> list[Part]:
@@ -3189,30 +3183,31 @@ class AnswerReader:
         return [*self._close_text(), Failure(error)]
 
     def _learn_ids(self, value: dict[str, Any]) -> None:
-        self.task_id = self.task_id or str(value.get("task_id") or "")
-        self.message_id = self.message_id or str(value.get("message_id") or "")
-        self.conversation_id = self.conversation_id or str(
-            value.get("conversation_id") or ""
-        )
+        for name in ("task_id", "message_id", "conversation_id"):
+            setattr(self, name, getattr(self, name) or str(value.get(name) or ""))
 
 
-_TRANSLATORS: Mapping[str, Callable[[AnswerReader, dict[str, Any]], list[Part]]] = {
-    "message": AnswerReader._message,
-    "agent_message": AnswerReader._message,
-    "message_file": AnswerReader._message_file,
+_Translators = Mapping[str, Callable[[AnswerReader, dict[str, Any]], list[Part]]]
+_OF_DATA: _Translators = {  # what a workflow's events say is in their `data`
     "text_chunk": AnswerReader._text_chunk,
-    "message_replace": AnswerReader._message_replace,
     "text_replace": AnswerReader._message_replace,
-    "agent_thought": AnswerReader._thought,
     "reasoning_chunk": AnswerReader._reasoning_chunk,
     "node_started": AnswerReader._node_started,
     "node_finished": AnswerReader._node_finished,
     "node_retry": AnswerReader._node_over,
     "agent_log": AnswerReader._agent_log,
     "human_input_required": AnswerReader._human_input,
-    "message_end": AnswerReader._message_end,
     "workflow_finished": AnswerReader._workflow_finished,
     "workflow_paused": AnswerReader._workflow_paused,
+}
+_TRANSLATORS: _Translators = {
+    **_OF_DATA,
+    "message": AnswerReader._message,
+    "agent_message": AnswerReader._message,
+    "message_file": AnswerReader._message_file,
+    "message_replace": AnswerReader._message_replace,
+    "agent_thought": AnswerReader._thought,
+    "message_end": AnswerReader._message_end,
     "error": AnswerReader._error,
 }
 # What `json.loads` reads strings with: (text, where it begins) -> (string, its end).
@@ -3267,11 +3262,9 @@ def _files_in(value: Any) -> list[Mapping[str, Any]]:
     """The file objects in an output, however deep in lists and objects."""
     if _is_file(value):
         return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return [file for item in value for file in _files_in(item)]
-    return []
+    items = list(value.values()) if isinstance(value, dict) else value
+    rows = items if isinstance(items, list) else []
+    return [file for row in rows for file in _files_in(row)]
 
 
 def _without_files(value: Any) -> Any:
@@ -3381,8 +3374,7 @@ def _stored_parts(row: Mapping[str, Any], base: str) -> list[Part]:
     reader = AnswerReader("chat", base)
     parts = reader._add_text(str(row.get("answer") or ""))
     if row.get("status") == "error":
-        text = row.get("error") or "the run failed"
-        return parts + reader.fail(error_from_dify(200, "", text, in_run=True))
+        return parts + reader._error({"message": row.get("error") or "the run failed"})
     return parts + reader._finish_as_stored(row)
 
 

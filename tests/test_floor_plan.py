@@ -17,12 +17,12 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 260,
-    "Errors": 95,
+    "Settings": 245,
+    "Errors": 90,
     "SSE": 65,
     "Turn": 135,
     "Calls": 750,
-    "Dify": 970,
+    "Dify": 950,
     "Ids": 70,
     "OpenAI": 815,
     "Responses": 500,
