@@ -4316,27 +4316,22 @@ def chat_completion(
     spoken: Spoken | None = None,
 ) -> dict[str, Any]:
     """The whole object of a chat completion; `extra` are further keys of it."""
-    choices = [
-        {
-            "index": index,
-            "message": {
-                **_message(answer, is_legacy),
-                **(_said_aloud(answer, spoken, extra) if spoken else {}),
-            },
-            "logprobs": None,
-            "finish_reason": _finish_reason(
-                answer.finish_reason, answer.calls, is_legacy
-            ),
-        }
-        for index, answer in enumerate(answers)
-    ]
-    return {
-        **envelope.head("chat.completion"),
-        "system_fingerprint": _FINGERPRINT,
-        "choices": choices,
-        "usage": _usage_object(sum((answer.usage for answer in answers), Usage())),
-        **extra,
-    }
+    choices = []
+    for index, answer in enumerate(answers):
+        message = _message(answer, is_legacy)
+        if spoken and answer.sounds:
+            message |= _said_aloud(answer, spoken, extra)
+        reason = _finish_reason(answer, is_legacy)
+        choices.append(_chat_choice(index, {"message": message}, reason))
+    head = {**envelope.head("chat.completion"), "system_fingerprint": _FINGERPRINT}
+    usage = _usage_object(sum((answer.usage for answer in answers), Usage()))
+    return {**head, "choices": choices, "usage": usage, **extra}
+
+
+def _chat_choice(
+    index: int, said: Mapping[str, Any], reason: str | None
+) -> dict[str, Any]:
+    return {"index": index, **said, "logprobs": None, "finish_reason": reason}
 
 
 def _message(answer: Answer, is_legacy: bool) -> dict[str, Any]:
@@ -4358,9 +4353,7 @@ def _message(answer: Answer, is_legacy: bool) -> dict[str, Any]:
 def _said_aloud(
     answer: Answer, spoken: Spoken, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The keys that differ in the message of a spoken answer, if anything was said."""
-    if not answer.sounds:
-        return {}
+    """The keys that differ in the message of a spoken answer."""
     audio = {
         "id": spoken.id_of(extra),
         "expires_at": spoken.expires_at,
@@ -4375,9 +4368,9 @@ def _call_object(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
-def _finish_reason(reason: str, calls: Sequence[ToolCall], is_legacy: bool) -> str:
-    if reason != "stop" or not calls:
-        return reason
+def _finish_reason(answer: Answer, is_legacy: bool) -> str:
+    if answer.finish_reason != "stop" or not answer.calls:
+        return answer.finish_reason
     return "function_call" if is_legacy else "tool_calls"
 
 
@@ -4402,7 +4395,7 @@ class _ChunkStream:
     def __init__(
         self, head: Mapping[str, Any], *, include_usage: bool, index: int
     ) -> None:
-        self.usage = Usage()
+        self.ends = Answer()  # what comes once: calls, citations, usage
         self._head = head
         self._usage_key = {"usage": None} if include_usage else {}
         self._index = index
@@ -4449,8 +4442,6 @@ class ChatStream(_ChunkStream):
         self._text = (before + b'{"content":', b"}" + after)
         self._reasoning = (before + b'{"reasoning_content":', b"}" + after)
         self._chars = 0
-        self._calls: list[ToolCall] = []
-        self._citations: tuple[Mapping[str, Any], ...] = ()
 
     def begin(self, extra: Mapping[str, Any]) -> bytes:
         """The first chunk: the role, and `extra` keys beside the standard ones."""
@@ -4466,21 +4457,17 @@ class ChatStream(_ChunkStream):
         if isinstance(part, Reasoning):
             head, tail = self._reasoning
             return head + json_string(part.text) + tail
+        self.ends.add(part)
         if isinstance(part, ToolCall):
             return self._call(part)
-        if isinstance(part, Citations):
-            self._citations = part.resources
-        elif isinstance(part, Usage):
-            self.usage = part
-        elif isinstance(part, Finish):
-            reason = _finish_reason(part.reason, self._calls, self._is_legacy)
-            return self._chunk(cite(self._citations, self._chars), reason)
+        if isinstance(part, Finish):
+            reason = _finish_reason(self.ends, self._is_legacy)
+            return self._chunk(cite(self.ends.citations, self._chars), reason)
         return b""
 
     def _call(self, call: ToolCall) -> bytes:
         """Two chunks: which tool, and with what. Legacy clients know but one call."""
-        index = len(self._calls)
-        self._calls.append(call)
+        index = len(self.ends.calls) - 1
         named = {"name": call.name, "arguments": ""}
         given = {"arguments": call.arguments}
         if self._is_legacy:
@@ -4491,8 +4478,7 @@ class ChatStream(_ChunkStream):
         return b"".join(self._chunk({"tool_calls": [row]}, None) for row in rows)
 
     def _choice(self, delta: Any, reason: str | None) -> dict[str, Any]:
-        choice = {"index": self._index, "delta": delta, "logprobs": None}
-        return {**choice, "finish_reason": reason}
+        return _chat_choice(self._index, {"delta": delta}, reason)
 
 
 class SpokenStream(ChatStream):
@@ -4563,7 +4549,7 @@ class CompletionStream(_ChunkStream):
         if isinstance(part, Finish):
             return self._chunk("", part.reason)
         if isinstance(part, Usage):
-            self.usage = part
+            self.ends.add(part)
         return b""
 
     def _choice(self, text: Any, reason: str | None) -> dict[str, Any]:
@@ -5130,49 +5116,33 @@ def _failure_code(error: ProxyError) -> str:
 
 
 class _Form(NamedTuple):
-    """How items of a kind are written: the item as added, its part, its events."""
+    """How items of a kind are written: their keys, their part, their events."""
 
     prefix: str
-    added: Mapping[str, Any]
+    type: str
     key: str  # where the item has its text, or the part with it
     text_event: str
+    added: Mapping[str, Any] = {"status": "in_progress"}  # further keys of the item
     part_event: str = ""
     part: Mapping[str, Any] = {}
-    place: Mapping[str, int] = {}
     more: Mapping[str, Any] = {}  # further keys of the events of the text
 
 
 _MESSAGE_FORM = _Form(
-    "msg_",
-    {"type": "message", "status": "in_progress", "role": "assistant", "content": []},
-    "content",
-    "output_text",
+    *("msg_", "message", "content", "output_text"),
+    {"status": "in_progress", "role": "assistant"},
     "content_part",
     {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
-    {"content_index": 0},
     {"logprobs": []},
 )
 _REASONING_FORM = _Form(
-    "rs_",
-    {"type": "reasoning", "summary": []},
-    "summary",
-    "reasoning_summary_text",
+    *("rs_", "reasoning", "summary", "reasoning_summary_text"),
+    {},
     "reasoning_summary_part",
     {"type": "summary_text", "text": ""},
-    {"summary_index": 0},
 )
-_CALL_FORM = _Form(
-    "fc_",
-    {"type": "function_call", "status": "in_progress", "arguments": ""},
-    "arguments",
-    "function_call_arguments",
-)
-_CUSTOM_CALL_FORM = _Form(
-    "ctc_",
-    {"type": "custom_tool_call", "status": "in_progress", "input": ""},
-    "input",
-    "custom_tool_call_input",
-)
+_CALL_FORM = _Form("fc_", "function_call", "arguments", "function_call_arguments")
+_CUSTOM_CALL_FORM = _Form("ctc_", "custom_tool_call", "input", "custom_tool_call_input")
 _CAUSES = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
@@ -5183,7 +5153,9 @@ class _OpenItem:
         self.form = form
         self.item = item
         self.texts: list[str] = []
-        self.place = {"item_id": item["id"], "output_index": at, **form.place}
+        self.place = {"item_id": item["id"], "output_index": at}
+        if form.part:
+            self.place[f"{form.key}_index"] = 0
         kind = f"response.{form.text_event}.delta"
         fields = json_bytes({"type": kind, **self.place, **form.more})[:-1]
         self.head = encode_event(fields + b',"sequence_number":', kind).rstrip()
@@ -5194,7 +5166,7 @@ class _OpenItem:
         part = {**self.form.part, "text": text}
         if self.form is _MESSAGE_FORM:
             part["annotations"] = list(annotations)
-        self.item[self.form.key] = [part] if self.form.part_event else text
+        self.item[self.form.key] = [part] if self.form.part else text
         if "status" in self.item:
             self.item["status"] = status
         return text
@@ -5216,16 +5188,11 @@ class ResponseStream:
     def __init__(self, frame: ResponseFrame) -> None:
         self.response: dict[str, Any] = {}
         self._frame = frame
-        self._ends = Answer()  # what comes once, at the end
+        self.ends = Answer()  # what comes once: calls, citations, usage
         self._output: list[dict[str, Any]] = []
         self._open: dict[str, _OpenItem] = {}  # by prefix
         self._numbers = count()  # of its events
         self._item_numbers: defaultdict[str, Iterator[int]] = defaultdict(count)
-
-    @property
-    def usage(self) -> Usage:
-        """Token counts."""
-        return self._ends.usage
 
     def begin(self, extra: Mapping[str, Any]) -> bytes:
         """The first events; `extra` keys stand beside the standard ones."""
@@ -5265,7 +5232,7 @@ class ResponseStream:
         if isinstance(part, (Text, Reasoning)):
             form = _MESSAGE_FORM if isinstance(part, Text) else _REASONING_FORM
             return self._write(form, part.text) if part.text else b""
-        self._ends.add(part)
+        self.ends.add(part)
         return self._finish() if isinstance(part, Finish) else b""
 
     def end(self, usage: Usage) -> bytes:
@@ -5279,14 +5246,14 @@ class ResponseStream:
         return begun + self._lifecycle("failed", "failed", error=told)
 
     def _finish(self) -> bytes:
-        cause = _CAUSES.get(self._ends.finish_reason)
+        cause = _CAUSES.get(self.ends.finish_reason)
         status = "incomplete" if cause else "completed"
         # Not even an empty answer is without its message, unless there are calls.
         events = self._close("rs_")
-        events += self._write(_MESSAGE_FORM, "") if not self._ends.calls else b""
+        events += self._write(_MESSAGE_FORM, "") if not self.ends.calls else b""
         events += self._close("msg_", status)
-        events += b"".join(self._call(call) for call in self._ends.calls)
-        usage = _usage_of_response(self._ends.usage)
+        events += b"".join(self._call(call) for call in self.ends.calls)
+        usage = _usage_of_response(self.ends.usage)
         details = {"reason": cause} if cause else None
         return events + self._lifecycle(
             status, status, usage=usage, incomplete_details=details
@@ -5311,11 +5278,12 @@ class ResponseStream:
         at = len(self._output)
         # By its number among its kind: read again, reasoning comes before the text.
         number = next(self._item_numbers[form.prefix])
-        item = {"id": self._frame.id(form.prefix, number), **form.added, **fields}
+        about = {"id": self._frame.id(form.prefix, number), "type": form.type}
+        item = {**about, **form.added, form.key: [] if form.part else "", **fields}
         self._output.append(item)
         self._open[form.prefix] = opened = _OpenItem(form, item, at)
         added = self._event("output_item.added", output_index=at, item=item)
-        if form.part_event:
+        if form.part:
             name = f"{form.part_event}.added"
             added += self._event(name, **opened.place, part=form.part)
         return added
@@ -5326,18 +5294,18 @@ class ResponseStream:
         if not opened:
             return b""
         form, item, place = opened.form, opened.item, opened.place
-        cited = self._ends.citations if form is _MESSAGE_FORM else ()
+        cited = self.ends.citations if form is _MESSAGE_FORM else ()
         annotations = _annotations(cited, sum(map(len, opened.texts)))
         text = opened.update(status, annotations)
         events = b""
         for index, row in enumerate(annotations):
             told = {"annotation_index": index, "annotation": row}
             events += self._event("output_text.annotation.added", **place, **told)
-        done = {"text" if form.part_event else form.key: text, **form.more}
+        done = {"text" if form.part else form.key: text, **form.more}
         if form is _CALL_FORM:
             done["name"] = item["name"]
         events += self._event(f"{form.text_event}.done", **place, **done)
-        if form.part_event:
+        if form.part:
             part = item[form.key][0]
             events += self._event(f"{form.part_event}.done", **place, part=part)
         at = place["output_index"]
@@ -5374,7 +5342,7 @@ def _custom_input(arguments: str) -> str:
 # Writes one answer as SSE, in the words of one API: `begin` once, then `encode` for
 # each part, in order, then `end`; `fail` instead at any time. `heartbeat` may be sent
 # between any two of them. `begin` waits until Dify's ids are known if it `needs_ids`;
-# `usage` are the token counts, once they are known.
+# `ends` has the token counts, once they are known.
 AnswerStream = Union[ChatStream, CompletionStream, ResponseStream]
 
 
@@ -10019,7 +9987,7 @@ class Handlers:
             for sink in sinks:
                 sink.close()
         if streams:
-            usage = sum((row.usage for row in streams), Usage())
+            usage = sum((row.ends.usage for row in streams), Usage())
             exchange.reply.end(b"".join(ends) + streams[0].end(usage))
             return
         ids = collectors[0].ids
