@@ -612,16 +612,16 @@ def bad_value(field_name: str, problem: str) -> BadRequest:
     return BadRequest(message, param=field_name, code="invalid_value")
 
 
+def missing_parameter(field_name: str) -> BadRequest:
+    """The error for a field that a request lacks."""
+    message = f"Missing required parameter: '{field_name}'."
+    return BadRequest(message, param=field_name, code="missing_required_parameter")
+
+
 def error_body(error: ProxyError) -> dict[str, Any]:
     """The error as OpenAI's clients read it; all four keys, always."""
-    return {
-        "error": {
-            "message": error.message,
-            "type": error.type,
-            "param": error.param,
-            "code": error.code,
-        }
-    }
+    keys = ("message", "type", "param", "code")
+    return {"error": {key: getattr(error, key) for key in keys}}
 
 
 def error_headers(error: ProxyError) -> list[tuple[str, str]]:
@@ -1174,7 +1174,7 @@ def parse_tools(body: Mapping[str, Any]) -> tuple[tuple[Tool, ...], str]:
 
 def _function(row: Any) -> dict[str, Any]:
     """The function of a tool or a choice: nested (Chat) or flat (Responses, legacy)."""
-    row = row if isinstance(row, dict) else {}
+    row = object_of(row)
     nested = row.get("function", row.get("custom"))
     return nested if isinstance(nested, dict) else row
 
@@ -1185,9 +1185,8 @@ def _parse_tool(row: Any) -> list[Tool]:
     name, kind = function.get("name"), row.get("type") if function else ""
     if not isinstance(name, str) or not name or kind not in (None, "function"):
         return []
-    schema = function.get("parameters")
     description = str(function.get("description") or "")
-    return [Tool(name, description, schema if isinstance(schema, dict) else {})]
+    return [Tool(name, description, object_of(function.get("parameters")))]
 
 
 def _parse_choice(choice: Any) -> tuple[str, list[Any]]:
@@ -1214,10 +1213,9 @@ def parse_output_format(body: Mapping[str, Any]) -> OutputFormat:
     Raises:
         BadRequest: of a kind that nobody knows, or without a schema.
     """
-    text, where = body.get("text"), "response_format"
-    row = body.get(where)
-    if not row and isinstance(text, dict):
-        where, row = "text.format", text.get("format")
+    where = "response_format"
+    if not (row := body.get(where)):
+        where, row = "text.format", object_of(body.get("text")).get("format")
     kind = row.get("type", "text") if isinstance(row, dict) else row or "text"
     if kind == "text":
         return OutputFormat()
@@ -1226,8 +1224,8 @@ def parse_output_format(body: Mapping[str, Any]) -> OutputFormat:
     if kind != "json_schema" or not isinstance(row, dict):
         problem = "it must be text, json_object or json_schema."
         raise bad_value(f"{where}.type", problem)
-    row = row.get("json_schema") or row
-    schema = row.get("schema") if isinstance(row, dict) else None
+    row = object_of(row.get("json_schema") or row)
+    schema = row.get("schema")
     if not isinstance(schema, dict):
         place = f"{where}.json_schema" if where == "response_format" else where
         raise bad_type(f"{place}.schema", "a JSON Schema, an object")
@@ -1369,13 +1367,12 @@ class CallReader:
 
     def _read_code(self, done: list[Part], is_last: bool) -> bool:
         """Give the text on up to the end of the code block."""
-        end = self._text.find("```")
-        self._is_code = end < 0
-        if end < 0:
-            self._give(done, len(self._text if is_last else self._text.rstrip("`")))
-        else:
-            self._give(done, end + 3)
-        return not self._is_code
+        code, fence, _ = self._text.partition("```")
+        if not (fence or is_last):
+            code = code.rstrip("`")
+        self._give(done, len(code + fence))
+        self._is_code = not fence
+        return bool(fence)
 
     def _read_block(self, done: list[Part], block: _Block, is_last: bool) -> bool:
         is_over = block.read(self._text, is_last=is_last)
@@ -1611,14 +1608,12 @@ def _arguments(given: Any, tool: Tool) -> dict[str, Any]:
 
 
 def _properties(tool: Tool) -> dict[str, Any]:
-    properties = tool.parameters.get("properties")
-    return properties if isinstance(properties, dict) else {}
+    return object_of(tool.parameters.get("properties"))
 
 
 def _typed(tool: Tool, key: str, text: str) -> Any:
     """A parameter written as an element: JSON, unless only a string will do."""
-    schema = _properties(tool).get(key)
-    schema = schema if isinstance(schema, dict) else {}
+    schema = object_of(_properties(tool).get(key))
     if schema.get("type") == "string":
         return text
     with contextlib.suppress(ValueError):
@@ -1628,7 +1623,18 @@ def _typed(tool: Tool, key: str, text: str) -> Any:
     return text
 
 
-# ... sloppy JSON...
+# ... JSON of any shape, and sloppy JSON...
+
+
+def object_of(value: Any) -> dict[str, Any]:
+    """The value, {} if it is no object."""
+    return value if isinstance(value, dict) else {}
+
+
+def objects_of(value: Any) -> list[dict[str, Any]]:
+    """The objects in a list, [] if it is none."""
+    items = value if isinstance(value, list) else []
+    return [item for item in items if isinstance(item, dict)]
 
 
 def parse_json_text(text: str, *, strict: bool = True) -> Any:
@@ -3308,17 +3314,6 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(map(str, value)) if isinstance(value, list) else ()
 
 
-def object_of(value: Any) -> dict[str, Any]:
-    """The value, {} if it is no object."""
-    return value if isinstance(value, dict) else {}
-
-
-def objects_of(value: Any) -> list[dict[str, Any]]:
-    """The objects in a list, [] if it is none."""
-    items = value if isinstance(value, list) else []
-    return [item for item in items if isinstance(item, dict)]
-
-
 # What Dify has stored (`GET /messages`)...
 
 
@@ -3717,12 +3712,6 @@ def end_user(asked: str, forwarded: str, key: str) -> str:
     return name
 
 
-def missing_parameter(field_name: str) -> BadRequest:
-    """The error for a field that a request lacks."""
-    message = f"Missing required parameter: '{field_name}'."
-    return BadRequest(message, param=field_name, code="missing_required_parameter")
-
-
 def with_tool_names(messages: list[Message]) -> list[Message]:
     """Tool results by the names of their tools, in the order of their calls.
 
@@ -3816,13 +3805,12 @@ def parse_message(row: Any, where: str) -> Message:
 
 def parse_calls(row: Mapping[str, Any]) -> tuple[ToolCall, ...]:
     """Earlier calls of an assistant's message, of both generations."""
-    calls = row.get("tool_calls")
-    calls = list(calls) if isinstance(calls, list) else []
+    calls = objects_of(row.get("tool_calls"))
     if row.get("function_call"):
         calls.append({"function": row["function_call"]})
     parsed = []
     for call in calls:
-        function = object_of(call).get("function")
+        function = call.get("function")
         if isinstance(function, dict):
             arguments = function.get("arguments")
             if not isinstance(arguments, str):
@@ -3876,9 +3864,8 @@ def _parse_image(part: Mapping[str, Any], where: str) -> Attachment:
         return stored
     url = image.get("url") if isinstance(image, dict) else image
     if not isinstance(url, str) or not url:
-        raise bad_value(
-            where, "an image needs `image_url.url`: an http(s) or data URL."
-        )
+        problem = "an image needs `image_url.url`: an http(s) or data URL."
+        raise bad_value(where, problem)
     return _attachment(url, "", "image", where)
 
 
@@ -3886,9 +3873,8 @@ def _parse_audio(part: Mapping[str, Any], where: str) -> Attachment:
     audio = object_of(part.get("input_audio"))
     data = audio.get("data")
     if not isinstance(data, str) or not data:
-        raise bad_value(
-            where, "audio needs `input_audio.data` in base64, and `format`."
-        )
+        problem = "audio needs `input_audio.data` in base64, and `format`."
+        raise bad_value(where, problem)
     if data.startswith("data:"):
         return _attachment(data, "", "audio", where)
     extension = re.sub(r"\W", "", str(audio.get("format") or "wav")).lower()
@@ -4585,13 +4571,8 @@ def models_list(models: Iterable[tuple[str, str]], created: int) -> dict[str, An
 def model_object(model: str, name: str, created: int) -> dict[str, Any]:
     """One model; the app's name goes along where it is known and another."""
     named = {"name": name} if name and name != model else {}
-    return {
-        "id": model,
-        "object": "model",
-        "created": created,
-        "owned_by": "dify",
-        **named,
-    }
+    about = {"id": model, "object": "model", "created": created}
+    return {**about, "owned_by": "dify", **named}
 
 
 def json_bytes(value: Any) -> bytes:
@@ -5058,12 +5039,8 @@ def list_page(items: Sequence[Mapping[str, Any]], query: Mapping[str, str]) -> A
 
 def conversation_object(id_: str, created: int, metadata: Any) -> dict[str, Any]:
     """A conversation (`conv_…`)."""
-    return {
-        "id": id_,
-        "object": "conversation",
-        "created_at": created,
-        "metadata": _ECHOED["metadata"](metadata),
-    }
+    about = {"id": id_, "object": "conversation", "created_at": created}
+    return {**about, "metadata": _ECHOED["metadata"](metadata)}
 
 
 def deleted_object(id_: str) -> dict[str, Any]:
