@@ -103,6 +103,8 @@ __version__ = "0.1.0"
 
 log = logging.getLogger("opendify")
 
+Json = Mapping[str, Any]  # an object of JSON, to be read; what is made is a dict
+
 # ==============================================================================
 # 1. Settings
 # ==============================================================================
@@ -151,7 +153,7 @@ class AppSettings:
     key: str = field(repr=False)
     base: str = ""
     mode: str = ""
-    inputs: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Json = field(default_factory=dict)
     query_variable: str = ""
     output_variable: str = ""
     system_variable: str = ""
@@ -814,7 +816,7 @@ class Tool:
 
     name: str
     description: str = ""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Json = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -827,7 +829,7 @@ class OutputFormat:
 
     kind: str = "text"
     name: str = ""
-    schema: Mapping[str, Any] = field(default_factory=dict)
+    schema: Json = field(default_factory=dict)
     param: str = "response_format"
 
     @property
@@ -852,7 +854,7 @@ class Ask(NamedTuple):
     model: str
     messages: tuple[Message, ...]
     system: str = ""
-    inputs: Mapping[str, Any] = MappingProxyType({})
+    inputs: Json = MappingProxyType({})
     user: str = ""
     conversation_id: str = ""
     is_all_new: bool = False
@@ -920,7 +922,7 @@ class Media:
 class Citations:
     """Where the answer comes from: Dify's `retriever_resources`, as they are."""
 
-    resources: tuple[Mapping[str, Any], ...]
+    resources: tuple[Json, ...]
 
 
 @dataclass(frozen=True)
@@ -1142,7 +1144,7 @@ _Calls = list[tuple[str, dict[str, Any]]]
 # What is asked...
 
 
-def parse_tools(body: Mapping[str, Any]) -> tuple[tuple[Tool, ...], str]:
+def parse_tools(body: Json) -> tuple[tuple[Tool, ...], str]:
     """(tools that may be called, "auto", "none" or "required"), of either generation.
 
     Tools of other types than function are ignored, as clients expect.
@@ -1207,7 +1209,7 @@ def _parse_choice(choice: Any) -> tuple[str, list[Any]]:
     return (kind if kind in [*_MODES] else "auto"), []  # else a hosted tool
 
 
-def parse_output_format(body: Mapping[str, Any]) -> OutputFormat:
+def parse_output_format(body: Json) -> OutputFormat:
     """What `response_format` (Chat) or `text.format` (Responses) asks for.
 
     Raises:
@@ -1856,7 +1858,7 @@ def json_problem(text: str, output: OutputFormat) -> str:
     return "; ".join(schema_problems(value, output.schema))
 
 
-def schema_problems(value: Any, schema: Mapping[str, Any]) -> list[str]:
+def schema_problems(value: Any, schema: Json) -> list[str]:
     """What breaks the schema, the first few; a schema without sense forbids nothing."""
     problems: list[str] = []
     found = _Checker(schema).check(value, schema, "$")
@@ -1871,7 +1873,7 @@ def schema_problems(value: Any, schema: Mapping[str, Any]) -> list[str]:
 class _Checker:
     """Checks values against a JSON Schema: what OpenAI's strict mode knows of it."""
 
-    def __init__(self, root: Mapping[str, Any]) -> None:
+    def __init__(self, root: Json) -> None:
         self._root = root
         self._checks = 0
         self._patterns: set[str] = set()
@@ -2070,8 +2072,8 @@ class AppForm:
     """What `GET /parameters` tells: inputs, files that may be sent, hearing, voice."""
 
     inputs: tuple[AppInput, ...] = ()
-    uploads: Mapping[str, Any] = field(default_factory=dict)
-    limits: Mapping[str, Any] = field(default_factory=dict)
+    uploads: Json = field(default_factory=dict)
+    limits: Json = field(default_factory=dict)
     hears: bool = True  # speech to text is switched on
     speaks: bool = True  # text to speech is
     voice: str = ""  # its own
@@ -2080,7 +2082,7 @@ class AppForm:
 NO_FORM = AppForm()  # of an app that was not asked
 
 
-def parse_form(parameters: Mapping[str, Any]) -> AppForm:
+def parse_form(parameters: Json) -> AppForm:
     """`GET /parameters` to a form; anything missing or odd is left out."""
     inputs = [
         AppInput(
@@ -2157,9 +2159,7 @@ def describe_inputs(form: AppForm) -> str:
 # Files for the app...
 
 
-def check_files(
-    form: AppForm, files: Sequence[Attachment], given: Mapping[str, Any]
-) -> None:
+def check_files(form: AppForm, files: Sequence[Attachment], given: Json) -> None:
     """Refuse files that the app would refuse, or lose, before they are uploaded.
 
     Args:
@@ -2187,9 +2187,7 @@ def check_files(
         raise _refused_file(file, "the app has no file input left that takes it")
 
 
-def has_room(
-    form: AppForm, files: Sequence[Attachment], given: Mapping[str, Any]
-) -> bool:
+def has_room(form: AppForm, files: Sequence[Attachment], given: Json) -> bool:
     """Whether the app surely takes that many files; arguments as of `check_files`."""
     if rules := _upload_rules(form):
         return len(files) <= (count_of(rules.get("number_limits")) or 1)
@@ -2215,7 +2213,7 @@ def describe_uploads(form: AppForm) -> str:
 
 
 def _left_over(
-    form: AppForm, files: Sequence[Attachment], given: Mapping[str, Any]
+    form: AppForm, files: Sequence[Attachment], given: Json
 ) -> list[Attachment]:
     """The files that no input takes."""
     numbered = [(file, str(index)) for index, file in enumerate(files)]
@@ -2237,7 +2235,7 @@ def _size_problem(form: AppForm, file: Attachment) -> str:
     return f"it has {size / (1 << 20):.1f} MB, the app takes {limit_mb} MB"
 
 
-def _kind_problem(rules: Mapping[str, Any], file: Attachment) -> str:
+def _kind_problem(rules: Json, file: Attachment) -> str:
     kinds, extensions = _allowed(rules)
     kinds = kinds or ("image",)
     if not _kind_among(file, kinds, extensions):
@@ -2271,7 +2269,7 @@ def file_mapping(file: Attachment, upload_id: str, kind: str) -> dict[str, str]:
 
 
 def place_files(
-    form: AppForm, files: Iterable[tuple[Attachment, str]], given: Mapping[str, Any]
+    form: AppForm, files: Iterable[tuple[Attachment, str]], given: Json
 ) -> dict[str, Any]:
     """Where files go in a request: the app's file inputs first, then `files`.
 
@@ -2299,7 +2297,7 @@ def place_files(
     return {"inputs": inputs, "files": beside}
 
 
-def _allowed(rules: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _allowed(rules: Json) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(kinds, extensions) of the files that a field takes, or an app beside fields."""
     kinds, extensions = "allowed_file_types", "allowed_file_extensions"
     return _texts(rules.get(kinds)), _texts(rules.get(extensions))
@@ -2392,7 +2390,7 @@ class DifyRequest(NamedTuple):
     """What is sent to Dify: the path below the base, and the JSON body."""
 
     path: str
-    body: Mapping[str, Any]
+    body: Json
 
 
 _PATHS = {"completion": "/completion-messages", "workflow": "/workflows/run"}
@@ -2401,7 +2399,7 @@ _PATHS = {"completion": "/completion-messages", "workflow": "/workflows/run"}
 def dify_request(
     mode: str,
     query: str,
-    common: Mapping[str, Any],
+    common: Json,
     *,
     variable: str = "",
     conversation_id: str = "",
@@ -2796,7 +2794,7 @@ class AnswerReader:
         self._has_thought = False  # reasoning of the app's own came
         self._thoughts: dict[str, str] = {}  # snapshots by id
         self._files: dict[str, tuple[str, Media]] = {}  # by URL, unsigned: path
-        self._resources: list[Mapping[str, Any]] = []
+        self._resources: list[Json] = []
         self._usage = Usage()  # as message_end tells it
         self._node_usage = Usage()
         self._total_tokens = 0
@@ -2893,7 +2891,7 @@ class AnswerReader:
         has_text = self._answer.size and self._answer.is_whole
         return bool(has_text and self.conversation_id and self.message_id)
 
-    def recover(self, row: Mapping[str, Any]) -> list[Part]:
+    def recover(self, row: Json) -> list[Part]:
         """The rest of a broken answer, by its row in Dify's store.
 
         Returns:
@@ -3074,7 +3072,7 @@ class AnswerReader:
             self._add_file(value)
         return []
 
-    def _add_file(self, value: Mapping[str, Any]) -> None:
+    def _add_file(self, value: Json) -> None:
         url = value.get("url") or value.get("remote_url")
         if not isinstance(url, str) or not url:
             return
@@ -3164,7 +3162,7 @@ class AnswerReader:
             parts.append(Citations(tuple(self._resources)))
         return [*parts, self._final_usage(), Finish(self._reason)]
 
-    def _finish_as_stored(self, row: Mapping[str, Any]) -> list[Part]:
+    def _finish_as_stored(self, row: Json) -> list[Part]:
         for file in objects_of(row.get("message_files")):
             self._message_file(file)
         self._resources += objects_of(row.get("retriever_resources"))
@@ -3243,7 +3241,7 @@ def _is_idle(data: str) -> bool:
     return name is not None and name[1] not in _TRANSLATORS
 
 
-def answer_from_outputs(outputs: Mapping[str, Any], variable: str, mode: str) -> str:
+def answer_from_outputs(outputs: Json, variable: str, mode: str) -> str:
     """The output of a run that is its answer, when none was streamed.
 
     The one the operator named, if the run has it; else by a usual name, and not empty
@@ -3264,7 +3262,7 @@ def answer_from_outputs(outputs: Mapping[str, Any], variable: str, mode: str) ->
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _files_in(value: Any) -> list[Mapping[str, Any]]:
+def _files_in(value: Any) -> list[Json]:
     """The file objects in an output, however deep in lists and objects."""
     if _is_file(value):
         return [value]
@@ -3332,7 +3330,7 @@ class StoredTurn:
     tools: Sequence[Tool] = ()
 
 
-def stored_turn(row: Mapping[str, Any], base: str) -> StoredTurn:
+def stored_turn(row: Json, base: str) -> StoredTurn:
     """A row as parts, by the same reader as a stream.
 
     {"id", "conversation_id", "query", "answer", "message_files", "retriever_resources",
@@ -3350,7 +3348,7 @@ def stored_turn(row: Mapping[str, Any], base: str) -> StoredTurn:
     )
 
 
-def _stored_file(file: Mapping[str, Any], base: str) -> Attachment:
+def _stored_file(file: Json, base: str) -> Attachment:
     """A file of a user's; what was uploaded is named by its upload again."""
     url, path = _resolved(base, str(file["url"]))
     upload = _UPLOADED.match(path)
@@ -3365,7 +3363,7 @@ def _stored_file(file: Mapping[str, Any], base: str) -> Attachment:
 _UPLOADED = re.compile(r"/files/([0-9a-f-]{36})/(?:file|image)-preview\Z")
 
 
-def _stored_parts(row: Mapping[str, Any], base: str) -> list[Part]:
+def _stored_parts(row: Json, base: str) -> list[Part]:
     reader = AnswerReader("chat", base)
     parts = reader._add_text(str(row.get("answer") or ""))
     if row.get("status") == "error":
@@ -3589,7 +3587,7 @@ def _is_deep(value: Any) -> bool:
     return bool(level)
 
 
-def parse_chat_request(body: Mapping[str, Any]) -> ChatRequest:
+def parse_chat_request(body: Json) -> ChatRequest:
     """The body of `POST /chat/completions`; unknown fields and nulls are normal.
 
     Raises:
@@ -3607,7 +3605,7 @@ def parse_chat_request(body: Mapping[str, Any]) -> ChatRequest:
     return ChatRequest(ask, stream, include_usage, n, is_legacy)
 
 
-def parse_ask(body: Mapping[str, Any]) -> Ask:
+def parse_ask(body: Json) -> Ask:
     """What all requests say alike: everything but the messages."""
     model = _parse_required(body, "model")
     tools, tool_mode = parse_tools(body)
@@ -3625,7 +3623,7 @@ def parse_ask(body: Mapping[str, Any]) -> Ask:
     )
 
 
-def parse_stream(body: Mapping[str, Any]) -> bool:
+def parse_stream(body: Json) -> bool:
     """Whether a request wants its answer as a stream."""
     stream = body.get("stream")
     if stream not in (None, True, False):
@@ -3642,7 +3640,7 @@ def split_system(items: Sequence[Any], first: str = "") -> tuple[str, tuple[Any,
     return "\n\n".join(text for text in texts if text.strip()), tuple(items[at:])
 
 
-def _parse_required(body: Mapping[str, Any], name: str) -> str:
+def _parse_required(body: Json, name: str) -> str:
     """A text that a request must have."""
     text = body.get(name)
     if text is None or text == "":
@@ -3671,7 +3669,7 @@ class CompletionRequest:
     include_usage: bool = False
 
 
-def parse_completion_request(body: Mapping[str, Any]) -> CompletionRequest:
+def parse_completion_request(body: Json) -> CompletionRequest:
     """The body of `POST /completions`: each prompt, n times, is a question."""
     prompt = body.get("prompt")
     prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -3777,7 +3775,7 @@ def parse_inputs(direct: Any, in_metadata: Any) -> dict[str, Any]:
     return inputs
 
 
-def parse_user(body: Mapping[str, Any]) -> str:
+def parse_user(body: Json) -> str:
     """The end user that a request names, "" if none."""
     for name in ("safety_identifier", "user"):
         user = body.get(name)
@@ -3803,7 +3801,7 @@ def parse_message(row: Any, where: str) -> Message:
     return Message(role, text, str(name or ""), attachments, calls, *ids)
 
 
-def parse_calls(row: Mapping[str, Any]) -> tuple[ToolCall, ...]:
+def parse_calls(row: Json) -> tuple[ToolCall, ...]:
     """Earlier calls of an assistant's message, of both generations."""
     calls = objects_of(row.get("tool_calls"))
     if row.get("function_call"):
@@ -3820,7 +3818,7 @@ def parse_calls(row: Mapping[str, Any]) -> tuple[ToolCall, ...]:
     return tuple(parsed)
 
 
-def _bad_part(part: Mapping[str, Any], where: str) -> BadRequest:
+def _bad_part(part: Json, where: str) -> BadRequest:
     if "text" in part:
         return bad_type(f"{where}.text", "a string")
     kind = part.get("type")
@@ -3858,7 +3856,7 @@ def parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...]
 # Files in requests...
 
 
-def _parse_image(part: Mapping[str, Any], where: str) -> Attachment:
+def _parse_image(part: Json, where: str) -> Attachment:
     image = part.get("image_url")
     if stored := _stored(part, image):
         return stored
@@ -3869,7 +3867,7 @@ def _parse_image(part: Mapping[str, Any], where: str) -> Attachment:
     return _attachment(url, "", "image", where)
 
 
-def _parse_audio(part: Mapping[str, Any], where: str) -> Attachment:
+def _parse_audio(part: Json, where: str) -> Attachment:
     audio = object_of(part.get("input_audio"))
     data = audio.get("data")
     if not isinstance(data, str) or not data:
@@ -3882,7 +3880,7 @@ def _parse_audio(part: Mapping[str, Any], where: str) -> Attachment:
     return Attachment(f"audio.{extension}", media_type, _decode_base64(data, where))
 
 
-def _parse_file(part: Mapping[str, Any], where: str) -> Attachment:
+def _parse_file(part: Json, where: str) -> Attachment:
     if stored := _stored(part, part.get("file")):
         return stored
     file = object_of(part.get("file", part))
@@ -3893,7 +3891,7 @@ def _parse_file(part: Mapping[str, Any], where: str) -> Attachment:
     return _attachment(data, name, "file", where)
 
 
-_FILE_PARTS: Mapping[str, Callable[[Mapping[str, Any], str], Attachment]] = {
+_FILE_PARTS: Mapping[str, Callable[[Json, str], Attachment]] = {
     "image_url": _parse_image,
     "input_image": _parse_image,
     "input_audio": _parse_audio,
@@ -4001,7 +3999,7 @@ class SpeechRequest(NamedTuple):
     is_sse: bool
 
 
-def parse_speech_request(body: Mapping[str, Any]) -> SpeechRequest:
+def parse_speech_request(body: Json) -> SpeechRequest:
     """The body of `POST /audio/speech`; the format is the app's choice."""
     model, text = _parse_required(body, "model"), _parse_required(body, "input")
     if len(text) > MAX_SPEECH_CHARS:
@@ -4019,7 +4017,7 @@ def _parse_voice(voice: Any, field_name: str) -> str:
     return voice
 
 
-def _parse_spoken(body: Mapping[str, Any], n: int) -> str | None:
+def _parse_spoken(body: Json, n: int) -> str | None:
     """The voice in which a chat's answer is to be said; None for one in writing."""
     modalities, audio = body.get("modalities"), body.get("audio")
     if not isinstance(modalities, list) or "audio" not in modalities:
@@ -4174,7 +4172,7 @@ def form_file(filename: str | None, media_type: str) -> Attachment:
     return Attachment(_plain_name(name, kind), kind)
 
 
-def parse_audio_request(body: Mapping[str, Any]) -> tuple[dict[str, str], Attachment]:
+def parse_audio_request(body: Json) -> tuple[dict[str, str], Attachment]:
     """(fields, file) of a transcription that comes as JSON: Open WebUI's other way.
 
     {"model": "m", "input_audio": {"data": "<base64>", "format": "mp3"}}
@@ -4219,7 +4217,7 @@ class Answer:
     def __init__(self) -> None:
         self.calls: list[ToolCall] = []
         self.sounds: list[bytes] = []
-        self.citations: tuple[Mapping[str, Any], ...] = ()
+        self.citations: tuple[Json, ...] = ()
         self.usage = Usage()
         self.finish_reason = ""  # until it is finished
         self._texts: list[str] = []
@@ -4289,14 +4287,14 @@ class Spoken(NamedTuple):
     `id_of` makes an answer's id of the keys that hold Dify's ids (`extra`).
     """
 
-    id_of: Callable[[Mapping[str, Any]], str]
+    id_of: Callable[[Json], str]
     expires_at: int
 
 
 def chat_completion(
     envelope: Envelope,
     answers: Sequence[Answer],
-    extra: Mapping[str, Any],
+    extra: Json,
     *,
     is_legacy: bool = False,
     spoken: Spoken | None = None,
@@ -4314,9 +4312,7 @@ def chat_completion(
     return {**head, "choices": choices, "usage": usage, **extra}
 
 
-def _chat_choice(
-    index: int, said: Mapping[str, Any], reason: str | None
-) -> dict[str, Any]:
+def _chat_choice(index: int, said: Json, reason: str | None) -> dict[str, Any]:
     return {"index": index, **said, "logprobs": None, "finish_reason": reason}
 
 
@@ -4336,9 +4332,7 @@ def _message(answer: Answer, is_legacy: bool) -> dict[str, Any]:
     return message
 
 
-def _said_aloud(
-    answer: Answer, spoken: Spoken, extra: Mapping[str, Any]
-) -> dict[str, Any]:
+def _said_aloud(answer: Answer, spoken: Spoken, extra: Json) -> dict[str, Any]:
     """The keys that differ in the message of a spoken answer."""
     audio = {
         "id": spoken.id_of(extra),
@@ -4378,9 +4372,7 @@ class _ChunkStream:
     needs_ids = False
     _choice: Callable[[Any, str | None], dict[str, Any]]
 
-    def __init__(
-        self, head: Mapping[str, Any], *, include_usage: bool, index: int
-    ) -> None:
+    def __init__(self, head: Json, *, include_usage: bool, index: int) -> None:
         self.ends = Answer()  # what comes once: calls, citations, usage
         self._head = head
         self._usage_key = {"usage": None} if include_usage else {}
@@ -4401,7 +4393,7 @@ class _ChunkStream:
         return encode_failure(error)
 
     def _chunk(
-        self, content: Any, reason: str | None, extra: Mapping[str, Any] | None = None
+        self, content: Any, reason: str | None, extra: Json | None = None
     ) -> bytes:
         """One chunk: some content of the choice, or None beside all choices."""
         choices = [] if content is None else [self._choice(content, reason)]
@@ -4429,7 +4421,7 @@ class ChatStream(_ChunkStream):
         self._reasoning = (before + b'{"reasoning_content":', b"}" + after)
         self._chars = 0
 
-    def begin(self, extra: Mapping[str, Any]) -> bytes:
+    def begin(self, extra: Json) -> bytes:
         """The first chunk: the role, and `extra` keys beside the standard ones."""
         delta = {"role": "assistant", "content": "", "refusal": None}
         return self._chunk(delta, None, extra)
@@ -4484,7 +4476,7 @@ class SpokenStream(ChatStream):
         before, after = _around(self._audio(_HERE))
         self._text = (before + b'{"transcript":', b"}" + after)
 
-    def begin(self, extra: Mapping[str, Any]) -> bytes:
+    def begin(self, extra: Json) -> bytes:
         """The first chunk; the audio's id waits for the first text."""
         self._id = self._spoken.id_of(extra)
         delta = {"role": "assistant", "content": None, "refusal": None}
@@ -4508,7 +4500,7 @@ class SpokenStream(ChatStream):
         self._sound, text = sound[size:], base64.b64encode(sound[:size]).decode()
         return self._audio({"data": text}) if text else b""
 
-    def _audio(self, audio: Mapping[str, Any]) -> bytes:
+    def _audio(self, audio: Json) -> bytes:
         return self._chunk({"audio": audio}, None)
 
 
@@ -4523,7 +4515,7 @@ class CompletionStream(_ChunkStream):
         self._echo = echo
         self._text = _around(self._chunk(_HERE, None))
 
-    def begin(self, extra: Mapping[str, Any]) -> bytes:
+    def begin(self, extra: Json) -> bytes:
         """The first chunk: the prompt, if it is to be repeated."""
         return self._chunk(self._echo, None, extra)
 
@@ -4543,10 +4535,7 @@ class CompletionStream(_ChunkStream):
 
 
 def text_completion(
-    envelope: Envelope,
-    answers: Sequence[Answer],
-    echoes: Sequence[str],
-    extra: Mapping[str, Any],
+    envelope: Envelope, answers: Sequence[Answer], echoes: Sequence[str], extra: Json
 ) -> dict[str, Any]:
     """The whole object of a legacy completion."""
     choices = [
@@ -4613,7 +4602,7 @@ def _usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
-def cite(resources: Sequence[Mapping[str, Any]], at: int) -> dict[str, Any]:
+def cite(resources: Sequence[Json], at: int) -> dict[str, Any]:
     """Citations as OpenAI's annotations, where they have a URL, and complete."""
     annotations = []
     for row in resources:
@@ -4625,7 +4614,7 @@ def cite(resources: Sequence[Mapping[str, Any]], at: int) -> dict[str, Any]:
     return {**cited, "citations": list(resources)} if resources else {}
 
 
-def url_of(resource: Mapping[str, Any]) -> str:
+def url_of(resource: Json) -> str:
     """Where the cited document is, "" if that is unknown."""
     metadata = object_of(resource.get("doc_metadata"))
     for value in (*metadata.values(), resource.get("url")):
@@ -4670,7 +4659,7 @@ class ResponsesRequest:
     stream: bool = False
     previous_response_id: str = ""
     conversation: str = ""
-    echo: Mapping[str, Any] = field(default_factory=dict)
+    echo: Json = field(default_factory=dict)
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -4686,7 +4675,7 @@ class ResponsesRequest:
         return tuple({**tools, **{row.name: row for row in self.ask.tools}}.values())
 
 
-def parse_responses_request(body: Mapping[str, Any]) -> ResponsesRequest:
+def parse_responses_request(body: Json) -> ResponsesRequest:
     """The body of `POST /responses`; unknown fields, items and nulls are normal.
 
     Raises:
@@ -4713,12 +4702,12 @@ def parse_responses_request(body: Mapping[str, Any]) -> ResponsesRequest:
     )
 
 
-def echo_of(body: Mapping[str, Any]) -> dict[str, Any]:
+def echo_of(body: Json) -> dict[str, Any]:
     """What a response repeats of its request, or says in the request's absence."""
     return {name: valid(body.get(name)) for name, valid in _ECHOED.items()}
 
 
-def _with_functions(body: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_functions(body: Json) -> Json:
     """The body with its custom tools as functions of one text."""
     schema = {
         "type": "object",
@@ -4768,7 +4757,7 @@ def ask_of(
     return request.ask._replace(messages=tuple(messages))
 
 
-def _parse_id(body: Mapping[str, Any], name: str) -> str:
+def _parse_id(body: Json, name: str) -> str:
     value = _id_in(body.get(name))
     if value is not None and not isinstance(value, str):
         raise bad_type(name, "a string")
@@ -4830,14 +4819,14 @@ def _parse_item(row: Any, where: str) -> Item | None:
     return parse(row, where) if parse else None
 
 
-def _parse_call(row: Mapping[str, Any], where: str) -> Message:
+def _parse_call(row: Json, where: str) -> Message:
     if row.get("type") == "custom_tool_call":  # its input is text of any form
         row = {**row, "arguments": {"input": row.get("input") or ""}}
     call = {"id": row.get("call_id"), "function": row}
     return Message("assistant", "", tool_calls=parse_calls({"tool_calls": [call]}))
 
 
-def _parse_result(row: Mapping[str, Any], where: str) -> Message:
+def _parse_result(row: Json, where: str) -> Message:
     output = row.get("output")
     if output is not None and not isinstance(output, (str, list)):
         output = json.dumps(output, ensure_ascii=False)
@@ -4846,7 +4835,7 @@ def _parse_result(row: Mapping[str, Any], where: str) -> Message:
     return Message("tool", text, attachments=files, call_id=call_id)
 
 
-def _parse_reference(row: Mapping[str, Any], where: str) -> ItemReference | None:
+def _parse_reference(row: Json, where: str) -> ItemReference | None:
     return ItemReference(str(row["id"])) if row.get("id") else None
 
 
@@ -4939,11 +4928,11 @@ class ResponseFrame:
 
     created: int
     model: str
-    echo: Mapping[str, Any]
+    echo: Json
     sealer: IdSealer
     user: str
     fresh: str
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Json = field(default_factory=dict)
 
     def id(self, prefix: str, item: int | str = "") -> str:
         """The id of the response, or of an item of it."""
@@ -5012,7 +5001,7 @@ def _complete(part: Any) -> Any:
     return {**_MESSAGE_FORM.part, **part} if is_answer else part
 
 
-def list_page(items: Sequence[Mapping[str, Any]], query: Mapping[str, str]) -> Any:
+def list_page(items: Sequence[Json], query: Mapping[str, str]) -> Any:
     """A page of a list, newest first unless `order` is "asc".
 
     Args:
@@ -5049,7 +5038,7 @@ def deleted_object(id_: str) -> dict[str, Any]:
     return {"id": id_, "object": kind, "deleted": True}
 
 
-def _annotations(resources: Sequence[Mapping[str, Any]], at: int) -> list[Any]:
+def _annotations(resources: Sequence[Json], at: int) -> list[Any]:
     """Citations in the flat form: pages that have a URL, and documents, each once."""
     cited = cite(resources, at).get("annotations", ())
     flat = {row["url_citation"]["url"]: row["url_citation"] for row in cited}
@@ -5171,7 +5160,7 @@ class ResponseStream:
         self._numbers = count()  # of its events
         self._item_numbers: defaultdict[str, Iterator[int]] = defaultdict(count)
 
-    def begin(self, extra: Mapping[str, Any]) -> bytes:
+    def begin(self, extra: Json) -> bytes:
         """The first events; `extra` keys stand beside the standard ones."""
         self._frame = replace(self._frame, extra=extra)
         return self._lifecycle("created", "in_progress") + self.heartbeat()
@@ -5430,7 +5419,7 @@ class Plan(NamedTuple):
     """
 
     query: str
-    inputs: Mapping[str, Any]
+    inputs: Json
     files: tuple[Attachment, ...]
     tail: Tail
     told: Sequence[Message]
@@ -5702,7 +5691,7 @@ class NamedConversation:
 
     id: str
     created: int
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Json = field(default_factory=dict)
     items: Sequence[Any] = ()
     model: str = ""
     user: str = ""
@@ -9661,7 +9650,7 @@ class Handlers:
             for index in range(chat.n if chat.stream else 0)
         ]
 
-        def whole(answers: list[Answer], extra: Mapping[str, Any]) -> dict[str, Any]:
+        def whole(answers: list[Answer], extra: Json) -> dict[str, Any]:
             return chat_completion(
                 envelope, answers, extra, is_legacy=is_legacy, spoken=spoken
             )
@@ -9679,7 +9668,7 @@ class Handlers:
             for index, echo in enumerate(echoes if asked.stream else ())
         ]
 
-        def whole(answers: list[Answer], extra: Mapping[str, Any]) -> dict[str, Any]:
+        def whole(answers: list[Answer], extra: Json) -> dict[str, Any]:
             return text_completion(envelope, answers, echoes, extra)
 
         app = await self._app(exchange, envelope.model)
@@ -9697,7 +9686,7 @@ class Handlers:
         frame = ResponseFrame(now, asked.ask.model, asked.echo, sealer, user, new_id)
         running = ResponseStream(frame)
 
-        def whole(answers: list[Answer], extra: Mapping[str, Any]) -> dict[str, Any]:
+        def whole(answers: list[Answer], extra: Json) -> dict[str, Any]:
             return response_object(replace(frame, extra=extra), answers[0])
 
         named = None
@@ -9821,9 +9810,7 @@ class Handlers:
                 items += self._as_response(frame, turn)["output"]
         return [*items, *named.items]
 
-    def _with_items(
-        self, body: Mapping[str, Any], kept: Sequence[Any]
-    ) -> tuple[Any, ...]:
+    def _with_items(self, body: Json, kept: Sequence[Any]) -> tuple[Any, ...]:
         """The items of a conversation and those that a request adds, under ids."""
         rows = body.get("items")
         if rows is not None and not isinstance(rows, list):
@@ -9936,7 +9923,7 @@ class Handlers:
         app: AppSettings,
         asks: Sequence[Ask],
         streams: Sequence[AnswerStream],
-        whole: Callable[[list[Answer], Mapping[str, Any]], dict[str, Any]],
+        whole: Callable[[list[Answer], Json], dict[str, Any]],
         tail: Tail | None = None,
     ) -> None:
         """Answer each question as one choice, all at once, streamed or whole.
@@ -10073,7 +10060,7 @@ class Handlers:
         ask = await self._archive.with_spoken(app, ask, sealer, user)
         frame = ResponseFrame(now, ask.model, echo_of({}), sealer, user, self._new_id())
 
-        def id_of(extra: Mapping[str, Any]) -> str:
+        def id_of(extra: Json) -> str:
             return replace(frame, extra=extra).id("audio_")
 
         expires_at = now + int(self.settings.conversation_ttl)
@@ -10297,7 +10284,7 @@ def _in_conversation(
     return replace(asked, ask=ask, items=items)
 
 
-def _parse_metadata(body: Mapping[str, Any]) -> dict[str, Any]:
+def _parse_metadata(body: Json) -> dict[str, Any]:
     metadata = body.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise bad_type("metadata", "an object")
@@ -11737,7 +11724,7 @@ class DemoApp(Listener):
             off = {"enabled": False}
             send_json(reply, {**facts, "speech_to_text": off, "text_to_speech": off})
 
-    async def _stream(self, reply: Reply, asked: Mapping[str, Any]) -> None:
+    async def _stream(self, reply: Reply, asked: Json) -> None:
         """An answer in bursts; events and framing are those of Dify 1.12."""
         import uuid  # noqa: PLC0415  (at the top it costs each start 5 ms)
 
