@@ -767,6 +767,11 @@ class Attachment:
     upload_id: str = ""  # of a stored file, as Dify names it
     size: int = 0  # of a stored file
 
+    @property
+    def extension(self) -> str:
+        """What follows the last dot of its name, in lower case; all, without one."""
+        return self.name.rpartition(".")[2].lower()
+
 
 @dataclass(frozen=True)
 class ToolCall:
@@ -2252,11 +2257,8 @@ def _kind_problem(rules: Json, file: Attachment) -> str:
 
 
 def _refused_file(file: Attachment, reason: str) -> BadRequest:
-    return BadRequest(
-        f"The file {file.name!r} can't be sent: {reason}.",
-        param="messages",
-        code="invalid_value",
-    )
+    message = f"The file {file.name!r} can't be sent: {reason}."
+    return BadRequest(message, param="messages", code="invalid_value")
 
 
 def file_mapping(file: Attachment, upload_id: str, kind: str) -> dict[str, str]:
@@ -2314,8 +2316,7 @@ def _kind_among(
     kind = file_kind(file)
     if not kinds or kind in kinds:
         return kind
-    extension = file.name.rpartition(".")[2].lower()
-    is_listed = extension in [text.lower().strip(".") for text in extensions]
+    is_listed = file.extension in [text.lower().strip(".") for text in extensions]
     return "custom" if "custom" in kinds and is_listed else ""
 
 
@@ -2367,20 +2368,18 @@ _SOUND_EXTENSIONS = (
 def audio_type(file: Attachment) -> str:
     """The media type under which Dify takes a recording; another file's own."""
     family, _, subtype = file.media_type.partition("/")
-    extension = file.name.rpartition(".")[2].lower()
     if family not in ("audio", "video"):
-        if extension not in _SOUND_EXTENSIONS:
+        if file.extension not in _SOUND_EXTENSIONS:
             return file.media_type
-        subtype = extension
+        subtype = file.extension
     return f"audio/{_SOUNDS.get(subtype, 'mp3')}"
 
 
 def file_kind(file: Attachment) -> str:
     """Dify's type of a file: by its extension, else by its media type."""
-    extension = file.name.rpartition(".")[2].lower()
     family = file.media_type.partition("/")[0]
     other = family if family in ("image", "audio", "video") else "custom"
-    return _KIND_BY_EXTENSION.get(extension, other)
+    return _KIND_BY_EXTENSION.get(file.extension, other)
 
 
 # Questions to requests...
@@ -3544,7 +3543,8 @@ _EXTENSION_BY_MEDIA_TYPE = {
     "application/octet-stream": "bin",
 }
 _MEDIA_TYPE_BY_EXTENSION = {
-    extension: media_type for media_type, extension in _EXTENSION_BY_MEDIA_TYPE.items()
+    **{extension: name for name, extension in _EXTENSION_BY_MEDIA_TYPE.items()},
+    **{kind: f"image/{kind}" for kind in ("bmp", "gif", "jpeg", "png", "webp")},
 }
 
 
@@ -3946,8 +3946,6 @@ def _guess_media_type(name: str, data: bytes) -> str:
     extension = name.rpartition(".")[2].lower() if "." in name else ""
     if extension in _MEDIA_TYPE_BY_EXTENSION:
         return _MEDIA_TYPE_BY_EXTENSION[extension]
-    if extension in ("png", "gif", "webp", "bmp"):
-        return f"image/{extension}"
     for magic, media_type in _MAGIC:
         if re.match(magic, data, re.DOTALL):
             return media_type
@@ -4967,13 +4965,8 @@ def input_item(id_: str, message: Message) -> dict[str, Any]:
         image = {"type": "input_image", "image_url": file.url, "detail": "auto"}
         other = {"type": "input_file", "filename": file.name, "file_url": file.url}
         content.append(image if is_image else other)
-    return {
-        "id": id_,
-        "type": "message",
-        "status": "completed",
-        "role": message.role,
-        "content": content,
-    }
+    item = {"id": id_, "type": "message", "status": "completed"}
+    return {**item, "role": message.role, "content": content}
 
 
 def stored_item(row: Any, id_: str, taken: Collection[str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ BUDGETS = {
     "SSE": 65,
     "Turn": 135,
     "Calls": 750,
-    "Dify": 940,
+    "Dify": 935,
     "Ids": 70,
     "OpenAI": 815,
     "Responses": 500,

@@ -692,6 +692,11 @@ FILES = [
         id="file-of-an-unknown-kind-with-a-number",
     ),
     pytest.param(
+        file(base64_of(b"??"), filename="a.JPEG"),
+        Attachment("a.JPEG", "image/jpeg", b"??"),
+        id="image-by-its-longer-extension",
+    ),
+    pytest.param(
         file(base64_of(b"7z"), filename="a.7z"),
         Attachment("a.7z", "application/7z", b"7z"),
         id="file-with-a-number-in-its-extension",
