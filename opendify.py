@@ -14,26 +14,27 @@ One chat turn:
     client -> Server -> OpenAI -> Conversations -> Dify -> Upstream -> Dify's server
     client <- Server <- OpenAI <- Pacer <- Dify <- SSE <- Upstream <---- Dify's server
 
-The rooms, in reading order. Each uses only those above it; 1-11 are pure.
+The rooms, in reading order. Each uses only those above it; 1-12 are pure.
 
      1. Settings       every setting, its default and its meaning
      2. Errors         what can go wrong, as OpenAI says it
      3. SSE            bytes to events, events to bytes
-     4. Turn           the hub: what is asked, what is answered, in nobody's dialect
-     5. Calls          tools and output formats, in words
-     6. Dify           questions to Dify requests, Dify events to answer parts
-     7. Ids            ids that say where in Dify they belong
-     8. OpenAI         OpenAI requests to questions, answer parts to chunks and objects
-     9. Responses      the same for OpenAI's newer API: items, events, objects
-    10. Conversations  which Dify conversation a request continues
-    11. Pacer          when each piece of text is due
-    12. Wire           HTTP/1.1 over asyncio's transports, both roles
-    13. Upstream       the connection pool and the Dify client
-    14. Answers        one turn, from a question to its answer's last word
-    15. Handlers       the routes, one coroutine each
-    16. Server         connections, the error boundary, shutdown
-    17. Page           a playground and the clients' settings at /
-    18. Command line   arguments, logging, signals, main()
+     4. JSON           text to values and back, whatever it is like
+     5. Turn           the hub: what is asked, what is answered, in nobody's dialect
+     6. Calls          tools and output formats, in words
+     7. Dify           questions to Dify requests, Dify events to answer parts
+     8. Ids            ids that say where in Dify they belong
+     9. OpenAI         OpenAI requests to questions, answer parts to chunks and objects
+    10. Responses      the same for OpenAI's newer API: items, events, objects
+    11. Conversations  which Dify conversation a request continues
+    12. Pacer          when each piece of text is due
+    13. Wire           HTTP/1.1 over asyncio's transports, both roles
+    14. Upstream       the connection pool and the Dify client
+    15. Answers        one turn, from a question to its answer's last word
+    16. Handlers       the routes, one coroutine each
+    17. Server         connections, the error boundary, shutdown
+    18. Page           a playground and the clients' settings at /
+    19. Command line   arguments, logging, signals, main()
 """
 
 from __future__ import annotations
@@ -741,7 +742,163 @@ def encode_comment(text: str) -> bytes:
 
 
 # ==============================================================================
-# 4. Turn
+# 4. JSON
+# ==============================================================================
+#
+# Text to values and back. Python's reader and writer take more for JSON than is: NaN,
+# any depth, half a surrogate pair; models write less: quotes, commas and braces are
+# wrong or missing. Knows nothing of what a value means.
+#
+#     '{"a": NaN}'  ->  {"a": None}  ->  b'{"a":null}'
+
+MAX_NESTING = 100  # of lists and objects; what walks or writes a value is recursive
+_PAIRS = {"{": "}", "[": "]"}
+_ESCAPE = re.compile(r"\\(?:[^u]|u[0-9a-fA-F]{4})|[\"\\]")
+_SLOPPY = re.compile(
+    r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\b(?:True|False|None)\b"
+    r"|(?<![\w$-])[^\W\d][\w$-]*(?=\s*:)|,(?=\s*(?:[}\]]|\Z))|[{}\[\]\"']",
+    re.DOTALL,
+)
+_WORDS = {"True": "true", "False": "false", "None": "null", ",": ""}
+
+
+# Values of any shape...
+
+
+def object_of(value: Any) -> dict[str, Any]:
+    """The value, {} if it is no object."""
+    return value if isinstance(value, dict) else {}
+
+
+def objects_of(value: Any) -> list[dict[str, Any]]:
+    """The objects in a list, [] if it is none."""
+    items = value if isinstance(value, list) else []
+    return [item for item in items if isinstance(item, dict)]
+
+
+# Reading...
+
+
+def read_json(text: str) -> Any:
+    """A value that can be written as JSON again.
+
+    Python writes NaN and 1e999, which JSON lacks: they become null, and so does what is
+    nested deeper than MAX_NESTING.
+
+    Raises:
+        ValueError, RecursionError.
+    """
+    value = decode_json(text)
+    is_deep = text.count("[") + text.count("{") > MAX_NESTING  # perhaps
+    return _shallow(value, MAX_NESTING) if is_deep else value
+
+
+def _shallow(value: Any, depth: int) -> Any:
+    if isinstance(value, dict) and depth:
+        return {key: _shallow(item, depth - 1) for key, item in value.items()}
+    if isinstance(value, list) and depth:
+        return [_shallow(item, depth - 1) for item in value]
+    return None if isinstance(value, (dict, list)) else value
+
+
+def _or_null(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+# As `json.loads`, but numbers that JSON lacks are None.
+decode_json = json.JSONDecoder(parse_float=_or_null, parse_constant=_or_null).decode
+
+
+def parse_json_text(text: str, *, strict: bool = True) -> Any:
+    """The value of JSON text, or ValueError; `strict` allows no raw line breaks."""
+    try:
+        return json.loads(
+            text, strict=strict, parse_float=_finite, parse_constant=_finite
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
+def parse_sloppy_json(text: str) -> Any:
+    """The value of JSON text that may need one repair, or ValueError.
+
+    Mended are single quotes, names without quotes, Python's words, commas too many,
+    braces missing at the end, line breaks and stray backslashes in strings.
+    """
+    try:
+        return parse_json_text(text, strict=False)
+    except ValueError:
+        return parse_json_text(_mended(text), strict=False)
+
+
+def _mended(text: str) -> str:
+    opened: list[str] = []
+
+    def mend(match: re.Match[str]) -> str:
+        piece = match[0]
+        if piece in _PAIRS:
+            opened.append(_PAIRS[piece])
+        elif piece in "}]":
+            del opened[-1:]
+        elif piece in "\"'":
+            raise ValueError("a quote is never closed")
+        elif piece[0] in "\"'":
+            return '"' + _ESCAPE.sub(_mended_escape, piece[1:-1]) + '"'
+        else:
+            return _WORDS.get(piece, f'"{piece}"')
+        return piece
+
+    return _SLOPPY.sub(mend, text) + "".join(reversed(opened))
+
+
+def _mended_escape(match: re.Match[str]) -> str:
+    sign = match[0]
+    if sign == "\\'":
+        return "'"
+    return sign if sign[1:] and sign[1] in '"\\/bfnrtu' else "\\" + sign
+
+
+# Writing...
+
+
+def json_bytes(value: Any) -> bytes:
+    """Compact JSON on one line that no client's reader can break.
+
+    U+2028, U+2029 and U+0085 are escaped, since readers built on `str.splitlines` cut
+    lines there; a lone surrogate becomes U+FFFD, since UTF-8 has none.
+    """
+    return _one_line(_encode(value))
+
+
+def json_string(text: str) -> bytes:
+    """The same for one string, ten times faster."""
+    return _one_line(json.encoder.encode_basestring(text))
+
+
+def _one_line(text: str) -> bytes:
+    if not text.isascii():
+        text = _LINE_BREAKERS.sub(_escape, text)
+    return text.encode()
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return "\ufffd" if 0xD800 <= code <= 0xDFFF else f"\\u{code:04x}"
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_LINE_BREAKERS = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
+
+
+# ==============================================================================
+# 5. Turn
 # ==============================================================================
 #
 # The hub. What is asked and what is answered, in nobody's dialect: Dify and OpenAI's
@@ -1012,7 +1169,7 @@ Part = Union[
 
 
 # ==============================================================================
-# 5. Calls
+# 6. Calls
 # ==============================================================================
 #
 # Tools and output formats, for apps that know of neither: what the app is told, in
@@ -1127,17 +1284,9 @@ _DEPTHS = {"{": 1, "[": 1, "}": -1, "]": -1}
 _OBJECT = re.compile(r"\{\s*[\"}]")
 _OBJECT_OR_ARRAY = re.compile(r"\{\s*[\"}]|\[\s*[\"{\[\]\dtfn-]")
 _MAYBE_JSON = re.compile(r"[\[{]\s*\Z")
-_PAIRS = {"{": "}", "[": "]"}
 _NEXT_PARAMETER = re.compile(
     r"\n<(?:antml:|｜DSML｜)?parameter(?:=|\ +name\ *=\ *)[\"']?(?P<key>[\w.-]+)"
 )
-_ESCAPE = re.compile(r"\\(?:[^u]|u[0-9a-fA-F]{4})|[\"\\]")
-_SLOPPY = re.compile(
-    r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\b(?:True|False|None)\b"
-    r"|(?<![\w$-])[^\W\d][\w$-]*(?=\s*:)|,(?=\s*(?:[}\]]|\Z))|[{}\[\]\"']",
-    re.DOTALL,
-)
-_WORDS = {"True": "true", "False": "false", "None": "null", ",": ""}
 _MAX_CHECKS = 50_000  # of one answer, a third of a second; what is left may pass
 _MAX_PROBLEMS, _MAX_RULE_CHARS = 5, 200  # are told to the app
 _NO_SENSE = (TypeError, AttributeError, ValueError, LookupError, ArithmeticError)
@@ -1630,76 +1779,7 @@ def _typed(tool: Tool, key: str, text: str) -> Any:
     return text
 
 
-# ... JSON of any shape, and sloppy JSON...
-
-
-def object_of(value: Any) -> dict[str, Any]:
-    """The value, {} if it is no object."""
-    return value if isinstance(value, dict) else {}
-
-
-def objects_of(value: Any) -> list[dict[str, Any]]:
-    """The objects in a list, [] if it is none."""
-    items = value if isinstance(value, list) else []
-    return [item for item in items if isinstance(item, dict)]
-
-
-def parse_json_text(text: str, *, strict: bool = True) -> Any:
-    """The value of JSON text, or ValueError; `strict` allows no raw line breaks."""
-    try:
-        return json.loads(
-            text,
-            strict=strict,
-            parse_constant=_finite_number,
-            parse_float=_finite_number,
-        )
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def _finite_number(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is not a finite number")
-    return number
-
-
-def parse_sloppy_json(text: str) -> Any:
-    """The value of JSON text that may need one repair, or ValueError.
-
-    Mended are single quotes, names without quotes, Python's words, commas too many,
-    braces missing at the end, line breaks and stray backslashes in strings.
-    """
-    try:
-        return parse_json_text(text, strict=False)
-    except ValueError:
-        return parse_json_text(_mended(text), strict=False)
-
-
-def _mended(text: str) -> str:
-    opened: list[str] = []
-
-    def mend(match: re.Match[str]) -> str:
-        piece = match[0]
-        if piece in _PAIRS:
-            opened.append(_PAIRS[piece])
-        elif piece in "}]":
-            del opened[-1:]
-        elif piece in "\"'":
-            raise ValueError("a quote is never closed")
-        elif piece[0] in "\"'":
-            return '"' + _ESCAPE.sub(_mended_escape, piece[1:-1]) + '"'
-        else:
-            return _WORDS.get(piece, f'"{piece}"')
-        return piece
-
-    return _SLOPPY.sub(mend, text) + "".join(reversed(opened))
-
-
-def _mended_escape(match: re.Match[str]) -> str:
-    sign = match[0]
-    if sign == "\\'":
-        return "'"
-    return sign if sign[1:] and sign[1] in '"\\/bfnrtu' else "\\" + sign
+# ... where a JSON value ends in it...
 
 
 class _ValueEnd:
@@ -2019,7 +2099,7 @@ _HOLDS: Mapping[str, tuple[str, Callable[[Any, Any], bool]]] = {
 
 
 # ==============================================================================
-# 6. Dify
+# 7. Dify
 # ==============================================================================
 #
 # Dify's dialect, both ways: what an app is and wants, questions to request bodies for
@@ -2433,44 +2513,6 @@ def stop_path(mode: str, task_id: str) -> str:
     if mode == "workflow":
         return f"/workflows/tasks/{task}/stop"
     return f"{_PATHS.get(mode, '/chat-messages')}/{task}/stop"
-
-
-# What Dify says...
-
-_MAX_DEPTH = 100  # of lists and objects; what walks or writes a value is recursive
-
-
-def read_json(text: str) -> Any:
-    """A value of Dify's JSON that can be written as JSON again.
-
-    Python writes NaN and 1e999, which JSON lacks: they become null, and so does what is
-    nested deeper than _MAX_DEPTH.
-
-    Raises:
-        ValueError, RecursionError.
-    """
-    value = decode_json(text)
-    is_deep = text.count("[") + text.count("{") > _MAX_DEPTH  # perhaps
-    return _shallow(value, _MAX_DEPTH) if is_deep else value
-
-
-def _shallow(value: Any, depth: int) -> Any:
-    if isinstance(value, dict) and depth:
-        return {key: _shallow(item, depth - 1) for key, item in value.items()}
-    if isinstance(value, list) and depth:
-        return [_shallow(item, depth - 1) for item in value]
-    return None if isinstance(value, (dict, list)) else value
-
-
-def _finite(text: str) -> float | None:
-    number = float(text)
-    return number if math.isfinite(number) else None
-
-
-# As `json.loads`, but numbers that JSON lacks are None.
-decode_json: Callable[[str], Any] = json.JSONDecoder(
-    parse_float=_finite, parse_constant=_finite
-).decode
 
 
 # Errors...
@@ -3371,7 +3413,7 @@ def _stored_parts(row: Json, base: str) -> list[Part]:
 
 
 # ==============================================================================
-# 7. Ids
+# 8. Ids
 # ==============================================================================
 #
 # Ids that say where they belong, and that nobody else can make. Knows nothing of
@@ -3507,7 +3549,7 @@ def open_place(
 
 
 # ==============================================================================
-# 8. OpenAI
+# 9. OpenAI
 # ==============================================================================
 #
 # OpenAI's dialect, both ways: requests to an Ask, answer parts to chunks and whole
@@ -3517,7 +3559,6 @@ def open_place(
 
 MAX_USER_CHARS = 200  # Dify keeps the end user's name in a column of 255
 MAX_STOPS, MAX_STOP_CHARS, MAX_CHOICES = 4, 1000, 8
-MAX_NESTING = 100  # levels of JSON, far from Python's limit wherever it is walked
 _CHAT_ONLY = (
     *("tools", "tool_choice", "functions", "function_call", "response_format"),
     *("text", "modalities"),
@@ -4562,33 +4603,6 @@ def model_object(model: str, name: str, created: int) -> dict[str, Any]:
     return {**about, "owned_by": "dify", **named}
 
 
-def json_bytes(value: Any) -> bytes:
-    """Compact JSON on one line that no client's reader can break.
-
-    U+2028, U+2029 and U+0085 are escaped, since readers built on `str.splitlines` cut
-    lines there; a lone surrogate becomes U+FFFD, since UTF-8 has none.
-    """
-    return _one_line(_encode(value))
-
-
-def json_string(text: str) -> bytes:
-    """The same for one string, ten times faster."""
-    return _one_line(json.encoder.encode_basestring(text))
-
-
-def _one_line(text: str) -> bytes:
-    if not text.isascii():
-        text = _LINE_BREAKERS.sub(_escape, text)
-    return text.encode()
-
-
-def _escape(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    return "\ufffd" if 0xD800 <= code <= 0xDFFF else f"\\u{code:04x}"
-
-
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_LINE_BREAKERS = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -4622,10 +4636,10 @@ def url_of(resource: Json) -> str:
 
 
 # ==============================================================================
-# 9. Responses
+# 10. Responses
 # ==============================================================================
 #
-# OpenAI's newer dialect, both ways, with the words of room 8: requests to an Ask,
+# OpenAI's newer dialect, both ways, with the words of room 9: requests to an Ask,
 # answer parts to events and whole objects. Keeps nothing: its ids say where in Dify an
 # answer is.
 
@@ -5306,7 +5320,7 @@ AnswerStream = Union[ChatStream, CompletionStream, ResponseStream]
 
 
 # ==============================================================================
-# 10. Conversations
+# 11. Conversations
 # ==============================================================================
 #
 # Which Dify conversation a request continues. OpenAI's clients send their history each
@@ -5933,7 +5947,7 @@ def open_conversations(store: str, ttl_s: float) -> tuple[Conversations, str]:
 
 
 # ==============================================================================
-# 11. Pacer
+# 12. Pacer
 # ==============================================================================
 #
 # Says when each piece of streamed text is due, so that text which arrives in
@@ -6194,7 +6208,7 @@ def _ends_in_half_a_flag(text: str) -> bool:
 
 
 # ==============================================================================
-# 12. Wire
+# 13. Wire
 # ==============================================================================
 #
 # HTTP/1.1 over asyncio's transports, both roles (RFC 9112). h11 reads every head;
@@ -7035,7 +7049,7 @@ class Reply:
 
 
 # ==============================================================================
-# 13. Upstream
+# 14. Upstream
 # ==============================================================================
 #
 # The way to Dify: connections that are kept and reused, TLS that is always verified,
@@ -8148,7 +8162,7 @@ class Dify:
 
 
 # ==============================================================================
-# 14. Answers
+# 15. Answers
 # ==============================================================================
 #
 # One turn, from a question to the last word of its answer: finds the conversation that
@@ -8966,13 +8980,13 @@ class Turns:
 
 
 # ==============================================================================
-# 15. Handlers
+# 16. Handlers
 # ==============================================================================
 #
 # The routes, one coroutine each: a request in, a reply out. Finds the app, checks the
 # key, has the turn run, and says what it made. A Form reads the requests that bring a
 # file, the Archive what Dify keeps of earlier turns. Catches nothing that the error
-# boundary of room 16 can answer. Never touches sockets and h11.
+# boundary of room 17 can answer. Never touches sockets and h11.
 
 MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
 MAX_ADDRESSES = 10_000  # that are remembered for it
@@ -10434,7 +10448,7 @@ OPEN_ENDPOINTS = ("/", "health", "ready")
 
 
 # ==============================================================================
-# 16. Server
+# 17. Server
 # ==============================================================================
 #
 # Accepts connections and runs their requests one after another; the only place that
@@ -10842,7 +10856,7 @@ async def _settled(
 
 
 # ==============================================================================
-# 17. Page
+# 18. Page
 # ==============================================================================
 #
 # What a browser shows at /: the apps, the settings of clients, and a playground. No
@@ -11120,7 +11134,7 @@ ROUTES["/"] = {"GET": show_page}
 
 
 # ==============================================================================
-# 18. Command line
+# 19. Command line
 # ==============================================================================
 #
 # Arguments, the env file, logging, signals, the self-check and the demo app. The only
