@@ -3897,6 +3897,16 @@ def parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...]
 # Files in requests...
 
 
+def _stored(*holders: Any) -> Attachment | None:
+    """A file that is named by its id, or by its id in the place of a URL."""
+    for holder in holders:
+        named = holder if isinstance(holder, dict) else {"url": holder}
+        id_ = named.get("file_id") or named.get("url")
+        if isinstance(id_, str) and id_.startswith("file-"):
+            return Attachment("file", file_id=id_)
+    return None
+
+
 def _parse_image(part: Json, where: str) -> Attachment:
     image = part.get("image_url")
     if stored := _stored(part, image):
@@ -4048,6 +4058,19 @@ def parse_speech_request(body: Json) -> SpeechRequest:
     return SpeechRequest(model, text, voice, parse_user(body), is_sse)
 
 
+def parse_audio_request(body: Json) -> tuple[dict[str, str], Attachment]:
+    """(fields, file) of a transcription that comes as JSON: Open WebUI's other way.
+
+    {"model": "m", "input_audio": {"data": "<base64>", "format": "mp3"}}
+    """
+    fields = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in body.items()
+        if value is not None and name != "input_audio"
+    }
+    return fields, _parse_audio(body, "input_audio")
+
+
 def _parse_voice(voice: Any, field_name: str) -> str:
     voice = voice.get("id") if isinstance(voice, dict) else voice
     voice = "" if voice in (None, "default") else voice
@@ -4088,11 +4111,6 @@ def encode_speech(audio: bytes) -> bytes:
         return encode_event(json_bytes({"type": "speech.audio.delta", "audio": text}))
     usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
     return encode_event(json_bytes({"type": "speech.audio.done", "usage": usage}))
-
-
-def encode_failure(error: ProxyError) -> bytes:
-    """The end of chunks, or of speech, that can't be finished, streamed as SSE."""
-    return encode_event(json_bytes(error_body(error))) + _DONE
 
 
 def transcript_format(fields: Mapping[str, str]) -> str:
@@ -4209,29 +4227,6 @@ def form_file(filename: str | None, media_type: str) -> Attachment:
     if not is_told or kind == "application/octet-stream":
         kind = _guess_media_type(name, b"")
     return Attachment(_plain_name(name, kind), kind)
-
-
-def parse_audio_request(body: Json) -> tuple[dict[str, str], Attachment]:
-    """(fields, file) of a transcription that comes as JSON: Open WebUI's other way.
-
-    {"model": "m", "input_audio": {"data": "<base64>", "format": "mp3"}}
-    """
-    fields = {
-        name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in body.items()
-        if value is not None and name != "input_audio"
-    }
-    return fields, _parse_audio(body, "input_audio")
-
-
-def _stored(*holders: Any) -> Attachment | None:
-    """A file that is named by its id, or by its id in the place of a URL."""
-    for holder in holders:
-        named = holder if isinstance(holder, dict) else {"url": holder}
-        id_ = named.get("file_id") or named.get("url")
-        if isinstance(id_, str) and id_.startswith("file-"):
-            return Attachment("file", file_id=id_)
-    return None
 
 
 # Answers...
@@ -4403,6 +4398,11 @@ def _around(chunk: bytes) -> tuple[bytes, bytes]:
     """
     before, _, after = chunk.partition(json_bytes(_HERE))
     return before, after
+
+
+def encode_failure(error: ProxyError) -> bytes:
+    """The end of chunks, or of speech, that can't be finished, streamed as SSE."""
+    return encode_event(json_bytes(error_body(error))) + _DONE
 
 
 class _ChunkStream:

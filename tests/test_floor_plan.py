@@ -139,8 +139,9 @@ def _defined(node: ast.stmt) -> list[str]:
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [node.name]
     if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-        names = [child for child in ast.walk(node) if isinstance(child, ast.Name)]
-        return [name.id for name in names if _is_stored(name)]
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        names = [name for target in targets for name in ast.walk(target)]
+        return [name.id for name in names if isinstance(name, ast.Name)]
     return []
 
 
@@ -202,6 +203,15 @@ def rooms_use_only_rooms_above(house: House) -> Iterator[str]:
     for name, room, line in house.uses():
         if name in rooms and rooms[name].number > room.number:
             yield f"line {line}: {room.title} uses {name} of {rooms[name].title}"
+
+
+def dialects_meet_only_in_the_hub(house: House) -> Iterator[str]:
+    """What speaks as OpenAI does knows no name of Dify's room."""
+    rooms = house.definitions()
+    for name, room, line in house.uses():
+        is_openai = room.title in ("OpenAI", "Responses")
+        if is_openai and name in rooms and rooms[name].title == "Dify":
+            yield f"line {line}: {room.title} uses {name} of Dify"
 
 
 def pure_rooms_are_pure(house: House) -> Iterator[str]:
@@ -272,6 +282,7 @@ Rule = Callable[[House], Iterator[str]]
 RULES: list[Rule] = [
     rooms_are_as_promised,
     rooms_use_only_rooms_above,
+    dialects_meet_only_in_the_hub,
     pure_rooms_are_pure,
     private_names_stay_inside,
     functions_fit_one_screen,
