@@ -2661,25 +2661,27 @@ def _beginnings(tag: str, last: str = "") -> str:
     return re.escape(tag[0]) + pattern
 
 
+def _state(tags: str, begun: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    return re.compile(tags, re.I), re.compile(rf"(?:{begun})\Z", re.I)
+
+
 # For each state the tags that end it, and what may become one when more text comes:
-# only that is held back, so never more than the longest tag (or entity).
-_ATTRIBUTES = r"(?:\s[^<>]{0,64})?"
-_OUTSIDE = re.compile(rf"<think{_ATTRIBUTES}>|</think>|{re.escape(_DETAILS)}", re.I)
-_OUTSIDE_BEGUN = re.compile(
-    rf"(?:{_beginnings('<think', _ATTRIBUTES)}|{_beginnings('</think')}"
-    rf"|{_beginnings(_DETAILS)})\Z",
-    re.I,
-)
-_INSIDE = {
-    tag: re.compile(rf"\n{{0,4}}{tag}\s{{0,4}}>", re.I)
-    for tag in ("</think", "</details")
-}
-_SPACES = r"\s{0,4}"
-_INSIDE_BEGUN = {
-    tag: re.compile(
-        rf"(?:\n{{0,4}}(?:{_beginnings(tag, _SPACES)})?|&[a-z]{{0,3}})\Z", re.I
-    )
-    for tag in _INSIDE
+# only that is held back, so never more than the longest tag (or entity). A state is
+# called by the beginning of the tag that closes its block; "" is outside.
+_ATTRIBUTES, _SPACES = r"(?:\s[^<>]{0,64})?", r"\s{0,4}"
+_STATES = {
+    "": _state(
+        rf"<think{_ATTRIBUTES}>|</think>|{re.escape(_DETAILS)}",
+        f"{_beginnings('<think', _ATTRIBUTES)}|{_beginnings('</think')}"
+        f"|{_beginnings(_DETAILS)}",
+    ),
+    **{
+        tag: _state(
+            rf"\n{{0,4}}{tag}{_SPACES}>",
+            rf"\n{{0,4}}(?:{_beginnings(tag, _SPACES)})?|&[a-z]{{0,3}}",
+        )
+        for tag in ("</think", "</details")
+    },
 }
 
 
@@ -2701,9 +2703,8 @@ class ReasoningSplitter:
         self._has_block = False  # since the restart
         self._held = ""
         self._closing = ""  # the tag that ends the block we are in; "" outside
-        self._is_fresh = False  # only newlines and the marker since the opening tag
         self._is_escaped = False
-        self._newlines = 0  # that may still be dropped after a closing tag
+        self._newlines: float = 0  # that may still be dropped after a tag
 
     @property
     def is_busy(self) -> bool:
@@ -2732,58 +2733,54 @@ class ReasoningSplitter:
     def restart(self) -> _Numbered:
         """What is still held back; an open block ends here: another will speak."""
         parts = self.close()
+        self._newlines = 0 if self._closing else self._newlines
         self._closing, self._has_block, self.size = "", False, 0
         return parts
 
     def _split(self, text: str, *, is_last: bool) -> _Numbered:
         parts: _Numbered = []
         self._held = ""
-        while text:
-            step = self._split_inside if self._closing else self._split_outside
-            text = step(parts, text, is_last)
+        while text := self._after_tag(text, is_last):
+            tags, begun = _STATES[self._closing]
+            tag = tags.search(text)
+            if not tag:
+                self._take(parts, text, None if is_last else begun)
+                break
+            self._take(parts, text[: tag.start()], None)
+            self._cross(parts, tag[0])
+            text = text[tag.end() :]
         return parts
 
-    def _split_outside(self, parts: _Numbered, text: str, is_last: bool) -> str:
-        """Take the text up to the next tag, and the tag; returns the rest."""
-        while self._newlines and text.startswith("\n"):
-            text, self._newlines = text[1:], self._newlines - 1
+    def _after_tag(self, text: str, is_last: bool) -> str:
+        """The text without what belongs to the tag before it; "" while that is open."""
+        newlines = len(text) - len(text.lstrip("\n")) if self._newlines else 0
+        text = text[int(min(newlines, self._newlines)) :]
+        self._newlines = max(self._newlines - newlines, 0)
+        if self._closing and self._newlines:
+            if text.startswith(_MARKER):
+                self._is_escaped = True
+                return self._after_tag(text[len(_MARKER) :], is_last)
+            if _MARKER.startswith(text) and not is_last:
+                self._held = text
+                return ""
         if text:
             self._newlines = 0
-        tag = _OUTSIDE.search(text)
-        if not tag:
-            return self._take(parts, text, None if is_last else _OUTSIDE_BEGUN)
-        self._take(parts, text[: tag.start()], None)
-        if tag[0].startswith("</"):
-            self._newlines = 2
+        return text
+
+    def _cross(self, parts: _Numbered, tag: str) -> None:
+        """Go over a tag, into a block of reasoning or out of it."""
+        if self._closing or tag.startswith("</"):
+            self._closing, self._newlines = "", 2
             if self.size and not self._has_block:
                 parts.append((self._blocks, Recast(self.size)))
                 self.size = 0
         else:
-            self._closing = "</details" if tag[0][1] in "dD" else "</think"
-            self._is_fresh, self._is_escaped = True, False
+            self._closing = "</details" if tag[1] in "dD" else "</think"
+            self._newlines, self._is_escaped = inf, False
             self._has_block = True
             self._blocks += 1
-        return text[tag.end() :]
 
-    def _split_inside(self, parts: _Numbered, text: str, is_last: bool) -> str:
-        if self._is_fresh:
-            text = text.lstrip("\n")
-            if text.startswith(_MARKER):
-                self._is_escaped = True
-                return text[len(_MARKER) :]
-            if _MARKER.startswith(text) and not is_last:
-                self._held = text
-                return ""
-            self._is_fresh = False
-        tag = _INSIDE[self._closing].search(text)
-        if not tag:
-            begun = None if is_last else _INSIDE_BEGUN[self._closing]
-            return self._take(parts, text, begun)
-        self._take(parts, text[: tag.start()], None)
-        self._closing, self._newlines = "", 2
-        return text[tag.end() :]
-
-    def _take(self, parts: _Numbered, text: str, begun: re.Pattern[str] | None) -> str:
+    def _take(self, parts: _Numbered, text: str, begun: re.Pattern[str] | None) -> None:
         """Add the text as a part, but hold back what may be the beginning of a tag."""
         held = begun.search(text) if begun else None
         certain = text[: held.start()] if held else text
@@ -2797,7 +2794,6 @@ class ReasoningSplitter:
         elif certain:
             self.size += len(certain)
             parts.append((self._blocks, Text(certain)))
-        return ""
 
 
 # Events to parts...

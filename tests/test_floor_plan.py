@@ -23,7 +23,7 @@ BUDGETS = {
     "JSON": 80,
     "Turn": 135,
     "Calls": 700,
-    "Dify": 915,
+    "Dify": 910,
     "Ids": 70,
     "OpenAI": 815,
     "Responses": 500,
