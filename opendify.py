@@ -346,11 +346,8 @@ def _complaints_of_urls(
 def _is_url(base: str, schemes: Sequence[str]) -> bool:
     try:
         parts = urllib.parse.urlsplit(base)
-        return (
-            parts.scheme in schemes
-            and bool(parts.hostname and (parts.port is None or parts.port))
-            and bool(re.fullmatch(r"[!-~]+", base))
-        )
+        leads = parts.scheme in schemes and parts.hostname and parts.port != 0
+        return bool(leads and re.fullmatch(r"[!-~]+", base))
     except ValueError:
         return False
 
@@ -1312,14 +1309,13 @@ def parse_tools(body: Json) -> tuple[tuple[Tool, ...], str]:
         return (), "auto"
     if not isinstance(rows, list):
         raise bad_type("tools" if body.get("tools") else "functions", "an array")
-    tools = [tool for row in rows for tool in _parse_tool(row)]
     field_name = "tool_choice" if body.get("tool_choice") else "function_call"
     mode, names = _parse_choice(choice or "auto")
     if mode not in _MODES:
         problem = f"{mode!r} is none of auto, none, required, a tool, allowed_tools."
         raise bad_value(field_name, problem)
-    if names:
-        tools = [tool for tool in tools if tool.name in names]
+    tools = [tool for row in rows for tool in _parse_tool(row)]
+    tools = [tool for tool in tools if not names or tool.name in names]
     if _MODES[mode] == "required" and not tools:
         problem = "it asks for a call of a function that is not in `tools`."
         raise bad_value(field_name, problem)
@@ -3961,9 +3957,15 @@ def _attachment(source: str, name: str, stem: str, where: str) -> Attachment:
         media_type, data = _parse_data_url(source, where)
     else:
         media_type, data = "", _decode_base64(source, where)
-    if media_type in ("", "application/octet-stream"):
+    return _known_file(name or stem, media_type, data)
+
+
+def _known_file(name: str, media_type: str, data: bytes = b"") -> Attachment:
+    """A file under a name and a media type that Dify takes, guessed if nobody told."""
+    is_told = re.fullmatch(r"[\w.+-]+/[\w.+-]+", media_type, re.ASCII)
+    if not is_told or media_type == "application/octet-stream":
         media_type = _guess_media_type(name, data)
-    return Attachment(_plain_name(name or stem, media_type), media_type, data)
+    return Attachment(_plain_name(name, media_type), media_type, data)
 
 
 def _parse_data_url(url: str, where: str) -> tuple[str, bytes]:
@@ -4218,11 +4220,8 @@ def file_not_found(name: str, reason: str) -> BadRequest:
 
 def form_file(filename: str | None, media_type: str) -> Attachment:
     """The file of a form, under a name and a media type that Dify takes."""
-    name, kind = filename or "file", media_type.partition(";")[0].strip().lower()
-    is_told = re.fullmatch(r"[\w.+-]+/[\w.+-]+", kind, re.ASCII)
-    if not is_told or kind == "application/octet-stream":
-        kind = _guess_media_type(name, b"")
-    return Attachment(_plain_name(name, kind), kind)
+    kind = media_type.partition(";")[0].strip().lower()
+    return _known_file(filename or "file", kind)
 
 
 # Answers...
@@ -5166,7 +5165,7 @@ class ResponseStream:
     def begin(self, extra: Json) -> bytes:
         """The first events; `extra` keys stand beside the standard ones."""
         self._frame = replace(self._frame, extra=extra)
-        return self._lifecycle("created", "in_progress") + self.heartbeat()
+        return self._lifecycle("in_progress", "created") + self.heartbeat()
 
     def heartbeat(self) -> bytes:
         """Keeps a connection alive, and may be sent between any two events.
@@ -5175,7 +5174,7 @@ class ResponseStream:
         """
         if not self.response:
             return encode_comment("keep-alive")
-        return self._lifecycle("in_progress", "in_progress")
+        return self._lifecycle("in_progress")
 
     def so_far(self, status: str, **more: Any) -> dict[str, Any]:
         """The response with the output that it has by now."""
@@ -5212,7 +5211,7 @@ class ResponseStream:
         """The end of a stream that can't be finished; open items stay open."""
         begun = b"" if self.response else self.begin({})
         told = {"code": _failure_code(error), "message": error.message}
-        return begun + self._lifecycle("failed", "failed", error=told)
+        return begun + self._lifecycle("failed", error=told)
 
     def _finish(self) -> bytes:
         cause = _CAUSES.get(self.ends.finish_reason)
@@ -5224,9 +5223,7 @@ class ResponseStream:
         events += b"".join(self._call(call) for call in self.ends.calls)
         usage = _usage_of_response(self.ends.usage)
         details = {"reason": cause} if cause else None
-        return events + self._lifecycle(
-            status, status, usage=usage, incomplete_details=details
-        )
+        return events + self._lifecycle(status, usage=usage, incomplete_details=details)
 
     # Items...
 
@@ -5289,10 +5286,10 @@ class ResponseStream:
 
     # Events...
 
-    def _lifecycle(self, event: str, status: str, **more: Any) -> bytes:
-        """An event with the whole response as it now is."""
+    def _lifecycle(self, status: str, event: str = "", **more: Any) -> bytes:
+        """An event with the whole response as it now is, called by its status."""
         self.response = self.so_far(status, **more)
-        return self._event(event, response=self.response)
+        return self._event(event or status, response=self.response)
 
     def _event(self, name: str, /, **fields: Any) -> bytes:
         kind, number = f"response.{name}", next(self._numbers)
