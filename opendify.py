@@ -1093,10 +1093,8 @@ class Usage:
 
     def __add__(self, other: Usage) -> Usage:
         """The tokens of both."""
-        return Usage(
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-        )
+        prompt = self.prompt_tokens + other.prompt_tokens
+        return Usage(prompt, self.completion_tokens + other.completion_tokens)
 
     @property
     def total_tokens(self) -> int:
@@ -3578,6 +3576,8 @@ _EXTENSION_BY_MEDIA_TYPE = {
 _MEDIA_TYPE_BY_EXTENSION = {
     **{extension: name for name, extension in _EXTENSION_BY_MEDIA_TYPE.items()},
     **{kind: f"image/{kind}" for kind in ("bmp", "gif", "jpeg", "png", "webp")},
+    **{kind: f"video/{kind}" for kind in ("mp4", "mpeg", "webm")},
+    "mov": "video/quicktime",
 }
 
 
@@ -3919,7 +3919,9 @@ def _parse_audio(part: Json, where: str) -> Attachment:
     if data.startswith("data:"):
         return _attachment(data, "", "audio", where)
     extension = re.sub(r"\W", "", str(audio.get("format") or "wav")).lower()
-    media_type = _MEDIA_TYPE_BY_EXTENSION.get(extension, f"audio/{extension}")
+    media_type = _MEDIA_TYPE_BY_EXTENSION.get(extension, "")
+    if not media_type.startswith("audio/"):
+        media_type = f"audio/{extension}"
     return Attachment(f"audio.{extension}", media_type, _decode_base64(data, where))
 
 
@@ -4716,18 +4718,14 @@ def echo_of(body: Json) -> dict[str, Any]:
 
 def _with_functions(body: Json) -> Json:
     """The body with its custom tools as functions of one text."""
-    schema = {
-        "type": "object",
-        "properties": {"input": {"type": "string"}},
-        "required": ["input"],
-    }
+    properties = {"input": {"type": "string"}}
+    schema = {"type": "object", "properties": properties, "required": ["input"]}
     rows = body.get("tools")
     if not isinstance(rows, list):
         return body
+    function = {"type": "function", "parameters": schema}
     functions = [
-        {**row, "type": "function", "parameters": schema}
-        if isinstance(row, dict) and row.get("type") == "custom"
-        else row
+        {**row, **function} if object_of(row).get("type") == "custom" else row
         for row in rows
     ]
     return {**body, "tools": functions}

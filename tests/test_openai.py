@@ -697,6 +697,21 @@ FILES = [
         id="image-by-its-longer-extension",
     ),
     pytest.param(
+        file(base64_of(b"??"), filename="a.mp4"),
+        Attachment("a.mp4", "video/mp4", b"??"),
+        id="video-by-its-extension",
+    ),
+    pytest.param(
+        file(base64_of(b"??"), filename="a.mov"),
+        Attachment("a.mov", "video/quicktime", b"??"),
+        id="video-of-another-name",
+    ),
+    pytest.param(
+        {"type": "input_audio", "input_audio": {"data": BASE64, "format": "mp4"}},
+        Attachment("audio.mp4", "audio/mp4", PNG),
+        id="sound-in-a-container-of-videos",
+    ),
+    pytest.param(
         file(base64_of(b"7z"), filename="a.7z"),
         Attachment("a.7z", "application/7z", b"7z"),
         id="file-with-a-number-in-its-extension",
