@@ -2098,7 +2098,7 @@ _HOLDS: Mapping[str, tuple[str, Callable[[Any, Any], bool]]] = {
 #
 # Dify's dialect, both ways: what an app is and wants, questions to request bodies for
 # each app mode, events to answer parts. Holds every quirk of Dify's releases from 0.6
-# to 1.17, and knows nothing of OpenAI, bytes or sockets.
+# to 1.17, and knows nothing of OpenAI or sockets.
 #
 #     {"event":"message","answer":"Hel"} …            ->  Text("Hel") …
 #     {"event":"message_end","metadata":{"usage":…}}  ->  Usage(…), Finish("stop")
@@ -3406,11 +3406,9 @@ def _stored_parts(row: Json, base: str) -> list[Part]:
 # 8. Ids
 # ==============================================================================
 #
-# Ids that say where they belong, and that nobody else can make. Knows nothing of
-# OpenAI, Dify and settings.
-#
-# An id says itself where in Dify it belongs, so that no table is needed, and every
-# replica can read it, after every restart. Nobody else can read, change or make one:
+# Ids that say themselves where in Dify they belong, so that no table is needed, and
+# every replica can read them, after every restart. Nobody else can read, change or make
+# one. Knows nothing of OpenAI, of what is in Dify, and of settings.
 #
 #     tag    = HMAC-SHA256(key 1, bound, prefix, fields), its first 16 bytes
 #     stream = SHAKE-256(key 2, tag), as long as the fields
@@ -3544,8 +3542,9 @@ def open_place(
 #
 # OpenAI's dialect, both ways: requests to an Ask, answer parts to chunks and whole
 # objects. Reads liberally (clients send nulls, strings for objects, fields that no app
-# can honour) and writes strictly (inside OpenAI's own schemas). Ids and times are
-# arguments. Knows nothing of Dify, sockets or keys.
+# can honour) and writes strictly (inside OpenAI's own schemas). What can't be read is a
+# BadRequest that names the field. Ids and times are arguments. Knows nothing of Dify,
+# sockets or keys.
 
 MAX_USER_CHARS = 200  # Dify keeps the end user's name in a column of 255
 MAX_STOPS, MAX_STOP_CHARS, MAX_CHOICES = 4, 1000, 8
@@ -4890,10 +4889,9 @@ def _echo_text(value: Any) -> dict[str, Any]:
     return {"format": {"type": "json_object" if is_object else "text"}}
 
 
-def _echo_number(most: int) -> Callable[[Any], Any]:
-    return lambda value: (
-        value if type(value) in (int, float) and 0 <= value <= most else 1
-    )
+def _echo_number(value: Any, most: int) -> Any:
+    is_valid = type(value) in (int, float) and 0 <= value <= most
+    return value if is_valid else 1
 
 
 # What a response repeats of its request: null, and what no schema allows, becomes what
@@ -4906,8 +4904,8 @@ _ECHOED: Mapping[str, Callable[[Any], Any]] = {
     "tools": _echo_tools,
     "tool_choice": _echo_choice,
     "parallel_tool_calls": lambda value: value is not False,
-    "temperature": _echo_number(2),
-    "top_p": _echo_number(1),
+    "temperature": lambda value: _echo_number(value, 2),
+    "top_p": lambda value: _echo_number(value, 1),
     "text": _echo_text,
     "reasoning": lambda value: {"effort": None, "summary": None},
     "max_output_tokens": lambda value: value if type(value) is int else None,
