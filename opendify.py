@@ -4421,19 +4421,17 @@ class _ChunkStream:
         """The end of the stream, once all its choices are finished."""
         if not self._usage_key:
             return _DONE
-        return self._chunk(None, None, {"usage": _usage_object(usage)}) + _DONE
+        return self._chunk(None, usage=_usage_object(usage)) + _DONE
 
     def fail(self, error: ProxyError) -> bytes:
         """The end of a stream that can't be finished: no finish_reason, ever."""
         return encode_failure(error)
 
-    def _chunk(
-        self, content: Any, reason: str | None, extra: Json | None = None
-    ) -> bytes:
+    def _chunk(self, content: Any, reason: str | None = None, **extra: Any) -> bytes:
         """One chunk: some content of the choice, or None beside all choices."""
         choices = [] if content is None else [self._choice(content, reason)]
-        more = {**self._usage_key, **(extra or {})}
-        return encode_event(json_bytes({**self._head, "choices": choices, **more}))
+        chunk = {**self._head, "choices": choices, **self._usage_key, **extra}
+        return encode_event(json_bytes(chunk))
 
 
 class ChatStream(_ChunkStream):
@@ -4451,7 +4449,7 @@ class ChatStream(_ChunkStream):
         head["system_fingerprint"] = _FINGERPRINT
         super().__init__(head, include_usage=include_usage, index=index)
         self._is_legacy = is_legacy
-        before, after = _around(self._chunk(_HERE, None))
+        before, after = _around(self._chunk(_HERE))
         self._text = (before + b'{"content":', b"}" + after)
         self._reasoning = (before + b'{"reasoning_content":', b"}" + after)
         self._chars = 0
@@ -4459,7 +4457,7 @@ class ChatStream(_ChunkStream):
     def begin(self, extra: Json) -> bytes:
         """The first chunk: the role, and `extra` keys beside the standard ones."""
         delta = {"role": "assistant", "content": "", "refusal": None}
-        return self._chunk(delta, None, extra)
+        return self._chunk(delta, **extra)
 
     def encode(self, part: Part) -> bytes:
         """The chunks that a part becomes; b"" for one that is kept for the end."""
@@ -4485,10 +4483,10 @@ class ChatStream(_ChunkStream):
         given = {"arguments": call.arguments}
         if self._is_legacy:
             told = () if index else (named, given)
-            return b"".join(self._chunk({"function_call": row}, None) for row in told)
+            return b"".join(self._chunk({"function_call": row}) for row in told)
         about = {"index": index, "id": call.id, "type": "function", "function": named}
         rows = (about, {"index": index, "function": given})
-        return b"".join(self._chunk({"tool_calls": [row]}, None) for row in rows)
+        return b"".join(self._chunk({"tool_calls": [row]}) for row in rows)
 
     def _choice(self, delta: Any, reason: str | None) -> dict[str, Any]:
         return _chat_choice(self._index, {"delta": delta}, reason)
@@ -4515,7 +4513,7 @@ class SpokenStream(ChatStream):
         """The first chunk; the audio's id waits for the first text."""
         self._id = self._spoken.id_of(extra)
         delta = {"role": "assistant", "content": None, "refusal": None}
-        return self._chunk(delta, None, extra)
+        return self._chunk(delta, **extra)
 
     def encode(self, part: Part) -> bytes:
         """The chunks that a part becomes."""
@@ -4536,7 +4534,7 @@ class SpokenStream(ChatStream):
         return self._audio({"data": text}) if text else b""
 
     def _audio(self, audio: Json) -> bytes:
-        return self._chunk({"audio": audio}, None)
+        return self._chunk({"audio": audio})
 
 
 class CompletionStream(_ChunkStream):
@@ -4548,11 +4546,11 @@ class CompletionStream(_ChunkStream):
         head = envelope.head("text_completion")
         super().__init__(head, include_usage=include_usage, index=index)
         self._echo = echo
-        self._text = _around(self._chunk(_HERE, None))
+        self._text = _around(self._chunk(_HERE))
 
     def begin(self, extra: Json) -> bytes:
         """The first chunk: the prompt, if it is to be repeated."""
-        return self._chunk(self._echo, None, extra)
+        return self._chunk(self._echo, **extra)
 
     def encode(self, part: Part) -> bytes:
         """The chunk that a part becomes; b"" for one that this API has no word for."""
