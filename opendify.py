@@ -10467,6 +10467,7 @@ _CORS_EXPOSED = (
     "x-dify-conversation-id, x-dify-message-id"
 )
 # Desktop apps and editor or browser extensions: pages that the user has installed.
+_APP_PAGE = "file://"  # of Electron (Cherry Studio, Chatbox); in a browser it is "null"
 _APP_SCHEMES = (
     *("app", "capacitor", "ionic", "tauri", "vscode-file", "vscode-webview"),
     *("chrome-extension", "moz-extension", "safari-web-extension"),
@@ -10798,7 +10799,7 @@ def host_name(host: str) -> str:
 def _is_allowed(origin: str, host: str, allowed: Sequence[str]) -> bool:
     """Whether pages of an origin may call: its own, local ones, apps, the listed."""
     scheme, _, rest = origin.partition("://")
-    if "*" in allowed or origin in allowed:
+    if "*" in allowed or origin in (_APP_PAGE, *allowed):
         return True
     if scheme in ("http", "https"):
         is_one = re.fullmatch(r"[\w.:\[\]-]+", rest, re.ASCII) is not None
