@@ -2797,8 +2797,11 @@ class AnswerReader:
     """Turns the events of one turn into answer parts.
 
     `read` the events, in order, until `is_finished`; `end` when the body ends first,
-    or when `is_closing` and nothing came for GRACE_S. The ids are "" until known.
+    or when `is_closing` and nothing came for GRACE_S. The ids are "" until known; a
+    workflow has no conversation and no message, but a run.
     """
+
+    workflow_run_id = ""
 
     def __init__(
         self,
@@ -3218,7 +3221,9 @@ class AnswerReader:
         return [*self._close_text(), Failure(error)]
 
     def _learn_ids(self, value: dict[str, Any]) -> None:
-        for name in ("task_id", "message_id", "conversation_id"):
+        names = ["task_id", "message_id", "conversation_id"]
+        names += ["workflow_run_id"] if self._mode == "workflow" else []
+        for name in names:
             setattr(self, name, getattr(self, name) or str(value.get(name) or ""))
 
 
@@ -3343,14 +3348,15 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(map(str, value)) if isinstance(value, list) else ()
 
 
-# What Dify has stored (`GET /messages`)...
+# What Dify has stored (`GET /messages`, `GET /workflows/run/{id}`)...
 
 
 @dataclass(frozen=True)
 class StoredTurn:
-    """One row of `GET /messages`: a question, and the parts of its answer.
+    """A stored message or run: a question, and the parts of its answer.
 
-    `tools` are those that the app knew then, where all turns before it were read.
+    `tools` are those that the app knew then, where all turns before it were read. A
+    workflow's run is a conversation by itself: its id stands for both.
     """
 
     conversation_id: str
@@ -3359,6 +3365,13 @@ class StoredTurn:
     question: Message
     parts: Sequence[Part]
     tools: Sequence[Tool] = ()
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """Dify's ids, as an answer has them."""
+        if self.conversation_id == self.message_id:
+            return {"workflow_run_id": self.message_id}
+        return {"conversation_id": self.conversation_id, "message_id": self.message_id}
 
 
 def stored_turn(row: Json, base: str) -> StoredTurn:
@@ -3377,6 +3390,35 @@ def stored_turn(row: Json, base: str) -> StoredTurn:
         Message("user", str(row.get("query") or ""), attachments=attachments),
         _stored_parts(row, base),
     )
+
+
+def stored_run(
+    row: Json, base: str, variables: Iterable[str], output_variable: str
+) -> StoredTurn:
+    """A workflow's run as parts, by the same reader as a stream.
+
+    {"id", "inputs", "outputs", "status", "error", "total_tokens", "created_at"}; the
+    inputs, in some releases the outputs too, are JSON in a string
+
+    Args:
+        row: the run.
+        base: of the app's API.
+        variables: the inputs that make up the question.
+        output_variable: the output that is the answer, "" for a usual one.
+    """
+    inputs, outputs = (_unpacked(row.get(name)) for name in ("inputs", "outputs"))
+    asked = (inputs[name] for name in variables if isinstance(inputs.get(name), str))
+    question = Message("user", "\n\n".join(filter(None, asked)))
+    reader = AnswerReader("workflow", base, output_variable=output_variable)
+    parts = reader._workflow_finished({**row, "outputs": outputs})
+    id_, created = str(row.get("id") or ""), count_of(row.get("created_at"))
+    return StoredTurn(id_, id_, created, question, parts)
+
+
+def _unpacked(value: Any) -> dict[str, Any]:
+    with contextlib.suppress(ValueError, RecursionError):
+        value = read_json(value) if isinstance(value, str) else value
+    return object_of(value)
 
 
 def _stored_file(file: Json, base: str) -> Attachment:
@@ -3514,6 +3556,11 @@ class Place:
     conversation_id: str
     message_id: str
     item: str = ""
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is a workflow's run, whose id stands for both."""
+        return self.conversation_id == self.message_id
 
 
 def open_place(
@@ -4938,7 +4985,8 @@ class ResponseFrame:
     def id(self, prefix: str, item: int | str = "") -> str:
         """The id of the response, or of an item of it."""
         dify = object_of(self.extra.get("dify"))
-        place = [dify.get("conversation_id", ""), dify.get("message_id", "")]
+        run = dify.get("workflow_run_id", "")
+        place = [dify.get("conversation_id", run), dify.get("message_id", run)]
         if all(place) and self.echo["store"]:
             return self.sealer.seal(prefix, [self.user, *place, str(item)])
         return self.sealer.seal(prefix, (), f"{self.fresh}.{item}")
@@ -7981,18 +8029,35 @@ class Dify:
 
         Args:
             app: that has the conversation.
-            conversation_id: of it.
+            conversation_id: of it; of a workflow, of a run.
             user: whose it is.
             most: how many, 100 at most.
             first_id: only those before this message, "" for the newest.
         """
-        more = {"limit": most, **({"first_id": first_id} if first_id else {})}
-        page = await self._messages(app, conversation_id, user, **more)
-        rows = [stored_turn(row, app.base) for row in objects_of(page.get("data"))]
+        page: dict[str, Any] = {}
+        if await self.mode_of(app) == "workflow":
+            rows = await self._run(app, conversation_id)
+        else:
+            more = {"limit": most, **({"first_id": first_id} if first_id else {})}
+            page = await self._messages(app, conversation_id, user, **more)
+            rows = [stored_turn(row, app.base) for row in objects_of(page.get("data"))]
         for part in (part for row in rows for part in row.parts[-1:]):
             if isinstance(part, Failure):
                 without_key(part.error, app)
         return rows, page.get("has_more") is True
+
+    async def _run(self, app: AppSettings, id_: str) -> list[StoredTurn]:
+        """A workflow's run; [] if Dify does not have it (404, or nulls)."""
+        row: dict[str, Any] = {}
+        with contextlib.suppress(UpstreamRejected):
+            path = f"/workflows/run/{urllib.parse.quote(id_, safe='')}"
+            row = await self.call(app, path)
+        if row.get("id") != id_:
+            return []
+        form = NO_FORM if app.query_variable else await self.form_of(app)
+        query = query_variable("workflow", form, app.query_variable)
+        variables = (app.history_variable, query)
+        return [stored_run(row, app.base, variables, app.output_variable)]
 
     async def _messages(
         self, app: AppSettings, conversation_id: str, user: str, **more: object
@@ -8171,6 +8236,7 @@ SSE_HEADERS = [
 _ID_HEADERS = {
     "conversation_id": "X-Dify-Conversation-Id",
     "message_id": "X-Dify-Message-Id",
+    "workflow_run_id": "X-Dify-Workflow-Run-Id",
 }
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _QUESTION_PARAMS = {"responses": "input", "completions": "prompt"}  # else `messages`
@@ -8978,7 +9044,7 @@ class Turns:
 MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
 MAX_ADDRESSES = 10_000  # that are remembered for it
 MAX_REFERENCES = 500  # to stored items, in a request; its body has room for a million
-MAX_CONVERSATIONS_READ, MAX_PAGES = 10, 20  # of Dify, to understand them
+MAX_CONVERSATIONS_READ, MAX_PAGES = 40, 20  # of Dify; a workflow's run is one
 NAMES_TIMEOUT_S = 5.0  # Open WebUI gives the model list 10 s
 MAX_FIELDS_BYTES = 1024 * 1024  # of a form, beside its file
 MAX_HELD_BYTES = 512 * 1024  # of a file in memory, until it is known where it goes
@@ -9227,7 +9293,9 @@ class Archive:
             return await self._continue_named(app, asked, user), None
         anchor = place or list(named.values())[-1]
         scope, now = scope_of(app.key, user), self.wall_clock()
-        tail = self.conversations.take_alone(scope, anchor.conversation_id, now)
+        tail = None
+        if not anchor.is_run:
+            tail = self.conversations.take_alone(scope, anchor.conversation_id, now)
         goes_on = False
         try:
             ask = await self._continue_at(app, asked, anchor, named, tail is not None)
@@ -10258,9 +10326,8 @@ def _frame_of(
     turn: StoredTurn, model: str, sealer: IdSealer, user: str
 ) -> ResponseFrame:
     """The frame of a stored answer: its ids come out as they were sent."""
-    ids = {"conversation_id": turn.conversation_id, "message_id": turn.message_id}
     return ResponseFrame(
-        turn.created, model, echo_of({}), sealer, user, "", {"dify": ids}
+        turn.created, model, echo_of({}), sealer, user, "", {"dify": turn.ids}
     )
 
 
@@ -10464,7 +10531,8 @@ CANCEL_S = 2.0  # for what was cut to stop its runs in Dify
 DRAIN_S = 30.0  # Kubernetes kills after 30 s by default
 _CORS_EXPOSED = (
     "x-request-id, retry-after, retry-after-ms, x-should-retry, openai-processing-ms, "
-    "x-dify-conversation-id, x-dify-message-id"
+    "x-dify-conversation-id, x-dify-message-id, "
+    "x-dify-workflow-run-id"
 )
 # Desktop apps and editor or browser extensions: pages that the user has installed.
 _APP_PAGE = "file://"  # of Electron (Cherry Studio, Chatbox); in a browser it is "null"

@@ -490,6 +490,7 @@ class Turn:
     text: str = ""  # streamed so far, as Dify stores it
     position: int = 0  # of the last agent thought
     ended: bool = False  # a terminal event was sent
+    run: Event = field(default_factory=dict)  # as it ended
     total_steps: int = 0
 
     def note(self, event: Event) -> None:
@@ -507,7 +508,7 @@ class Turn:
         elif kind == "node_finished":
             self.total_steps += 1
         elif kind == "message_end" or data.get("status") in ("succeeded", "stopped"):
-            self.ended = True
+            self.ended, self.run = True, data
         elif kind == "error":
             self.message.status = "error"
             self.message.error = event.get("message")
@@ -1066,6 +1067,7 @@ class FakeDify:
         self.uploads: dict[str, Upload] = {}
         self.contexts: list[list[tuple[str, str]]] = []
         self.conversations: dict[str, Conversation] = {}
+        self.runs: dict[str, Turn] = {}  # of workflows
         self.connections = 0  # accepted so far
         self.open_connections = 0  # open now
         self._apps: dict[str, App] = {}
@@ -1208,7 +1210,9 @@ class FakeDify:
         if request.path in WRONG_MODE and request.method == "POST":
             return await self._serve_turn(connection, request, app)
         handler = ENDPOINTS.get((request.method, request.path))
-        if handler is not None:
+        if request.path.startswith("/workflows/run/"):
+            self._get_run(connection, request, app)
+        elif handler is not None:
             handler(self, connection, request, app)
         elif request.path in {path for _, path in ENDPOINTS} | set(WRONG_MODE):
             text = "The method is not allowed for the requested URL."
@@ -1231,6 +1235,8 @@ class FakeDify:
         turn.conversation.messages.append(turn.message)
         if app.mode in CHAT_MODES:
             self.conversations[turn.conversation.id] = turn.conversation
+        elif app.mode == "workflow":
+            self.runs[turn.run_id] = turn
         context = _context(turn.conversation)
         self.contexts.append(context)
         if app.script is not None:
@@ -1419,6 +1425,14 @@ class FakeDify:
         more = len(stored) > limit
         page = {"limit": limit, "has_more": more, "data": stored[-limit:]}
         connection.respond(200, page, app)
+
+    def _get_run(self, connection: _Connection, request: Request, app: App) -> None:
+        _check_mode("/workflows/run", app)
+        turn = self.runs.get(request.path.rpartition("/")[2])
+        if not turn or turn.app.key != app.key:
+            raise _Refused(404, "not_found", "Workflow run not found")
+        inputs = json.dumps({**turn.message.inputs, "sys.files": []})
+        connection.respond(200, {**turn.run, "inputs": inputs}, app)
 
     def _post_upload(self, connection: _Connection, request: Request, app: App) -> None:
         files = [part for part in request.parts if part.filename is not None]

@@ -640,11 +640,13 @@ async def test_ids_of_dify_go_along(stream: bool) -> None:
         assert [chunk for chunk in got.chunks[1:] if "dify" in chunk] == []
 
 
-async def test_ids_of_a_workflow_are_not_invented() -> None:
+async def test_workflow_has_the_id_of_its_run_alone() -> None:
     async with proxy(mode="workflow", parameters=QUERY) as served:
         got = await served.chat(stream=True)
-    assert "dify" not in got.chunks[0]
-    assert not [name for name in got.headers if name.startswith("x-dify-")]
+    (run,) = served.dify.runs
+    assert got.chunks[0]["dify"] == {"workflow_run_id": run}
+    ids = {name: id_ for name, id_ in got.headers.items() if name.startswith("x-dify-")}
+    assert ids == {"x-dify-workflow-run-id": run}
 
 
 @pytest.mark.parametrize("place", ["body", "metadata", "header"])

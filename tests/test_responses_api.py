@@ -86,6 +86,13 @@ async def answer(
 BOTH = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 
 
+def workflow(
+    script: fake.Script | None = None,
+) -> contextlib.AbstractAsyncContextManager[Proxy]:
+    """Give a proxy before a workflow whose input is `q`."""
+    return proxy(script, mode="workflow", config={"query_variable": "q"})
+
+
 @BOTH
 @pytest.mark.parametrize("mode", opendify.APP_MODES)
 async def test_every_app_mode_answers(mode: str, stream: bool) -> None:
@@ -609,6 +616,79 @@ async def test_calls_of_tools_that_are_withdrawn_are_still_calls() -> None:
     assert '{"name": "get_weather"' not in query
     assert '<message role="tool" name="get_weather">\nsun\n</message>' in query
     assert "Write no <tool_call> block this time" in query
+
+
+async def test_answers_of_a_workflow_are_told_when_they_are_named() -> None:
+    script = [fake.workflow_answer(f"Answer {number}.") for number in (1, 2, 3)]
+    async with workflow(lambda _: script.pop(0)) as served:
+        one = await answer(served, "One")
+        items = [user("One"), reference(one["output"][0]), user("Two")]
+        two = await answer(served, items)
+        items += [reference(two["output"][0]), user("Three")]
+        await answer(served, items)
+        query = served.turns[-1].json["inputs"]["q"]
+    said = re.findall(r'<message role="(\w+)">\n(.*)\n', query)
+    assert said == [
+        ("user", "One"),
+        ("assistant", "Answer 1."),
+        ("user", "Two"),
+        ("assistant", "Answer 2."),
+    ]
+    assert query.endswith("\n\nThree")
+
+
+async def test_response_of_a_workflow_is_continued_and_shown() -> None:
+    async with workflow() as served:
+        one = await answer(served, "One")
+        await answer(served, "Two", previous_response_id=one["id"])
+        query = served.turns[-1].json["inputs"]["q"]
+        got = (await served.get(f"{PATH}/{one['id']}")).json
+        asked = (await served.get(f"{PATH}/{one['id']}/input_items")).json["data"]
+    run, _ = served.dify.runs
+    assert one["dify"] == got["dify"] == {"workflow_run_id": run}
+    assert (got["id"], got["output"]) == (one["id"], one["output"])
+    assert asked[0]["content"][0]["text"] == "One"
+    assert f'<message role="assistant">\n{text_of(one)}\n</message>' in query
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        pytest.param(fake.Status(404, {"code": "not_found"}), id="told"),
+        pytest.param(fake.Status(200, {"id": None, "inputs": None}), id="empty"),
+    ],
+)
+async def test_lost_run_is_left_out(lost: fake.Status) -> None:
+    async with workflow() as served:
+        one = await answer(served, "One")
+        (run,) = served.dify.runs
+        overrides = {f"/workflows/run/{run}": [lost]}
+        served.dify.app(KEY, mode="workflow", overrides=overrides)
+        await answer(served, [user("One"), reference(one["output"][0]), user("Two")])
+        query = served.turns[-1].json["inputs"]["q"]
+        got = await respond(served, "Two", previous_response_id=one["id"])
+    assert text_of(one) not in query
+    assert (got.status, got.error["code"]) == (400, "previous_response_not_found")
+
+
+async def test_run_is_read_as_each_release_writes_it() -> None:
+    """Inputs, and in some releases outputs, are JSON in a string."""
+    config = {"query_variable": "q", "history_variable": "h"}
+    row = {
+        "inputs": '{"q": "One", "h": "Zero"}',
+        "outputs": '{"text": "<think>H</think>A"}',
+    }
+    async with proxy(mode="workflow", config=config) as served:
+        one = await answer(served, "One")
+        (run,) = served.dify.runs
+        row = {"id": run, "status": "succeeded", **row}
+        overrides = {f"/workflows/run/{run}": [fake.Status(200, row)]}
+        served.dify.app(KEY, mode="workflow", overrides=overrides)
+        got = (await served.get(f"{PATH}/{one['id']}")).json
+        asked = (await served.get(f"{PATH}/{one['id']}/input_items")).json["data"]
+    assert [item["type"] for item in got["output"]] == ["reasoning", "message"]
+    assert text_of(got) == "A"
+    assert asked[0]["content"][0]["text"] == "Zero\n\nOne"
 
 
 @pytest.mark.parametrize("mode", ["workflow", "completion"])
