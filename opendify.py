@@ -3945,15 +3945,16 @@ def _stored(*holders: Any) -> Attachment | None:
     return None
 
 
-def _parse_image(part: Json, where: str) -> Attachment:
-    image = part.get("image_url")
-    if stored := _stored(part, image):
+def _parse_media(part: Json, where: str) -> Attachment:
+    """An image; or video or sound in its form, of clients of vLLM and OpenRouter."""
+    key = str(part["type"]).replace("input_image", "image_url")
+    stem, media = key.partition("_")[0], part.get(key)
+    if stored := _stored(part, media):
         return stored
-    url = image.get("url") if isinstance(image, dict) else image
+    url = media.get("url") if isinstance(media, dict) else media
     if not isinstance(url, str) or not url:
-        problem = "an image needs `image_url.url`: an http(s) or data URL."
-        raise bad_value(where, problem)
-    return _attachment(url, "", "image", where)
+        raise bad_value(where, f"{stem} needs `{key}.url`: an http(s) or data URL.")
+    return _attachment(url, "", stem, where)
 
 
 def _parse_audio(part: Json, where: str) -> Attachment:
@@ -3982,9 +3983,9 @@ def _parse_file(part: Json, where: str) -> Attachment:
     return _attachment(data, name, "file", where)
 
 
+_IMAGE_LIKE = ("image_url", "input_image", "video_url", "audio_url")
 _FILE_PARTS: Mapping[str, Callable[[Json, str], Attachment]] = {
-    "image_url": _parse_image,
-    "input_image": _parse_image,
+    **dict.fromkeys(_IMAGE_LIKE, _parse_media),
     "input_audio": _parse_audio,
     "file": _parse_file,
     "input_file": _parse_file,
@@ -3999,7 +4000,7 @@ def _attachment(source: str, name: str, stem: str, where: str) -> Attachment:
         except ValueError:
             raise bad_value(where, "the URL is malformed.") from None
         name = name or urllib.parse.unquote(path.rpartition("/")[2])
-        family = f"{stem}/*" if stem in ("image", "audio") else ""
+        family = "" if stem == "file" else f"{stem}/*"
         return Attachment(_plain_name(name or stem, ""), family, url=source)
     if source[:5].lower() == "data:":
         media_type, data = _parse_data_url(source, where)

@@ -1413,6 +1413,16 @@ UPLOADED: dict[str, tuple[JSONObject, tuple[str, str, bytes], str]] = {
         ("image.png", "image/png", PNG),
         "image",
     ),
+    "video-data-url": (
+        {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}},
+        ("video.mp4", "video/mp4", bytes(3)),
+        "video",
+    ),
+    "audio-data-url": (
+        {"type": "audio_url", "audio_url": {"url": "data:audio/wav;base64,AAAA"}},
+        ("audio.wav", "audio/wav", bytes(3)),
+        "audio",
+    ),
     "file-base64": (
         {
             "type": "file",
@@ -1445,7 +1455,7 @@ UPLOADED: dict[str, tuple[JSONObject, tuple[str, str, bytes], str]] = {
 ALL_FILES: dict[str, JSONObject] = {
     "file_upload": {
         "enabled": True,
-        "allowed_file_types": ["image", "document", "audio"],
+        "allowed_file_types": ["image", "document", "audio", "video"],
         "allowed_file_extensions": [],
         "allowed_file_upload_methods": ["local_file", "remote_url"],
         "number_limits": 3,
@@ -1501,6 +1511,16 @@ async def test_large_file_arrives_byte_for_byte() -> None:
     [
         ({"type": "image_url", "image_url": {"url": IMAGE_URL}}, "image", IMAGE_URL),
         ({"type": "image_url", "image_url": "http://x/p"}, "image", "http://x/p"),
+        (
+            {"type": "video_url", "video_url": {"url": "http://x/v"}},
+            "video",
+            "http://x/v",
+        ),
+        (
+            {"type": "audio_url", "audio_url": {"url": "http://x/a"}},
+            "audio",
+            "http://x/a",
+        ),
         (
             {"type": "input_file", "file_url": "https://x/a.pdf"},
             "document",
