@@ -1277,12 +1277,14 @@ class Chat:
     """A client of the state machine.
 
     `past` is what it showed before its messages and no longer does. `own` is the
-    conversation that its next turn must continue, "" if it may fold.
+    conversation that its next turn must continue, "" if it may fold. `changed` is all
+    that was said before each change: once the place is cut off, nobody sees it.
     """
 
     client: Client
     past: Messages = field(default_factory=list)
     own: str = ""
+    changed: list[Messages] = field(default_factory=list)
 
     @property
     def shown(self) -> Messages:
@@ -1298,11 +1300,27 @@ class Chat:
         whole = [*self.past, *self.shown[:-1]]
         context = self.client.context
         sent = self.shown[:-1][-self.client.window :]
-        assert context == whole[max(0, len(whole) - len(context)) :]
+        if context != whole[max(0, len(whole) - len(context)) :]:
+            at = len(context) - len(self.shown[:-1])
+            assert context[at:] == self.shown[:-1]
+            assert self.had_before(context[:at])
         assert len(context) >= len(sent)
         answers = [row for row in sent if row["role"] == "assistant"]
         if self.own and (len(answers) > 1 or len(sent) == len(whole)):
             assert self.client.conversation == self.own
+
+    def had_before(self, past: Messages) -> bool:
+        """Tell whether this stood before what is shown, until it was changed there."""
+        return any(
+            whole[:at][-len(past) :] == past
+            for whole in self.changed
+            for at in range(len(past), len(whole))
+            if whole[at] == self.shown[0]
+        )
+
+    def will_change(self) -> None:
+        """Note what was said until now."""
+        self.changed.append([dict(row) for row in (*self.past, *self.shown)])
 
     def is_sent(self, at: int) -> bool:
         """Tell whether the next request holds this message: others nobody can see."""
@@ -1448,13 +1466,15 @@ class Windows(RuleBasedStateMachine):
         if i != j:
             copied = chat.client.copy()
             copied.window = window
-            self.chats[j] = Chat(copied, list(chat.past))
+            changed = list(chat.changed)
+            self.chats[j] = Chat(copied, list(chat.past), changed=changed)
             chat.own = ""
 
     @rule(i=CHATS, at=st.integers(0, 9), text=SAID, goes_on=st.booleans())
     def edit(self, i: int, at: int, text: str, goes_on: bool) -> None:
         chat = self.chats[i]
         if chat.is_sent(at):
+            chat.will_change()
             chat.shown[at]["content"] = f"{text}, {chat.shown[at]['content']}"
             if not goes_on:
                 del chat.shown[at + 1 :]
@@ -1477,6 +1497,7 @@ class Windows(RuleBasedStateMachine):
         chat = self.chats[i]
         if chat.is_sent(at - 1) and chat.is_sent(at + size):
             before = list(chat.shown)
+            chat.will_change()
             del chat.shown[at : at + size]
             if chat.shown == before[size:]:  # nobody can tell this from a cut
                 chat.past += before[:size]
