@@ -57,6 +57,7 @@ TABLE = [
     ),
     Row(opendify.ProxyError, 500, "server_error", None),
     Row(opendify.UpstreamFailed, 502, "server_error", "upstream_error"),
+    Row(opendify.NoAnswer, 502, "server_error", "upstream_error"),
     Row(opendify.ConfigurationFault, 502, "server_error", "upstream_error", (FINAL,)),
     Row(opendify.Overloaded, 503, "server_error", "server_is_overloaded", (LATER,)),
     Row(opendify.Unsatisfied, 502, "server_error", "upstream_error", (FINAL,)),
