@@ -535,6 +535,12 @@ class BodyTooLarge(BadRequest):
     status = 413
 
 
+class UnsupportedCoding(BadRequest):
+    """The body is compressed (RFC 9110, section 15.5.16)."""
+
+    status = 415
+
+
 class HeadTooLarge(BadRequest):
     """The request's head is over the limit (RFC 6585, section 5)."""
 
@@ -10816,6 +10822,8 @@ def _body_reader(
             raise BodyTooLarge(f"The body is over {limit >> 20} MiB (MAX_BODY_MB).")
 
     wire.allow_any_time()  # the head was in time
+    if exchange.request.headers.get("content-encoding", "identity") != "identity":
+        raise UnsupportedCoding("Send the body without a Content-Encoding.")
     check(int(exchange.request.headers.get("content-length", 0)))
     if exchange.request.expects_continue and not decoder.is_complete:
         wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -39,6 +39,7 @@ TABLE = [
     Row(opendify.MethodNotAllowed, 405, INVALID, "method_not_supported"),
     Row(opendify.RequestTimeout, 408, INVALID, None),
     Row(opendify.BodyTooLarge, 413, INVALID, None),
+    Row(opendify.UnsupportedCoding, 415, INVALID, None),
     Row(opendify.HeadTooLarge, 431, INVALID, None),
     Row(opendify.MalformedHTTP, 400, INVALID, None),
     Row(opendify.UpstreamRejected, 400, INVALID, None),

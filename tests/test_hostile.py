@@ -329,6 +329,8 @@ def _smuggling() -> dict[str, Case]:
 
 # What looks odd but has one reading only: the connection stays in step.
 HARMLESS: dict[str, Case] = {
+    "compressed": Case([post(b"\x1f\x8b\x08", "Content-Encoding: gzip")], (415,)),
+    "not-compressed": Case([post("{}", "Content-Encoding: identity")], (400,)),
     "underscores-are-no-framing": Case(
         [post("{}", "Transfer_Encoding: chunked", "Content_Length: 99")], (400,)
     ),
