@@ -9043,10 +9043,11 @@ class Turns:
 # 16. Handlers
 # ==============================================================================
 #
-# The routes, one coroutine each: a request in, a reply out. Finds the app, checks the
-# key, has the turn run, and says what it made. A Form reads the requests that bring a
-# file, the Archive what Dify keeps of earlier turns. Catches nothing that the error
-# boundary of room 17 can answer. Never touches sockets and h11.
+# The routes, one coroutine each: a request in, a reply out. It has the turn run, and
+# says what that made. All are given the Site, which finds the app and checks the key. A
+# Form reads the requests that bring a file, the Archive what Dify keeps of earlier
+# turns. Catches nothing that the error boundary of room 17 can answer. Never touches
+# sockets and h11.
 
 MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
 MAX_ADDRESSES = 10_000  # that are remembered for it
@@ -9525,8 +9526,8 @@ def _no_spoken(id_: str) -> BadRequest:
     )
 
 
-class Handlers:
-    """Answers the requests; see ROUTES.
+class Site:
+    """What the handlers share, and who it is that asks for what.
 
     Args:
         dify: the client of Dify; its settings are these, too.
@@ -9542,52 +9543,21 @@ class Handlers:
         new_id: Callable[[], str],
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._dify = dify
-        self._conversations = conversations
-        self._new_id = new_id
-        self._wall_clock = wall_clock
-        self._turns = Turns(dify, conversations, new_id, wall_clock)
-        self._archive = Archive(dify, conversations, wall_clock)
-        self._created = int(wall_clock())
+        self.dify, self.conversations = dify, conversations
+        self.new_id, self.wall_clock = new_id, wall_clock
+        self.turns = Turns(dify, conversations, new_id, wall_clock)
+        self.archive = Archive(dify, conversations, wall_clock)
         self.metrics = Metrics()
+        self.created = int(wall_clock())  # the time of each model
+        self.running: dict[ResponseStream, Exchange] = {}  # that are not complete
         self._key_failures: dict[str, tuple[float, ...]] = {}  # times, by address
-        self._running: dict[ResponseStream, Exchange] = {}
 
     @property
     def settings(self) -> Settings:
         """The configuration as it is now."""
-        return self._dify.settings
+        return self.dify.settings
 
-    def find(self, exchange: Exchange) -> Handler:
-        """The handler of a request.
-
-        Raises:
-            NotFound, MethodNotAllowed, Unauthorized, RateLimited.
-        """
-        request = exchange.request
-        endpoint, exchange.name_in_path = find_endpoint(request.path)
-        methods = ROUTES.get(endpoint)
-        if endpoint in NOT_SERVED:
-            raise NotFound(
-                f"{request.path} is not served: Dify apps have no embeddings, "
-                "moderations or images. Ask a model provider for those directly."
-            )
-        if methods is None:
-            hint = "" if "/v1/" in request.path else " A base URL ends in /v1."
-            raise NotFound(f"Invalid URL ({request.method} {request.path}).{hint}")
-        method = "GET" if request.method == "HEAD" else request.method
-        if method not in methods:
-            allowed = ", ".join(methods)
-            raise MethodNotAllowed(
-                f"{request.method} is not possible here, but {allowed}.",
-                headers=[("Allow", allowed)],
-            )
-        exchange.route = endpoint
-        if endpoint not in OPEN_ENDPOINTS:
-            self._check_key(client_key(request.headers), exchange.peer)
-        return methods[method]
-
-    def _check_key(self, key: str, peer: str) -> None:
+    def check_key(self, key: str, peer: str) -> None:
         """Compare with all keys, so that the time tells nothing."""
         valid = self.settings.valid_api_keys
         if not valid:
@@ -9615,718 +9585,808 @@ class Handlers:
             code="invalid_api_key",
         )
 
-    # Models...
-
-    async def list_models(self, exchange: Exchange) -> None:
-        """`GET /models`."""
-        models = await self._models()
-        rows = [(name, self._dify.facts_of(app).name) for name, app in models.items()]
-        send_json(exchange.reply, models_list(rows, self._created))
-
-    async def get_model(self, exchange: Exchange) -> None:
-        """`GET /models/{id}`, in each of the encodings that clients use."""
-        models = await self._models()
-        name = _decoded_name(exchange.name_in_path, models)
-        if name not in models:
-            raise _no_such_model(name, models)
-        app_name = self._dify.facts_of(models[name]).name
-        send_json(exchange.reply, model_object(name, app_name, self._created))
-
-    async def list_apps(self, exchange: Exchange) -> None:
-        """`GET /apps`: how each app does just now, for the page."""
-        models = await self._models()
-        rows = await asyncio.gather(*map(self._app_row, models, models.values()))
-        send_json(exchange.reply, {"object": "list", "data": rows})
-
-    async def _app_row(self, model: str, app: AppSettings) -> dict[str, str]:
-        try:
-            mode = await self._dify.confirmed_mode(app)
-        except ProxyError as error:
-            return {"id": model, "error": error.message}
-        return {"id": model, "name": self._dify.facts_of(app).name, "mode": mode}
-
-    async def ready(self, exchange: Exchange) -> None:
-        """`GET /ready`: an app has answered lately, or answers now."""
-        apps = (await self._models()).values()
-        if not apps:
-            raise ConfigurationFault("No app is configured.")
-        if not self._dify.has_answered_lately:
-            await _any_of(self._dify.call(app, "/info") for app in apps)
-        send_json(exchange.reply, {"status": "ready"})
-
-    async def show_metrics(self, exchange: Exchange) -> None:
-        """`GET /metrics`, for Prometheus."""
-        gauges = {"opendify_conversations": len(self._conversations)}
-        fields = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]
-        body = self.metrics.render(gauges).encode("utf-8", "replace")
-        exchange.reply.send(Response(200, body, fields))
-
-    async def health(self, exchange: Exchange) -> None:
-        """`GET /health`: the process is alive."""
-        send_json(exchange.reply, {"status": "ok", "version": __version__})
-
-    async def _app(self, exchange: Exchange, model: str) -> AppSettings:
+    async def find_app(self, exchange: Exchange, model: str) -> AppSettings:
         """The app of this name; the log and the metrics say it from now on."""
         models = self.settings.model_config
         if model not in models:
-            models = await self._models()
+            models = await self.models()
         if model not in models:
             raise _no_such_model(model, models)
         exchange.model = model
         return models[model]
 
-    async def _models(self) -> Mapping[str, AppSettings]:
+    async def models(self) -> Mapping[str, AppSettings]:
         """All apps by model name; those of DIFY_API_KEYS by their names in Dify."""
         models, base = dict(self.settings.model_config), self.settings.dify_api_base
         apps = [AppSettings(key, base) for key in self.settings.dify_api_keys]
-        unnamed = [app for app in apps if not self._dify.facts_of(app).name]
-        results = await _in_time(map(self._dify.name_of, unnamed))
+        unnamed = [app for app in apps if not self.dify.facts_of(app).name]
+        results = await _in_time(map(self.dify.name_of, unnamed))
         for app, got in zip(unnamed, results):
             if isinstance(got, Exception) and not isinstance(got, asyncio.TimeoutError):
                 log.warning("%s of DIFY_API_KEYS: %s", mask_key(app.key), got)
         for app in apps:
             digest = hashlib.sha256(app.key.encode()).hexdigest()
-            name = self._dify.facts_of(app).name or f"app-{digest[:8]}"
+            name = self.dify.facts_of(app).name or f"app-{digest[:8]}"
             if name in models:
                 name = f"{name} ({digest[:4]})"
             models[name] = app
         return models
 
-    async def _body_of(self, exchange: Exchange) -> dict[str, Any]:
-        """The request's JSON, its model as the path names it, if it does.
-
-        It is not kept: an answer may take minutes, and the question may be long.
-        """
-        body = parse_json_object(exchange.body)
-        exchange.body = b""
-        if exchange.name_in_path:
-            body["model"] = _decoded_name(exchange.name_in_path, await self._models())
-        return body
-
-    # Chat...
-
-    async def chat_completions(self, exchange: Exchange) -> None:
-        """`POST /chat/completions`."""
-        chat = parse_chat_request(await self._body_of(exchange))
-        envelope = self._envelope("chatcmpl", chat.ask.model)
-        ask, spoken = await self._with_speech(exchange, chat.ask, envelope.created)
-        make: Callable[..., ChatStream] = ChatStream
-        if spoken:
-            make = functools.partial(SpokenStream, spoken=spoken)
-        has_usage, is_legacy = chat.include_usage, chat.is_legacy
-        streams = [
-            make(envelope, include_usage=has_usage, index=index, is_legacy=is_legacy)
-            for index in range(chat.n if chat.stream else 0)
-        ]
-
-        def whole(answers: list[Answer], extra: Json) -> dict[str, Any]:
-            return chat_completion(
-                envelope, answers, extra, is_legacy=is_legacy, spoken=spoken
-            )
-
-        app = await self._app(exchange, ask.model)
-        await self._answer_all(exchange, app, [ask] * chat.n, streams, whole)
-
-    async def completions(self, exchange: Exchange) -> None:
-        """`POST /completions`, the legacy API."""
-        asked = parse_completion_request(await self._body_of(exchange))
-        envelope = self._envelope("cmpl", asked.asks[0].model)
-        has_usage, echoes = asked.include_usage, asked.echoes
-        streams = [
-            CompletionStream(envelope, include_usage=has_usage, index=index, echo=echo)
-            for index, echo in enumerate(echoes if asked.stream else ())
-        ]
-
-        def whole(answers: list[Answer], extra: Json) -> dict[str, Any]:
-            return text_completion(envelope, answers, echoes, extra)
-
-        app = await self._app(exchange, envelope.model)
-        await self._answer_all(exchange, app, asked.asks, streams, whole)
-
-    # Responses...
-
-    async def responses(self, exchange: Exchange) -> None:
-        """`POST /responses`."""
-        asked = parse_responses_request(await self._body_of(exchange))
-        asked = await self._as_owner(exchange, asked)
-        app = await self._app(exchange, asked.ask.model)
-        user, sealer = exchange.user_of(asked.ask.user), self._sealer(exchange, app)
-        now, new_id = int(self._wall_clock()), self._new_id()
-        frame = ResponseFrame(now, asked.ask.model, asked.echo, sealer, user, new_id)
-        running = ResponseStream(frame)
-
-        def whole(answers: list[Answer], extra: Json) -> dict[str, Any]:
-            return response_object(replace(frame, extra=extra), answers[0])
-
-        named = None
-        if asked.conversation:
-            named = self._named(exchange, asked.conversation)
-            mode, scope = await self._dify.mode_of(app), scope_of(app.key, user)
-            asked = _in_conversation(asked, named, scope, mode)
-        ask, tail = await self._archive.continued(app, asked, sealer, user)
-        streams = [running] if asked.stream else []
-        self._running[running] = exchange
-        try:
-            await self._answer_all(exchange, app, [ask], streams, whole, tail)
-        finally:
-            del self._running[running]
-            if named and exchange.turn:
-                named = replace(named, model=exchange.model, user=user)
-                self._bind(exchange, named, exchange.turn)
-
-    def _bind(self, exchange: Exchange, named: NamedConversation, turn: Turn) -> None:
-        """Dify has the conversation from this turn on, as it was when that began.
-
-        Of a turn that failed, some releases remember nothing.
-        """
-        answer, scope = turn.stream.answer, turn.plan.tail.scope
-        id_ = answer.conversation_id if answer.is_stored else ""
-        owner, now = self._owner_of(exchange), self._wall_clock()
-        latest = self._conversations.named(named.id, owner, now)
-        if id_ and latest and latest.conversation_id == named.conversation_id:
-            about = {"model": named.model, "user": named.user}
-            bound = latest.bind(scope, named.items, **about, conversation_id=id_)
-            self._keep(exchange, bound)
-            # No chat with the same words may go on in it.
-            if tail := self._conversations.take_alone(scope, id_, now):
-                self._conversations.put(tail._replace(digests=b""), now)
-
-    # Conversations that clients name...
-
-    async def create_conversation(self, exchange: Exchange) -> None:
-        """`POST /conversations`."""
-        body = parse_json_object(exchange.body or b"{}")
-        id_, now = f"conv_{self._new_id()}", int(self._wall_clock())
-        items = self._with_items(body, ())
-        named = NamedConversation(id_, now, _parse_metadata(body), items)
-        self._keep(exchange, named)
-        send_json(exchange.reply, _shown_conversation(named))
-
-    async def get_conversation(self, exchange: Exchange) -> None:
-        """`GET /conversations/{id}`."""
-        send_json(exchange.reply, _shown_conversation(self._named(exchange)))
-
-    async def update_conversation(self, exchange: Exchange) -> None:
-        """`POST /conversations/{id}`: other metadata."""
-        named = self._named(exchange)
-        metadata = _parse_metadata(parse_json_object(exchange.body))
-        named = replace(named, metadata=metadata)
-        self._keep(exchange, named)
-        send_json(exchange.reply, _shown_conversation(named))
-
-    async def delete_conversation(self, exchange: Exchange) -> None:
-        """`DELETE /conversations/{id}`."""
-        named = self._named(exchange)
-        self._conversations.drop(named)
-        send_json(exchange.reply, deleted_object(named.id))
-
-    async def add_conversation_items(self, exchange: Exchange) -> None:
-        """`POST /conversations/{id}/items`: they go to Dify with the next turn."""
-        named = self._named(exchange)
-        items = self._with_items(parse_json_object(exchange.body), named.items)
-        self._keep(exchange, replace(named, items=items))
-        added = items[len(named.items) :]
-        send_json(exchange.reply, list_page(added, {"order": "asc", "limit": "100"}))
-
-    async def list_conversation_items(self, exchange: Exchange) -> None:
-        """`GET /conversations/{id}/items`: all turns in Dify, and what awaits one."""
-        items = await self._items_of(exchange, self._named(exchange))
-        send_json(exchange.reply, list_page(items, query_of(exchange.request)))
-
-    async def get_conversation_item(self, exchange: Exchange) -> None:
-        """`GET /conversations/{id}/items/{id}`."""
-        item_id = _item_in_path(exchange)
-        items = await self._items_of(exchange, self._named(exchange))
-        item = next((row for row in items if row["id"] == item_id), None)
-        if not item:
-            raise _not_found("Item", item_id)
-        send_json(exchange.reply, item)
-
-    async def delete_conversation_item(self, exchange: Exchange) -> None:
-        """`DELETE /conversations/{id}/items/{id}`.
-
-        Dify can't forget one that it has: a new conversation is told the others.
-        """
-        item_id, named = _item_in_path(exchange), self._named(exchange)
-        while not any(row["id"] == item_id for row in named.items):
-            was, items = named, await self._items_of(exchange, named)
-            named = self._named(exchange)
-            if named == was:  # nobody has changed it while Dify was asked
-                named = replace(named, conversation_id="", items=tuple(items))
-                break
-        rest = [row for row in named.items if row["id"] != item_id]
-        if len(rest) == len(named.items):
-            raise _not_found("Item", item_id)
-        if len(rest) > MAX_NAMED_ITEMS:
-            raise BadRequest(f"None of more than {MAX_NAMED_ITEMS} can be deleted.")
-        named = replace(named, items=tuple(rest))
-        self._keep(exchange, named)
-        send_json(exchange.reply, _shown_conversation(named))
-
-    async def _items_of(
-        self, exchange: Exchange, named: NamedConversation
-    ) -> list[dict[str, Any]]:
-        """What Dify has of a conversation, and what awaits a turn."""
-        items: list[dict[str, Any]] = []
-        id_ = named.conversation_id
-        app = (await self._models()).get(named.model) if id_ else None
-        if app and named.is_bound_to(scope_of(app.key, named.user)):
-            place = Place(named.user, id_, "")
-            sealer = self._sealer(exchange, app)
-            for turn in await self._archive.turns_of(app, place):
-                frame = _frame_of(turn, named.model, sealer, named.user)
-                items.append(input_item(frame.id("msg_", "in"), turn.question))
-                items += self._as_response(frame, turn)["output"]
-        return [*items, *named.items]
-
-    def _with_items(self, body: Json, kept: Sequence[Any]) -> tuple[Any, ...]:
-        """The items of a conversation and those that a request adds, under ids."""
-        rows = body.get("items")
-        if rows is not None and not isinstance(rows, list):
-            raise bad_type("items", "an array")
-        if len(kept) + len(rows or ()) > MAX_NAMED_ITEMS:
-            raise bad_value("items", f"there may be {MAX_NAMED_ITEMS} at most.")
-        parse_items(rows)  # refuses what no turn could take
-        items, ids = list(kept), {row["id"] for row in kept}
-        for row in rows or ():
-            item = stored_item(row, f"item_{self._new_id()}", ids)
-            items.append(item)
-            ids.add(item["id"])
-        return tuple(items)
-
-    def _owner_of(self, exchange: Exchange) -> str:
+    def owner_of(self, exchange: Exchange) -> str:
         """The client's key where keys tell clients apart; else all are one: ""."""
         key = client_key(exchange.request.headers)
         return key if self.settings.valid_api_keys else ""
 
-    def _named(self, exchange: Exchange, id_: str = "") -> NamedConversation:
-        """The client's conversation of this id, or of the one in the path."""
-        id_ = id_ or exchange.name_in_path.partition("/")[0]
-        owner, now = self._owner_of(exchange), self._wall_clock()
-        named = self._conversations.named(id_, owner, now)
-        if not named:
-            raise _not_found("Conversation", id_)
-        return named
-
-    def _keep(self, exchange: Exchange, named: NamedConversation) -> None:
-        owner, now = self._owner_of(exchange), self._wall_clock()
-        if not self._conversations.keep(named, owner, now):
-            most = f"{MAX_NAMED_BYTES >> 20} MiB"
-            raise BodyTooLarge(f"A conversation may have {most} that await a turn.")
-
-    # Stored responses...
-
-    async def get_response(self, exchange: Exchange) -> None:
-        """`GET /responses/{id}`: the answer, as Dify has stored it."""
-        if query_of(exchange.request).get("stream", "").lower() == "true":
-            raise bad_value("stream", "a stored response comes whole.")
-        if running := self._running_as(exchange):
-            shown = running[0].so_far("in_progress")
-        else:
-            shown = self._as_response(*await self._stored_response(exchange))
-        send_json(exchange.reply, shown)
-
-    async def get_input_items(self, exchange: Exchange) -> None:
-        """`GET /responses/{id}/input_items`: the question of an answer."""
-        frame, turn = await self._stored_response(exchange)
-        items = [input_item(frame.id("msg_", "in"), turn.question)]
-        send_json(exchange.reply, list_page(items, query_of(exchange.request)))
-
-    async def delete_response(self, exchange: Exchange) -> None:
-        """`DELETE /responses/{id}`. Dify can't forget one message: it stays there."""
-        await self._stored_response(exchange)
-        send_json(exchange.reply, deleted_object(exchange.name_in_path))
-
-    async def cancel_response(self, exchange: Exchange) -> None:
-        """`POST /responses/{id}/cancel`: the app stops, its stream ends with that."""
-        if running := self._running_as(exchange):
-            stream, turn = running
-            value = stream.so_far("cancelled")
-            await turn.stream.stop()
-            send_json(exchange.reply, value)
-        else:
-            await self.get_response(exchange)
-
-    def _running_as(self, exchange: Exchange) -> tuple[ResponseStream, Turn] | None:
-        """The streamed response that a path names, with its turn, while it runs."""
-        owner, asked_for = self._owner_of(exchange), exchange.name_in_path
-        for stream, other in self._running.items():
-            told = stream.response
-            is_it = told.get("id") == asked_for and told["status"] == "in_progress"
-            if is_it and other.turn and self._owner_of(other) == owner:
-                return stream, other.turn
-        return None
-
-    async def _stored_response(
-        self, exchange: Exchange
-    ) -> tuple[ResponseFrame, StoredTurn]:
-        """What Dify has stored of the response that a path names."""
-        id_ = exchange.name_in_path
-        forwarded = exchange.forwarded_user
-        user = end_user("", forwarded, "") if forwarded else ""
-        for model, app in (await self._models()).items():
-            sealer = self._sealer(exchange, app)
-            place = open_place(sealer, id_, "resp_", user=user)
-            if not place:
-                continue
-            for turn in await self._archive.turns_of(app, place):
-                if turn.message_id == place.message_id:
-                    return _frame_of(turn, model, sealer, place.user), turn
-        raise _not_found("Response", id_)
-
-    def _as_response(self, frame: ResponseFrame, turn: StoredTurn) -> dict[str, Any]:
-        last = turn.parts[-1] if turn.parts else None
-        error = last.error if isinstance(last, Failure) else None
-        return response_object(frame, stored_answer(turn), error)
-
-    def _sealer(self, exchange: Exchange, app: AppSettings) -> IdSealer:
+    def sealer(self, exchange: Exchange, app: AppSettings) -> IdSealer:
         """What makes and opens the ids of an app, and of a client's key."""
-        return IdSealer(derive_key(app.key), self._owner_of(exchange))
+        return IdSealer(derive_key(app.key), self.owner_of(exchange))
 
-    def _envelope(self, prefix: str, model: str) -> Envelope:
-        return Envelope(f"{prefix}-{self._new_id()}", int(self._wall_clock()), model)
 
-    async def _answer_all(
-        self,
-        exchange: Exchange,
-        app: AppSettings,
-        asks: Sequence[Ask],
-        streams: Sequence[AnswerStream],
-        whole: Callable[[list[Answer], Json], dict[str, Any]],
-        tail: Tail | None = None,
-    ) -> None:
-        """Answer each question as one choice, all at once, streamed or whole.
+def find_handler(site: Site, exchange: Exchange) -> Handler:
+    """The handler of a request.
 
-        Args:
-            exchange: whose client waits.
-            app: that is asked.
-            asks: the questions.
-            streams: of the choices; none for a whole answer.
-            whole: makes the object of a whole answer.
-            tail: the conversation that the question continues, taken already.
-        """
-        outlets: list[Outlet] = []
-        for row in streams:
-            pacer, before = self._pacer(exchange, app), outlets[-1:]
-            outlets.append(Outlet(exchange, row, pacer, self.metrics, *before))
-        collectors = [] if streams else [Collector(exchange) for _ in asks]
-        sinks: list[Outlet | Collector] = [*outlets, *collectors]
-        is_one = len(asks) == 1
-        questions = [Question(exchange, app, ask, is_one, tail) for ask in asks]
-        try:
-            turns = [*map(self._run_turn, questions, sinks)]
-            ends = [await turns[0]] if is_one else await self._all_of(turns)
-        finally:
-            for sink in sinks:
-                sink.close()
-        if streams:
-            usage = sum((row.ends.usage for row in streams), Usage())
-            exchange.reply.end(b"".join(ends) + streams[0].end(usage))
-            return
-        ids = collectors[0].ids
-        extra = {"dify": dict(ids)} if ids else {}
-        value = whole([row.answer for row in collectors], extra)
-        send_json(exchange.reply, value, id_headers(ids))
-
-    async def _all_of(
-        self, coroutines: Iterable[Coroutine[Any, Any, bytes]]
-    ) -> list[bytes]:
-        """All results; when one fails, the others are cancelled.
-
-        Their runs are stopped beside: the client's error does not wait for that.
-        """
-        tasks = [asyncio.ensure_future(row) for row in coroutines]
-
-        async def end() -> None:
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-        try:
-            return list(await asyncio.gather(*tasks))
-        except BaseException as error:
-            for task in tasks:
-                task.cancel()
-            if isinstance(error, ProxyError):
-                self._dify.run_beside(end())
-            else:
-                await end()
-            raise
-
-    def _pacer(self, exchange: Exchange, app: AppSettings) -> Pacer | None:
-        """The delay buffer, unless the operator or the request switched it off."""
-        asked = exchange.request.headers.get("x-opendify-smoothing", "").lower()
-        is_on = {"on": True, "off": False}.get(asked, app.smoothing)
-        if is_on is None:
-            is_on = self.settings.stream_smoothing
-        return Pacer(self.settings.stream_max_lag) if is_on else None
-
-    # Audio...
-
-    async def transcribe(self, exchange: Exchange) -> None:
-        """`POST /audio/transcriptions`, and translations: Dify has one for both."""
-        form = Form(exchange)
-        with while_present(exchange), contextlib.closing(form):
-            file = await form.open()
-            transcript_format(form.fields)  # refused before the upload, if known
-            app = await self._app_for(exchange, form)
-            if not (await self._dify.form_of(app)).hears:
-                raise _switched_off("Speech to text", exchange.model)
-            file = replace(file, media_type=audio_type(file))
-            answer = await self._send_form(exchange, form, app, file)
-        task = "translate" if exchange.route.endswith("translations") else "transcribe"
-        kind, body = transcript(
-            str(answer.get("text") or ""),
-            transcript_format(form.fields),
-            task,
-            form.fields.get("language", ""),
-            wav_seconds(form.start, form.size),
+    Raises:
+        NotFound, MethodNotAllowed, Unauthorized, RateLimited.
+    """
+    request = exchange.request
+    endpoint, exchange.name_in_path = find_endpoint(request.path)
+    methods = ROUTES.get(endpoint)
+    if endpoint in NOT_SERVED:
+        raise NotFound(
+            f"{request.path} is not served: Dify apps have no embeddings, "
+            "moderations or images. Ask a model provider for those directly."
         )
-        exchange.reply.send(Response(200, body, [("Content-Type", kind)]))
+    if methods is None:
+        hint = "" if "/v1/" in request.path else " A base URL ends in /v1."
+        raise NotFound(f"Invalid URL ({request.method} {request.path}).{hint}")
+    method = "GET" if request.method == "HEAD" else request.method
+    if method not in methods:
+        allowed = ", ".join(methods)
+        raise MethodNotAllowed(
+            f"{request.method} is not possible here, but {allowed}.",
+            headers=[("Allow", allowed)],
+        )
+    exchange.route = endpoint
+    if endpoint not in OPEN_ENDPOINTS:
+        site.check_key(client_key(request.headers), exchange.peer)
+    return methods[method]
 
-    async def speak(self, exchange: Exchange) -> None:
-        """`POST /audio/speech`: audio as it comes, in the format that the app makes."""
-        speech = parse_speech_request(await self._body_of(exchange))
-        app = await self._app(exchange, speech.model)
-        if not (await self._dify.form_of(app)).speaks:
-            raise _switched_off("Text to speech", exchange.model)
-        user = exchange.user_of(speech.user)
+
+# Models...
+
+
+async def list_models(site: Site, exchange: Exchange) -> None:
+    """`GET /models`."""
+    models = await site.models()
+    rows = [(name, site.dify.facts_of(app).name) for name, app in models.items()]
+    send_json(exchange.reply, models_list(rows, site.created))
+
+
+async def get_model(site: Site, exchange: Exchange) -> None:
+    """`GET /models/{id}`, in each of the encodings that clients use."""
+    models = await site.models()
+    name = _decoded_name(exchange.name_in_path, models)
+    if name not in models:
+        raise _no_such_model(name, models)
+    app_name = site.dify.facts_of(models[name]).name
+    send_json(exchange.reply, model_object(name, app_name, site.created))
+
+
+async def list_apps(site: Site, exchange: Exchange) -> None:
+    """`GET /apps`: how each app does just now, for the page."""
+    models = await site.models()
+    rows = await asyncio.gather(*(_app_row(site, *row) for row in models.items()))
+    send_json(exchange.reply, {"object": "list", "data": rows})
+
+
+async def _app_row(site: Site, model: str, app: AppSettings) -> dict[str, str]:
+    try:
+        mode = await site.dify.confirmed_mode(app)
+    except ProxyError as error:
+        return {"id": model, "error": error.message}
+    return {"id": model, "name": site.dify.facts_of(app).name, "mode": mode}
+
+
+async def show_readiness(site: Site, exchange: Exchange) -> None:
+    """`GET /ready`: an app has answered lately, or answers now."""
+    apps = (await site.models()).values()
+    if not apps:
+        raise ConfigurationFault("No app is configured.")
+    if not site.dify.has_answered_lately:
+        await _any_of(site.dify.call(app, "/info") for app in apps)
+    send_json(exchange.reply, {"status": "ready"})
+
+
+async def show_metrics(site: Site, exchange: Exchange) -> None:
+    """`GET /metrics`, for Prometheus."""
+    gauges = {"opendify_conversations": len(site.conversations)}
+    fields = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]
+    body = site.metrics.render(gauges).encode("utf-8", "replace")
+    exchange.reply.send(Response(200, body, fields))
+
+
+async def show_health(site: Site, exchange: Exchange) -> None:
+    """`GET /health`: the process is alive."""
+    send_json(exchange.reply, {"status": "ok", "version": __version__})
+
+
+async def _body_of(site: Site, exchange: Exchange) -> dict[str, Any]:
+    """The request's JSON, its model as the path names it, if it does.
+
+    It is not kept: an answer may take minutes, and the question may be long.
+    """
+    body = parse_json_object(exchange.body)
+    exchange.body = b""
+    if exchange.name_in_path:
+        body["model"] = _decoded_name(exchange.name_in_path, await site.models())
+    return body
+
+
+# Chat...
+
+
+async def create_chat_completion(site: Site, exchange: Exchange) -> None:
+    """`POST /chat/completions`."""
+    chat = parse_chat_request(await _body_of(site, exchange))
+    envelope = _envelope(site, "chatcmpl", chat.ask.model)
+    ask, spoken = await _with_speech(site, exchange, chat.ask, envelope.created)
+    make: Callable[..., ChatStream] = ChatStream
+    if spoken:
+        make = functools.partial(SpokenStream, spoken=spoken)
+    has_usage, is_legacy = chat.include_usage, chat.is_legacy
+    streams = [
+        make(envelope, include_usage=has_usage, index=index, is_legacy=is_legacy)
+        for index in range(chat.n if chat.stream else 0)
+    ]
+
+    def whole(answers: list[Answer], extra: Json) -> dict[str, Any]:
+        return chat_completion(
+            envelope, answers, extra, is_legacy=is_legacy, spoken=spoken
+        )
+
+    app, is_one = await site.find_app(exchange, ask.model), chat.n == 1
+    questions = [Question(exchange, app, ask, is_one) for _ in range(chat.n)]
+    await _answer_all(site, questions, streams, whole)
+
+
+async def create_completion(site: Site, exchange: Exchange) -> None:
+    """`POST /completions`, the legacy API."""
+    asked = parse_completion_request(await _body_of(site, exchange))
+    envelope = _envelope(site, "cmpl", asked.asks[0].model)
+    has_usage, echoes = asked.include_usage, asked.echoes
+    streams = [
+        CompletionStream(envelope, include_usage=has_usage, index=index, echo=echo)
+        for index, echo in enumerate(echoes if asked.stream else ())
+    ]
+
+    def whole(answers: list[Answer], extra: Json) -> dict[str, Any]:
+        return text_completion(envelope, answers, echoes, extra)
+
+    app, is_one = await site.find_app(exchange, envelope.model), len(asked.asks) == 1
+    questions = [Question(exchange, app, ask, is_one) for ask in asked.asks]
+    await _answer_all(site, questions, streams, whole)
+
+
+# Responses...
+
+
+async def create_response(site: Site, exchange: Exchange) -> None:
+    """`POST /responses`."""
+    asked = parse_responses_request(await _body_of(site, exchange))
+    asked = await _as_owner(site, exchange, asked)
+    app = await site.find_app(exchange, asked.ask.model)
+    user, sealer = exchange.user_of(asked.ask.user), site.sealer(exchange, app)
+    now, new_id = int(site.wall_clock()), site.new_id()
+    frame = ResponseFrame(now, asked.ask.model, asked.echo, sealer, user, new_id)
+    running = ResponseStream(frame)
+
+    def whole(answers: list[Answer], extra: Json) -> dict[str, Any]:
+        return response_object(replace(frame, extra=extra), answers[0])
+
+    named = None
+    if asked.conversation:
+        named = _named(site, exchange, asked.conversation)
+        mode, scope = await site.dify.mode_of(app), scope_of(app.key, user)
+        asked = _in_conversation(asked, named, scope, mode)
+    ask, tail = await site.archive.continued(app, asked, sealer, user)
+    streams = [running] if asked.stream else []
+    site.running[running] = exchange
+    try:
+        await _answer_all(
+            site, [Question(exchange, app, ask, True, tail)], streams, whole
+        )
+    finally:
+        del site.running[running]
+        if named and exchange.turn:
+            named = replace(named, model=exchange.model, user=user)
+            _bind(site, exchange, named, exchange.turn)
+
+
+def _bind(site: Site, exchange: Exchange, named: NamedConversation, turn: Turn) -> None:
+    """Dify has the conversation from this turn on, as it was when that began.
+
+    Of a turn that failed, some releases remember nothing.
+    """
+    answer, scope = turn.stream.answer, turn.plan.tail.scope
+    id_ = answer.conversation_id if answer.is_stored else ""
+    owner, now = site.owner_of(exchange), site.wall_clock()
+    latest = site.conversations.named(named.id, owner, now)
+    if id_ and latest and latest.conversation_id == named.conversation_id:
+        about = {"model": named.model, "user": named.user}
+        bound = latest.bind(scope, named.items, **about, conversation_id=id_)
+        _keep(site, exchange, bound)
+        # No chat with the same words may go on in it.
+        if tail := site.conversations.take_alone(scope, id_, now):
+            site.conversations.put(tail._replace(digests=b""), now)
+
+
+# Conversations that clients name...
+
+
+async def create_conversation(site: Site, exchange: Exchange) -> None:
+    """`POST /conversations`."""
+    body = parse_json_object(exchange.body or b"{}")
+    id_, now = f"conv_{site.new_id()}", int(site.wall_clock())
+    items = _with_items(site, body, ())
+    named = NamedConversation(id_, now, _parse_metadata(body), items)
+    _keep(site, exchange, named)
+    send_json(exchange.reply, _shown_conversation(named))
+
+
+async def get_conversation(site: Site, exchange: Exchange) -> None:
+    """`GET /conversations/{id}`."""
+    send_json(exchange.reply, _shown_conversation(_named(site, exchange)))
+
+
+async def update_conversation(site: Site, exchange: Exchange) -> None:
+    """`POST /conversations/{id}`: other metadata."""
+    named = _named(site, exchange)
+    metadata = _parse_metadata(parse_json_object(exchange.body))
+    named = replace(named, metadata=metadata)
+    _keep(site, exchange, named)
+    send_json(exchange.reply, _shown_conversation(named))
+
+
+async def delete_conversation(site: Site, exchange: Exchange) -> None:
+    """`DELETE /conversations/{id}`."""
+    named = _named(site, exchange)
+    site.conversations.drop(named)
+    send_json(exchange.reply, deleted_object(named.id))
+
+
+async def add_conversation_items(site: Site, exchange: Exchange) -> None:
+    """`POST /conversations/{id}/items`: they go to Dify with the next turn."""
+    named = _named(site, exchange)
+    items = _with_items(site, parse_json_object(exchange.body), named.items)
+    _keep(site, exchange, replace(named, items=items))
+    added = items[len(named.items) :]
+    send_json(exchange.reply, list_page(added, {"order": "asc", "limit": "100"}))
+
+
+async def list_conversation_items(site: Site, exchange: Exchange) -> None:
+    """`GET /conversations/{id}/items`: all turns in Dify, and what awaits one."""
+    items = await _items_of(site, exchange, _named(site, exchange))
+    send_json(exchange.reply, list_page(items, query_of(exchange.request)))
+
+
+async def get_conversation_item(site: Site, exchange: Exchange) -> None:
+    """`GET /conversations/{id}/items/{id}`."""
+    item_id = _item_in_path(exchange)
+    items = await _items_of(site, exchange, _named(site, exchange))
+    item = next((row for row in items if row["id"] == item_id), None)
+    if not item:
+        raise _not_found("Item", item_id)
+    send_json(exchange.reply, item)
+
+
+async def delete_conversation_item(site: Site, exchange: Exchange) -> None:
+    """`DELETE /conversations/{id}/items/{id}`.
+
+    Dify can't forget one that it has: a new conversation is told the others.
+    """
+    item_id, named = _item_in_path(exchange), _named(site, exchange)
+    while not any(row["id"] == item_id for row in named.items):
+        was, items = named, await _items_of(site, exchange, named)
+        named = _named(site, exchange)
+        if named == was:  # nobody has changed it while Dify was asked
+            named = replace(named, conversation_id="", items=tuple(items))
+            break
+    rest = [row for row in named.items if row["id"] != item_id]
+    if len(rest) == len(named.items):
+        raise _not_found("Item", item_id)
+    if len(rest) > MAX_NAMED_ITEMS:
+        raise BadRequest(f"None of more than {MAX_NAMED_ITEMS} can be deleted.")
+    named = replace(named, items=tuple(rest))
+    _keep(site, exchange, named)
+    send_json(exchange.reply, _shown_conversation(named))
+
+
+async def _items_of(
+    site: Site, exchange: Exchange, named: NamedConversation
+) -> list[dict[str, Any]]:
+    """What Dify has of a conversation, and what awaits a turn."""
+    items: list[dict[str, Any]] = []
+    id_ = named.conversation_id
+    app = (await site.models()).get(named.model) if id_ else None
+    if app and named.is_bound_to(scope_of(app.key, named.user)):
+        place = Place(named.user, id_, "")
+        sealer = site.sealer(exchange, app)
+        for turn in await site.archive.turns_of(app, place):
+            frame = _frame_of(turn, named.model, sealer, named.user)
+            items.append(input_item(frame.id("msg_", "in"), turn.question))
+            items += _as_response(frame, turn)["output"]
+    return [*items, *named.items]
+
+
+def _with_items(site: Site, body: Json, kept: Sequence[Any]) -> tuple[Any, ...]:
+    """The items of a conversation and those that a request adds, under ids."""
+    rows = body.get("items")
+    if rows is not None and not isinstance(rows, list):
+        raise bad_type("items", "an array")
+    if len(kept) + len(rows or ()) > MAX_NAMED_ITEMS:
+        raise bad_value("items", f"there may be {MAX_NAMED_ITEMS} at most.")
+    parse_items(rows)  # refuses what no turn could take
+    items, ids = list(kept), {row["id"] for row in kept}
+    for row in rows or ():
+        item = stored_item(row, f"item_{site.new_id()}", ids)
+        items.append(item)
+        ids.add(item["id"])
+    return tuple(items)
+
+
+def _named(site: Site, exchange: Exchange, id_: str = "") -> NamedConversation:
+    """The client's conversation of this id, or of the one in the path."""
+    id_ = id_ or exchange.name_in_path.partition("/")[0]
+    owner, now = site.owner_of(exchange), site.wall_clock()
+    named = site.conversations.named(id_, owner, now)
+    if not named:
+        raise _not_found("Conversation", id_)
+    return named
+
+
+def _keep(site: Site, exchange: Exchange, named: NamedConversation) -> None:
+    owner, now = site.owner_of(exchange), site.wall_clock()
+    if not site.conversations.keep(named, owner, now):
+        most = f"{MAX_NAMED_BYTES >> 20} MiB"
+        raise BodyTooLarge(f"A conversation may have {most} that await a turn.")
+
+
+# Stored responses...
+
+
+async def get_response(site: Site, exchange: Exchange) -> None:
+    """`GET /responses/{id}`: the answer, as Dify has stored it."""
+    if query_of(exchange.request).get("stream", "").lower() == "true":
+        raise bad_value("stream", "a stored response comes whole.")
+    if running := _running_as(site, exchange):
+        shown = running[0].so_far("in_progress")
+    else:
+        shown = _as_response(*await _stored_response(site, exchange))
+    send_json(exchange.reply, shown)
+
+
+async def get_input_items(site: Site, exchange: Exchange) -> None:
+    """`GET /responses/{id}/input_items`: the question of an answer."""
+    frame, turn = await _stored_response(site, exchange)
+    items = [input_item(frame.id("msg_", "in"), turn.question)]
+    send_json(exchange.reply, list_page(items, query_of(exchange.request)))
+
+
+async def delete_response(site: Site, exchange: Exchange) -> None:
+    """`DELETE /responses/{id}`. Dify can't forget one message: it stays there."""
+    await _stored_response(site, exchange)
+    send_json(exchange.reply, deleted_object(exchange.name_in_path))
+
+
+async def cancel_response(site: Site, exchange: Exchange) -> None:
+    """`POST /responses/{id}/cancel`: the app stops, its stream ends with that."""
+    if running := _running_as(site, exchange):
+        stream, turn = running
+        value = stream.so_far("cancelled")
+        await turn.stream.stop()
+        send_json(exchange.reply, value)
+    else:
+        await get_response(site, exchange)
+
+
+def _running_as(site: Site, exchange: Exchange) -> tuple[ResponseStream, Turn] | None:
+    """The streamed response that a path names, with its turn, while it runs."""
+    owner, asked_for = site.owner_of(exchange), exchange.name_in_path
+    for stream, other in site.running.items():
+        told = stream.response
+        is_it = told.get("id") == asked_for and told["status"] == "in_progress"
+        if is_it and other.turn and site.owner_of(other) == owner:
+            return stream, other.turn
+    return None
+
+
+async def _stored_response(
+    site: Site, exchange: Exchange
+) -> tuple[ResponseFrame, StoredTurn]:
+    """What Dify has stored of the response that a path names."""
+    id_ = exchange.name_in_path
+    forwarded = exchange.forwarded_user
+    user = end_user("", forwarded, "") if forwarded else ""
+    for model, app in (await site.models()).items():
+        sealer = site.sealer(exchange, app)
+        place = open_place(sealer, id_, "resp_", user=user)
+        if not place:
+            continue
+        for turn in await site.archive.turns_of(app, place):
+            if turn.message_id == place.message_id:
+                return _frame_of(turn, model, sealer, place.user), turn
+    raise _not_found("Response", id_)
+
+
+def _as_response(frame: ResponseFrame, turn: StoredTurn) -> dict[str, Any]:
+    last = turn.parts[-1] if turn.parts else None
+    error = last.error if isinstance(last, Failure) else None
+    return response_object(frame, stored_answer(turn), error)
+
+
+def _envelope(site: Site, prefix: str, model: str) -> Envelope:
+    return Envelope(f"{prefix}-{site.new_id()}", int(site.wall_clock()), model)
+
+
+async def _answer_all(
+    site: Site,
+    questions: Sequence[Question],
+    streams: Sequence[AnswerStream],
+    whole: Callable[[list[Answer], Json], dict[str, Any]],
+) -> None:
+    """Answer each question as one choice, all at once, streamed or whole.
+
+    Args:
+        site: what the handlers share.
+        questions: of one client, to one app.
+        streams: of the choices; none for a whole answer.
+        whole: makes the object of a whole answer.
+    """
+    exchange = questions[0].exchange
+    outlets: list[Outlet] = []
+    for row in streams:
+        pacer, before = _pacer(site, questions[0]), outlets[-1:]
+        outlets.append(Outlet(exchange, row, pacer, site.metrics, *before))
+    collectors = [] if streams else [Collector(exchange) for _ in questions]
+    sinks: list[Outlet | Collector] = [*outlets, *collectors]
+    try:
+        turns = [_run_turn(site, *row) for row in zip(questions, sinks)]
+        ends = [await turns[0]] if len(turns) == 1 else await _all_of(site, turns)
+    finally:
+        for sink in sinks:
+            sink.close()
+    if streams:
+        usage = sum((row.ends.usage for row in streams), Usage())
+        exchange.reply.end(b"".join(ends) + streams[0].end(usage))
+        return
+    ids = collectors[0].ids
+    extra = {"dify": dict(ids)} if ids else {}
+    value = whole([row.answer for row in collectors], extra)
+    send_json(exchange.reply, value, id_headers(ids))
+
+
+async def _all_of(
+    site: Site, coroutines: Iterable[Coroutine[Any, Any, bytes]]
+) -> list[bytes]:
+    """All results; when one fails, the others are cancelled.
+
+    Their runs are stopped beside: the client's error does not wait for that.
+    """
+    tasks = [asyncio.ensure_future(row) for row in coroutines]
+
+    async def end() -> None:
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException as error:
+        for task in tasks:
+            task.cancel()
+        if isinstance(error, ProxyError):
+            site.dify.run_beside(end())
+        else:
+            await end()
+        raise
+
+
+def _pacer(site: Site, question: Question) -> Pacer | None:
+    """The delay buffer, unless the operator or the request switched it off."""
+    headers = question.exchange.request.headers
+    asked = headers.get("x-opendify-smoothing", "").lower()
+    is_on = {"on": True, "off": False}.get(asked, question.app.smoothing)
+    if is_on is None:
+        is_on = site.settings.stream_smoothing
+    return Pacer(site.settings.stream_max_lag) if is_on else None
+
+
+# Audio...
+
+
+async def transcribe(site: Site, exchange: Exchange) -> None:
+    """`POST /audio/transcriptions`, and translations: Dify has one for both."""
+    form = Form(exchange)
+    with while_present(exchange), contextlib.closing(form):
+        file = await form.open()
+        transcript_format(form.fields)  # refused before the upload, if known
+        app = await _app_for(site, exchange, form)
+        if not (await site.dify.form_of(app)).hears:
+            raise _switched_off("Speech to text", exchange.model)
+        file = replace(file, media_type=audio_type(file))
+        answer = await _send_form(site, exchange, form, app, file)
+    task = "translate" if exchange.route.endswith("translations") else "transcribe"
+    kind, body = transcript(
+        str(answer.get("text") or ""),
+        transcript_format(form.fields),
+        task,
+        form.fields.get("language", ""),
+        wav_seconds(form.start, form.size),
+    )
+    exchange.reply.send(Response(200, body, [("Content-Type", kind)]))
+
+
+async def speak(site: Site, exchange: Exchange) -> None:
+    """`POST /audio/speech`: audio as it comes, in the format that the app makes."""
+    speech = parse_speech_request(await _body_of(site, exchange))
+    app = await site.find_app(exchange, speech.model)
+    if not (await site.dify.form_of(app)).speaks:
+        raise _switched_off("Text to speech", exchange.model)
+    user = exchange.user_of(speech.user)
+    with while_present(exchange):
+        response = await _open_speech(site, app, speech.text, speech.voice, user)
+        if speech.is_sse:
+            exchange.fail = encode_failure
+            await _pass_file(site, exchange, response, SSE_HEADERS, encode_speech)
+        else:
+            fields = [("Content-Type", response.content_type)]
+            await _pass_file(site, exchange, response, fields)
+
+
+async def _open_speech(
+    site: Site, app: AppSettings, text: str, voice: str, user: str
+) -> UpstreamResponse:
+    """The sound of a text, not read yet."""
+    voice = voice_for(voice, (await site.dify.form_of(app)).voice)
+    asked = {"text": text, "user": user, **({"voice": voice} if voice else {})}
+    response = await site.dify.open_file(app, "/text-to-audio", value=asked)
+    kind = response.content_type.lower()
+    if not kind.startswith(("audio/", "application/octet-stream")):
+        response.close()
+        raise UpstreamFailed(_NO_SOUND)
+    return response
+
+
+async def _with_speech(
+    site: Site, exchange: Exchange, ask: Ask, now: int
+) -> tuple[Ask, Spoken | None]:
+    """(the question with the spoken answers that it names, how its own is named).
+
+    Nothing runs where an answer is to be spoken, and the app can't.
+    """
+    is_spoken = ask.voice is not None
+    if not (is_spoken or any(row.spoken_id for row in ask.messages)):
+        return ask, None
+    app = await site.find_app(exchange, ask.model)
+    if is_spoken and not (await site.dify.form_of(app)).speaks:
+        raise _switched_off("Text to speech", ask.model, "modalities")
+    ask = await _with_stored_files(site, exchange, ask)  # they may name the user
+    user, sealer = exchange.user_of(ask.user), site.sealer(exchange, app)
+    ask = await site.archive.with_spoken(app, ask, sealer, user)
+    frame = ResponseFrame(now, ask.model, echo_of({}), sealer, user, site.new_id())
+
+    def id_of(extra: Json) -> str:
+        return replace(frame, extra=extra).id("audio_")
+
+    expires_at = now + int(site.settings.conversation_ttl)
+    return ask, Spoken(id_of, expires_at) if is_spoken else None
+
+
+async def _say(site: Site, question: Question, sink: Outlet | Collector) -> None:
+    """Have the app say its answer; a call, or nothing, is not said.
+
+    The conversation has the text by now, and goes on whatever happens to its sound.
+    """
+    if sink.calls or not (sink.text.strip() or sink.is_behind):
+        return
+    sink.stay()
+    app, exchange, size = question.app, question.exchange, 0
+    try:
+        if sink.is_behind:
+            raise UpstreamFailed("The text is too long.")
         with while_present(exchange):
-            response = await self._open_speech(app, speech.text, speech.voice, user)
-            if speech.is_sse:
-                exchange.fail = encode_failure
-                await self._pass_file(exchange, response, SSE_HEADERS, encode_speech)
-            else:
-                fields = [("Content-Type", response.content_type)]
-                await self._pass_file(exchange, response, fields)
-
-    async def _open_speech(
-        self, app: AppSettings, text: str, voice: str, user: str
-    ) -> UpstreamResponse:
-        """The sound of a text, not read yet."""
-        voice = voice_for(voice, (await self._dify.form_of(app)).voice)
-        asked = {"text": text, "user": user, **({"voice": voice} if voice else {})}
-        response = await self._dify.open_file(app, "/text-to-audio", value=asked)
-        kind = response.content_type.lower()
-        if not kind.startswith(("audio/", "application/octet-stream")):
-            response.close()
+            response = await _open_speech(
+                site, app, sink.text, question.ask.voice or "", question.user
+            )
+            with contextlib.closing(response):
+                while data := await site.dify.read_file(response):
+                    size += len(data)
+                    if isinstance(sink, Collector) and size > MAX_SOUND_BYTES:
+                        raise UpstreamFailed(_LOUD)
+                    sink.put([Sound(data)])
+                    await exchange.reply.drain()
+        if not size:
             raise UpstreamFailed(_NO_SOUND)
-        return response
+    except ProxyError as error:
+        error.message = _UNSPOKEN + error.message
+        error.retry = False  # the question would be asked again
+        raise
 
-    async def _with_speech(
-        self, exchange: Exchange, ask: Ask, now: int
-    ) -> tuple[Ask, Spoken | None]:
-        """(the question with the spoken answers that it names, how its own is named).
 
-        Nothing runs where an answer is to be spoken, and the app can't.
-        """
-        is_spoken = ask.voice is not None
-        if not (is_spoken or any(row.spoken_id for row in ask.messages)):
-            return ask, None
-        app = await self._app(exchange, ask.model)
-        if is_spoken and not (await self._dify.form_of(app)).speaks:
-            raise _switched_off("Text to speech", ask.model, "modalities")
-        ask = await self._with_stored_files(exchange, ask)  # they may name the user
-        user, sealer = exchange.user_of(ask.user), self._sealer(exchange, app)
-        ask = await self._archive.with_spoken(app, ask, sealer, user)
-        frame = ResponseFrame(now, ask.model, echo_of({}), sealer, user, self._new_id())
+async def list_speakers(site: Site, exchange: Exchange) -> None:
+    """`GET /audio/models` and `/audio/voices`, as Open WebUI asks for them.
 
-        def id_of(extra: Json) -> str:
-            return replace(frame, extra=extra).id("audio_")
+    The apps whose text to speech is on, as far as they say so in time, and the
+    voices that they are set to.
+    """
+    models = await site.models()
+    forms = await _in_time(map(site.dify.form_of, models.values()))
+    voices = {
+        model: form.voice or "default"
+        for model, form in zip(models, forms)
+        if isinstance(form, AppForm) and form.speaks
+    }
+    names = {"models": list(voices), "voices": dict.fromkeys(voices.values())}
+    kind = exchange.route.rpartition("/")[2]
+    rows = [{"id": name, "name": name} for name in names[kind]]
+    send_json(exchange.reply, {kind: rows})
 
-        expires_at = now + int(self.settings.conversation_ttl)
-        return ask, Spoken(id_of, expires_at) if is_spoken else None
 
-    async def _say(self, question: Question, sink: Outlet | Collector) -> None:
-        """Have the app say its answer; a call, or nothing, is not said.
+# Files...
 
-        The conversation has the text by now, and goes on whatever happens to its sound.
-        """
-        if sink.calls or not (sink.text.strip() or sink.is_behind):
-            return
-        sink.stay()
-        app, exchange, size = question.app, question.exchange, 0
-        try:
-            if sink.is_behind:
-                raise UpstreamFailed("The text is too long.")
-            with while_present(exchange):
-                response = await self._open_speech(
-                    app, sink.text, question.ask.voice or "", question.user
-                )
-                with contextlib.closing(response):
-                    while data := await self._dify.read_file(response):
-                        size += len(data)
-                        if isinstance(sink, Collector) and size > MAX_SOUND_BYTES:
-                            raise UpstreamFailed(_LOUD)
-                        sink.put([Sound(data)])
-                        await exchange.reply.drain()
-            if not size:
-                raise UpstreamFailed(_NO_SOUND)
-        except ProxyError as error:
-            error.message = _UNSPOKEN + error.message
-            error.retry = False  # the question would be asked again
-            raise
 
-    async def list_speakers(self, exchange: Exchange) -> None:
-        """`GET /audio/models` and `/audio/voices`, as Open WebUI asks for them.
+async def create_file(site: Site, exchange: Exchange) -> None:
+    """`POST /files`: to Dify; all that is known of the file goes into its id."""
+    form = Form(exchange)
+    with while_present(exchange), contextlib.closing(form):
+        file = await form.open()
+        app = await _app_for(site, exchange, form)
+        form.limit(size_limit_mb(await site.dify.form_of(app), file))
+        answer = await _send_form(site, exchange, form, app, file)
+    if not answer.get("id"):
+        raise UpstreamFailed(f"Dify gave the file {file.name!r} no id.")
+    stored = StoredFile(
+        str(answer["id"]),
+        exchange.user_of(form.user),
+        file.name,
+        file.media_type,
+        str(form.size),
+        str(int(site.wall_clock())),
+        form.fields.get("purpose", ""),
+    )
+    send_json(exchange.reply, file_object(stored, site.sealer(exchange, app)))
 
-        The apps whose text to speech is on, as far as they say so in time, and the
-        voices that they are set to.
-        """
-        models = await self._models()
-        forms = await _in_time(map(self._dify.form_of, models.values()))
-        voices = {
-            model: form.voice or "default"
-            for model, form in zip(models, forms)
-            if isinstance(form, AppForm) and form.speaks
-        }
-        names = {"models": list(voices), "voices": dict.fromkeys(voices.values())}
-        kind = exchange.route.rpartition("/")[2]
-        rows = [{"id": name, "name": name} for name in names[kind]]
-        send_json(exchange.reply, {kind: rows})
 
-    # Files...
+async def list_files(site: Site, exchange: Exchange) -> None:
+    """`GET /files`: none, for Dify keeps no list of them, nor does anybody here."""
+    send_json(exchange.reply, list_page([], {}))
 
-    async def create_file(self, exchange: Exchange) -> None:
-        """`POST /files`: to Dify; all that is known of the file goes into its id."""
-        form = Form(exchange)
-        with while_present(exchange), contextlib.closing(form):
-            file = await form.open()
-            app = await self._app_for(exchange, form)
-            form.limit(size_limit_mb(await self._dify.form_of(app), file))
-            answer = await self._send_form(exchange, form, app, file)
-        if not answer.get("id"):
-            raise UpstreamFailed(f"Dify gave the file {file.name!r} no id.")
-        stored = StoredFile(
-            str(answer["id"]),
-            exchange.user_of(form.user),
-            file.name,
-            file.media_type,
-            str(form.size),
-            str(int(self._wall_clock())),
-            form.fields.get("purpose", ""),
-        )
-        send_json(exchange.reply, file_object(stored, self._sealer(exchange, app)))
 
-    async def list_files(self, exchange: Exchange) -> None:
-        """`GET /files`: none, for Dify keeps no list of them, nor does anybody here."""
-        send_json(exchange.reply, list_page([], {}))
+async def get_file(site: Site, exchange: Exchange) -> None:
+    """`GET /files/{id}`: what the id says."""
+    app, stored = await _file_of(site, exchange, exchange.name_in_path)
+    send_json(exchange.reply, file_object(stored, site.sealer(exchange, app)))
 
-    async def get_file(self, exchange: Exchange) -> None:
-        """`GET /files/{id}`: what the id says."""
-        app, stored = await self._stored_file(exchange, exchange.name_in_path)
-        send_json(exchange.reply, file_object(stored, self._sealer(exchange, app)))
 
-    async def get_file_content(self, exchange: Exchange) -> None:
-        """`GET /files/{id}/content`; Dify has it once a message has used the file."""
-        app, stored = await self._stored_file(exchange, exchange.name_in_path)
-        query = urllib.parse.urlencode({"user": stored.user})
-        upload_id = urllib.parse.quote(stored.upload_id, safe="")
-        path = f"/files/{upload_id}/preview?{query}"
-        with while_present(exchange):
-            missing = file_not_found(stored.name, _NO_CONTENT)
-            response = await self._dify.open_file(app, path, missing)
-            name = urllib.parse.quote(stored.name, safe="")
-            # As an attachment: a page that somebody uploaded must not be one of here.
-            headers = [
-                ("Content-Type", response.content_type),
-                ("Content-Disposition", f"attachment; filename*=UTF-8''{name}"),
-                ("X-Content-Type-Options", "nosniff"),
-            ]
-            await self._pass_file(exchange, response, headers)
+async def get_file_content(site: Site, exchange: Exchange) -> None:
+    """`GET /files/{id}/content`; Dify has it once a message has used the file."""
+    app, stored = await _file_of(site, exchange, exchange.name_in_path)
+    query = urllib.parse.urlencode({"user": stored.user})
+    upload_id = urllib.parse.quote(stored.upload_id, safe="")
+    path = f"/files/{upload_id}/preview?{query}"
+    with while_present(exchange):
+        missing = file_not_found(stored.name, _NO_CONTENT)
+        response = await site.dify.open_file(app, path, missing)
+        name = urllib.parse.quote(stored.name, safe="")
+        # As an attachment: a page that somebody uploaded must not be one of here.
+        headers = [
+            ("Content-Type", response.content_type),
+            ("Content-Disposition", f"attachment; filename*=UTF-8''{name}"),
+            ("X-Content-Type-Options", "nosniff"),
+        ]
+        await _pass_file(site, exchange, response, headers)
 
-    async def _pass_file(
-        self,
-        exchange: Exchange,
-        response: UpstreamResponse,
-        headers: Sequence[tuple[str, str]],
-        encode: Callable[[bytes], bytes] = bytes,
-    ) -> None:
-        """Carry a file from Dify to the client as it comes; encode(b"") is its end."""
-        reply = exchange.reply
-        with contextlib.closing(response):
-            data = await self._dify.read_file(response)
-            if not data and exchange.route == "audio/speech":
-                raise UpstreamFailed(_NO_SOUND)
-            reply.start(200, headers)
-            while data:
-                reply.write(encode(data))
-                await reply.drain()
-                data = await self._dify.read_file(response)
-            reply.end(encode(b""))
 
-    async def delete_file(self, exchange: Exchange) -> None:
-        """`DELETE /files/{id}`: Dify's API can't delete, and the answer says so."""
-        await self._stored_file(exchange, exchange.name_in_path)
-        id_ = urllib.parse.unquote(exchange.name_in_path)
-        send_json(exchange.reply, {"id": id_, "object": "file", "deleted": False})
+async def _pass_file(
+    site: Site,
+    exchange: Exchange,
+    response: UpstreamResponse,
+    headers: Sequence[tuple[str, str]],
+    encode: Callable[[bytes], bytes] = bytes,
+) -> None:
+    """Carry a file from Dify to the client as it comes; encode(b"") is its end."""
+    reply = exchange.reply
+    with contextlib.closing(response):
+        data = await site.dify.read_file(response)
+        if not data and exchange.route == "audio/speech":
+            raise UpstreamFailed(_NO_SOUND)
+        reply.start(200, headers)
+        while data:
+            reply.write(encode(data))
+            await reply.drain()
+            data = await site.dify.read_file(response)
+        reply.end(encode(b""))
 
-    async def _app_for(self, exchange: Exchange, form: Form) -> AppSettings:
-        """The app that is named, before the file or behind it; else the first."""
-        models = await self._models()
-        in_path = _decoded_name(exchange.name_in_path, models)
-        if not (form.model or in_path) and len(models) > 1:
-            await form.hold()
-        model = form.model or in_path or next(iter(models), "")
-        return await self._app(exchange, model)
 
-    async def _send_form(
-        self, exchange: Exchange, form: Form, app: AppSettings, file: Attachment
-    ) -> dict[str, Any]:
-        """Pass a form's file on to Dify as it comes; returns Dify's answer."""
-        path = "/files/upload" if exchange.route == "files" else "/audio-to-text"
-        answer = await self._dify.send_file(
-            app, path, file, form.read, lambda: exchange.user_of(form.user)
-        )
-        if form.model not in ("", exchange.model):
-            raise _no_such_model(form.model, await self._models())
-        return answer
+async def delete_file(site: Site, exchange: Exchange) -> None:
+    """`DELETE /files/{id}`: Dify's API can't delete, and the answer says so."""
+    await _file_of(site, exchange, exchange.name_in_path)
+    id_ = urllib.parse.unquote(exchange.name_in_path)
+    send_json(exchange.reply, {"id": id_, "object": "file", "deleted": False})
 
-    async def _stored_file(
-        self, exchange: Exchange, id_: str
-    ) -> tuple[AppSettings, StoredFile]:
-        """The app and the upload behind an id; raises BadRequest if it is not ours."""
-        id_ = urllib.parse.unquote(id_)
-        for app in (await self._models()).values():
-            if stored := open_file(id_, self._sealer(exchange, app)):
-                return app, stored
-        raise file_not_found(id_, _NO_FILE)
 
-    async def _with_stored_files(self, exchange: Exchange, ask: Ask) -> Ask:
-        """The question with its stored files; who names no user speaks as theirs."""
-        if not any(file.file_id for row in ask.messages for file in row.attachments):
-            return ask
-        messages, owner = [], ""
-        for message in ask.messages:
-            files = list(message.attachments)
-            for index, file in enumerate(files):
-                if file.file_id:
-                    _, stored = await self._stored_file(exchange, file.file_id)
-                    owner, files[index] = owner or stored.user, stored.attachment
-            messages.append(message._replace(attachments=tuple(files)))
-        user = ask.user if ask.user or exchange.forwarded_user else owner
-        return ask._replace(messages=tuple(messages), user=user)
+async def _app_for(site: Site, exchange: Exchange, form: Form) -> AppSettings:
+    """The app that is named, before the file or behind it; else the first."""
+    models = await site.models()
+    in_path = _decoded_name(exchange.name_in_path, models)
+    if not (form.model or in_path) and len(models) > 1:
+        await form.hold()
+    model = form.model or in_path or next(iter(models), "")
+    return await site.find_app(exchange, model)
 
-    async def _as_owner(
-        self, exchange: Exchange, asked: ResponsesRequest
-    ) -> ResponsesRequest:
-        """The request as its stored files' user if it names none; ids hold the user."""
-        said = tuple(row for row in asked.items if isinstance(row, Message))
-        ask = await self._with_stored_files(exchange, asked.ask._replace(messages=said))
-        return replace(asked, ask=asked.ask._replace(user=ask.user))
 
-    # Turns...
+async def _send_form(
+    site: Site, exchange: Exchange, form: Form, app: AppSettings, file: Attachment
+) -> dict[str, Any]:
+    """Pass a form's file on to Dify as it comes; returns Dify's answer."""
+    path = "/files/upload" if exchange.route == "files" else "/audio-to-text"
+    answer = await site.dify.send_file(
+        app, path, file, form.read, lambda: exchange.user_of(form.user)
+    )
+    if form.model not in ("", exchange.model):
+        raise _no_such_model(form.model, await site.models())
+    return answer
 
-    async def _run_turn(self, question: Question, sink: Outlet | Collector) -> bytes:
-        """One turn, said aloud if that is wanted; returns the answer's last bytes."""
-        try:
-            ask = with_words(question.ask, question.app.tools)
-            question.ask = await self._with_stored_files(question.exchange, ask)
-        except BaseException:
-            self._turns.give_back(question.tail)
-            raise
-        await self._turns.run(question, sink)
-        if question.ask.voice is not None:
-            await self._say(question, sink)
-        return sink.end()
+
+async def _file_of(
+    site: Site, exchange: Exchange, id_: str
+) -> tuple[AppSettings, StoredFile]:
+    """The app and the upload behind an id; raises BadRequest if it is not ours."""
+    id_ = urllib.parse.unquote(id_)
+    for app in (await site.models()).values():
+        if stored := open_file(id_, site.sealer(exchange, app)):
+            return app, stored
+    raise file_not_found(id_, _NO_FILE)
+
+
+async def _with_stored_files(site: Site, exchange: Exchange, ask: Ask) -> Ask:
+    """The question with its stored files; who names no user speaks as theirs."""
+    if not any(file.file_id for row in ask.messages for file in row.attachments):
+        return ask
+    messages, owner = [], ""
+    for message in ask.messages:
+        files = list(message.attachments)
+        for index, file in enumerate(files):
+            if file.file_id:
+                _, stored = await _file_of(site, exchange, file.file_id)
+                owner, files[index] = owner or stored.user, stored.attachment
+        messages.append(message._replace(attachments=tuple(files)))
+    user = ask.user if ask.user or exchange.forwarded_user else owner
+    return ask._replace(messages=tuple(messages), user=user)
+
+
+async def _as_owner(
+    site: Site, exchange: Exchange, asked: ResponsesRequest
+) -> ResponsesRequest:
+    """The request as its stored files' user if it names none; ids hold the user."""
+    said = tuple(row for row in asked.items if isinstance(row, Message))
+    ask = await _with_stored_files(site, exchange, asked.ask._replace(messages=said))
+    return replace(asked, ask=asked.ask._replace(user=ask.user))
+
+
+# Turns...
+
+
+async def _run_turn(site: Site, question: Question, sink: Outlet | Collector) -> bytes:
+    """One turn, said aloud if that is wanted; returns the answer's last bytes."""
+    try:
+        ask = with_words(question.ask, question.app.tools)
+        question.ask = await _with_stored_files(site, question.exchange, ask)
+    except BaseException:
+        site.turns.give_back(question.tail)
+        raise
+    await site.turns.run(question, sink)
+    if question.ask.voice is not None:
+        await _say(site, question, sink)
+    return sink.end()
 
 
 def _frame_of(
@@ -10454,49 +10514,46 @@ def _no_such_model(model: str, models: Iterable[str]) -> ProxyError:
     )
 
 
-Handler = Callable[[Handlers, Exchange], Awaitable[None]]
+Handler = Callable[[Site, Exchange], Awaitable[None]]
 NOT_SERVED = (
     *("embeddings", "moderations"),
     *("images/generations", "images/edits", "images/variations"),
 )
 ROUTES: dict[str, Mapping[str, Handler]] = {
-    "chat/completions": {"POST": Handlers.chat_completions},
-    "completions": {"POST": Handlers.completions},
-    "responses": {"POST": Handlers.responses},
-    "responses/{id}": {
-        "GET": Handlers.get_response,
-        "DELETE": Handlers.delete_response,
-    },
-    "responses/{id}/input_items": {"GET": Handlers.get_input_items},
-    "responses/{id}/cancel": {"POST": Handlers.cancel_response},
-    "conversations": {"POST": Handlers.create_conversation},
+    "chat/completions": {"POST": create_chat_completion},
+    "completions": {"POST": create_completion},
+    "responses": {"POST": create_response},
+    "responses/{id}": {"GET": get_response, "DELETE": delete_response},
+    "responses/{id}/input_items": {"GET": get_input_items},
+    "responses/{id}/cancel": {"POST": cancel_response},
+    "conversations": {"POST": create_conversation},
     "conversations/{id}": {
-        "GET": Handlers.get_conversation,
-        "POST": Handlers.update_conversation,
-        "DELETE": Handlers.delete_conversation,
+        "GET": get_conversation,
+        "POST": update_conversation,
+        "DELETE": delete_conversation,
     },
     "conversations/{id}/items": {
-        "GET": Handlers.list_conversation_items,
-        "POST": Handlers.add_conversation_items,
+        "GET": list_conversation_items,
+        "POST": add_conversation_items,
     },
     "conversations/{id}/items/{id}": {
-        "GET": Handlers.get_conversation_item,
-        "DELETE": Handlers.delete_conversation_item,
+        "GET": get_conversation_item,
+        "DELETE": delete_conversation_item,
     },
-    "models": {"GET": Handlers.list_models},
-    "models/{model}": {"GET": Handlers.get_model},
-    "audio/transcriptions": {"POST": Handlers.transcribe},
-    "audio/translations": {"POST": Handlers.transcribe},
-    "audio/speech": {"POST": Handlers.speak},
-    "audio/voices": {"GET": Handlers.list_speakers},
-    "audio/models": {"GET": Handlers.list_speakers},
-    "files": {"GET": Handlers.list_files, "POST": Handlers.create_file},
-    "files/{id}": {"GET": Handlers.get_file, "DELETE": Handlers.delete_file},
-    "files/{id}/content": {"GET": Handlers.get_file_content},
-    "apps": {"GET": Handlers.list_apps},
-    "health": {"GET": Handlers.health},
-    "ready": {"GET": Handlers.ready},
-    "metrics": {"GET": Handlers.show_metrics},
+    "models": {"GET": list_models},
+    "models/{model}": {"GET": get_model},
+    "audio/transcriptions": {"POST": transcribe},
+    "audio/translations": {"POST": transcribe},
+    "audio/speech": {"POST": speak},
+    "audio/voices": {"GET": list_speakers},
+    "audio/models": {"GET": list_speakers},
+    "files": {"GET": list_files, "POST": create_file},
+    "files/{id}": {"GET": get_file, "DELETE": delete_file},
+    "files/{id}/content": {"GET": get_file_content},
+    "apps": {"GET": list_apps},
+    "health": {"GET": show_health},
+    "ready": {"GET": show_readiness},
+    "metrics": {"GET": show_metrics},
 }
 _PATTERNS = [  # of the endpoints that name something; a model's name may have slashes
     (key, re.compile(key.replace("{id}", "([^/]+)").replace("{model}", "(.+)") + r"\Z"))
@@ -10613,19 +10670,19 @@ class Server(Listener):
     """Listens, serves, and drains.
 
     Args:
-        handlers: what answers the requests.
+        site: what the handlers share.
         new_id: makes a fresh request id.
     """
 
-    def __init__(self, handlers: Handlers, new_id: Callable[[], str]) -> None:
+    def __init__(self, site: Site, new_id: Callable[[], str]) -> None:
         super().__init__()
-        self._handlers = handlers
+        self._site = site
         self._new_id = new_id
         self.before_request: Callable[[], None] = lambda: None  # reads settings anew
         self._idle: set[Wire] = set()
         self._running: set[Exchange] = set()
         self._is_draining = False
-        self.is_local = is_loopback(handlers.settings.server_host)
+        self.is_local = is_loopback(site.settings.server_host)
 
     async def drain(self, grace_s: float = DRAIN_S) -> bool:
         """Stop accepting, let running requests end; whether all of them did."""
@@ -10639,7 +10696,7 @@ class Server(Listener):
     async def serve(self, wire: Wire) -> None:
         """One connection, from its first byte to its last."""
         try:
-            if len(self._tasks) > self._handlers.settings.max_connections:
+            if len(self._tasks) > self._site.settings.max_connections:
                 busy = Overloaded("Too many connections (MAX_CONNECTIONS).")
                 _refuse(self._exchange(wire), busy)
                 return
@@ -10705,7 +10762,7 @@ class Server(Listener):
         exchange.request = request = parse_request_head(await wire.read_head())
         exchange.decoder = decoder = body_decoder(request.headers, until_end=False)
         self.before_request()
-        settings, reply = self._handlers.settings, exchange.reply
+        settings, reply = self._site.settings, exchange.reply
         reply.suit(request)
         reply.must_close = reply.must_close or self._is_draining
         check_host(request, settings, is_local=self.is_local)
@@ -10713,22 +10770,22 @@ class Server(Listener):
         if request.method == "OPTIONS":
             reply.send(Response(204, b"", _preflight(request)))
             return
-        handler = self._handlers.find(exchange)
+        handler = find_handler(self._site, exchange)
         limit = settings.max_body_mb << 20
         exchange.read = _body_reader(exchange, wire, decoder, limit)
         if exchange.route not in READING_ENDPOINTS:
             exchange.body = await read_whole(exchange)
             exchange.read = no_body
         wire.on_leave = exchange.leave
-        self._handlers.metrics.in_flight += 1
+        self._site.metrics.in_flight += 1
         try:
-            await handler(self._handlers, exchange)
+            await handler(self._site, exchange)
         finally:
-            self._handlers.metrics.in_flight -= 1
+            self._site.metrics.in_flight -= 1
 
     def _note(self, exchange: Exchange) -> None:
         """What the log and the metrics say of a request."""
-        metrics, reply = self._handlers.metrics, exchange.reply
+        metrics, reply = self._site.metrics, exchange.reply
         took_s = asyncio.get_running_loop().time() - exchange.started_at
         log_exchange(exchange, took_s)
         route, model, status = exchange.route, exchange.model, reply.status or "none"
@@ -11180,9 +11237,9 @@ _POLICY = (
 )
 
 
-async def show_page(handlers: Handlers, exchange: Exchange) -> None:
+async def show_page(site: Site, exchange: Exchange) -> None:
     """`GET /`; the page asks for a key at once if it will need one."""
-    key = "YOUR-KEY" if handlers.settings.valid_api_keys else ""
+    key = "YOUR-KEY" if site.settings.valid_api_keys else ""
     text = _BODY.replace("@KEY@", key).replace("@VERSION@", __version__)
     text = text.replace("@STYLE@", _STYLE).replace("@SCRIPT@", _SCRIPT)
     headers = [
@@ -11545,8 +11602,8 @@ async def _serve(settings: Settings, source: SettingsSource, *, is_demo: bool) -
     if complaint:
         log.warning(complaint)
     dify = Dify(settings, open_wire)
-    handlers = Handlers(dify, conversations, lambda: secrets.token_hex(16))
-    server = Server(handlers, new_id=lambda: f"req_{secrets.token_hex(16)}")
+    site = Site(dify, conversations, lambda: secrets.token_hex(16))
+    server = Server(site, new_id=lambda: f"req_{secrets.token_hex(16)}")
 
     def reload() -> None:
         if changed := source.load_if_changed():

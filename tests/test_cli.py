@@ -1124,7 +1124,7 @@ async def test_status_tells_whether_open_requests_could_end(
     settings = opendify.parse_settings({"MODEL_CONFIG": json.dumps({"m": KEY})})
     dify = opendify.Dify(settings, opendify.open_wire)
     conversations, _ = opendify.open_conversations("memory", 1.0)
-    server = opendify.Server(opendify.Handlers(dify, conversations, str), new_id=str)
+    server = opendify.Server(opendify.Site(dify, conversations, str), new_id=str)
 
     async def listen(*_: object) -> list[tuple[str, int]]:
         return [("127.0.0.1", 5000)]

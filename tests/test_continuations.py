@@ -509,8 +509,8 @@ async def proxy_with_clock(
     options = settings_of(dify, "chat")
     table, _ = opendify.open_conversations("memory", 1e6)
     upstream = opendify.Dify(options, opendify.open_wire)
-    handlers = opendify.Handlers(upstream, table, lambda: "a1", wall_clock)
-    server = opendify.Server(handlers, lambda: "req_1")
+    site = opendify.Site(upstream, table, lambda: "a1", wall_clock)
+    server = opendify.Server(site, lambda: "req_1")
     ((_, port),) = await server.listen("127.0.0.1", 0)
     try:
         yield port

@@ -30,7 +30,7 @@ TABLE = [
         opendify.Unauthorized,
         401,
         INVALID,
-        None,  # a wrong key has a code, see `Handlers.find`
+        None,  # a wrong key has a code, see `Site.check_key`
         (("WWW-Authenticate", "Bearer"),),
     ),
     Row(opendify.Forbidden, 403, INVALID, "permission_denied"),

@@ -41,9 +41,9 @@ import opendify
 from opendify import (
     CIRCUIT_S,
     Dify,
-    Handlers,
     Origin,
     Server,
+    Site,
     open_conversations,
     open_wire,
     parse_settings,
@@ -226,8 +226,8 @@ async def proxying(
     conversations, _ = open_conversations("memory", 1)
     dify = Dify(settings, connect)
     ids = itertools.count(1)
-    handlers = Handlers(dify, conversations, lambda: str(next(ids)))
-    server = Server(handlers, lambda: f"req_{next(ids)}")
+    site = Site(dify, conversations, lambda: str(next(ids)))
+    server = Server(site, lambda: f"req_{next(ids)}")
     ((_, port),) = await server.listen("127.0.0.1", 0)
     try:
         yield Front(port)

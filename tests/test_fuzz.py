@@ -28,8 +28,8 @@ from opendify import (
     APP_MODES,
     ROUTES,
     Dify,
-    Handlers,
     Server,
+    Site,
     Wire,
     open_conversations,
     parse_settings,
@@ -133,8 +133,8 @@ class World:
         )
         self.conversations, _ = open_conversations("memory", 3600)
         self.dify = Dify(settings, self._connect)
-        self.handlers = Handlers(self.dify, self.conversations, lambda: "id")
-        self.server = Server(self.handlers, lambda: "req_id")
+        self.site = Site(self.dify, self.conversations, lambda: "id")
+        self.server = Server(self.site, lambda: "req_id")
         self.answer = SSE_HEAD + FINE
         self.cuts: tuple[int, ...] = ()
 

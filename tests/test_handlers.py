@@ -270,10 +270,10 @@ async def serving(
     assert not complaint
     client = opendify.Dify(settings, opendify.open_wire)
     answers, requests = itertools.count(1), itertools.count(1)
-    handlers = opendify.Handlers(
+    site = opendify.Site(
         client, conversations, lambda: f"a{next(answers)}", lambda: NOW
     )
-    server = opendify.Server(handlers, lambda: f"req_{next(requests)}")
+    server = opendify.Server(site, lambda: f"req_{next(requests)}")
     ((_, port),) = await server.listen("127.0.0.1", 0)
     try:
         yield server, port
@@ -1782,7 +1782,7 @@ async def test_choice_that_was_late_writes_nothing_behind_the_end(
         fake.chat_answer("Late."),
     ]
     async with proxy(lambda _: scripts.pop(0)) as served:
-        monkeypatch.setattr(served.server._handlers._dify._pool, "_connect", connect)
+        monkeypatch.setattr(served.server._site.dify._pool, "_connect", connect)
         call = await served.begin(n=2, stream=True)
         assert (await call.read_rest()).error["message"] == "No."
         with pytest.raises(asyncio.TimeoutError):

@@ -39,15 +39,16 @@ from opendify import (
     WRITE_TIMEOUT_S,
     Dify,
     Exchange,
-    Handlers,
     Listener,
     RateLimited,
     Reply,
     Request,
     Server,
+    Site,
     Unauthorized,
     Wire,
     find_endpoint,
+    find_handler,
     open_conversations,
     open_wire,
     parse_settings,
@@ -234,8 +235,8 @@ async def hosting(
     conversations, _ = open_conversations("memory", 1)
     dify = Dify(settings, open_wire)
     ids = itertools.count(1)
-    handlers = Handlers(dify, conversations, lambda: str(next(ids)))
-    server = Server(handlers, lambda: f"req_{next(ids)}")
+    site = Site(dify, conversations, lambda: str(next(ids)))
+    server = Server(site, lambda: f"req_{next(ids)}")
     is_local = server.is_local  # as if it listened where the settings say
     ((_, port),) = await server.listen("127.0.0.1", 0)
     server.is_local = is_local
@@ -1032,7 +1033,7 @@ async def test_client_that_reads_slowly_gets_all() -> None:
 async def test_address_that_guesses_keys_has_to_wait() -> None:
     """On loopback nobody guesses; so the address is given here."""
     async with hosting(**KEYED) as host:
-        handlers: Handlers = host.server._handlers
+        site: Site = host.server._site
 
         def ask(key: str, peer: str = "203.0.113.7") -> int:
             fields = {"authorization": f"Bearer {key}"} if key else {}
@@ -1040,7 +1041,7 @@ async def test_address_that_guesses_keys_has_to_wait() -> None:
             exchange = Exchange(Reply(Wire(), request), "id", peer)
             exchange.request = request
             try:
-                handlers.find(exchange)
+                find_handler(site, exchange)
             except (Unauthorized, RateLimited) as error:
                 if error.status == 429:
                     assert error.headers == [("Retry-After", "60")]

@@ -37,14 +37,7 @@ from fake_dify import (
 from test_faults import understand
 from test_upstream import HEAD, chunk, event, free_port, raw_server, read_request
 
-from opendify import (
-    Dify,
-    Handlers,
-    Server,
-    open_conversations,
-    open_wire,
-    parse_settings,
-)
+from opendify import Dify, Server, Site, open_conversations, open_wire, parse_settings
 
 SOURCE = Path(__file__).resolve().parent.parent / "opendify.py"
 KEY = "app-key-of-the-tests"
@@ -96,9 +89,9 @@ def status_of(data: bytes) -> int:
 class Front:
     """A proxy in this process."""
 
-    def __init__(self, port: int, handlers: Handlers, server: Server) -> None:
+    def __init__(self, port: int, site: Site, server: Server) -> None:
         self.port = port
-        self.handlers = handlers
+        self.site = site
         self.server = server
 
 
@@ -111,13 +104,11 @@ async def proxying(
     conversations, _ = open_conversations("memory", 3600)
     dify = Dify(settings, open_wire)
     ids = itertools.count(1)
-    handlers = Handlers(
-        dify, conversations, lambda: str(next(ids)), wall_clock=wall_clock
-    )
-    server = Server(handlers, lambda: f"req_{next(ids)}")
+    site = Site(dify, conversations, lambda: str(next(ids)), wall_clock=wall_clock)
+    server = Server(site, lambda: f"req_{next(ids)}")
     ((_, port),) = await server.listen("127.0.0.1", 0)
     try:
-        yield Front(port, handlers, server)
+        yield Front(port, site, server)
     finally:
         await asyncio.sleep(0.01)
         await server.drain(0)

@@ -99,8 +99,8 @@ async def serving(variables: Mapping[str, str]) -> AsyncIterator[Site]:
         client = opendify.Dify(settings, opendify.open_wire)
         table, _ = opendify.open_conversations("memory", 60)
         ids = map(str, itertools.count())
-        handlers = opendify.Handlers(client, table, lambda: next(ids))
-        server = opendify.Server(handlers, lambda: f"req_{next(ids)}")
+        site = opendify.Site(client, table, lambda: next(ids))
+        server = opendify.Server(site, lambda: f"req_{next(ids)}")
         ((_, port),) = await server.listen("127.0.0.1", 0)
         try:
             yield Site(dify, f"http://127.0.0.1:{port}/")

@@ -31,9 +31,9 @@ from opendify import (
     Dify,
     Envelope,
     Exchange,
-    Handlers,
     Response,
     Server,
+    Site,
     open_conversations,
     open_wire,
     parse_settings,
@@ -57,14 +57,14 @@ class Stage:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     bodies: list[bytes] = field(default_factory=list)
 
-    async def echo(self, _: Handlers, exchange: Exchange) -> None:
+    async def echo(self, _: Site, exchange: Exchange) -> None:
         self.bodies.append(exchange.body)
         exchange.reply.send(Response(200, exchange.body, [("Content-Type", "a/b")]))
 
-    async def explode(self, _: Handlers, __: Exchange) -> None:
+    async def explode(self, _: Site, __: Exchange) -> None:
         raise RuntimeError("a secret detail")
 
-    async def refuse(self, _: Handlers, __: Exchange) -> None:
+    async def refuse(self, _: Site, __: Exchange) -> None:
         raise BadRequest("Not so.", param="p", headers=[("X-More", "y")])
 
     def begin(self, exchange: Exchange) -> None:
@@ -72,15 +72,15 @@ class Stage:
         exchange.reply.start(200, [("Content-Type", "text/event-stream")])
         exchange.reply.write(b"data: begun\n\n")
 
-    async def explode_late(self, _: Handlers, exchange: Exchange) -> None:
+    async def explode_late(self, _: Site, exchange: Exchange) -> None:
         self.begin(exchange)
         raise RuntimeError("a secret detail")
 
-    async def refuse_late(self, _: Handlers, exchange: Exchange) -> None:
+    async def refuse_late(self, _: Site, exchange: Exchange) -> None:
         self.begin(exchange)
         raise opendify.UpstreamFailed("Broken off.")
 
-    async def wait(self, _: Handlers, exchange: Exchange) -> None:
+    async def wait(self, _: Site, exchange: Exchange) -> None:
         """Answer when the gate opens, or end when the client leaves."""
         task = cast("asyncio.Task[None]", asyncio.current_task())
         exchange.waiting.add(task)
@@ -91,7 +91,7 @@ class Stage:
         finally:
             self.ended.set()
 
-    async def stream(self, handlers: Handlers, exchange: Exchange) -> None:
+    async def stream(self, site: Site, exchange: Exchange) -> None:
         """The same, after the head."""
         self.begin(exchange)
         await exchange.reply.drain()
@@ -229,11 +229,11 @@ def routes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Stage]:
     return add
 
 
-def _handler(stage: Stage, name: str) -> Callable[[Handlers, Exchange], Any]:
+def _handler(stage: Stage, name: str) -> Callable[[Site, Exchange], Any]:
     """The method of that name, as a plain function: routes are functions."""
 
-    def handle(handlers: Handlers, exchange: Exchange) -> Any:
-        return getattr(stage, name)(handlers, exchange)
+    def handle(site: Site, exchange: Exchange) -> Any:
+        return getattr(stage, name)(site, exchange)
 
     return handle
 
@@ -252,8 +252,8 @@ def serving(routes: Callable[[], Stage]) -> Serving:
         conversations, _ = open_conversations("memory", 1)
         dify = Dify(settings, open_wire)
         ids = itertools.count(1)
-        handlers = Handlers(dify, conversations, lambda: str(next(ids)))
-        server = Server(handlers, lambda: f"req_{next(ids)}")
+        site = Site(dify, conversations, lambda: str(next(ids)))
+        server = Server(site, lambda: f"req_{next(ids)}")
         ((_, port),) = await server.listen("127.0.0.1", 0)
         world = World(server, port, routes())
         try:
