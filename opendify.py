@@ -9043,11 +9043,11 @@ class Turns:
 # 16. Handlers
 # ==============================================================================
 #
-# The routes, one coroutine each: a request in, a reply out. It has the turn run, and
-# says what that made. All are given the Site, which finds the app and checks the key. A
-# Form reads the requests that bring a file, the Archive what Dify keeps of earlier
-# turns. Catches nothing that the error boundary of room 17 can answer. Never touches
-# sockets and h11.
+# The routes, one coroutine each: a request in, a reply out. They stand by API, the
+# table of all behind them; before them the Form, which reads the requests that bring a
+# file, the Archive, which reads what Dify keeps of earlier turns, and the Site, which
+# all are given. Catches nothing that the error boundary of room 17 can answer. Never
+# touches sockets and h11.
 
 MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
 MAX_ADDRESSES = 10_000  # that are remembered for it
@@ -9071,6 +9071,9 @@ _NO_CONTENT = "Dify (from 1.7.2 on) gives a file back once a message has used it
 _NO_SOUND = "Dify made no sound of this text."
 _UNSPOKEN = "The app has answered, but its speech failed: "
 _LOUD = f"It is over {MAX_SOUND_BYTES >> 20} MB; a streamed answer may be longer."
+
+
+# Requests that bring a file...
 
 
 async def read_whole(exchange: Exchange) -> bytes:
@@ -9219,51 +9222,7 @@ class Form:
             )
 
 
-_PREFIX = re.compile(  # an endpoint is one, too, if another is behind it
-    r"\A(?:(?:v1|api|openai|(?:chat/)?completions(?=/.)"
-    r"|responses(?=/(?:responses|models)(?:/|\Z)))(?:/|\Z))+"
-)
-_DEPLOYMENT = re.compile(
-    r"(?:deployments|engines)/(.+?)/((?:v1/)?(?:chat/)?completions"
-    r"|embeddings|images/\w+|audio/\w+|(?:models|files|responses|conversations)"
-    r"(?:/[^/]+(?:/(?:content|cancel|input_items|items(?:/[^/]+)?))?)?)\Z"
-)
-_NO_NAMES = ("responses/compact", "responses/input_tokens")  # OpenAI's own endpoints
-
-
-@functools.lru_cache(maxsize=64)
-def find_endpoint(path: str) -> tuple[str, str]:
-    """(endpoint, name in the path) of a request's path.
-
-    Clients are given base URLs with no `/v1`, with one or two, with `//`, with a
-    reverse proxy's prefix, with the endpoint itself, or Azure's and the engines' forms
-    that name the model. So the tail decides.
-
-        /v1//chat/completions                          ("chat/completions", "")
-        /openai/deployments/m/chat/completions         ("chat/completions", "m")
-        /v1/models/team%2Fapp               ("models/{model}", "team%2Fapp")
-        /v1/responses/resp_x/cancel         ("responses/{id}/cancel", "resp_x")
-        /v1/conversations/c/items/i   ("conversations/{id}/items/{id}", "c/i")
-    """
-    if path == "/":
-        return path, ""
-    tail = _PREFIX.sub("", re.sub(r"/{2,}", "/", path).strip("/"))
-    name = ""
-    if deployment := _DEPLOYMENT.match(tail):
-        name, tail = deployment[1], deployment[2]
-        tail = _PREFIX.sub("", tail)
-    for endpoint, pattern in () if tail in _NO_NAMES else _PATTERNS:
-        if named := pattern.match(tail):
-            return endpoint, "/".join(named.groups())
-    return tail, name
-
-
-def send_json(
-    reply: Reply, value: Any, headers: Sequence[tuple[str, str]] = (), status: int = 200
-) -> None:
-    """Reply with JSON."""
-    fields = [("Content-Type", "application/json"), *headers]
-    reply.send(Response(status, json_bytes(value), fields))
+# What Dify keeps of earlier turns...
 
 
 @dataclass(frozen=True)
@@ -9526,6 +9485,9 @@ def _no_spoken(id_: str) -> BadRequest:
     )
 
 
+# What all handlers share...
+
+
 class Site:
     """What the handlers share, and who it is that asks for what.
 
@@ -9622,37 +9584,61 @@ class Site:
         return IdSealer(derive_key(app.key), self.owner_of(exchange))
 
 
-def find_handler(site: Site, exchange: Exchange) -> Handler:
-    """The handler of a request.
+async def _in_time(asking: Iterable[Awaitable[Any]]) -> list[Any]:
+    """What each gives within NAMES_TIMEOUT_S, or the exception that it raises."""
+    timed = [asyncio.wait_for(row, NAMES_TIMEOUT_S) for row in asking]
+    return await asyncio.gather(*timed, return_exceptions=True)
 
-    Raises:
-        NotFound, MethodNotAllowed, Unauthorized, RateLimited.
+
+def _no_such_model(model: str, models: Iterable[str]) -> ProxyError:
+    known = ", ".join(models) or "none"
+    shown = re.sub(r"app-[\w-]+", lambda key: mask_key(key[0]), model)  # a pasted key
+    return ModelNotFound(
+        f"The model {_shown(shown)} does not exist here. Available: {known}.",
+        param="model",
+    )
+
+
+async def _body_of(site: Site, exchange: Exchange) -> dict[str, Any]:
+    """The request's JSON, its model as the path names it, if it does.
+
+    It is not kept: an answer may take minutes, and the question may be long.
     """
-    request = exchange.request
-    endpoint, exchange.name_in_path = find_endpoint(request.path)
-    methods = ROUTES.get(endpoint)
-    if endpoint in NOT_SERVED:
-        raise NotFound(
-            f"{request.path} is not served: Dify apps have no embeddings, "
-            "moderations or images. Ask a model provider for those directly."
-        )
-    if methods is None:
-        hint = "" if "/v1/" in request.path else " A base URL ends in /v1."
-        raise NotFound(f"Invalid URL ({request.method} {request.path}).{hint}")
-    method = "GET" if request.method == "HEAD" else request.method
-    if method not in methods:
-        allowed = ", ".join(methods)
-        raise MethodNotAllowed(
-            f"{request.method} is not possible here, but {allowed}.",
-            headers=[("Allow", allowed)],
-        )
-    exchange.route = endpoint
-    if endpoint not in OPEN_ENDPOINTS:
-        site.check_key(client_key(request.headers), exchange.peer)
-    return methods[method]
+    body = parse_json_object(exchange.body)
+    exchange.body = b""
+    if exchange.name_in_path:
+        body["model"] = _decoded_name(exchange.name_in_path, await site.models())
+    return body
 
 
-# Models...
+def _decoded_name(raw: str, models: Iterable[str]) -> str:
+    """A model's name from a path: percent-encoded, or form-encoded by old clients."""
+    form = urllib.parse.unquote_plus(raw)
+    return form if form in models else urllib.parse.unquote(raw)
+
+
+def query_of(request: Request) -> dict[str, str]:
+    """The fields after the `?`; the last one of a name counts."""
+    return dict(urllib.parse.parse_qsl(request.query, errors="replace"))
+
+
+def send_json(
+    reply: Reply, value: Any, headers: Sequence[tuple[str, str]] = (), status: int = 200
+) -> None:
+    """Reply with JSON."""
+    fields = [("Content-Type", "application/json"), *headers]
+    reply.send(Response(status, json_bytes(value), fields))
+
+
+def _not_found(kind: str, id_: str) -> NotFound:
+    return NotFound(f"{kind} with id {_shown(id_)} not found.", code="not_found")
+
+
+def _shown(id_: str) -> str:
+    return repr(id_ if len(id_) <= 100 else id_[:100] + "…")
+
+
+# Models and health...
 
 
 async def list_models(site: Site, exchange: Exchange) -> None:
@@ -9687,6 +9673,11 @@ async def _app_row(site: Site, model: str, app: AppSettings) -> dict[str, str]:
     return {"id": model, "name": site.dify.facts_of(app).name, "mode": mode}
 
 
+async def show_health(site: Site, exchange: Exchange) -> None:
+    """`GET /health`: the process is alive."""
+    send_json(exchange.reply, {"status": "ok", "version": __version__})
+
+
 async def show_readiness(site: Site, exchange: Exchange) -> None:
     """`GET /ready`: an app has answered lately, or answers now."""
     apps = (await site.models()).values()
@@ -9697,29 +9688,28 @@ async def show_readiness(site: Site, exchange: Exchange) -> None:
     send_json(exchange.reply, {"status": "ready"})
 
 
+async def _any_of(asking: Iterable[Awaitable[Any]]) -> None:
+    """Wait until one succeeds; raises the first one's error if none does."""
+    tasks = [asyncio.ensure_future(row) for row in asking]
+    whole = asyncio.gather(*tasks, return_exceptions=True)  # takes note of all errors
+    try:
+        for done in asyncio.as_completed(tasks):
+            with contextlib.suppress(ProxyError):
+                await done
+                return
+        await tasks[0]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await whole
+
+
 async def show_metrics(site: Site, exchange: Exchange) -> None:
     """`GET /metrics`, for Prometheus."""
     gauges = {"opendify_conversations": len(site.conversations)}
     fields = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]
     body = site.metrics.render(gauges).encode("utf-8", "replace")
     exchange.reply.send(Response(200, body, fields))
-
-
-async def show_health(site: Site, exchange: Exchange) -> None:
-    """`GET /health`: the process is alive."""
-    send_json(exchange.reply, {"status": "ok", "version": __version__})
-
-
-async def _body_of(site: Site, exchange: Exchange) -> dict[str, Any]:
-    """The request's JSON, its model as the path names it, if it does.
-
-    It is not kept: an answer may take minutes, and the question may be long.
-    """
-    body = parse_json_object(exchange.body)
-    exchange.body = b""
-    if exchange.name_in_path:
-        body["model"] = _decoded_name(exchange.name_in_path, await site.models())
-    return body
 
 
 # Chat...
@@ -9767,6 +9757,10 @@ async def create_completion(site: Site, exchange: Exchange) -> None:
     await _answer_all(site, questions, streams, whole)
 
 
+def _envelope(site: Site, prefix: str, model: str) -> Envelope:
+    return Envelope(f"{prefix}-{site.new_id()}", int(site.wall_clock()), model)
+
+
 # Responses...
 
 
@@ -9802,6 +9796,29 @@ async def create_response(site: Site, exchange: Exchange) -> None:
             _bind(site, exchange, named, exchange.turn)
 
 
+async def _as_owner(
+    site: Site, exchange: Exchange, asked: ResponsesRequest
+) -> ResponsesRequest:
+    """The request as its stored files' user if it names none; ids hold the user."""
+    said = tuple(row for row in asked.items if isinstance(row, Message))
+    ask = await _with_stored_files(site, exchange, asked.ask._replace(messages=said))
+    return replace(asked, ask=asked.ask._replace(user=ask.user))
+
+
+def _in_conversation(
+    asked: ResponsesRequest, named: NamedConversation, scope: bytes, mode: str
+) -> ResponsesRequest:
+    """The request with what its conversation has, or is bound to."""
+    if mode not in CHAT_MODES:
+        problem = f"a {mode} app keeps none; send the history as `input`."
+        raise bad_value("conversation", problem)
+    if not named.is_bound_to(scope):
+        raise bad_value("conversation", "it belongs to another model or end user.")
+    items = (*parse_items(list(named.items)), *asked.items)
+    ask = asked.ask._replace(conversation_id=named.conversation_id, is_all_new=True)
+    return replace(asked, ask=ask, items=items)
+
+
 def _bind(site: Site, exchange: Exchange, named: NamedConversation, turn: Turn) -> None:
     """Dify has the conversation from this turn on, as it was when that began.
 
@@ -9820,7 +9837,86 @@ def _bind(site: Site, exchange: Exchange, named: NamedConversation, turn: Turn) 
             site.conversations.put(tail._replace(digests=b""), now)
 
 
-# Conversations that clients name...
+async def get_response(site: Site, exchange: Exchange) -> None:
+    """`GET /responses/{id}`: the answer, as Dify has stored it."""
+    if query_of(exchange.request).get("stream", "").lower() == "true":
+        raise bad_value("stream", "a stored response comes whole.")
+    if running := _running_as(site, exchange):
+        shown = running[0].so_far("in_progress")
+    else:
+        shown = _as_response(*await _stored_response(site, exchange))
+    send_json(exchange.reply, shown)
+
+
+async def get_input_items(site: Site, exchange: Exchange) -> None:
+    """`GET /responses/{id}/input_items`: the question of an answer."""
+    frame, turn = await _stored_response(site, exchange)
+    items = [input_item(frame.id("msg_", "in"), turn.question)]
+    send_json(exchange.reply, list_page(items, query_of(exchange.request)))
+
+
+async def delete_response(site: Site, exchange: Exchange) -> None:
+    """`DELETE /responses/{id}`. Dify can't forget one message: it stays there."""
+    await _stored_response(site, exchange)
+    send_json(exchange.reply, deleted_object(exchange.name_in_path))
+
+
+async def cancel_response(site: Site, exchange: Exchange) -> None:
+    """`POST /responses/{id}/cancel`: the app stops, its stream ends with that."""
+    if running := _running_as(site, exchange):
+        stream, turn = running
+        value = stream.so_far("cancelled")
+        await turn.stream.stop()
+        send_json(exchange.reply, value)
+    else:
+        await get_response(site, exchange)
+
+
+def _running_as(site: Site, exchange: Exchange) -> tuple[ResponseStream, Turn] | None:
+    """The streamed response that a path names, with its turn, while it runs."""
+    owner, asked_for = site.owner_of(exchange), exchange.name_in_path
+    for stream, other in site.running.items():
+        told = stream.response
+        is_it = told.get("id") == asked_for and told["status"] == "in_progress"
+        if is_it and other.turn and site.owner_of(other) == owner:
+            return stream, other.turn
+    return None
+
+
+async def _stored_response(
+    site: Site, exchange: Exchange
+) -> tuple[ResponseFrame, StoredTurn]:
+    """What Dify has stored of the response that a path names."""
+    id_ = exchange.name_in_path
+    forwarded = exchange.forwarded_user
+    user = end_user("", forwarded, "") if forwarded else ""
+    for model, app in (await site.models()).items():
+        sealer = site.sealer(exchange, app)
+        place = open_place(sealer, id_, "resp_", user=user)
+        if not place:
+            continue
+        for turn in await site.archive.turns_of(app, place):
+            if turn.message_id == place.message_id:
+                return _frame_of(turn, model, sealer, place.user), turn
+    raise _not_found("Response", id_)
+
+
+def _as_response(frame: ResponseFrame, turn: StoredTurn) -> dict[str, Any]:
+    last = turn.parts[-1] if turn.parts else None
+    error = last.error if isinstance(last, Failure) else None
+    return response_object(frame, stored_answer(turn), error)
+
+
+def _frame_of(
+    turn: StoredTurn, model: str, sealer: IdSealer, user: str
+) -> ResponseFrame:
+    """The frame of a stored answer: its ids come out as they were sent."""
+    return ResponseFrame(
+        turn.created, model, echo_of({}), sealer, user, "", {"dify": turn.ids}
+    )
+
+
+# Conversations...
 
 
 async def create_conversation(site: Site, exchange: Exchange) -> None:
@@ -9901,6 +9997,11 @@ async def delete_conversation_item(site: Site, exchange: Exchange) -> None:
     send_json(exchange.reply, _shown_conversation(named))
 
 
+def _item_in_path(exchange: Exchange) -> str:
+    """The id of an item, behind its conversation's; a client may have given it."""
+    return urllib.parse.unquote(exchange.name_in_path.partition("/")[2])
+
+
 async def _items_of(
     site: Site, exchange: Exchange, named: NamedConversation
 ) -> list[dict[str, Any]]:
@@ -9951,81 +10052,18 @@ def _keep(site: Site, exchange: Exchange, named: NamedConversation) -> None:
         raise BodyTooLarge(f"A conversation may have {most} that await a turn.")
 
 
-# Stored responses...
+def _parse_metadata(body: Json) -> dict[str, Any]:
+    metadata = body.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise bad_type("metadata", "an object")
+    return metadata
 
 
-async def get_response(site: Site, exchange: Exchange) -> None:
-    """`GET /responses/{id}`: the answer, as Dify has stored it."""
-    if query_of(exchange.request).get("stream", "").lower() == "true":
-        raise bad_value("stream", "a stored response comes whole.")
-    if running := _running_as(site, exchange):
-        shown = running[0].so_far("in_progress")
-    else:
-        shown = _as_response(*await _stored_response(site, exchange))
-    send_json(exchange.reply, shown)
+def _shown_conversation(named: NamedConversation) -> dict[str, Any]:
+    return conversation_object(named.id, named.created, named.metadata)
 
 
-async def get_input_items(site: Site, exchange: Exchange) -> None:
-    """`GET /responses/{id}/input_items`: the question of an answer."""
-    frame, turn = await _stored_response(site, exchange)
-    items = [input_item(frame.id("msg_", "in"), turn.question)]
-    send_json(exchange.reply, list_page(items, query_of(exchange.request)))
-
-
-async def delete_response(site: Site, exchange: Exchange) -> None:
-    """`DELETE /responses/{id}`. Dify can't forget one message: it stays there."""
-    await _stored_response(site, exchange)
-    send_json(exchange.reply, deleted_object(exchange.name_in_path))
-
-
-async def cancel_response(site: Site, exchange: Exchange) -> None:
-    """`POST /responses/{id}/cancel`: the app stops, its stream ends with that."""
-    if running := _running_as(site, exchange):
-        stream, turn = running
-        value = stream.so_far("cancelled")
-        await turn.stream.stop()
-        send_json(exchange.reply, value)
-    else:
-        await get_response(site, exchange)
-
-
-def _running_as(site: Site, exchange: Exchange) -> tuple[ResponseStream, Turn] | None:
-    """The streamed response that a path names, with its turn, while it runs."""
-    owner, asked_for = site.owner_of(exchange), exchange.name_in_path
-    for stream, other in site.running.items():
-        told = stream.response
-        is_it = told.get("id") == asked_for and told["status"] == "in_progress"
-        if is_it and other.turn and site.owner_of(other) == owner:
-            return stream, other.turn
-    return None
-
-
-async def _stored_response(
-    site: Site, exchange: Exchange
-) -> tuple[ResponseFrame, StoredTurn]:
-    """What Dify has stored of the response that a path names."""
-    id_ = exchange.name_in_path
-    forwarded = exchange.forwarded_user
-    user = end_user("", forwarded, "") if forwarded else ""
-    for model, app in (await site.models()).items():
-        sealer = site.sealer(exchange, app)
-        place = open_place(sealer, id_, "resp_", user=user)
-        if not place:
-            continue
-        for turn in await site.archive.turns_of(app, place):
-            if turn.message_id == place.message_id:
-                return _frame_of(turn, model, sealer, place.user), turn
-    raise _not_found("Response", id_)
-
-
-def _as_response(frame: ResponseFrame, turn: StoredTurn) -> dict[str, Any]:
-    last = turn.parts[-1] if turn.parts else None
-    error = last.error if isinstance(last, Failure) else None
-    return response_object(frame, stored_answer(turn), error)
-
-
-def _envelope(site: Site, prefix: str, model: str) -> Envelope:
-    return Envelope(f"{prefix}-{site.new_id()}", int(site.wall_clock()), model)
+# Turns...
 
 
 async def _answer_all(
@@ -10099,6 +10137,48 @@ def _pacer(site: Site, question: Question) -> Pacer | None:
     return Pacer(site.settings.stream_max_lag) if is_on else None
 
 
+async def _run_turn(site: Site, question: Question, sink: Outlet | Collector) -> bytes:
+    """One turn, said aloud if that is wanted; returns the answer's last bytes."""
+    try:
+        ask = with_words(question.ask, question.app.tools)
+        question.ask = await _with_stored_files(site, question.exchange, ask)
+    except BaseException:
+        site.turns.give_back(question.tail)
+        raise
+    await site.turns.run(question, sink)
+    if question.ask.voice is not None:
+        await _say(site, question, sink)
+    return sink.end()
+
+
+def with_words(ask: Ask, place: str) -> Ask:
+    """The question with the words about its tools and its output's format.
+
+    Args:
+        ask: the question.
+        place: of the words about tools, one of TOOLS_PLACES.
+    """
+    if place == "off" and ask.tools:
+        if ask.tool_mode == "required":
+            raise BadRequest(
+                "Tools are switched off for this model.",
+                param="tool_choice",
+                code="unsupported_parameter",
+            )
+        ask = ask._replace(tools=())
+    has_called = any(row.tool_calls or row.role == "tool" for row in ask.messages)
+    mode = "none" if has_called and not ask.tools else ask.tool_mode
+    tools = describe_tools(ask.tools, mode) if place != "off" else ""
+    words = [tools, describe_format(ask.output)]
+    if place == "inputs" and tools:
+        ask = ask._replace(inputs={**ask.inputs, "tools": tools})
+        words.remove(tools)
+    if not any(words):
+        return ask
+    texts = [text for text in (ask.system, *words) if text]
+    return ask._replace(system="\n\n".join(texts))
+
+
 # Audio...
 
 
@@ -10139,6 +10219,25 @@ async def speak(site: Site, exchange: Exchange) -> None:
         else:
             fields = [("Content-Type", response.content_type)]
             await _pass_file(site, exchange, response, fields)
+
+
+async def list_speakers(site: Site, exchange: Exchange) -> None:
+    """`GET /audio/models` and `/audio/voices`, as Open WebUI asks for them.
+
+    The apps whose text to speech is on, as far as they say so in time, and the
+    voices that they are set to.
+    """
+    models = await site.models()
+    forms = await _in_time(map(site.dify.form_of, models.values()))
+    voices = {
+        model: form.voice or "default"
+        for model, form in zip(models, forms)
+        if isinstance(form, AppForm) and form.speaks
+    }
+    names = {"models": list(voices), "voices": dict.fromkeys(voices.values())}
+    kind = exchange.route.rpartition("/")[2]
+    rows = [{"id": name, "name": name} for name in names[kind]]
+    send_json(exchange.reply, {kind: rows})
 
 
 async def _open_speech(
@@ -10211,23 +10310,12 @@ async def _say(site: Site, question: Question, sink: Outlet | Collector) -> None
         raise
 
 
-async def list_speakers(site: Site, exchange: Exchange) -> None:
-    """`GET /audio/models` and `/audio/voices`, as Open WebUI asks for them.
-
-    The apps whose text to speech is on, as far as they say so in time, and the
-    voices that they are set to.
-    """
-    models = await site.models()
-    forms = await _in_time(map(site.dify.form_of, models.values()))
-    voices = {
-        model: form.voice or "default"
-        for model, form in zip(models, forms)
-        if isinstance(form, AppForm) and form.speaks
-    }
-    names = {"models": list(voices), "voices": dict.fromkeys(voices.values())}
-    kind = exchange.route.rpartition("/")[2]
-    rows = [{"id": name, "name": name} for name in names[kind]]
-    send_json(exchange.reply, {kind: rows})
+def _switched_off(feature: str, model: str, param: str = "model") -> ProxyError:
+    return BadRequest(
+        f"{feature} is switched off in the app of {model!r}; switch it on among the "
+        "app's features in Dify.",
+        param=param,
+    )
 
 
 # Files...
@@ -10285,6 +10373,13 @@ async def get_file_content(site: Site, exchange: Exchange) -> None:
         await _pass_file(site, exchange, response, headers)
 
 
+async def delete_file(site: Site, exchange: Exchange) -> None:
+    """`DELETE /files/{id}`: Dify's API can't delete, and the answer says so."""
+    await _file_of(site, exchange, exchange.name_in_path)
+    id_ = urllib.parse.unquote(exchange.name_in_path)
+    send_json(exchange.reply, {"id": id_, "object": "file", "deleted": False})
+
+
 async def _pass_file(
     site: Site,
     exchange: Exchange,
@@ -10304,13 +10399,6 @@ async def _pass_file(
             await reply.drain()
             data = await site.dify.read_file(response)
         reply.end(encode(b""))
-
-
-async def delete_file(site: Site, exchange: Exchange) -> None:
-    """`DELETE /files/{id}`: Dify's API can't delete, and the answer says so."""
-    await _file_of(site, exchange, exchange.name_in_path)
-    id_ = urllib.parse.unquote(exchange.name_in_path)
-    send_json(exchange.reply, {"id": id_, "object": "file", "deleted": False})
 
 
 async def _app_for(site: Site, exchange: Exchange, form: Form) -> AppSettings:
@@ -10363,156 +10451,7 @@ async def _with_stored_files(site: Site, exchange: Exchange, ask: Ask) -> Ask:
     return ask._replace(messages=tuple(messages), user=user)
 
 
-async def _as_owner(
-    site: Site, exchange: Exchange, asked: ResponsesRequest
-) -> ResponsesRequest:
-    """The request as its stored files' user if it names none; ids hold the user."""
-    said = tuple(row for row in asked.items if isinstance(row, Message))
-    ask = await _with_stored_files(site, exchange, asked.ask._replace(messages=said))
-    return replace(asked, ask=asked.ask._replace(user=ask.user))
-
-
-# Turns...
-
-
-async def _run_turn(site: Site, question: Question, sink: Outlet | Collector) -> bytes:
-    """One turn, said aloud if that is wanted; returns the answer's last bytes."""
-    try:
-        ask = with_words(question.ask, question.app.tools)
-        question.ask = await _with_stored_files(site, question.exchange, ask)
-    except BaseException:
-        site.turns.give_back(question.tail)
-        raise
-    await site.turns.run(question, sink)
-    if question.ask.voice is not None:
-        await _say(site, question, sink)
-    return sink.end()
-
-
-def _frame_of(
-    turn: StoredTurn, model: str, sealer: IdSealer, user: str
-) -> ResponseFrame:
-    """The frame of a stored answer: its ids come out as they were sent."""
-    return ResponseFrame(
-        turn.created, model, echo_of({}), sealer, user, "", {"dify": turn.ids}
-    )
-
-
-def _in_conversation(
-    asked: ResponsesRequest, named: NamedConversation, scope: bytes, mode: str
-) -> ResponsesRequest:
-    """The request with what its conversation has, or is bound to."""
-    if mode not in CHAT_MODES:
-        problem = f"a {mode} app keeps none; send the history as `input`."
-        raise bad_value("conversation", problem)
-    if not named.is_bound_to(scope):
-        raise bad_value("conversation", "it belongs to another model or end user.")
-    items = (*parse_items(list(named.items)), *asked.items)
-    ask = asked.ask._replace(conversation_id=named.conversation_id, is_all_new=True)
-    return replace(asked, ask=ask, items=items)
-
-
-def _parse_metadata(body: Json) -> dict[str, Any]:
-    metadata = body.get("metadata") or {}
-    if not isinstance(metadata, dict):
-        raise bad_type("metadata", "an object")
-    return metadata
-
-
-def _shown_conversation(named: NamedConversation) -> dict[str, Any]:
-    return conversation_object(named.id, named.created, named.metadata)
-
-
-def _item_in_path(exchange: Exchange) -> str:
-    """The id of an item, behind its conversation's; a client may have given it."""
-    return urllib.parse.unquote(exchange.name_in_path.partition("/")[2])
-
-
-def _not_found(kind: str, id_: str) -> NotFound:
-    return NotFound(f"{kind} with id {_shown(id_)} not found.", code="not_found")
-
-
-def _shown(id_: str) -> str:
-    return repr(id_ if len(id_) <= 100 else id_[:100] + "…")
-
-
-def query_of(request: Request) -> dict[str, str]:
-    """The fields after the `?`; the last one of a name counts."""
-    return dict(urllib.parse.parse_qsl(request.query, errors="replace"))
-
-
-def with_words(ask: Ask, place: str) -> Ask:
-    """The question with the words about its tools and its output's format.
-
-    Args:
-        ask: the question.
-        place: of the words about tools, one of TOOLS_PLACES.
-    """
-    if place == "off" and ask.tools:
-        if ask.tool_mode == "required":
-            raise BadRequest(
-                "Tools are switched off for this model.",
-                param="tool_choice",
-                code="unsupported_parameter",
-            )
-        ask = ask._replace(tools=())
-    has_called = any(row.tool_calls or row.role == "tool" for row in ask.messages)
-    mode = "none" if has_called and not ask.tools else ask.tool_mode
-    tools = describe_tools(ask.tools, mode) if place != "off" else ""
-    words = [tools, describe_format(ask.output)]
-    if place == "inputs" and tools:
-        ask = ask._replace(inputs={**ask.inputs, "tools": tools})
-        words.remove(tools)
-    if not any(words):
-        return ask
-    texts = [text for text in (ask.system, *words) if text]
-    return ask._replace(system="\n\n".join(texts))
-
-
-async def _any_of(asking: Iterable[Awaitable[Any]]) -> None:
-    """Wait until one succeeds; raises the first one's error if none does."""
-    tasks = [asyncio.ensure_future(row) for row in asking]
-    whole = asyncio.gather(*tasks, return_exceptions=True)  # takes note of all errors
-    try:
-        for done in asyncio.as_completed(tasks):
-            with contextlib.suppress(ProxyError):
-                await done
-                return
-        await tasks[0]
-    finally:
-        for task in tasks:
-            task.cancel()
-        await whole
-
-
-async def _in_time(asking: Iterable[Awaitable[Any]]) -> list[Any]:
-    """What each gives within NAMES_TIMEOUT_S, or the exception that it raises."""
-    timed = [asyncio.wait_for(row, NAMES_TIMEOUT_S) for row in asking]
-    return await asyncio.gather(*timed, return_exceptions=True)
-
-
-def _decoded_name(raw: str, models: Iterable[str]) -> str:
-    """A model's name from a path: percent-encoded, or form-encoded by old clients."""
-    form = urllib.parse.unquote_plus(raw)
-    return form if form in models else urllib.parse.unquote(raw)
-
-
-def _switched_off(feature: str, model: str, param: str = "model") -> ProxyError:
-    return BadRequest(
-        f"{feature} is switched off in the app of {model!r}; switch it on among the "
-        "app's features in Dify.",
-        param=param,
-    )
-
-
-def _no_such_model(model: str, models: Iterable[str]) -> ProxyError:
-    known = ", ".join(models) or "none"
-    shown = re.sub(r"app-[\w-]+", lambda key: mask_key(key[0]), model)  # a pasted key
-    return ModelNotFound(
-        f"The model {_shown(shown)} does not exist here. Available: {known}.",
-        param="model",
-    )
-
+# Routes...
 
 Handler = Callable[[Site, Exchange], Awaitable[None]]
 NOT_SERVED = (
@@ -10555,14 +10494,82 @@ ROUTES: dict[str, Mapping[str, Handler]] = {
     "ready": {"GET": show_readiness},
     "metrics": {"GET": show_metrics},
 }
+# Whose handlers read the body themselves: it may be large.
+READING_ENDPOINTS = ("audio/transcriptions", "audio/translations", "files")
+OPEN_ENDPOINTS = ("/", "health", "ready")
+
+_PREFIX = re.compile(  # an endpoint is one, too, if another is behind it
+    r"\A(?:(?:v1|api|openai|(?:chat/)?completions(?=/.)"
+    r"|responses(?=/(?:responses|models)(?:/|\Z)))(?:/|\Z))+"
+)
+_DEPLOYMENT = re.compile(
+    r"(?:deployments|engines)/(.+?)/((?:v1/)?(?:chat/)?completions"
+    r"|embeddings|images/\w+|audio/\w+|(?:models|files|responses|conversations)"
+    r"(?:/[^/]+(?:/(?:content|cancel|input_items|items(?:/[^/]+)?))?)?)\Z"
+)
+_NO_NAMES = ("responses/compact", "responses/input_tokens")  # OpenAI's own endpoints
 _PATTERNS = [  # of the endpoints that name something; a model's name may have slashes
     (key, re.compile(key.replace("{id}", "([^/]+)").replace("{model}", "(.+)") + r"\Z"))
     for key in ROUTES
     if "{" in key
 ]
-# Whose handlers read the body themselves: it may be large.
-READING_ENDPOINTS = ("audio/transcriptions", "audio/translations", "files")
-OPEN_ENDPOINTS = ("/", "health", "ready")
+
+
+@functools.lru_cache(maxsize=64)
+def find_endpoint(path: str) -> tuple[str, str]:
+    """(endpoint, name in the path) of a request's path.
+
+    Clients are given base URLs with no `/v1`, with one or two, with `//`, with a
+    reverse proxy's prefix, with the endpoint itself, or Azure's and the engines' forms
+    that name the model. So the tail decides.
+
+        /v1//chat/completions                          ("chat/completions", "")
+        /openai/deployments/m/chat/completions         ("chat/completions", "m")
+        /v1/models/team%2Fapp               ("models/{model}", "team%2Fapp")
+        /v1/responses/resp_x/cancel         ("responses/{id}/cancel", "resp_x")
+        /v1/conversations/c/items/i   ("conversations/{id}/items/{id}", "c/i")
+    """
+    if path == "/":
+        return path, ""
+    tail = _PREFIX.sub("", re.sub(r"/{2,}", "/", path).strip("/"))
+    name = ""
+    if deployment := _DEPLOYMENT.match(tail):
+        name, tail = deployment[1], deployment[2]
+        tail = _PREFIX.sub("", tail)
+    for endpoint, pattern in () if tail in _NO_NAMES else _PATTERNS:
+        if named := pattern.match(tail):
+            return endpoint, "/".join(named.groups())
+    return tail, name
+
+
+def find_handler(site: Site, exchange: Exchange) -> Handler:
+    """The handler of a request.
+
+    Raises:
+        NotFound, MethodNotAllowed, Unauthorized, RateLimited.
+    """
+    request = exchange.request
+    endpoint, exchange.name_in_path = find_endpoint(request.path)
+    methods = ROUTES.get(endpoint)
+    if endpoint in NOT_SERVED:
+        raise NotFound(
+            f"{request.path} is not served: Dify apps have no embeddings, "
+            "moderations or images. Ask a model provider for those directly."
+        )
+    if methods is None:
+        hint = "" if "/v1/" in request.path else " A base URL ends in /v1."
+        raise NotFound(f"Invalid URL ({request.method} {request.path}).{hint}")
+    method = "GET" if request.method == "HEAD" else request.method
+    if method not in methods:
+        allowed = ", ".join(methods)
+        raise MethodNotAllowed(
+            f"{request.method} is not possible here, but {allowed}.",
+            headers=[("Allow", allowed)],
+        )
+    exchange.route = endpoint
+    if endpoint not in OPEN_ENDPOINTS:
+        site.check_key(client_key(request.headers), exchange.peer)
+    return methods[method]
 
 
 # ==============================================================================
