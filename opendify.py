@@ -7576,8 +7576,10 @@ async def _tunnel(
                 f"The proxy {proxy.host}:{proxy.port} refuses {where}: {answer}. Check "
                 "HTTPS_PROXY and NO_PROXY."
             )
-        if wire.has_unread:  # it would be taken for the origin's words
-            raise ConnectionBroken("the proxy says more than its answer")
+        # More words of its would be taken for the origin's, and of TLS that begins on
+        # a lost connection asyncio says nothing.
+        if wire.is_stale:
+            raise ConnectionBroken("the proxy left, or says more than its answer")
         await wire.start_tls(trust, origin.host)
     except BaseException:
         wire.abort()

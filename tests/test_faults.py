@@ -44,6 +44,7 @@ from opendify import (
     Origin,
     Server,
     Site,
+    Wire,
     open_conversations,
     open_wire,
     parse_settings,
@@ -979,6 +980,26 @@ async def test_proxy_can_say_nothing_in_the_name_of_dify() -> None:
         async with proxying("https://dify.example/v1", variables=variables) as front:
             asked = await front.ask(stream=False)
     assert asked.outcome == REFUSED
+
+
+async def test_proxy_that_leaves_after_its_answer_is_not_waited_for() -> None:
+    async def connect(*address: Any, **options: Any) -> Wire:
+        wire = await open_wire(*address, **options)
+        await wire.wait_for_data()
+        wire.abort()  # as if it had been reset
+        await asyncio.sleep(0)
+        return wire
+
+    async def serve(_: object, writer: asyncio.StreamWriter) -> None:
+        writer.write(Between.answer)
+
+    async with raw_server(serve) as here:
+        variables = {"HTTPS_PROXY": f"http://127.0.0.1:{port_of(here)}"}
+        base = "https://dify.example/v1"
+        async with proxying(base, connect, variables=variables) as front:
+            asked = await front.ask(stream=False)
+    assert asked.outcome == REFUSED
+    assert "(the proxy left, or says more" in asked.message
 
 
 @pytest.mark.real_clock
