@@ -7227,9 +7227,10 @@ def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError
     elif isinstance(error, (socket.gaierror, UnicodeError)):  # the latter: no such name
         text = f"The host name {origin.host!r} can't be resolved; {cure}."
     elif isinstance(error, (OSError, ConnectionBroken)):
-        text = f"No connection with {where} ({error}); {cure}."
+        reason = str(error) or "it was closed"  # asyncio's own reset says nothing
+        text = f"No connection with {where} ({reason}); {cure}."
     else:
-        text = f"{where} does not speak proper HTTP: {error}"
+        text = f"{where} answers in no proper HTTP: {error}"
     return UpstreamFailed(text)
 
 

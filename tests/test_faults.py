@@ -632,6 +632,7 @@ NO_CONNECTION: dict[str, tuple[Connect, Outcome, str]] = {
     ),
     "unreachable": (raising(OSError(113, "No route to host")), REFUSED, "No route"),
     "reset": (raising(ConnectionResetError(104, "reset")), REFUSED, "127.0.0.1:9"),
+    "lost-in-tls": (raising(ConnectionResetError()), REFUSED, "9 (it was closed)"),
     "no-descriptors": (
         raising(OSError(24, "Too many open files")),
         REFUSED,
