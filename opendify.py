@@ -3158,7 +3158,7 @@ class AnswerReader:
         self._total_tokens = count_of(data.get("total_tokens"))
         if data.get("status") == "failed":
             return self._error({"message": data.get("error") or "the workflow failed"})
-        if data.get("status") == "stopped" and self._reason == "stop":
+        if data.get("status") in _NOT_ALL_SAID and self._reason == "stop":
             self._reason = "length"
         for file in [*objects_of(data.get("files")), *_files_in(outputs)]:
             self._add_file(file)
@@ -3260,6 +3260,7 @@ _TRANSLATORS: _Translators = {
 _scan_string: Callable[[str, int], tuple[str, int]] = vars(json.decoder)["scanstring"]
 _DELTAS = ("message", "agent_message", "text_chunk")  # events, and where their text is
 _TEXT_KEY = re.compile(r'"(?:answer|text)":\s*"')
+_NOT_ALL_SAID = ("stopped", "running", "paused")  # of a run: the latter when stored
 _UNUSUAL = re.compile("[<\ud800-\udfff]")  # a tag may begin; half a surrogate pair
 _LONG_EVENT = 4096  # characters; a text delta is shorter
 _EVENT_NAME = re.compile(r'\{"event": ?"(\w+)"')

@@ -691,6 +691,18 @@ async def test_run_is_read_as_each_release_writes_it() -> None:
     assert asked[0]["content"][0]["text"] == "Zero\n\nOne"
 
 
+@pytest.mark.parametrize("status", ["running", "paused", "stopped"])
+async def test_run_that_is_not_through_is_not_shown_as_complete(status: str) -> None:
+    async with workflow() as served:
+        one = await answer(served, "One")
+        (run,) = served.dify.runs
+        row = {"id": run, "status": status, "inputs": "{}", "outputs": None}
+        overrides = {f"/workflows/run/{run}": [fake.Status(200, row)]}
+        served.dify.app(KEY, mode="workflow", overrides=overrides)
+        got = (await served.get(f"{PATH}/{one['id']}")).json
+    assert got["status"] == "incomplete"
+
+
 @pytest.mark.parametrize("mode", ["workflow", "completion"])
 async def test_app_without_conversations_is_no_part_of_one(mode: str) -> None:
     config = {"query_variable": "query"} if mode == "workflow" else {}
