@@ -10652,7 +10652,8 @@ class Listener:
         for socket_ in server.sockets:
             with socket.fromfd(socket_.fileno(), socket_.family, socket_.type) as twin:
                 twin.listen(BACKLOG)
-                if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # not on Windows
+                # Not on Windows, nor where a kernel is imitated (gVisor, WSL 1).
+                with contextlib.suppress(AttributeError, OSError):
                     option = (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
                     twin.setsockopt(*option, NOT_SENT_BYTES)
         return addresses

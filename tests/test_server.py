@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import json
 import logging
@@ -313,6 +314,20 @@ class Deaf(opendify.Listener):
 async def test_address_that_the_system_lacks_is_passed_over(found: Any) -> None:
     """Hosts files name ::1 where IPv6 is switched off, too."""
     assert await Deaf().listen_at(*found) == ["127.0.0.1"]
+
+
+async def test_kernel_may_lack_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gVisor's and that of the first WSL do."""
+    options = [(socket.SOL_SOCKET, socket.SO_REUSEADDR)]
+    set_option = socket.socket.setsockopt
+
+    def choose(sock: socket.socket, level: int, option: int, *value: Any) -> None:
+        if (level, option) not in options:
+            raise OSError(errno.ENOPROTOOPT, "Protocol not available")
+        set_option(sock, level, option, *value)
+
+    monkeypatch.setattr(socket.socket, "setsockopt", choose)
+    assert await Deaf().listen_at(V4) == ["127.0.0.1"]
 
 
 @pytest.mark.parametrize("found", [[V6], [UNKNOWN]])
