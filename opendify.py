@@ -6789,6 +6789,7 @@ class Wire(asyncio.Protocol):
         if self._room:
             self._allow_write()
             await self._room.wait()
+            self._was_unsent = 0  # the next deadline may be that of an answer
             self.allow_any_time()
         if self._transport.is_closing():
             raise self._failure or ConnectionBroken("closed")

@@ -1075,6 +1075,21 @@ async def test_peer_that_reads_slowly_gets_all(is_closing: bool) -> None:
             await writing
 
 
+async def test_slow_reader_has_no_more_time_to_answer() -> None:
+    async with wired() as (wire, far):
+        wire.write(MUCH)
+        writing = asyncio.ensure_future(wire.drain())
+        left = len(MUCH)
+        while left:
+            left -= len(await asyncio.get_running_loop().sock_recv(far, left))
+        await writing
+        wire.write(MUCH[: len(MUCH) // 2])
+        wire.allow(5, TooLate)
+        with pytest.raises(TooLate):
+            await wire.read()
+        assert now() == 5
+
+
 async def test_drain_waits_for_a_peer_that_reads_late() -> None:
     async with wired() as (wire, far):
         loop = asyncio.get_running_loop()
