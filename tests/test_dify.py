@@ -19,15 +19,19 @@ import opendify
 from opendify import (
     Answer,
     AnswerReader,
+    AnswerText,
+    Appendix,
     AppForm,
     AppInput,
     Attachment,
     Citations,
+    DeltaReader,
     DifyRequest,
     Failure,
     Finish,
     Media,
     Part,
+    Process,
     ProxyError,
     Reasoning,
     ReasoningSplitter,
@@ -854,6 +858,84 @@ def test_pause_says_what_it_waits_for(
     parts = read("advanced-chat", *told, paused)
     assert joined(parts, Text) == text
     assert parts[-1] == Finish("stop")
+
+
+# ------------------------------------------------------------------------------
+# What an answer is put together from
+# ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["message", "text_chunk"])
+def test_delta_reader_reads_what_is_like_its_example(kind: str) -> None:
+    deltas = DeltaReader()
+    assert deltas.text_of(text_event(kind, "a", "llm")) is None
+    deltas.example = text_event(kind, "a", "llm")
+    assert deltas.text_of(text_event(kind, 'b"\n', "llm")) == 'b"\n'
+    assert deltas.text_of(text_event(kind, "c", "other")) is None
+    assert deltas.text_of(text_event(kind, "c", "llm")[:-1]) is None
+    assert deltas.text_of(text_event(kind, "c", "llm")) == "c"
+    deltas.example = event(event=kind, id="2")
+    assert deltas.text_of(text_event(kind, "d", "llm")) is None
+
+
+def test_text_is_completed_where_it_begins_alike() -> None:
+    text = AnswerText()
+    assert text.add_all(["<think>a", "</think>Hel"]) == [
+        Reasoning("a", is_inline=True),
+        Text("Hel"),
+    ]
+    assert text.complete("Hello") is None
+    assert text.complete("<think>a</think>Hello <") == [Text("lo ")]
+    assert text.close() == [Text("<")]
+
+
+def test_text_is_replaced_where_it_begins_otherwise() -> None:
+    text = AnswerText()
+    assert text.add("Hel") == [Text("Hel")]
+    assert text.replace("Hello") == [Text("lo")]
+    assert not text.is_replaced
+    assert text.replace("<think>a</think>No") == [Replace("No", "a")]
+    assert (text.is_replaced, text.kept.text) == (True, "<think>a</think>No")
+
+
+def test_blocks_of_reasoning_stand_apart() -> None:
+    text = AnswerText()
+    assert text.reason(("step", "1"), "Step: A") == [Reasoning("Step: A")]
+    assert not text.has_thought  # the app did not
+    assert text.reason(("node", "1"), "b") == [Reasoning("\n\nb")]
+    assert text.reason(("node", "1"), "c") == [Reasoning("c")]
+    assert text.has_thought
+
+
+def test_process_tells_each_line_once() -> None:
+    row = {"id": "1", "title": "LLM"}
+    process = Process("workflow", is_shown=True)
+    assert process.step(row) == (("step", "1"), "Step: LLM")
+    assert process.log({"id": "1", "label": "ROUND 1"}) == (("log", "1"), "ROUND 1")
+    assert process.step(row) == (("step", "1"), "")
+    assert Process("workflow", is_shown=False).step(row) == (("step", "1"), "")
+
+
+def test_process_tells_what_is_new_of_a_thought() -> None:
+    process = Process("agent", is_shown=False)
+    thoughts = [process.thought({"id": "1", "thought": text}) for text in ("a", "ab")]
+    assert thoughts == [(("thought", "1"), "a"), (("thought", "1"), "b")]
+
+
+def test_appendix_leaves_out_files_that_the_answer_has() -> None:
+    appendix = Appendix("workflow", BASE)
+    appendix.add_node({"node_type": "llm", "outputs": {"usage": USAGE_ROW}})
+    found = {"result": [{"metadata": {"position": 1}, "content": "c"}]}
+    appendix.add_node({"node_type": "knowledge-retrieval", "outputs": found})
+    appendix.add_run({"files": [{"url": f"/files/{name}"} for name in "ab"]})
+    assert appendix.parts("![a](/files/a)") == [
+        Media("custom", "http://dify.example/files/b", "b"),
+        Citations(({"position": 1, "content": "c"},)),
+        Usage(2, 3),
+    ]
+
+
+USAGE_ROW = {"prompt_tokens": 2, "completion_tokens": 3}
 
 
 # ------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ BUDGETS = {
     "JSON": 80,
     "Turn": 135,
     "Calls": 700,
-    "Dify": 930,
+    "Dify": 965,
     "Ids": 75,
     "OpenAI": 770,
     "Responses": 465,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 485,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8280
+WHOLE_BUDGET = 8310
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
