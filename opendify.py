@@ -2112,7 +2112,8 @@ _HOLDS: Mapping[str, tuple[str, Callable[[Any, Any], bool]]] = {
 # An answer ends with message_end, error or workflow_paused; in a workflow also with
 # workflow_finished. In a chatflow message_end comes before that one (1.13.1 and
 # later), after it (before 1.13) or never (1.13.0), hence `AnswerReader.is_closing`.
-# The end of the body ends nothing, and pings prove nothing.
+# The end of the body ends nothing, and pings prove nothing. The reader knows the
+# events; AnswerText, Process and Appendix know what they add to the answer.
 
 BROKEN_OFF = "Dify's answer broke off before its end."
 _QUERY_NAMES = ("query", "input", "prompt", "question", "text")
@@ -7186,8 +7187,9 @@ class Reply:
 # ==============================================================================
 #
 # The way to Dify: connections that are kept and reused, TLS that is always verified,
-# the Dify client, and one turn's stream of answer parts. Every error of sockets, TLS
-# and HTTP becomes a ProxyError in `_proxy_error`, and nowhere else.
+# the Dify client (`Api` sends a call, `Facts` knows the apps), and one turn's stream of
+# answer parts. Every error of sockets, TLS and HTTP becomes a ProxyError in
+# `_proxy_error`, and nowhere else.
 #
 # A connection:  none -> open -> sent -> head -> body -> idle -> sent …
 #                [_open, _exchange, read, close]; anything unexpected -> closed
@@ -7898,17 +7900,6 @@ def _too_late() -> ProxyError:
     )
 
 
-@dataclass
-class AppFacts:
-    """What Dify told about one app; "" where nobody has asked yet."""
-
-    mode: str = ""
-    name: str = ""
-    version: str = ""  # of Dify
-    form: AppForm = NO_FORM
-    asked_at: float = -inf  # for the form
-
-
 def without_key(error: ProxyError, app: AppSettings) -> ProxyError:
     """The error with the app's key masked, should Dify's message hold it."""
     error.message = error.message.replace(app.key, mask_key(app.key))
@@ -7927,40 +7918,164 @@ def parse_answer(status: int, content: bytes) -> dict[str, Any]:
     raise error_from_body(status, content)
 
 
-class Dify:
-    """The client of Dify's API, for all apps and bases at once."""
+class Api:
+    """Requests to Dify's API, each with an app's key, and what answers them."""
 
-    def __init__(self, settings: Settings, connect: Connect) -> None:
-        self._pool = Pool(connect, settings)
-        self._facts: dict[tuple[str, ...], AppFacts] = defaultdict(AppFacts)
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
         self._answered_at = -inf
-
-    @property
-    def settings(self) -> Settings:
-        """The configuration as it is now."""
-        return self._pool.settings
-
-    def use(self, settings: Settings) -> None:
-        """Go on with other settings."""
-        self._pool.use(settings)
 
     @property
     def has_answered_lately(self) -> bool:
         """Whether an app has accepted a turn or a call in the last minutes."""
         return asyncio.get_running_loop().time() - self._answered_at < LATELY_S
 
-    # Facts about apps...
+    async def call(
+        self, app: AppSettings, path: str, value: Any = None
+    ) -> dict[str, Any]:
+        """A call whose answer is a JSON object; raises the ProxyError of an error.
+
+        It is a GET, or a POST of `value`, which may be answered by nothing: {}.
+        """
+        body = b"" if value is None else json_bytes(value)
+        response = await self.request(app, path, body)
+        return await self.read_object(response, app, or_nothing=bool(body))
+
+    async def request(
+        self,
+        app: AppSettings,
+        path: str,
+        body: bytes | Read = b"",
+        timeout_s: float = CALL_TIMEOUT_S,
+        content_type: str = "application/json",
+    ) -> UpstreamResponse:
+        """GET a path, or POST a body; one redirect within the origin is followed."""
+        target = urllib.parse.urlsplit(app.base).path.rstrip("/") + path
+        response = await self._send(app, target, body, timeout_s, content_type)
+        # What came piece by piece is gone.
+        can_follow = response.status in (307, 308) and isinstance(body, bytes)
+        if can_follow and (moved := await _redirected(response, app, path)):
+            response = await self._send(app, moved, body, timeout_s, content_type)
+        return response
+
+    async def _send(
+        self,
+        app: AppSettings,
+        target: str,
+        body: bytes | Read,
+        timeout_s: float,
+        content_type: str,
+    ) -> UpstreamResponse:
+        origin, method = origin_of(app.base), "POST" if body else "GET"
+        # Gateways that choose by the Host know none with the scheme's own port.
+        host = _authority(origin, 443 if origin.scheme == "https" else 80)
+        fields = [
+            ("Host", host),
+            ("Authorization", f"Bearer {app.key}"),
+            ("User-Agent", f"OpenDify/{__version__}"),
+            ("Accept-Encoding", "identity"),
+        ]
+        if body:
+            fields.append(("Content-Type", content_type))
+            if isinstance(body, bytes):
+                fields.append(("Content-Length", str(len(body))))
+            else:
+                fields.append(("Transfer-Encoding", "chunked"))
+        proxy = proxy_for(origin, self._pool.settings)
+        if proxy and origin.scheme == "http":  # RFC 9112, section 3.2.2
+            target = f"http://{host}{target}"
+            fields += proxy.headers
+        head = encode_head(f"{method} {target} HTTP/1.1", fields)
+        if isinstance(body, bytes):
+            response = await self._pool.request(origin, head + body, timeout_s)
+        else:
+            response = await self._pool.send(origin, head, body, timeout_s)
+        if response.status < 300:
+            self._answered_at = asyncio.get_running_loop().time()
+        return response
+
+    async def read_object(
+        self, response: UpstreamResponse, app: AppSettings, *, or_nothing: bool = False
+    ) -> dict[str, Any]:
+        """The JSON object that answers a call; raises the ProxyError of an error."""
+        if response.status >= 300:
+            raise await _refusal_in(response, app)
+        content = await response.read_all(MAX_JSON_BYTES)
+        if or_nothing and not content:
+            return {}
+        return parse_answer(response.status, content)
+
+
+async def _redirected(response: UpstreamResponse, app: AppSettings, path: str) -> str:
+    """Where a redirect leads within the same origin, as a path; "" if nowhere."""
+    location = response.headers.get("location", "")
+    try:
+        target = urllib.parse.urljoin(app.base + path, location)
+        if not location or origin_of(target) != origin_of(app.base):
+            return ""
+    except ValueError:  # malformed
+        return ""
+    await response.read_all(MAX_ERROR_BYTES)
+    parts = urllib.parse.urlsplit(target)
+    moved = f"{parts.path}?{parts.query}".rstrip("?")
+    return urllib.parse.quote(moved, "%/?:&=+,;@~", errors="replace")
+
+
+async def _refusal_in(response: UpstreamResponse, app: AppSettings) -> ProxyError:
+    """What Dify, or what stands before it, says where no answer came."""
+    content = await response.read_all(MAX_ERROR_BYTES)
+    if response.status == 407:
+        return ConfigurationFault(
+            "The proxy on the way to Dify wants other credentials (407). Check "
+            "HTTP_PROXY and NO_PROXY."
+        )
+    if 300 <= response.status < 400:
+        redirect = ConfigurationFault(
+            f"Dify redirects ({response.status}) to "
+            f"{response.headers.get('location', 'nowhere')!r}; say in "
+            f"{BASE_SETTING} where the API really is."
+        )
+        return without_key(redirect, app)
+    if response.status < 300:
+        return ConfigurationFault(
+            f"What the base URL leads to answers {response.status}, but without an "
+            f"event stream. Check {BASE_SETTING}: it must be like https://host/v1."
+        )
+    error = error_from_body(response.status, content)
+    wait_s = response.headers.get("retry-after", "")
+    if isinstance(error, RateLimited) and wait_s.isdecimal():
+        error.headers.append(("Retry-After", wait_s))  # a gateway's
+    return without_key(error, app)
+
+
+@dataclass
+class AppFacts:
+    """What Dify told about one app; "" where nobody has asked yet."""
+
+    mode: str = ""
+    name: str = ""
+    version: str = ""  # of Dify
+    form: AppForm = NO_FORM
+    asked_at: float = -inf  # for the form
+
+
+class Facts:
+    """Finds out what Dify's apps are, and remembers it."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._facts: dict[tuple[str, ...], AppFacts] = defaultdict(AppFacts)
 
     async def name_of(self, app: AppSettings) -> str:
         """The app's name in Dify; kept."""
-        facts = self.facts_of(app)
+        facts = self.of(app)
         if not facts.name:
             await self._ask_info(app)
         return facts.name
 
     async def mode_of(self, app: AppSettings) -> str:
         """The app's mode: as configured, as `/info` tells, or as a probe shows."""
-        facts = self.facts_of(app)
+        facts = self.of(app)
         if not facts.mode:
             facts.mode = app.mode or await self._ask_info(app) or await self._probe(app)
         return facts.mode
@@ -7979,26 +8094,28 @@ class Dify:
 
     async def correct_mode(self, app: AppSettings) -> str:
         """The mode, asked anew: Dify says that the known one is wrong."""
-        facts = self.facts_of(app)
+        facts = self.of(app)
         facts.mode = await self._ask_info(app) or await self._probe(app)
         return facts.mode
 
     async def form_of(self, app: AppSettings, *, anew: bool = False) -> AppForm:
         """The app's inputs and limits; kept for some minutes."""
-        facts = self.facts_of(app)
+        facts = self.of(app)
         now = asyncio.get_running_loop().time()
         if anew or now - facts.asked_at > FORM_FRESH_S:
-            facts.form = parse_form(await self.call(app, "/parameters"))
+            facts.form = parse_form(await self._api.call(app, "/parameters"))
             facts.asked_at = now
         return facts.form
 
-    def facts_of(self, app: AppSettings) -> AppFacts:
+    def of(self, app: AppSettings) -> AppFacts:
         """What is known by now."""
         return self._facts[app.base, app.key, app.mode]
 
     async def _ask_info(self, app: AppSettings) -> str:
-        info = await self.call(app, "/info")
-        self.facts_of(app).name = str(info.get("name") or "")
+        facts, response = self.of(app), await self._api.request(app, "/info")
+        facts.version = response.headers.get("x-version", "")
+        info = await self._api.read_object(response, app)
+        facts.name = str(info.get("name") or "")
         mode = info.get("mode")
         return mode if mode in APP_MODES else ""
 
@@ -8011,34 +8128,83 @@ class Dify:
             (f"/completion-messages/{task}/stop", {"user": "opendify"}),
         ):
             try:
-                await self.call(app, path, value)
+                await self._api.call(app, path, value)
                 codes.append("")
             except UpstreamRejected as refusal:
                 codes.append(refusal.code or "")
         return mode_from_probe(codes[0], codes[1])
 
-    # Calls...
 
-    async def call(
-        self, app: AppSettings, path: str, value: Any = None
-    ) -> dict[str, Any]:
-        """A call whose answer is a JSON object; raises the ProxyError of an error.
+class Dify:
+    """The client of Dify's API, for all apps and bases at once.
 
-        It is a GET, or a POST of `value`, which may be answered by nothing: {}.
+    `api` sends any call; `facts` knows what the apps are.
+    """
+
+    def __init__(self, settings: Settings, connect: Connect) -> None:
+        self._pool = Pool(connect, settings)
+        self.api = Api(self._pool)
+        self.facts = Facts(self.api)
+
+    @property
+    def settings(self) -> Settings:
+        """The configuration as it is now."""
+        return self._pool.settings
+
+    def use(self, settings: Settings) -> None:
+        """Go on with other settings."""
+        self._pool.use(settings)
+
+    def run_beside(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        """Run something that nobody waits for; `close` cancels it."""
+        self._pool.run_beside(coroutine)
+
+    def close(self) -> None:
+        """End what runs beside, and close the connections that are kept."""
+        self._pool.close()
+
+    # Turns...
+
+    async def open_turn(
+        self, app: AppSettings, mode: str, request: DifyRequest
+    ) -> TurnStream:
+        """Send a turn; its answer's stream has begun when this returns.
+
+        Raises:
+            ProxyError: Dify refused it, or can't be reached.
         """
-        body = b"" if value is None else json_bytes(value)
-        response = await self._request(app, path, body, CALL_TIMEOUT_S)
-        self.facts_of(app).version = response.headers.get("x-version", "")
-        return await self._object(response, app, or_nothing=bool(body))
+        timeout_s = self.settings.dify_first_event_timeout
+        body = json_bytes(request.body)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout_s
+        response = await self.api.request(app, request.path, body, timeout_s)
+        is_stream = response.content_type.lower().startswith("text/event-stream")
+        if response.status != 200 or not is_stream:
+            error = await _refusal_in(response, app)
+            is_unsaid = error.message == error.code == "not_found"  # it says no more
+            if is_unsaid and request.body.get("conversation_id"):
+                error = ConversationGone("Dify does not know this conversation.")
+            raise error
+        response.allow(max(0, until - loop.time()), _too_late)
+        return TurnStream(self, app, mode, str(request.body["user"]), response)
+
+    async def stop(self, app: AppSettings, mode: str, task_id: str, user: str) -> None:
+        """Ask Dify to stop a run, as well as it can."""
+        try:
+            await self.api.call(app, stop_path(mode, task_id), {"user": user})
+        except ProxyError as error:
+            log.warning("stop of task %s failed: %s", task_id, error.message)
+
+    # Files...
 
     async def upload(self, app: AppSettings, file: Attachment, user: str) -> str:
         """Upload a file; returns its id in Dify. Errors name the file."""
         content_type, body = encode_upload(file, user)
         try:
-            response = await self._request(
+            response = await self.api.request(
                 app, "/files/upload", body, UPLOAD_TIMEOUT_S, content_type
             )
-            if id_ := (await self._object(response, app)).get("id"):
+            if id_ := (await self.api.read_object(response, app)).get("id"):
                 return str(id_)
             raise UpstreamFailed("Dify gave it no id.")
         except ProxyError as error:
@@ -8074,12 +8240,12 @@ class Dify:
             return data or upload_end(user(), boundary)
 
         content_type = f"multipart/form-data; boundary={boundary}"
-        response = await self._request(
+        response = await self.api.request(
             app, path, read_form, UPLOAD_TIMEOUT_S, content_type
         )
         if response.status < 300:
-            return await self._object(response, app)
-        error = await self._refusal(response, app)
+            return await self.api.read_object(response, app)
+        error = await _refusal_in(response, app)
         error.message = f"The file {file.name!r} was refused: {error.message}"
         raise error
 
@@ -8093,16 +8259,18 @@ class Dify:
         """A file that a call gives, not read yet; raises `missing` if there is none."""
         body = b"" if value is None else json_bytes(value)
         timeout_s = self.settings.dify_first_event_timeout
-        response = await self._request(app, path, body, timeout_s)
+        response = await self.api.request(app, path, body, timeout_s)
         if response.status == 200:
             return response
-        error = await self._refusal(response, app)
+        error = await _refusal_in(response, app)
         raise missing if missing and response.status in (403, 404) else error
 
     async def read_file(self, response: UpstreamResponse) -> bytes:
         """The next bytes of a file; b"" at its end."""
         response.allow(self.settings.dify_idle_timeout, _too_silent)
         return await response.read()
+
+    # What Dify has stored...
 
     async def stored_row(
         self, app: AppSettings, answer: AnswerReader, user: str
@@ -8136,7 +8304,7 @@ class Dify:
             first_id: only those before this message, "" for the newest.
         """
         page: dict[str, Any] = {}
-        if await self.mode_of(app) == "workflow":
+        if await self.facts.mode_of(app) == "workflow":
             rows = await self._run(app, conversation_id)
         else:
             more = {"limit": most, **({"first_id": first_id} if first_id else {})}
@@ -8152,10 +8320,10 @@ class Dify:
         row: dict[str, Any] = {}
         with contextlib.suppress(UpstreamRejected):
             path = f"/workflows/run/{urllib.parse.quote(id_, safe='')}"
-            row = await self.call(app, path)
+            row = await self.api.call(app, path)
         if row.get("id") != id_:
             return []
-        form = NO_FORM if app.query_variable else await self.form_of(app)
+        form = NO_FORM if app.query_variable else await self.facts.form_of(app)
         query = query_variable("workflow", form, app.query_variable)
         variables = (app.history_variable, query)
         return [stored_run(row, app.base, variables, app.output_variable)]
@@ -8165,153 +8333,7 @@ class Dify:
     ) -> dict[str, Any]:
         about = {"conversation_id": conversation_id, "user": user, **more}
         query = urllib.parse.urlencode(about, errors="replace")
-        return await self.call(app, f"/messages?{query}")
-
-    async def open_turn(
-        self, app: AppSettings, mode: str, request: DifyRequest
-    ) -> TurnStream:
-        """Send a turn; its answer's stream has begun when this returns.
-
-        Raises:
-            ProxyError: Dify refused it, or can't be reached.
-        """
-        timeout_s = self.settings.dify_first_event_timeout
-        body = json_bytes(request.body)
-        loop = asyncio.get_running_loop()
-        until = loop.time() + timeout_s
-        response = await self._request(app, request.path, body, timeout_s)
-        is_stream = response.content_type.lower().startswith("text/event-stream")
-        if response.status != 200 or not is_stream:
-            error = await self._refusal(response, app)
-            is_unsaid = error.message == error.code == "not_found"  # it says no more
-            if is_unsaid and request.body.get("conversation_id"):
-                error = ConversationGone("Dify does not know this conversation.")
-            raise error
-        response.allow(max(0, until - loop.time()), _too_late)
-        return TurnStream(self, app, mode, str(request.body["user"]), response)
-
-    async def stop(self, app: AppSettings, mode: str, task_id: str, user: str) -> None:
-        """Ask Dify to stop a run, as well as it can."""
-        try:
-            await self.call(app, stop_path(mode, task_id), {"user": user})
-        except ProxyError as error:
-            log.warning("stop of task %s failed: %s", task_id, error.message)
-
-    def run_beside(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        """Run something that nobody waits for; `close` cancels it."""
-        self._pool.run_beside(coroutine)
-
-    def close(self) -> None:
-        """End what runs beside, and close the connections that are kept."""
-        self._pool.close()
-
-    async def _request(
-        self,
-        app: AppSettings,
-        path: str,
-        body: bytes | Read,
-        timeout_s: float,
-        content_type: str = "application/json",
-    ) -> UpstreamResponse:
-        """GET a path, or POST a body; one redirect within the origin is followed."""
-        target = urllib.parse.urlsplit(app.base).path.rstrip("/") + path
-        response = await self._send(app, target, body, timeout_s, content_type)
-        # What came piece by piece is gone.
-        can_follow = response.status in (307, 308) and isinstance(body, bytes)
-        if can_follow and (moved := await self._redirected(response, app, path)):
-            response = await self._send(app, moved, body, timeout_s, content_type)
-        return response
-
-    async def _send(
-        self,
-        app: AppSettings,
-        target: str,
-        body: bytes | Read,
-        timeout_s: float,
-        content_type: str,
-    ) -> UpstreamResponse:
-        origin, method = origin_of(app.base), "POST" if body else "GET"
-        # Gateways that choose by the Host know none with the scheme's own port.
-        host = _authority(origin, 443 if origin.scheme == "https" else 80)
-        fields = [
-            ("Host", host),
-            ("Authorization", f"Bearer {app.key}"),
-            ("User-Agent", f"OpenDify/{__version__}"),
-            ("Accept-Encoding", "identity"),
-        ]
-        if body:
-            fields.append(("Content-Type", content_type))
-            if isinstance(body, bytes):
-                fields.append(("Content-Length", str(len(body))))
-            else:
-                fields.append(("Transfer-Encoding", "chunked"))
-        proxy = proxy_for(origin, self.settings)
-        if proxy and origin.scheme == "http":  # RFC 9112, section 3.2.2
-            target = f"http://{host}{target}"
-            fields += proxy.headers
-        head = encode_head(f"{method} {target} HTTP/1.1", fields)
-        if isinstance(body, bytes):
-            response = await self._pool.request(origin, head + body, timeout_s)
-        else:
-            response = await self._pool.send(origin, head, body, timeout_s)
-        if response.status < 300:
-            self._answered_at = asyncio.get_running_loop().time()
-        return response
-
-    @staticmethod
-    async def _redirected(
-        response: UpstreamResponse, app: AppSettings, path: str
-    ) -> str:
-        """Where a redirect leads within the same origin, as a path; "" if nowhere."""
-        location = response.headers.get("location", "")
-        try:
-            target = urllib.parse.urljoin(app.base + path, location)
-            if not location or origin_of(target) != origin_of(app.base):
-                return ""
-        except ValueError:  # malformed
-            return ""
-        await response.read_all(MAX_ERROR_BYTES)
-        parts = urllib.parse.urlsplit(target)
-        moved = f"{parts.path}?{parts.query}".rstrip("?")
-        return urllib.parse.quote(moved, "%/?:&=+,;@~", errors="replace")
-
-    async def _object(
-        self, response: UpstreamResponse, app: AppSettings, *, or_nothing: bool = False
-    ) -> dict[str, Any]:
-        """The JSON object that answers a call; raises the ProxyError of an error."""
-        if response.status >= 300:
-            raise await self._refusal(response, app)
-        content = await response.read_all(MAX_JSON_BYTES)
-        if or_nothing and not content:
-            return {}
-        return parse_answer(response.status, content)
-
-    @staticmethod
-    async def _refusal(response: UpstreamResponse, app: AppSettings) -> ProxyError:
-        """What Dify, or what stands before it, says where no answer came."""
-        content = await response.read_all(MAX_ERROR_BYTES)
-        if response.status == 407:
-            return ConfigurationFault(
-                "The proxy on the way to Dify wants other credentials (407). Check "
-                "HTTP_PROXY and NO_PROXY."
-            )
-        if 300 <= response.status < 400:
-            redirect = ConfigurationFault(
-                f"Dify redirects ({response.status}) to "
-                f"{response.headers.get('location', 'nowhere')!r}; say in "
-                f"{BASE_SETTING} where the API really is."
-            )
-            return without_key(redirect, app)
-        if response.status < 300:
-            return ConfigurationFault(
-                f"What the base URL leads to answers {response.status}, but without an "
-                f"event stream. Check {BASE_SETTING}: it must be like https://host/v1."
-            )
-        error = error_from_body(response.status, content)
-        wait_s = response.headers.get("retry-after", "")
-        if isinstance(error, RateLimited) and wait_s.isdecimal():
-            error.headers.append(("Retry-After", wait_s))  # a gateway's
-        return without_key(error, app)
+        return await self.api.call(app, f"/messages?{query}")
 
 
 # ==============================================================================
@@ -9030,13 +9052,13 @@ class Turns:
             self._let_go(question, error)
             if not isinstance(error, MissingInput):
                 raise
-            form = await self.dify.form_of(question.app, anew=True)
+            form = await self.dify.facts.form_of(question.app, anew=True)
             message = f"{error.message}. {describe_inputs(form)}"
             raise BadRequest(message, param="inputs") from error
 
     async def _ask(self, question: Question) -> Turn:
         """Ask, and again where Dify shows that a conversation or a mode is wrong."""
-        mode = await self.dify.mode_of(question.app)
+        mode = await self.dify.facts.mode_of(question.app)
         if mode in CHAT_MODES and question.joins and not question.tail:
             now = self.wall_clock()
             question.tail = self.conversations.take(question.ask, question.scope, now)
@@ -9051,7 +9073,7 @@ class Turns:
                 self.conversations.forget(question.tail, is_gone=True)
                 question.tail, question.is_accepted = None, False
             except WrongMode:
-                corrected = await self.dify.correct_mode(question.app)
+                corrected = await self.dify.facts.correct_mode(question.app)
                 if corrected == mode:
                     raise
                 mode = corrected
@@ -9072,7 +9094,7 @@ class Turns:
         app, ask = question.app, question.ask
         has_files = any(row.attachments for row in ask.messages)
         needs_form = has_files or (mode not in CHAT_MODES and not app.query_variable)
-        form = await self.dify.form_of(app) if needs_form else NO_FORM
+        form = await self.dify.facts.form_of(app) if needs_form else NO_FORM
         plan = plan_turn(
             ask,
             question.scope,
@@ -9374,7 +9396,7 @@ class Archive:
         told: list[Message] = []
         has_results = any(row.role == "tool" for row in ask.messages)
         is_named = has_results and here.conversation_id
-        if is_named and await self.dify.mode_of(app) in CHAT_MODES:
+        if is_named and await self.dify.facts.mode_of(app) in CHAT_MODES:
             turns, _ = await self._page_of(app, here)
             told = _transcript(turns, asked.known_tools)
             ask = ask_of(asked, {}, told=told)
@@ -9655,14 +9677,14 @@ class Site:
         """All apps by model name; those of DIFY_API_KEYS by their names in Dify."""
         models, base = dict(self.settings.model_config), self.settings.dify_api_base
         apps = [AppSettings(key, base) for key in self.settings.dify_api_keys]
-        unnamed = [app for app in apps if not self.dify.facts_of(app).name]
-        results = await _in_time(map(self.dify.name_of, unnamed))
+        unnamed = [app for app in apps if not self.dify.facts.of(app).name]
+        results = await _in_time(map(self.dify.facts.name_of, unnamed))
         for app, got in zip(unnamed, results):
             if isinstance(got, Exception) and not isinstance(got, asyncio.TimeoutError):
                 log.warning("%s of DIFY_API_KEYS: %s", mask_key(app.key), got)
         for app in apps:
             digest = hashlib.sha256(app.key.encode()).hexdigest()
-            name = self.dify.facts_of(app).name or f"app-{digest[:8]}"
+            name = self.dify.facts.of(app).name or f"app-{digest[:8]}"
             if name in models:
                 name = f"{name} ({digest[:4]})"
             models[name] = app
@@ -9738,7 +9760,7 @@ def _shown(id_: str) -> str:
 async def list_models(site: Site, exchange: Exchange) -> None:
     """`GET /models`."""
     models = await site.models()
-    rows = [(name, site.dify.facts_of(app).name) for name, app in models.items()]
+    rows = [(name, site.dify.facts.of(app).name) for name, app in models.items()]
     send_json(exchange.reply, models_list(rows, site.created))
 
 
@@ -9748,7 +9770,7 @@ async def get_model(site: Site, exchange: Exchange) -> None:
     name = _decoded_name(exchange.name_in_path, models)
     if name not in models:
         raise _no_such_model(name, models)
-    app_name = site.dify.facts_of(models[name]).name
+    app_name = site.dify.facts.of(models[name]).name
     send_json(exchange.reply, model_object(name, app_name, site.created))
 
 
@@ -9761,10 +9783,10 @@ async def list_apps(site: Site, exchange: Exchange) -> None:
 
 async def _app_row(site: Site, model: str, app: AppSettings) -> dict[str, str]:
     try:
-        mode = await site.dify.confirmed_mode(app)
+        mode = await site.dify.facts.confirmed_mode(app)
     except ProxyError as error:
         return {"id": model, "error": error.message}
-    return {"id": model, "name": site.dify.facts_of(app).name, "mode": mode}
+    return {"id": model, "name": site.dify.facts.of(app).name, "mode": mode}
 
 
 async def show_health(site: Site, exchange: Exchange) -> None:
@@ -9777,8 +9799,8 @@ async def show_readiness(site: Site, exchange: Exchange) -> None:
     apps = (await site.models()).values()
     if not apps:
         raise ConfigurationFault("No app is configured.")
-    if not site.dify.has_answered_lately:
-        await _any_of(site.dify.call(app, "/info") for app in apps)
+    if not site.dify.api.has_answered_lately:
+        await _any_of(site.dify.api.call(app, "/info") for app in apps)
     send_json(exchange.reply, {"status": "ready"})
 
 
@@ -9874,7 +9896,7 @@ async def create_response(site: Site, exchange: Exchange) -> None:
     named = None
     if asked.conversation:
         named = _named(site, exchange, asked.conversation)
-        mode, scope = await site.dify.mode_of(app), scope_of(app.key, user)
+        mode, scope = await site.dify.facts.mode_of(app), scope_of(app.key, user)
         asked = _in_conversation(asked, named, scope, mode)
     ask, tail = await site.archive.continued(app, asked, sealer, user)
     streams = [running] if asked.stream else []
@@ -10283,7 +10305,7 @@ async def transcribe(site: Site, exchange: Exchange) -> None:
         file = await form.open()
         transcript_format(form.fields)  # refused before the upload, if known
         app = await _app_for(site, exchange, form)
-        if not (await site.dify.form_of(app)).hears:
+        if not (await site.dify.facts.form_of(app)).hears:
             raise _switched_off("Speech to text", exchange.model)
         file = replace(file, media_type=audio_type(file))
         answer = await _send_form(site, exchange, form, app, file)
@@ -10302,7 +10324,7 @@ async def speak(site: Site, exchange: Exchange) -> None:
     """`POST /audio/speech`: audio as it comes, in the format that the app makes."""
     speech = parse_speech_request(await _body_of(site, exchange))
     app = await site.find_app(exchange, speech.model)
-    if not (await site.dify.form_of(app)).speaks:
+    if not (await site.dify.facts.form_of(app)).speaks:
         raise _switched_off("Text to speech", exchange.model)
     user = exchange.user_of(speech.user)
     with while_present(exchange):
@@ -10322,7 +10344,7 @@ async def list_speakers(site: Site, exchange: Exchange) -> None:
     voices that they are set to.
     """
     models = await site.models()
-    forms = await _in_time(map(site.dify.form_of, models.values()))
+    forms = await _in_time(map(site.dify.facts.form_of, models.values()))
     voices = {
         model: form.voice or "default"
         for model, form in zip(models, forms)
@@ -10338,7 +10360,7 @@ async def _open_speech(
     site: Site, app: AppSettings, text: str, voice: str, user: str
 ) -> UpstreamResponse:
     """The sound of a text, not read yet."""
-    voice = voice_for(voice, (await site.dify.form_of(app)).voice)
+    voice = voice_for(voice, (await site.dify.facts.form_of(app)).voice)
     asked = {"text": text, "user": user, **({"voice": voice} if voice else {})}
     response = await site.dify.open_file(app, "/text-to-audio", value=asked)
     kind = response.content_type.lower()
@@ -10359,7 +10381,7 @@ async def _with_speech(
     if not (is_spoken or any(row.spoken_id for row in ask.messages)):
         return ask, None
     app = await site.find_app(exchange, ask.model)
-    if is_spoken and not (await site.dify.form_of(app)).speaks:
+    if is_spoken and not (await site.dify.facts.form_of(app)).speaks:
         raise _switched_off("Text to speech", ask.model, "modalities")
     ask = await _with_stored_files(site, exchange, ask)  # they may name the user
     user, sealer = exchange.user_of(ask.user), site.sealer(exchange, app)
@@ -10421,7 +10443,7 @@ async def create_file(site: Site, exchange: Exchange) -> None:
     with while_present(exchange), contextlib.closing(form):
         file = await form.open()
         app = await _app_for(site, exchange, form)
-        form.limit(size_limit_mb(await site.dify.form_of(app), file))
+        form.limit(size_limit_mb(await site.dify.facts.form_of(app), file))
         answer = await _send_form(site, exchange, form, app, file)
     if not answer.get("id"):
         raise UpstreamFailed(f"Dify gave the file {file.name!r} no id.")
@@ -11836,11 +11858,11 @@ async def _check_app(
 ) -> tuple[list[str], list[Note]]:
     """An app's cells of the table, and what there is to say below them."""
     mode, status, notes = app.mode, "failed", list[Note]()
-    facts = dify.facts_of(app)
+    facts = dify.facts.of(app)
     async with limit:
         try:
-            mode = await dify.confirmed_mode(app)
-            form = await dify.form_of(app)
+            mode = await dify.facts.confirmed_mode(app)
+            form = await dify.facts.form_of(app)
             variable = query_variable(mode, form, app.query_variable)
             notes += _notes_on(app, form, variable)
             notes += _known_problems(facts.version, mode)

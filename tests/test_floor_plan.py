@@ -30,7 +30,7 @@ BUDGETS = {
     "Conversations": 420,
     "Pacer": 135,
     "Wire": 575,
-    "Upstream": 820,
+    "Upstream": 825,
     "Answers": 610,
     "Handlers": 1100,
     "Server": 300,

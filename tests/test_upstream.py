@@ -234,7 +234,7 @@ async def test_calls_one_after_another_share_a_connection() -> None:
         fake.app(KEY, script=chat_answer("Hello", "!"))
         for _ in range(3):
             assert await turn(dify, app) == Outcome("Hello!", "finish")
-            await dify.call(app, "/info")
+            await dify.api.call(app, "/info")
         assert [(r.connection, r.number) for r in fake.requests] == [
             (1, number) for number in range(1, 7)
         ]
@@ -243,10 +243,10 @@ async def test_calls_one_after_another_share_a_connection() -> None:
 async def test_calls_at_once_have_connections_of_their_own() -> None:
     async with FakeDify() as fake, client(fake.base) as (dify, app):
         fake.app(KEY)
-        calls = [dify.call(app, "/info") for _ in range(5)]
+        calls = [dify.api.call(app, "/info") for _ in range(5)]
         await asyncio.gather(*calls)
         assert fake.connections == 5
-        await asyncio.gather(*[dify.call(app, "/info") for _ in range(5)])
+        await asyncio.gather(*[dify.api.call(app, "/info") for _ in range(5)])
         assert fake.connections == 5
 
 
@@ -255,7 +255,7 @@ async def test_error_does_not_cost_the_connection() -> None:
         fake.app(KEY, overrides={"/info": [Status(500, "<html>")]})
         for _ in range(2):
             with pytest.raises(ProxyError):
-                await dify.call(app, "/info")
+                await dify.api.call(app, "/info")
         assert fake.connections == 1
 
 
@@ -270,7 +270,7 @@ async def test_answer_that_says_close_is_not_followed_by_another_request() -> No
 
     async with raw_server(serve) as base, client(base) as (dify, app):
         for _ in range(3):
-            assert await dify.call(app, "/info") == {"name": "n"}
+            assert await dify.api.call(app, "/info") == {"name": "n"}
     assert seen == [1, 1, 1]
 
 
@@ -298,8 +298,8 @@ async def test_connection_in_doubt_is_not_used_again(answer: bytes) -> None:
             writer.write(answer)
 
     async with raw_server(serve) as base, client(base) as (dify, app):
-        assert await dify.call(app, "/one") == {}
-        assert await dify.call(app, "/two") == {}
+        assert await dify.api.call(app, "/one") == {}
+        assert await dify.api.call(app, "/two") == {}
     assert seen == [[b"/v1/one"], [b"/v1/two"]]
 
 
@@ -337,7 +337,7 @@ async def test_connection_is_not_kept_when_a_file_is_refused_before_its_end() ->
         with pytest.raises(ProxyError) as caught:
             await dify.send_file(app, "/files/upload", file, read, lambda: USER)
         assert caught.value.status == 413
-        assert await dify.call(app, "/info") == {"name": "n"}
+        assert await dify.api.call(app, "/info") == {"name": "n"}
     assert len(seen) == 2
 
 
@@ -354,7 +354,7 @@ async def test_connection_is_not_kept_while_its_request_is_not_taken() -> None:
         with pytest.raises(ProxyError) as caught:
             await dify.upload(app, file, USER)
         assert caught.value.status == 413
-        assert await dify.call(app, "/info") == {"name": "n"}
+        assert await dify.api.call(app, "/info") == {"name": "n"}
         assert now() == 0
 
 
@@ -392,7 +392,7 @@ async def test_answer_closed_twice_before_its_end_still_keeps_its_connection() -
             await some_turns()
         is_closed.set()
         await asyncio.sleep(0.1)
-        assert await dify.call(app, "/info") == {"name": "n"}
+        assert await dify.api.call(app, "/info") == {"name": "n"}
     assert connections == [1]
 
 
@@ -416,8 +416,8 @@ async def test_connection_closed_when_the_request_is_written_costs_no_request(
             writer.write(json_answer({"name": "n"}))
 
     async with raw_server(serve) as base, client(base) as (dify, app):
-        assert await dify.call(app, "/one") == {"name": "n"}
-        assert await dify.call(app, "/two") == {"name": "n"}
+        assert await dify.api.call(app, "/one") == {"name": "n"}
+        assert await dify.api.call(app, "/two") == {"name": "n"}
     assert seen == [(1, b"/v1/one"), (1, b"/v1/two"), (2, b"/v1/two")]
 
 
@@ -434,9 +434,9 @@ async def test_reused_connection_is_retried_once_only() -> None:
             writer.write(json_answer({}))
 
     async with raw_server(serve) as base, client(base) as (dify, app):
-        assert await dify.call(app, "/info") == {}
+        assert await dify.api.call(app, "/info") == {}
         with pytest.raises(ProxyError) as caught:
-            await dify.call(app, "/info")
+            await dify.api.call(app, "/info")
     assert (caught.value.status, requests) == (502, 3)
 
 
@@ -457,7 +457,7 @@ async def test_reused_connection_is_retried_once_only() -> None:
 async def test_nothing_else_is_ever_repeated(answer: list[Step]) -> None:
     async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
         fake.app(KEY, script=answer)
-        await dify.call(app, "/info")  # the turn's connection is a reused one
+        await dify.api.call(app, "/info")  # the turn's connection is a reused one
         assert (await turn(dify, app)).end != "finish"
         assert [r.path for r in fake.requests] == ["/info", "/chat-messages"]
 
@@ -465,9 +465,9 @@ async def test_nothing_else_is_ever_repeated(answer: list[Step]) -> None:
 async def test_idle_connections_are_closed_after_some_time() -> None:
     async with FakeDify(keep_alive_s=NEVER) as fake, client(fake.base) as (dify, app):
         fake.app(KEY)
-        await dify.call(app, "/info")
+        await dify.api.call(app, "/info")
         await asyncio.sleep(IDLE_CONNECTION_S - 1)
-        await dify.call(app, "/info")
+        await dify.api.call(app, "/info")
         assert (fake.connections, fake.open_connections) == (1, 1)
         await asyncio.sleep(IDLE_CONNECTION_S - 1)
         assert fake.open_connections == 1
@@ -479,7 +479,7 @@ async def test_idle_connections_are_limited_in_number() -> None:
     async with FakeDify(keep_alive_s=NEVER) as fake, client(fake.base) as (dify, app):
         fake.app(KEY)
         wanted = MAX_IDLE_CONNECTIONS + 6
-        calls = [dify.call(app, "/info") for _ in range(wanted)]
+        calls = [dify.api.call(app, "/info") for _ in range(wanted)]
         await asyncio.gather(*calls)
         assert fake.connections == wanted
         await fake.until(lambda: fake.open_connections == MAX_IDLE_CONNECTIONS)
@@ -488,7 +488,7 @@ async def test_idle_connections_are_limited_in_number() -> None:
 async def test_closing_the_client_closes_idle_connections() -> None:
     async with FakeDify(keep_alive_s=NEVER) as fake, client(fake.base) as (dify, app):
         fake.app(KEY)
-        await dify.call(app, "/info")
+        await dify.api.call(app, "/info")
         dify.close()
         await fake.until(lambda: fake.open_connections == 0)
 
@@ -505,7 +505,7 @@ async def test_cancelled_call_closes_its_connection() -> None:
     gate = asyncio.Event()
     async with FakeDify() as fake, client(fake.base) as (dify, app):
         fake.app(KEY, overrides={"/info": [Wait(gate)]})
-        calling = asyncio.ensure_future(dify.call(app, "/info"))
+        calling = asyncio.ensure_future(dify.api.call(app, "/info"))
         await fake.until(lambda: fake.running == 1)
         calling.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -533,7 +533,7 @@ async def test_connection_made_while_its_call_is_cancelled_is_closed(
         settings = settings_for(fake.base)
         dify = Dify(settings, connect)
         app = settings.model_config["m"]
-        calling = asyncio.ensure_future(dify.call(app, "/info"))
+        calling = asyncio.ensure_future(dify.api.call(app, "/info"))
         await some_turns()
         gate.set()
         for _ in range(turns):
@@ -550,8 +550,8 @@ async def test_origins_do_not_share_connections() -> None:
         two.app(KEY, name="two")
         other = dataclasses.replace(app, base=two.base)
         for _ in range(2):
-            assert (await dify.call(app, "/info"))["name"] == "one"
-            assert (await dify.call(other, "/info"))["name"] == "two"
+            assert (await dify.api.call(app, "/info"))["name"] == "one"
+            assert (await dify.api.call(other, "/info"))["name"] == "two"
         assert (one.connections, two.connections) == (1, 1)
 
 
@@ -576,7 +576,7 @@ async def test_request_as_it_is_sent() -> None:
         writer.write(json_answer({}))
 
     async with raw_server(serve) as base, client(base + "/") as (dify, app):
-        await dify.call(app, "/x?y=z", {"q": "ü"})
+        await dify.api.call(app, "/x?y=z", {"q": "ü"})
     host = base.split("/")[2]
     agent = next(line for line in seen[0].split(b"\r\n") if b"User-Agent" in line)
     assert seen[0] == (
@@ -870,7 +870,7 @@ async def test_turn_when_the_host_is_unknown() -> None:
     settings = settings_for("http://no-such-host.invalid/v1")
     dify = Dify(settings, connect)
     with pytest.raises(ProxyError) as caught:
-        await dify.call(settings.model_config["m"], "/info")
+        await dify.api.call(settings.model_config["m"], "/info")
     assert caught.value.status == 502
     assert "no-such-host.invalid" in caught.value.message
     assert "DIFY_API_BASE" in caught.value.message
@@ -953,10 +953,10 @@ async def test_small_answers_are_bounded() -> None:
     async with FakeDify() as fake, client(fake.base) as (dify, app):
         fake.app(KEY, overrides={"/info": [Status(500, b"x" * 20_000_000)]})
         with pytest.raises(ProxyError) as caught:
-            await dify.call(app, "/info")
+            await dify.api.call(app, "/info")
         assert caught.value.status == 502
         fake.app(KEY)
-        assert await dify.call(app, "/info")
+        assert await dify.api.call(app, "/info")
 
 
 NO_OBJECT = [
@@ -976,10 +976,12 @@ async def test_form_that_is_no_object_is_an_error_and_not_kept(answer: Step) -> 
     async with FakeDify() as fake, client(fake.base) as (dify, app):
         fake.app(KEY, overrides={"/parameters": [answer]})
         with pytest.raises(UpstreamFailed):
-            await dify.form_of(app)
+            await dify.facts.form_of(app)
         rows = [{"paragraph": {"variable": "text"}}]
         fake.app(KEY, parameters={"user_input_form": rows})
-        assert [row.variable for row in (await dify.form_of(app)).inputs] == ["text"]
+        assert [row.variable for row in (await dify.facts.form_of(app)).inputs] == [
+            "text"
+        ]
 
 
 async def test_changed_form_is_known_after_some_minutes() -> None:
@@ -990,7 +992,9 @@ async def test_changed_form_is_known_after_some_minutes() -> None:
             rows = [{"paragraph": {"variable": name}}]
             fake.app(KEY, parameters={"user_input_form": rows})
             for _ in range(2):
-                forms += [row.variable for row in (await dify.form_of(app)).inputs]
+                forms += [
+                    row.variable for row in (await dify.facts.form_of(app)).inputs
+                ]
                 await asyncio.sleep(FORM_FRESH_S / 2)
             await asyncio.sleep(1)
         assert [row.path for row in fake.requests] == ["/parameters"] * 2
@@ -1002,7 +1006,7 @@ async def test_what_is_no_question_needs_no_answer(answer: Step) -> None:
     async with FakeDify() as fake, client(fake.base) as (dify, app):
         fake.app(KEY, overrides={"stop": [answer]})
         path = stop_path("chat", "t")
-        assert await dify.call(app, path, {"user": USER}) == {}
+        assert await dify.api.call(app, path, {"user": USER}) == {}
 
 
 # ------------------------------------------------------------------------------
@@ -1030,7 +1034,7 @@ async def test_connecting_has_a_limit() -> None:
 
     settings = settings_for("http://192.0.2.1/v1", **LIMITS)
     with pytest.raises(ProxyError) as caught:
-        await Dify(settings, connect).call(settings.model_config["m"], "/info")
+        await Dify(settings, connect).api.call(settings.model_config["m"], "/info")
     assert (caught.value.status, caught.value.code) == (504, "upstream_timeout")
     assert now() == 7
 
@@ -1083,7 +1087,7 @@ async def test_call_has_a_limit() -> None:
     async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
         fake.app(KEY, overrides={"/info": [Hang()]})
         with pytest.raises(ProxyError) as caught:
-            await dify.call(app, "/info")
+            await dify.api.call(app, "/info")
         assert (caught.value.status, now()) == (504, 30)
 
 
@@ -1092,7 +1096,7 @@ async def test_call_has_a_limit_for_its_body_too() -> None:
     async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
         fake.app(KEY, overrides={"/info": [half, Hang()]})
         with pytest.raises(ProxyError) as caught:
-            await dify.call(app, "/info")
+            await dify.api.call(app, "/info")
         assert caught.value.status == 504
         assert now() <= 60
 
@@ -1294,7 +1298,7 @@ async def test_end_of_a_finished_turn_is_waited_for_beside() -> None:
         assert fake.open_connections == 1
         gate.set()
         await asyncio.sleep(0.1)
-        await dify.call(app, "/info")
+        await dify.api.call(app, "/info")
         assert fake.connections == 1
 
 
@@ -1347,9 +1351,12 @@ async def test_mode_is_told_by_info_and_kept(mode: str) -> None:
         client(fake.base, mode="") as (dify, app),
     ):
         fake.app(KEY, mode=mode, name="Name")
-        assert dify.facts_of(app).name == ""
-        assert [await dify.mode_of(app) for _ in range(3)] == [mode] * 3
-        assert (dify.facts_of(app).name, await dify.name_of(app)) == ("Name", "Name")
+        assert dify.facts.of(app).name == ""
+        assert [await dify.facts.mode_of(app) for _ in range(3)] == [mode] * 3
+        assert (dify.facts.of(app).name, await dify.facts.name_of(app)) == (
+            "Name",
+            "Name",
+        )
         assert [request.path for request in fake.requests] == ["/info"]
 
 
@@ -1361,7 +1368,7 @@ async def test_mode_is_probed_before_1_4_without_running_anything(mode: str) -> 
     ):
         fake.app(KEY, mode=mode)
         expected = "chat" if mode in fake_dify.CHAT_MODES else mode
-        assert [await dify.mode_of(app) for _ in range(2)] == [expected] * 2
+        assert [await dify.facts.mode_of(app) for _ in range(2)] == [expected] * 2
         paths = [request.path for request in fake.requests]
         assert paths[:2] == ["/info", "/conversations"]
         assert len(paths) <= 3
@@ -1370,40 +1377,40 @@ async def test_mode_is_probed_before_1_4_without_running_anything(mode: str) -> 
 
 async def test_configured_mode_is_not_asked_for() -> None:
     async with FakeDify() as fake, client(fake.base) as (dify, app):
-        assert await dify.mode_of(app) == "chat"
+        assert await dify.facts.mode_of(app) == "chat"
         assert fake.requests == []
 
 
 async def test_mode_is_that_of_the_newest_settings() -> None:
     async with FakeDify() as fake, client(fake.base) as (dify, app):
-        assert await dify.mode_of(app) == "chat"
+        assert await dify.facts.mode_of(app) == "chat"
         dify.use(settings_for(fake.base))
         changed = dataclasses.replace(app, mode="advanced-chat")
-        assert await dify.mode_of(changed) == "advanced-chat"
+        assert await dify.facts.mode_of(changed) == "advanced-chat"
 
 
 async def test_wrong_mode_is_corrected() -> None:
     async with FakeDify() as fake, client(fake.base) as (dify, app):
         fake.app(KEY, mode="workflow")
-        assert await dify.mode_of(app) == "chat"
+        assert await dify.facts.mode_of(app) == "chat"
         assert (await turn(dify, app)).end == "WrongMode"
-        assert await dify.correct_mode(app) == "workflow"
-        assert await dify.mode_of(app) == "workflow"
+        assert await dify.facts.correct_mode(app) == "workflow"
+        assert await dify.facts.mode_of(app) == "workflow"
 
 
 @pytest.mark.parametrize("mode", ["", "chat"])
 async def test_right_mode_is_confirmed(mode: str) -> None:
     async with FakeDify() as fake, client(fake.base, mode=mode) as (dify, app):
         fake.app(KEY)
-        assert await dify.confirmed_mode(app) == "chat"
-        assert dify.facts_of(app).version == "1.12.1"
+        assert await dify.facts.confirmed_mode(app) == "chat"
+        assert dify.facts.of(app).version == "1.12.1"
 
 
 async def test_wrong_mode_is_not_confirmed() -> None:
     async with FakeDify() as fake, client(fake.base) as (dify, app):
         fake.app(KEY, mode="agent-chat")
         with pytest.raises(ConfigurationFault, match="but the app is agent-"):
-            await dify.confirmed_mode(app)
+            await dify.facts.confirmed_mode(app)
 
 
 async def test_configured_mode_is_believed_before_1_4() -> None:
@@ -1412,14 +1419,14 @@ async def test_configured_mode_is_believed_before_1_4() -> None:
         client(fake.base, mode="workflow") as (dify, app),
     ):
         fake.app(KEY, mode="chat")
-        assert await dify.confirmed_mode(app) == "workflow"
+        assert await dify.facts.confirmed_mode(app) == "workflow"
 
 
 async def test_unknown_mode_is_probed() -> None:
     async with FakeDify() as fake, client(fake.base, mode="") as (dify, app):
         info = [Status(200, {"name": "n", "mode": "channel"})]
         fake.app(KEY, mode="completion", overrides={"/info": info})
-        assert await dify.mode_of(app) == "completion"
+        assert await dify.facts.mode_of(app) == "completion"
 
 
 @pytest.mark.parametrize("fault", [Reset(), Status(500, "<html>"), Status(503)])
@@ -1427,9 +1434,9 @@ async def test_mode_is_asked_again_after_a_failure(fault: Step) -> None:
     async with FakeDify() as fake, client(fake.base, mode="") as (dify, app):
         fake.app(KEY, mode="workflow", overrides={"/info": [fault]})
         with pytest.raises(ProxyError):
-            await dify.mode_of(app)
+            await dify.facts.mode_of(app)
         fake.app(KEY, mode="workflow")
-        assert await dify.mode_of(app) == "workflow"
+        assert await dify.facts.mode_of(app) == "workflow"
 
 
 async def test_failing_probe_decides_nothing() -> None:
@@ -1441,15 +1448,15 @@ async def test_failing_probe_decides_nothing() -> None:
         down = {"/conversations": [Status(500, {"code": "internal_server_error"})]}
         fake.app(KEY, mode="workflow", overrides=down)
         with pytest.raises(ProxyError):
-            await dify.mode_of(app)
+            await dify.facts.mode_of(app)
         fake.app(KEY, mode="workflow")
-        assert await dify.mode_of(app) == "workflow"
+        assert await dify.facts.mode_of(app) == "workflow"
 
 
 async def test_wrong_key_is_the_operators_fault() -> None:
     async with FakeDify() as fake, client(fake.base, mode="") as (dify, app):
         with pytest.raises(ProxyError) as caught:
-            await dify.mode_of(app)
+            await dify.facts.mode_of(app)
         error = caught.value
         assert outcome_of("", error) == MISLED
         assert "MODEL_CONFIG" in error.message
@@ -1503,7 +1510,7 @@ def quiet_loop() -> Iterator[None]:
 async def fails(base: str, **variables: str) -> ProxyError:
     async with client(base, **variables) as (dify, app):
         with pytest.raises(ProxyError) as caught:
-            await dify.call(app, "/info")
+            await dify.api.call(app, "/info")
         return caught.value
 
 
@@ -1514,9 +1521,9 @@ async def test_authority_is_trusted_from_when_the_settings_name_it() -> None:
         base = await stack.enter_async_context(serving)
         dify, app = await stack.enter_async_context(client(base))
         with quiet_loop(), pytest.raises(ProxyError):
-            await dify.call(app, "/info")
+            await dify.api.call(app, "/info")
         dify.use(settings_for(base, DIFY_CA_FILE=str(TLS / "authority.pem")))
-        assert await dify.call(app, "/info") == {"name": "n"}
+        assert await dify.api.call(app, "/info") == {"name": "n"}
 
 
 @pytest.mark.real_clock
@@ -1537,7 +1544,7 @@ async def test_tls_connection_is_made_and_reused(host: str) -> None:
         named = client(base.replace("127.0.0.1", host))
         dify, app = await stack.enter_async_context(named)
         for _ in range(3):
-            assert await dify.call(app, "/info") == {"name": "n"}
+            assert await dify.api.call(app, "/info") == {"name": "n"}
     assert accepted == 1
 
 
