@@ -2754,7 +2754,9 @@ class ReasoningSplitter:
 
     def _after_tag(self, text: str, is_last: bool) -> str:
         """The text without what belongs to the tag before it; "" while that is open."""
-        newlines = len(text) - len(text.lstrip("\n")) if self._newlines else 0
+        if not self._newlines:
+            return text
+        newlines = len(text) - len(text.lstrip("\n"))
         text = text[int(min(newlines, self._newlines)) :]
         self._newlines = max(self._newlines - newlines, 0)
         if self._closing and self._newlines:
@@ -5534,6 +5536,8 @@ class Tail(NamedTuple):
 
     def extend(self, messages: Sequence[Message], **changes: Any) -> Tail:
         """The tail with these messages behind it, and with other fields changed."""
+        if not (messages or changes):
+            return self
         chain = self.chain
         new = [message_digest(self.scope, m) for m in messages if m.role != "system"]
         for digest in new:
@@ -5665,7 +5669,7 @@ def plan_turn(
     added = said if ask.is_all_new and not is_new else []  # the conversation lacks it
     if tail is None:
         folded = len(said) if history_variable else 0
-        tail = Tail(scope, chain=scope).extend(history, folded=folded)
+        tail = Tail(scope, chain=scope, folded=folded).extend(history)
     elsewhere = () if added else _only_in_input(history, tail)
     context = [*opening, *history[len(elsewhere) :]]
     if not is_new:
@@ -6995,7 +6999,8 @@ def parse_request_head(head: bytes) -> Request:
         return _parse_request_head(head)
     before, length, after = cut
     like = _kept_request_head(b"%b\r\nContent-Length: 1%b" % (before, after))
-    return like._replace(headers={**like.headers, "content-length": length.decode()})
+    headers = {**like.headers, "content-length": length.decode()}
+    return Request(like.method, like.path, like.query, headers, like.http_version)
 
 
 _LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: (\d{1,18})(?=\r\n)")
@@ -7463,8 +7468,10 @@ class Pool:
         """
         kept = self._take_idle(origin)
         if kept:
-            with contextlib.suppress(NoAnswer):
+            try:
                 return await self._exchange(origin, kept, request, timeout_s)
+            except NoAnswer:
+                pass
         try:
             wire = await self._open(origin)
         except ProxyError as error:
