@@ -11000,6 +11000,10 @@ async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
     return False
 
 
+# Some clients name a charset there.
+_COMPRESSED = re.compile("gzip|deflate|compress|br|zstd", re.IGNORECASE)
+
+
 def _body_reader(
     exchange: Exchange, wire: Wire, decoder: BodyDecoder, limit: int
 ) -> Read:
@@ -11010,7 +11014,7 @@ def _body_reader(
             raise BodyTooLarge(f"The body is over {limit >> 20} MiB (MAX_BODY_MB).")
 
     wire.allow_any_time()  # the head was in time
-    if exchange.request.headers.get("content-encoding", "identity") != "identity":
+    if _COMPRESSED.search(exchange.request.headers.get("content-encoding", "")):
         raise UnsupportedCoding("Send the body without a Content-Encoding.")
     check(int(exchange.request.headers.get("content-length", 0)))
     if exchange.request.expects_continue and not decoder.is_complete:

@@ -332,6 +332,7 @@ def _smuggling() -> dict[str, Case]:
 HARMLESS: dict[str, Case] = {
     "compressed": Case([post(b"\x1f\x8b\x08", "Content-Encoding: gzip")], (415,)),
     "not-compressed": Case([post("{}", "Content-Encoding: identity")], (400,)),
+    "no-coding": Case([post("{}", "Content-Encoding: UTF-8")], (400,)),
     "underscores-are-no-framing": Case(
         [post("{}", "Transfer_Encoding: chunked", "Content_Length: 99")], (400,)
     ),
