@@ -7325,8 +7325,8 @@ def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError
     elif isinstance(error, (socket.gaierror, UnicodeError)):  # the latter: no such name
         text = f"The host name {origin.host!r} can't be resolved; {cure}."
     elif isinstance(error, (OSError, ConnectionBroken)):
-        reason = str(error) or "it was closed"  # asyncio's own reset says nothing
-        text = f"No connection with {where} ({reason}); {cure}."
+        # asyncio's own reset says nothing.
+        text = f"No connection with {where} ({str(error) or 'it was closed'}); {cure}."
     else:
         text = f"{where} answers in no proper HTTP: {error}"
     return UpstreamFailed(text)
@@ -8716,11 +8716,12 @@ class Outlet:
     def _on_beat(self) -> None:
         """Dify is silent: begin without it, then keep the connection alive."""
         now = self._loop.time()
-        is_late = now >= self._written_at + KEEP_ALIVE_S
-        if not self.has_begun and not self._stream.needs_ids:
+        if self._reply.must_drain:  # what is on its way keeps it alive
+            self._written_at = now
+        elif not self.has_begun and not self._stream.needs_ids:
             self.begin({})
             self._write(b"", now)
-        elif is_late or not self.has_begun:
+        elif now >= self._written_at + KEEP_ALIVE_S or not self.has_begun:
             self._start({})
             self._write(self._stream.heartbeat(), now)
         self.stay()

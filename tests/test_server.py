@@ -925,6 +925,28 @@ async def test_failed_stream_is_not_kept_alive(serving: Serving) -> None:
         assert (await client.ask("/health")).status == 200
 
 
+async def test_slow_reader_of_a_response_gets_all(serving: Serving) -> None:
+    """A heartbeat says all that was said: more than it reads until the next one."""
+    body = {"model": "m", "input": "Hi", "stream": True}
+    data = json.dumps(body).encode()
+    fields = ["Connection: close", "X-OpenDify-Smoothing: off"]
+    asking = request("/v1/responses", *fields, method="POST", body=data)
+    loop, ended, size = asyncio.get_running_loop(), b"", 0
+    async with FakeDify() as dify, serving(dify.base) as world:
+        dify.app(KEY, script=chat_answer("x" * 5_000_000))
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            sock.setblocking(False)
+            await loop.sock_connect(sock, ("127.0.0.1", world.port))
+            await loop.sock_sendall(sock, asking)
+            while piece := await loop.sock_recv(sock, 100_000):
+                ended = (ended + piece)[-100:]
+                size += len(piece)
+                await asyncio.sleep(1)
+    assert ended.endswith(b"\n\n\r\n0\r\n\r\n")
+    assert size < 6 * 5_000_000
+
+
 async def test_small_body_of_a_refused_request_is_thrown_away(serving: Serving) -> None:
     async with serving() as world:
         client = await world.connect()
