@@ -10912,6 +10912,7 @@ class Server(Listener):
         self._site.metrics.in_flight += 1
         try:
             await handler(self._site, exchange)
+            await reply.drain()  # it is over when the client has it
         finally:
             self._site.metrics.in_flight -= 1
 

@@ -1004,6 +1004,20 @@ async def test_leaving_interrupts_the_handler(
         assert [r for r in caplog.records if r.levelno > logging.INFO] == []
 
 
+async def test_leaving_before_all_is_taken_is_noted(
+    serving: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "opendify")
+    async with serving() as world:
+        client = await world.connect()
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        client.send(request("/t/echo", method="POST", body=b"x" * 15_000_000))
+        await asyncio.sleep(1)
+        client.reset()
+        await asyncio.sleep(0.1)
+        assert re.search(r"/t/echo 200 took=1\.\d+s client-left", caplog.text)
+
+
 async def test_leaving_right_after_the_request_is_noticed(serving: Serving) -> None:
     async with serving() as world:
         client = await world.connect()
