@@ -11963,7 +11963,7 @@ class DemoApp(Listener):
 
     async def serve(self, wire: Wire) -> None:
         """One connection of the client of Dify."""
-        try:
+        with contextlib.closing(wire), contextlib.suppress(ConnectionBroken):
             while head := await wire.read_head():
                 request = parse_request_head(head)
                 body = b""
@@ -11971,10 +11971,6 @@ class DemoApp(Listener):
                 while data := await wire.read_body(decoder):
                     body += data
                 await self._reply(Reply(wire, request), request, body)
-        except ConnectionBroken:
-            pass
-        finally:
-            wire.close()
 
     async def _reply(self, reply: Reply, request: Request, body: bytes) -> None:
         if request.path.endswith("/chat-messages"):
@@ -11984,6 +11980,8 @@ class DemoApp(Listener):
             id_, most = about["conversation_id"], int(about["limit"])
             rows = [row for row in self._told if row["conversation_id"] == id_]
             send_json(reply, {"data": rows[-most:], "has_more": False})
+        elif "/files/" in request.path:
+            send_json(reply, {"message": "The demo app takes no files."}, status=400)
         else:  # of a stop's path, the task's id
             self._stopped.update(request.path.split("/"))
             facts = {"name": "OpenDify demo", "mode": "chat", "result": "success"}

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -1115,6 +1116,21 @@ def test_demo_serves_until_a_signal_and_ends_with_0(
     assert (demo.returncode, out) == (0, "")
     assert " GET /v1/models 200 " in err
     assert "Traceback" not in err
+
+
+def test_demo_says_that_it_takes_no_files(demo: subprocess.Popen[str]) -> None:
+    assert demo.stdout
+    url = demo.stdout.readline().split()[-1] + "/files"
+    name = 'Content-Disposition: form-data; name="file"; filename="a.txt"'
+    body = f"--b\r\n{name}\r\n\r\nhello\r\n--b--\r\n".encode()
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        direct.open(urllib.request.Request(url, body, headers), timeout=10)
+    with caught.value as refused:
+        message = json.load(refused)["error"]["message"]
+    told = "The file 'a.txt' was refused: The demo app takes no files."
+    assert (caught.value.code, message) == (400, told)
 
 
 @pytest.mark.parametrize(("is_clean", "status"), [(True, 0), (False, 1)])
