@@ -201,6 +201,17 @@ def test_env_block_is_a_good_configuration(block: Block) -> None:
     assert set(values) <= {variable for variable, _, _ in setting_rows()}
 
 
+def test_pages_that_are_said_to_be_let_in_are() -> None:
+    text = FLAT.partition("Pages of this machine's own servers")[2]
+    own, _, foreign = text.partition("may call. A page")
+    apps = re.findall(r"`([a-z-]+://[^`]*)`", own.replace("…", "abc"))
+    assert len(apps) == 3
+    assert [page for page in apps if not opendify._is_allowed(page, "h", [])] == []
+    assert "`ALLOWED_ORIGINS=null`" in foreign
+    assert not opendify._is_allowed("null", "h", [])
+    assert opendify._is_allowed("null", "h", ["null"])
+
+
 def test_example_of_model_config_is_a_good_one() -> None:
     text = block_after("### Models", "json")
     apps = parse_settings({"MODEL_CONFIG": text}).model_config
@@ -516,6 +527,13 @@ def test_metrics_are_those_of_the_file() -> None:
     for name, labels in rows.items():
         metrics.count(name, 1, **dict.fromkeys(labels, "x"))
         assert name in metrics.render({})
+
+
+def test_routes_that_the_metrics_are_said_to_name_exist() -> None:
+    text = FLAT.partition("A `route` is an endpoint")[2].partition("; `-`")[0]
+    routes = [found for found in re.findall(r"`([^`]+)`", text) if found != "/v1/"]
+    assert len(routes) == 3
+    assert [route for route in routes if route not in opendify.ROUTES] == []
 
 
 def block_of(language: str, index: int = 0) -> str:
