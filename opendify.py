@@ -10904,11 +10904,11 @@ class Server(Listener):
             return
         handler = find_handler(self._site, exchange)
         limit = settings.max_body_mb << 20
+        wire.on_leave = exchange.leave
         exchange.read = _body_reader(exchange, wire, decoder, limit)
         if exchange.route not in READING_ENDPOINTS:
             exchange.body = await read_whole(exchange)
             exchange.read = no_body
-        wire.on_leave = exchange.leave
         self._site.metrics.in_flight += 1
         try:
             await handler(self._site, exchange)

@@ -1004,6 +1004,23 @@ async def test_leaving_interrupts_the_handler(
         assert [r for r in caplog.records if r.levelno > logging.INFO] == []
 
 
+@pytest.mark.parametrize("how", ["end", "reset"])
+async def test_leaving_before_all_is_sent_is_noted(
+    serving: Serving, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    caplog.set_level(logging.INFO, "opendify")
+    async with serving() as world:
+        client = await world.connect()
+        client.send(request("/t/echo", "Content-Length: 9", method="POST") + b"x")
+        await some_turns()
+        if how == "end":
+            client.close()
+        else:
+            client.reset()
+        await asyncio.sleep(0.1)
+        assert re.search(r"POST /t/echo - took=0\.\d+s client-left", caplog.text)
+
+
 async def test_leaving_before_all_is_taken_is_noted(
     serving: Serving, caplog: pytest.LogCaptureFixture
 ) -> None:
