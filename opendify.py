@@ -8596,8 +8596,8 @@ class Outlet:
         """Let go what the pacer holds, evenly."""
         if self._pacer:
             self._pacer.close(self._loop.time())
-            self._on_due()
-            if self._due:
+            self._arm()
+            if self._pacer.held:
                 self._drained = self._loop.create_future()
                 await self._drained
         self.close()

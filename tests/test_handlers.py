@@ -1789,6 +1789,21 @@ async def test_choice_that_was_late_writes_nothing_behind_the_end(
             await asyncio.wait_for(call._reader.read(1), 2)
 
 
+async def test_choice_that_was_held_back_writes_nothing_behind_the_end() -> None:
+    """It is over in Dify, and its text still being shown, when the other one fails."""
+    scripts: list[list[Step]] = [
+        [fake.message("One."), Sleep(0.3), fake.error_event("No.")],
+        [*fake.chat_answer("A", "b" * 400, delay=0.1)],
+    ]
+    async with proxy(
+        lambda _: scripts.pop(0), variables={"STREAM_MAX_LAG": "1"}
+    ) as served:
+        call = await served.begin(n=2, stream=True)
+        assert (await call.read_rest()).error["message"] == "No."
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(call._reader.read(1), 2)
+
+
 async def test_answer_that_was_cut_is_stopped_once() -> None:
     """The client leaves while what came before its stop is still being shown."""
     script: list[Step] = [fake.message("One."), fake.message(" Two. STOP"), Hang()]
