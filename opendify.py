@@ -8781,8 +8781,8 @@ class Reading:
     none while the answer may still turn out not to do, or another would follow it.
     `problem` says, when the answer is over, why it will not do; `is_cut`, that a stop
     was found and the app need not go on; `usage` counts what was `spent` before, too.
-    The ids of calls follow from `message_id`, so that an answer that is read again has
-    the same.
+    The ids of calls follow from `message_id`, of a workflow its run's, so that an
+    answer that is read again has the same.
     """
 
     def __init__(
@@ -8997,7 +8997,8 @@ class Turns:
         """Ask, and carry the answer to the sink; the reading says if it will do."""
         exchange, joins = question.exchange, question.joins
         exchange.turn = turn = await self._open_turn(question)
-        seed = turn.stream.answer.message_id or self.new_id()
+        answer = turn.stream.answer
+        seed = answer.message_id or answer.workflow_run_id or self.new_id()
         is_whole, spent = isinstance(sink, Collector), question.spent
         reading = Reading(question.ask, seed, is_whole=is_whole, spent=spent)
         is_stored, was_there = False, not exchange.has_left
@@ -9005,7 +9006,7 @@ class Turns:
             with while_present(exchange):
                 await self._pass_on(exchange, turn, sink, reading)
             will_do = not (reading.problem or reading.is_cut or sink.is_behind)
-            is_stored = turn.stream.answer.is_as_sent and joins and will_do
+            is_stored = answer.is_as_sent and joins and will_do
         except (asyncio.CancelledError, ConnectionBroken):
             sink.close()  # nobody reads any more
             has_all = was_there and joins and not sink.is_behind

@@ -651,6 +651,28 @@ async def test_response_of_a_workflow_is_continued_and_shown() -> None:
     assert f'<message role="assistant">\n{text_of(one)}\n</message>' in query
 
 
+@BOTH
+async def test_calls_of_a_workflow_are_known_by_their_ids(stream: bool) -> None:
+    script = [fake.workflow_answer(TWO_CALLS), fake.workflow_answer("Sunny.")]
+    async with workflow(lambda _: script.pop(0)) as served:
+        about: JSONObject = {"tools": [WEATHER, TIME], "stream": stream}
+        one = await answer(served, "Rome?", **about)
+        got = (await served.get(f"{PATH}/{one['id']}")).json
+        assert got["output"] == one["output"]
+        results = [
+            {
+                "type": "function_call_output",
+                "call_id": row["call_id"],
+                "output": f"from {row['name']}",
+            }
+            for row in reversed(one["output"])
+        ]
+        await answer(served, results, previous_response_id=one["id"], **about)
+        query = served.turns[-1].json["inputs"]["q"]
+    found = re.findall(r'role="tool" name="(\w+)">\nfrom (\w+)', query)
+    assert found == [("get_weather", "get_weather"), ("get_time", "get_time")]
+
+
 @pytest.mark.parametrize(
     "lost",
     [
