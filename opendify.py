@@ -8484,9 +8484,9 @@ class Exchange:
 
 @contextlib.contextmanager
 def while_present(exchange: Exchange) -> Iterator[None]:
-    """What is done inside ends when the client leaves."""
-    if exchange.has_left:
-        raise ConnectionBroken("the client left")
+    """What is done inside ends when the client leaves, or has its response."""
+    if exchange.has_left or exchange.reply.is_complete:  # another choice has failed
+        raise ConnectionBroken("nobody waits")
     task = cast("asyncio.Task[None]", asyncio.current_task())
     exchange.waiting.add(task)
     try:
@@ -10214,7 +10214,11 @@ async def _answer_all(
     sinks: list[Outlet | Collector] = [*outlets, *collectors]
     try:
         turns = [_run_turn(site, *row) for row in zip(questions, sinks)]
-        ends = [await turns[0]] if len(turns) == 1 else await _all_of(site, turns)
+        ends = (
+            [await turns[0]]
+            if len(turns) == 1
+            else await _all_of(site, exchange, turns)
+        )
     finally:
         for sink in sinks:
             sink.close()
@@ -10229,11 +10233,12 @@ async def _answer_all(
 
 
 async def _all_of(
-    site: Site, coroutines: Iterable[Coroutine[Any, Any, bytes]]
+    site: Site, exchange: Exchange, coroutines: Iterable[Coroutine[Any, Any, bytes]]
 ) -> list[bytes]:
-    """All results; when one fails, the others are cancelled.
+    """All results; when one fails, the others end as if the client had left.
 
-    Their runs are stopped beside: the client's error does not wait for that.
+    Their runs are stopped beside: the client's error does not wait for that, nor for
+    the name of a run, without which it can't be stopped.
     """
     tasks = [asyncio.ensure_future(row) for row in coroutines]
 
@@ -10242,13 +10247,13 @@ async def _all_of(
 
     try:
         return list(await asyncio.gather(*tasks))
-    except BaseException as error:
-        for task in tasks:
+    except asyncio.CancelledError:  # so are they, or see that the client has left
+        await end()
+        raise
+    except Exception:
+        for task in exchange.waiting:
             task.cancel()
-        if isinstance(error, ProxyError):
-            site.dify.run_beside(end())
-        else:
-            await end()
+        site.dify.run_beside(end())
         raise
 
 

@@ -32,13 +32,13 @@ BUDGETS = {
     "Wire": 575,
     "Upstream": 825,
     "Answers": 610,
-    "Handlers": 1095,
+    "Handlers": 1097,
     "Server": 300,
     "Page": 260,
     "Command line": 485,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8310
+WHOLE_BUDGET = 8313
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

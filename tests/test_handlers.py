@@ -1749,6 +1749,20 @@ async def test_failed_choice_does_not_wait_for_the_others(stream: bool) -> None:
         assert [stop.effective for stop in served.dify.stops] == [True]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_choice_that_has_no_name_yet_is_stopped_when_it_has(stream: bool) -> None:
+    """Dify's limit lets one run through; it says nothing for a while."""
+    refused = Status(429, {"code": "too_many_requests", "message": "No."})
+    scripts: list[list[Step]] = [[refused], [Sleep(3), fake.message("One."), Hang()]]
+    async with proxy(lambda _: scripts.pop(0)) as served:
+        start = asyncio.get_running_loop().time()
+        got = await served.chat(n=2, stream=stream)
+        assert got.error["message"] == "No."
+        assert asyncio.get_running_loop().time() - start < 2
+        await served.dify.until(lambda: not served.dify.open_connections)
+        assert [stop.effective for stop in served.dify.stops] == [True]
+
+
 @pytest.mark.parametrize("turns", range(8))
 async def test_choice_that_was_late_writes_nothing_behind_the_end(
     turns: int, monkeypatch: pytest.MonkeyPatch
