@@ -9010,6 +9010,7 @@ class Turns:
         except (asyncio.CancelledError, ConnectionBroken):
             sink.close()  # nobody reads any more
             has_all = was_there and joins and not sink.is_behind
+            has_all &= reading.is_plain or reading.said == sink.text
             is_stored = await turn.stream.end() and has_all
             raise
         finally:

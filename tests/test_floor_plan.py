@@ -31,14 +31,14 @@ BUDGETS = {
     "Pacer": 135,
     "Wire": 575,
     "Upstream": 825,
-    "Answers": 610,
+    "Answers": 611,
     "Handlers": 1097,
     "Server": 300,
     "Page": 260,
     "Command line": 485,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8313
+WHOLE_BUDGET = 8314
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

@@ -29,6 +29,7 @@ Headers = dict[str, str]
 HI = [{"role": "user", "content": "Hi"}]
 KEY = "app-secret-key-1"
 NOW = 1700000000.0
+TOOLS = [{"type": "function", "function": {"name": "look"}}]
 SOON = pytest.approx  # times, on a clock that jumps
 
 
@@ -852,6 +853,33 @@ async def test_turn_that_a_client_left_is_not_continued() -> None:
     assert "conversation_id" not in third.json
     for part in ("one", "two", text, "three"):
         assert part in third.json["query"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "fields"),
+    [
+        pytest.param("Long text <tool_call>", {"tools": TOOLS}, id="call"),
+        pytest.param("Long text EN", {"stop": ["END"]}, id="stop"),
+        pytest.param("Long text.", {}, id="plain"),
+    ],
+)
+async def test_turn_that_was_left_goes_on_only_if_nothing_of_it_was_held(
+    answer: str, fields: JSONObject
+) -> None:
+    """What may become a call or a stop is stored in Dify, and was not shown."""
+    steps: list[Step] = [fake.message(answer), Hang()]
+    async with proxy(steps, variables={"STREAM_SMOOTHING": "off"}) as served:
+        messages = [user("one")]
+        call = await served.begin(messages=messages, stream=True, user="al", **fields)
+        text = await call.read_text()
+        await call.leave()
+        await served.dify.until(lambda: served.dify.stops and not served.dify.running)
+        await served.dify.until(lambda: not served.dify.open_connections)
+        served.dify.app(KEY)
+        messages += [{"role": "assistant", "content": text}, user("two")]
+        await said(served, messages)
+        second = served.turns[-1]
+    assert ("conversation_id" in second.json) == (not fields)
 
 
 async def test_two_requests_at_once_do_not_share_a_conversation() -> None:
