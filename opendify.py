@@ -8553,7 +8553,7 @@ class Outlet:
             self._reply.start(200, [*SSE_HEADERS, *id_headers(ids)])
 
     def _fail(self, error: ProxyError) -> bytes:
-        return self._take_opening() + self._stream.fail(error)
+        return self._take_opening() + self._flush() + self._stream.fail(error)
 
     def _take_opening(self) -> bytes:
         """The first chunk, once; openai-python wants those of all choices in order."""

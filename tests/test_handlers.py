@@ -1876,6 +1876,23 @@ async def test_run_that_can_not_be_stopped_is_given_up() -> None:
         assert own_tasks() == []
 
 
+async def test_text_that_was_held_back_comes_before_an_error() -> None:
+    script: list[Step] = [
+        fake.message("One,"),
+        Sleep(0.5),
+        fake.message(" two" * 50),
+        Hang(),
+    ]
+    async with proxy(script, variables={"STREAM_MAX_LAG": "5"}) as served:
+        call = await served.begin(stream=True)
+        text = await call.read_text()
+        await asyncio.sleep(1)
+        assert not await served.server.drain(0)
+        got = await call.read_rest()
+    assert text + "".join(got.deltas) == "One," + " two" * 50
+    assert got.error["code"] == "server_is_overloaded"
+
+
 async def test_runs_are_stopped_when_the_server_is() -> None:
     async with proxy(unfinished("chat")) as served:
         call = await served.begin(stream=True, user="al")
