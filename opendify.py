@@ -5297,6 +5297,7 @@ class ResponseStream:
 
     def __init__(self, frame: ResponseFrame) -> None:
         self.response: dict[str, Any] = {}
+        self.user = frame.user
         self._frame = frame
         self.ends = Answer()  # what comes once: calls, citations, usage
         self._output: list[dict[str, Any]] = []
@@ -10000,22 +10001,27 @@ async def cancel_response(site: Site, exchange: Exchange) -> None:
 
 def _running_as(site: Site, exchange: Exchange) -> tuple[ResponseStream, Turn] | None:
     """The streamed response that a path names, with its turn, while it runs."""
-    owner, asked_for = site.owner_of(exchange), exchange.name_in_path
+    owner, user = site.owner_of(exchange), _asker(exchange)
     for stream, other in site.running.items():
         told = stream.response
-        is_it = told.get("id") == asked_for and told["status"] == "in_progress"
-        if is_it and other.turn and site.owner_of(other) == owner:
+        is_it = told.get("id") == exchange.name_in_path
+        is_theirs = site.owner_of(other) == owner and user in ("", stream.user)
+        if is_it and is_theirs and other.turn and told["status"] == "in_progress":
             return stream, other.turn
     return None
+
+
+def _asker(exchange: Exchange) -> str:
+    """The end user of a request that has no body to name one; "" if it doesn't say."""
+    forwarded = exchange.forwarded_user
+    return end_user("", forwarded, "") if forwarded else ""
 
 
 async def _stored_response(
     site: Site, exchange: Exchange
 ) -> tuple[ResponseFrame, StoredTurn]:
     """What Dify has stored of the response that a path names."""
-    id_ = exchange.name_in_path
-    forwarded = exchange.forwarded_user
-    user = end_user("", forwarded, "") if forwarded else ""
+    id_, user = exchange.name_in_path, _asker(exchange)
     for model, app in (await site.models()).items():
         sealer = site.sealer(exchange, app)
         place = open_place(sealer, id_, "resp_", user=user)

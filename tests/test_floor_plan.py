@@ -32,13 +32,13 @@ BUDGETS = {
     "Wire": 575,
     "Upstream": 825,
     "Answers": 611,
-    "Handlers": 1097,
+    "Handlers": 1099,
     "Server": 300,
     "Page": 260,
     "Command line": 485,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8314
+WHOLE_BUDGET = 8317
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

@@ -408,6 +408,25 @@ async def test_running_response_is_cancelled(mode: str) -> None:
     assert text_of(end) == "Half"
 
 
+async def test_running_response_is_of_no_use_to_another_user() -> None:
+    script = [fake.message("Half"), Sleep(100), *fake.chat_answer(" of it")]
+    own, other = ({"X-OpenWebUI-User-Id": name} for name in ("al", "bo"))
+    async with proxy(script) as served:
+        body = {"model": "m", "input": "Hi", "stream": True, "user": "al"}
+        call = await served.open("POST", PATH, body, OFF)
+        await call.read_head()
+        first = await call.read_piece()
+        id_ = events_of(first.split(b"\n\n")[0])[0]["response"]["id"]
+        path = f"{PATH}/{id_}"
+        assert (await served.get(path, other)).status == 404
+        assert (await served.get(f"{path}/cancel", other, method="POST")).status == 404
+        assert served.dify.stops == []
+        assert (await served.get(path, own)).json["status"] == "in_progress"
+        await served.get(f"{path}/cancel", own, method="POST")
+        await call.read_rest()
+        assert [stop.user for stop in served.dify.stops] == ["al"]
+
+
 async def test_finished_response_is_cancelled_as_it_is() -> None:
     async with proxy() as served:
         one = await answer(served)
