@@ -7448,9 +7448,12 @@ class Pool:
         self._beside: set[asyncio.Task[Any]] = set()
 
     def use(self, settings: Settings) -> None:
-        """Go on with other settings: what failed may work now."""
+        """Go on with other settings: what failed may work now.
+
+        Attempts that still run know but one another.
+        """
         self.settings, self._tls = settings, None
-        self._failed.clear()
+        self._failed, self._opening = {}, {}
 
     def run_beside(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run something that nobody waits for; `close` cancels it."""
@@ -7572,8 +7575,8 @@ class Pool:
         A server that can't be reached would else hold every request for the whole
         time to connect. For CIRCUIT_S nobody tries again.
         """
-        now = asyncio.get_running_loop().time()
-        failed_at, error = self._failed.get(origin, (-inf, None))
+        now, failed = asyncio.get_running_loop().time(), self._failed
+        failed_at, error = failed.get(origin, (-inf, None))
         if error and now - failed_at < CIRCUIT_S:
             raise copy.copy(error)
         task = asyncio.ensure_future(self._open_in_time(origin))
@@ -7582,14 +7585,14 @@ class Pool:
         try:
             return await task
         except asyncio.CancelledError:
-            failed_at, error = self._failed.get(origin, (-inf, None))
+            failed_at, error = failed.get(origin, (-inf, None))
             if error and failed_at >= now:
                 raise copy.copy(error) from None  # another attempt failed
             _abort_made(task)
             raise
         except ProxyError as error:
             failed_at = asyncio.get_running_loop().time()
-            self._failed[origin] = (failed_at, copy.copy(error))  # without its frames
+            failed[origin] = (failed_at, copy.copy(error))  # without its frames
             for other in opening - {task}:
                 other.cancel()
             raise

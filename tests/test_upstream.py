@@ -876,6 +876,56 @@ async def test_turn_when_the_host_is_unknown() -> None:
     assert "DIFY_API_BASE" in caught.value.message
 
 
+@pytest.mark.parametrize("turns", range(9))
+async def test_attempts_that_fail_together_do_so_though_settings_change(
+    turns: int,
+) -> None:
+    gates = [asyncio.Event(), asyncio.Event()]  # the second is never set
+    next_gate = iter(gates).__next__
+
+    async def connect(*_: Any, **__: Any) -> Any:
+        await next_gate().wait()
+        raise OSError("no route")
+
+    settings = settings_for("http://192.0.2.1/v1")
+    dify, app = Dify(settings, connect), settings.model_config["m"]
+    calls = [asyncio.ensure_future(dify.api.call(app, "/info")) for _ in gates]
+    await some_turns()
+    gates[0].set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    dify.use(settings)
+    ends = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(end) for end in ends] == [UpstreamFailed] * 2
+
+
+async def test_failure_of_old_settings_is_none_of_the_new() -> None:
+    gate = asyncio.Event()
+    async with FakeDify() as fake:
+        fake.app(KEY)
+        settings = settings_for(fake.base)
+
+        async def connect(*address: Any, **options: Any) -> Wire:
+            is_old = dify.settings is settings
+            await gate.wait()
+            if is_old:
+                raise OSError("no route")
+            return await open_wire(*address, **options)
+
+        dify, app = Dify(settings, connect), settings.model_config["m"]
+        old = asyncio.ensure_future(dify.api.call(app, "/info"))
+        await some_turns()
+        dify.use(settings_for(fake.base))
+        new = asyncio.ensure_future(dify.api.call(app, "/info"))
+        await some_turns()
+        gate.set()
+        with pytest.raises(UpstreamFailed):
+            await old
+        assert (await new)["mode"] == "chat"
+        assert (await dify.api.call(app, "/info"))["mode"] == "chat"
+        dify.close()
+
+
 async def test_answer_that_broke_in_the_middle_says_so() -> None:
     """Not "no connection": there was one."""
     for fault in (Close(), Reset(), Send(b"")):
