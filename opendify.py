@@ -10835,7 +10835,7 @@ class Server(Listener):
     async def drain(self, grace_s: float = DRAIN_S) -> bool:
         """Stop accepting, let running requests end; whether all of them did."""
         self._is_draining = True
-        for wire in list(self._idle):
+        for wire in [wire for wire in self._idle if not wire.has_unread]:
             wire.close()
         for exchange in self._running:
             exchange.reply.must_close = True

@@ -1152,6 +1152,24 @@ async def test_drain_answers_a_request_that_is_arriving(
         assert await draining
 
 
+@pytest.mark.parametrize("turns", range(6))
+async def test_drain_answers_a_request_that_has_just_arrived(
+    serving: Serving, turns: int
+) -> None:
+    """Or it closes before it has read it; never is something done, and not told."""
+    async with serving() as world:
+        client = await world.connect()
+        await client.ask("/health")
+        client.send(request("/t/echo", method="POST", body=b"x"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        assert await world.server.drain()
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):  # it came after the close
+            answer = await client.reader.read()
+        assert world.stage.bodies == [b"x"] * answer.startswith(b"HTTP/1.1 200")
+
+
 async def test_drain_cuts_what_does_not_end(serving: Serving) -> None:
     async with serving() as world:
         clients = [await world.connect() for _ in range(2)]
