@@ -7445,7 +7445,7 @@ class Pool:
         self._failed: dict[Origin, tuple[float, ProxyError]] = {}
         self._tls: ssl.SSLContext | None = None
         self._reaper: asyncio.TimerHandle | None = None
-        self._beside: set[asyncio.Task[Any]] = set()
+        self.beside: set[asyncio.Task[Any]] = set()
 
     def use(self, settings: Settings) -> None:
         """Go on with other settings: what failed may work now.
@@ -7458,8 +7458,8 @@ class Pool:
     def run_beside(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run something that nobody waits for; `close` cancels it."""
         task = asyncio.ensure_future(coroutine)
-        self._beside.add(task)
-        task.add_done_callback(self._beside.discard)
+        self.beside.add(task)
+        task.add_done_callback(self.beside.discard)
         return task
 
     async def request(
@@ -7533,7 +7533,7 @@ class Pool:
 
     def close(self) -> None:
         """End what runs beside, and close all idle connections."""
-        for task in self._beside:
+        for task in self.beside:
             task.cancel()
         if self._reaper:
             self._reaper.cancel()
@@ -8149,11 +8149,13 @@ class Facts:
 class Dify:
     """The client of Dify's API, for all apps and bases at once.
 
-    `api` sends any call; `facts` knows what the apps are.
+    `api` sends any call; `facts` knows what the apps are; `beside` are the tasks that
+    nobody waits for: they end runs, as a rule.
     """
 
     def __init__(self, settings: Settings, connect: Connect) -> None:
         self._pool = Pool(connect, settings)
+        self.beside = self._pool.beside
         self.api = Api(self._pool)
         self.facts = Facts(self.api)
 
@@ -10738,7 +10740,7 @@ ACCEPTS_AT_ONCE, BACKLOG = 16, 2048
 # megabytes, and more in lumps of a third of them: who reads slowly would seem not to.
 NOT_SENT_BYTES = 128 * 1024
 DISCARD_S, DISCARD_BYTES = 2.0, 1024 * 1024  # of a request that was refused
-CANCEL_S = 2.0  # for what was cut to stop its runs in Dify
+CANCEL_S = 2.0  # for what was cut to stop its runs in Dify, and for what does so beside
 DRAIN_S = 30.0  # Kubernetes kills after 30 s by default
 _CORS_EXPOSED = (
     "x-request-id, retry-after, retry-after-ms, x-should-retry, openai-processing-ms, "
@@ -10839,7 +10841,9 @@ class Server(Listener):
             wire.close()
         for exchange in self._running:
             exchange.reply.must_close = True
-        return await self.stop(grace_s)
+        is_in_time = await self.stop(grace_s)
+        await _settled(self._site.dify.beside, CANCEL_S)
+        return is_in_time
 
     async def serve(self, wire: Wire) -> None:
         """One connection, from its first byte to its last."""

@@ -541,7 +541,7 @@ def block_of(language: str, index: int = 0) -> str:
 
 
 def test_stops_of_the_recipes_wait_for_open_requests() -> None:
-    least = opendify.DRAIN_S + opendify.CANCEL_S
+    least = opendify.DRAIN_S + 2 * opendify.CANCEL_S
     patterns = (
         r"TimeoutStopSec=(\d+)",
         r"terminationGracePeriodSeconds: (\d+)",

@@ -1204,6 +1204,17 @@ async def test_cut_answer_says_so(serving: Serving) -> None:
         assert (done, rest) == (b"data: [DONE]", b"")
 
 
+async def test_drain_waits_for_runs_that_are_stopped_beside(serving: Serving) -> None:
+    async with FakeDify() as fake, serving(fake.base) as world:
+        fake.app(KEY, script=[message("Hello. Bye"), Hang()])
+        client = await world.connect()
+        client.send(chat({**ASKS, "stream": False, "stop": ["Bye"]}))
+        assert (await client.read()).status == 200
+        assert await world.server.drain()
+        assert [stop.effective for stop in fake.stops] == [True]
+        assert fake.running == 0
+
+
 async def test_drain_stops_runs_in_dify_that_it_cuts(serving: Serving) -> None:
     async with FakeDify() as fake, serving(fake.base) as world:
         fake.app(KEY, script=[message("Hello"), Hang()])
