@@ -7579,16 +7579,17 @@ class Pool:
         failed_at, error = failed.get(origin, (-inf, None))
         if error and now - failed_at < CIRCUIT_S:
             raise copy.copy(error)
-        task = asyncio.ensure_future(self._open_in_time(origin))
         opening = self._opening.setdefault(origin, set())
-        opening.add(task)
+        opening.add(task := asyncio.ensure_future(self._open_in_time(origin)))
         try:
-            return await task
+            await asyncio.wait({task})  # the task may miss that it is cancelled
+            return task.result()
         except asyncio.CancelledError:
             failed_at, error = failed.get(origin, (-inf, None))
-            if error and failed_at >= now:
+            if error and failed_at >= now and task.cancelled():
                 raise copy.copy(error) from None  # another attempt failed
-            _abort_made(task)
+            task.cancel()
+            task.add_done_callback(_abort_made)
             raise
         except ProxyError as error:
             failed_at = asyncio.get_running_loop().time()
@@ -7654,11 +7655,8 @@ class Pool:
 
 
 def _abort_made(opening: asyncio.Task[Wire]) -> None:
-    """End a connection that was made just as its call was cancelled.
-
-    An attempt that still runs is cancelled with the call that awaits it.
-    """
-    if opening.done() and not (opening.cancelled() or opening.exception()):
+    """End a connection that was made though its call was cancelled."""
+    if not (opening.cancelled() or opening.exception()):
         opening.result().abort()
 
 

@@ -539,7 +539,8 @@ async def test_connection_made_while_its_call_is_cancelled_is_closed(
         for _ in range(turns):
             await asyncio.sleep(0)
         calling.cancel()
-        await asyncio.gather(calling, return_exceptions=True)
+        with pytest.raises(asyncio.CancelledError):
+            await calling
         dify.close()
         await fake.until(lambda: fake.open_connections == 0)
 
