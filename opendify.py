@@ -7346,9 +7346,8 @@ class UpstreamResponse:
         self, pool: Pool, origin: Origin, wire: Wire, head: ResponseHead
     ) -> None:
         self.status, self.headers = head.status, head.headers
-        self._pool = pool
-        self._origin = origin
-        self._wire = wire
+        self._pool, self._settings = pool, pool.settings
+        self._origin, self._wire = origin, wire
         self._body = body_decoder(self.headers, until_end=True)
         if self.status in (204, 304):
             self._body = BodyDecoder(0)
@@ -7408,7 +7407,9 @@ class UpstreamResponse:
             return
         self._is_released = True
         self._wire.on_data = None
-        if self._body.is_complete and self.can_reuse and not self._wire.is_stale:
+        is_as_set = self._pool.settings is self._settings
+        is_good = self._body.is_complete and self.can_reuse and is_as_set
+        if is_good and not self._wire.is_stale:
             self._pool.give_back(self._origin, self._wire)
         else:
             self._wire.abort()
@@ -7450,8 +7451,10 @@ class Pool:
     def use(self, settings: Settings) -> None:
         """Go on with other settings: what failed may work now.
 
-        Attempts that still run know but one another.
+        Attempts that still run know but one another. No connection is used again: it
+        may lead through another proxy.
         """
+        self._close_idle()
         self.settings, self._tls = settings, None
         self._failed, self._opening = {}, {}
 
@@ -7538,9 +7541,11 @@ class Pool:
         if self._reaper:
             self._reaper.cancel()
             self._reaper = None
-        for idle in self._idle.values():
-            for _, wire in idle:
-                wire.close()
+        self._close_idle()
+
+    def _close_idle(self) -> None:
+        for _, wire in itertools.chain.from_iterable(self._idle.values()):
+            wire.close()
         self._idle.clear()
 
     def _reap(self) -> None:

@@ -545,6 +545,19 @@ async def test_connection_made_while_its_call_is_cancelled_is_closed(
         await fake.until(lambda: fake.open_connections == 0)
 
 
+async def test_connection_of_old_settings_is_not_used_again() -> None:
+    """It may lead through a proxy that they name no more."""
+    async with FakeDify(keep_alive_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY)
+        await dify.api.call(app, "/info")
+        running = await dify.api.request(app, "/info")
+        await dify.api.call(app, "/info")
+        dify.use(settings_for(fake.base))
+        await running.read_all(1000)
+        await dify.api.call(app, "/info")
+        assert fake.connections == 3
+
+
 async def test_origins_do_not_share_connections() -> None:
     async with FakeDify() as one, FakeDify() as two, client(one.base) as (dify, app):
         one.app(KEY, name="one")
