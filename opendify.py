@@ -9902,6 +9902,7 @@ def _envelope(site: Site, prefix: str, model: str) -> Envelope:
 async def create_response(site: Site, exchange: Exchange) -> None:
     """`POST /responses`."""
     asked = parse_responses_request(await _body_of(site, exchange))
+    asked, named = _in_conversation(site, exchange, asked)
     asked = await _as_owner(site, exchange, asked)
     app = await site.find_app(exchange, asked.ask.model)
     user, sealer = exchange.user_of(asked.ask.user), site.sealer(exchange, app)
@@ -9912,18 +9913,13 @@ async def create_response(site: Site, exchange: Exchange) -> None:
     def whole(answers: list[Answer], extra: Json) -> dict[str, Any]:
         return response_object(replace(frame, extra=extra), answers[0])
 
-    named = None
-    if asked.conversation:
-        named = _named(site, exchange, asked.conversation)
-        mode, scope = await site.dify.facts.mode_of(app), scope_of(app.key, user)
-        asked = _in_conversation(asked, named, scope, mode)
+    if named:
+        await _check_place(site, app, user, named)
     ask, tail = await site.archive.continued(app, asked, sealer, user)
-    streams = [running] if asked.stream else []
+    questions = [Question(exchange, app, ask, True, tail)]
     site.running[running] = exchange
     try:
-        await _answer_all(
-            site, [Question(exchange, app, ask, True, tail)], streams, whole
-        )
+        await _answer_all(site, questions, [running] if asked.stream else [], whole)
     finally:
         del site.running[running]
         if named and exchange.turn:
@@ -9941,17 +9937,27 @@ async def _as_owner(
 
 
 def _in_conversation(
-    asked: ResponsesRequest, named: NamedConversation, scope: bytes, mode: str
-) -> ResponsesRequest:
-    """The request with what its conversation has, or is bound to."""
+    site: Site, exchange: Exchange, asked: ResponsesRequest
+) -> tuple[ResponsesRequest, NamedConversation | None]:
+    """(the request with what its conversation has, or is bound to; that, if any)."""
+    if not asked.conversation:
+        return asked, None
+    named = _named(site, exchange, asked.conversation)
+    items = (*parse_items(list(named.items)), *asked.items)
+    ask = asked.ask._replace(conversation_id=named.conversation_id, is_all_new=True)
+    return replace(asked, ask=ask, items=items), named
+
+
+async def _check_place(
+    site: Site, app: AppSettings, user: str, named: NamedConversation
+) -> None:
+    """Refuse a turn of an app or a user that the conversation can't have."""
+    mode = await site.dify.facts.mode_of(app)
     if mode not in CHAT_MODES:
         problem = f"a {mode} app keeps none; send the history as `input`."
         raise bad_value("conversation", problem)
-    if not named.is_bound_to(scope):
+    if not named.is_bound_to(scope_of(app.key, user)):
         raise bad_value("conversation", "it belongs to another model or end user.")
-    items = (*parse_items(list(named.items)), *asked.items)
-    ask = asked.ask._replace(conversation_id=named.conversation_id, is_all_new=True)
-    return replace(asked, ask=ask, items=items)
 
 
 def _bind(site: Site, exchange: Exchange, named: NamedConversation, turn: Turn) -> None:

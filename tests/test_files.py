@@ -1090,6 +1090,24 @@ async def test_chat_with_a_stored_file_goes_on() -> None:
     assert second.json["conversation_id"]
 
 
+async def test_file_of_a_conversation_says_whose_turn_it_is() -> None:
+    async with proxy(parameters=VISION, memory=True) as served:
+        value = await upload(served, pdf(user="al"))
+        text = {"type": "input_text", "text": "Read it."}
+        file = {"type": "input_file", "file_id": value["id"]}
+        items = [{"role": "user", "content": [text, file]}]
+        call = await served.open("POST", "/v1/conversations", {"items": items})
+        path = f"/v1/conversations/{(await call.read_rest()).json['id']}"
+        body = {"model": "m", "input": "Hi", "conversation": path.rpartition("/")[2]}
+        call = await served.open("POST", "/v1/responses", body)
+        got = (await call.read_rest()).json
+        stored = await served.get(f"/v1/responses/{got['id']}")
+        newest, *_ = (await served.get(f"{path}/items")).json["data"]
+        (turn,) = served.turns
+    assert turn.user == "al"
+    assert stored.json["output"] == got["output"] == [newest]
+
+
 async def test_response_to_a_stored_file_goes_on_as_the_user_of_the_file() -> None:
     async with proxy(parameters=VISION, memory=True) as served:
         value = await upload(served, pdf(user="al"))
