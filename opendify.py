@@ -10021,6 +10021,7 @@ def _running_as(site: Site, exchange: Exchange) -> tuple[ResponseStream, Turn] |
         is_it = told.get("id") == exchange.name_in_path
         is_theirs = site.owner_of(other) == owner and user in ("", stream.user)
         if is_it and is_theirs and other.turn and told["status"] == "in_progress":
+            exchange.model = other.model
             return stream, other.turn
     return None
 
@@ -10041,6 +10042,7 @@ async def _stored_response(
         place = open_place(sealer, id_, "resp_", user=user)
         if not place:
             continue
+        exchange.model = model
         for turn in await site.archive.turns_of(app, place):
             if turn.message_id == place.message_id:
                 return _frame_of(turn, model, sealer, place.user), turn
@@ -10156,7 +10158,7 @@ async def _items_of(
     id_ = named.conversation_id
     app = (await site.models()).get(named.model) if id_ else None
     if app and named.is_bound_to(scope_of(app.key, named.user)):
-        place = Place(named.user, id_, "")
+        exchange.model, place = named.model, Place(named.user, id_, "")
         sealer = site.sealer(exchange, app)
         for turn in await site.archive.turns_of(app, place):
             frame = _frame_of(turn, named.model, sealer, named.user)
@@ -10501,13 +10503,13 @@ async def list_files(site: Site, exchange: Exchange) -> None:
 
 async def get_file(site: Site, exchange: Exchange) -> None:
     """`GET /files/{id}`: what the id says."""
-    app, stored = await _file_of(site, exchange, exchange.name_in_path)
+    app, stored = await _file_in_path(site, exchange)
     send_json(exchange.reply, file_object(stored, site.sealer(exchange, app)))
 
 
 async def get_file_content(site: Site, exchange: Exchange) -> None:
     """`GET /files/{id}/content`; Dify has it once a message has used the file."""
-    app, stored = await _file_of(site, exchange, exchange.name_in_path)
+    app, stored = await _file_in_path(site, exchange)
     query = urllib.parse.urlencode({"user": stored.user})
     upload_id = urllib.parse.quote(stored.upload_id, safe="")
     path = f"/files/{upload_id}/preview?{query}"
@@ -10526,7 +10528,7 @@ async def get_file_content(site: Site, exchange: Exchange) -> None:
 
 async def delete_file(site: Site, exchange: Exchange) -> None:
     """`DELETE /files/{id}`: Dify's API can't delete, and the answer says so."""
-    await _file_of(site, exchange, exchange.name_in_path)
+    await _file_in_path(site, exchange)
     id_ = urllib.parse.unquote(exchange.name_in_path)
     send_json(exchange.reply, {"id": id_, "object": "file", "deleted": False})
 
@@ -10575,14 +10577,20 @@ async def _send_form(
     return answer
 
 
-async def _file_of(
-    site: Site, exchange: Exchange, id_: str
+async def _file_in_path(
+    site: Site, exchange: Exchange
 ) -> tuple[AppSettings, StoredFile]:
-    """The app and the upload behind an id; raises BadRequest if it is not ours."""
+    """The app and the upload of the file that a path names."""
+    model, stored = await _file_of(site, exchange, exchange.name_in_path)
+    return await site.find_app(exchange, model), stored
+
+
+async def _file_of(site: Site, exchange: Exchange, id_: str) -> tuple[str, StoredFile]:
+    """The model and the upload behind an id; raises BadRequest if it is not ours."""
     id_ = urllib.parse.unquote(id_)
-    for app in (await site.models()).values():
+    for model, app in (await site.models()).items():
         if stored := open_file(id_, site.sealer(exchange, app)):
-            return app, stored
+            return model, stored
     raise file_not_found(id_, _NO_FILE)
 
 

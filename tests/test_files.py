@@ -1108,6 +1108,32 @@ async def test_file_of_a_conversation_says_whose_turn_it_is() -> None:
     assert stored.json["output"] == got["output"] == [newest]
 
 
+async def test_refused_app_is_named_where_a_path_has_an_id() -> None:
+    """The path says no model: what the id belongs to is the log's and metrics', too."""
+    denied = Status(401, {"code": "unauthorized", "message": "No.", "status": 401})
+    async with proxy(parameters=VISION, memory=True) as served:
+        file = await upload(served)
+        call = await served.open("POST", "/v1/conversations", {})
+        id_ = (await call.read_rest()).json["id"]
+        body = {"model": "m", "input": "Hi", "conversation": id_}
+        call = await served.open("POST", "/v1/responses", body)
+        response = (await call.read_rest()).json
+        (upload_id,) = served.dify.uploads
+        paths = ("/messages", f"/files/{upload_id}/preview")
+        served.dify.app(KEY, overrides={path: [denied] for path in paths})
+        for path in (
+            f"responses/{response['id']}",
+            f"conversations/{id_}/items",
+            f"files/{file['id']}/content",
+        ):
+            got = await served.get(f"/v1/{path}")
+            assert got.status == 502
+            assert got.error["message"].startswith("The model 'm': Dify refused")
+        metrics = (await served.get("/metrics")).body.decode()
+    for route in ("responses/{id}", "conversations/{id}/items", "files/{id}/content"):
+        assert f'route="{route}",model="m",status="502"' in metrics
+
+
 async def test_response_to_a_stored_file_goes_on_as_the_user_of_the_file() -> None:
     async with proxy(parameters=VISION, memory=True) as served:
         value = await upload(served, pdf(user="al"))
