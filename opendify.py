@@ -5601,9 +5601,12 @@ def split_turn(ask: Ask) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
 
 
 def is_side_request(ask: Ask) -> bool:
-    """Whether a client asks for its own purposes: a title, tags, a summary."""
+    """Whether a client asks for its own purposes: a title, tags, a summary.
+
+    None does so in a conversation that it lets grow by what `is_all_new`.
+    """
     last = ask.messages[-1].text if ask.messages else ask.system
-    return last.lstrip().startswith(_SIDE_REQUESTS)
+    return not ask.is_all_new and last.lstrip().startswith(_SIDE_REQUESTS)
 
 
 # Hashes...

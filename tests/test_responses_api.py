@@ -930,6 +930,16 @@ async def test_what_a_conversation_is_given_later_is_told(way: str) -> None:
     assert query.endswith("\n\nWhat is it?")
 
 
+async def test_task_is_a_turn_of_the_conversation_that_is_named() -> None:
+    """Which a chat client's own request, that begins like it, would not be."""
+    task = "### Task:\nSum it up."
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        for question in ("Hi", task, "More"):
+            await answer(served, question, conversation=made["id"])
+        assert told(served) == [["Hi", task, "More"]]
+
+
 async def test_chat_with_the_same_words_has_no_part_in_a_conversation() -> None:
     async with proxy() as served:
         made = (await post(served, CONVERSATIONS, {})).json
