@@ -30,15 +30,15 @@ BUDGETS = {
     "Conversations": 420,
     "Pacer": 135,
     "Wire": 575,
-    "Upstream": 825,
+    "Upstream": 830,
     "Answers": 611,
-    "Handlers": 1099,
-    "Server": 300,
+    "Handlers": 1110,
+    "Server": 305,
     "Page": 260,
     "Command line": 485,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8317
+WHOLE_BUDGET = 8330
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
