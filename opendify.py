@@ -2935,7 +2935,7 @@ class AnswerReader:
     workflow has no conversation and no message, but a run.
     """
 
-    workflow_run_id = ""
+    task_id = conversation_id = message_id = workflow_run_id = ""
 
     def __init__(
         self,
@@ -2945,7 +2945,8 @@ class AnswerReader:
         output_variable: str = "",
         show_process: bool = False,
     ) -> None:
-        self.conversation_id = self.message_id = self.task_id = ""
+        own = "workflow_run_id" if mode == "workflow" else "conversation_id message_id"
+        self._unknown_ids = f"task_id {own}".split()
         self.is_finished = False
         self.is_stored = False  # as Dify says itself
         self.is_closing = False
@@ -2992,7 +2993,7 @@ class AnswerReader:
             return []
         if not isinstance(value, dict):
             return []
-        if not (self.task_id and self.conversation_id and self.message_id):
+        if self._unknown_ids:
             self._learn_ids(value)
         name = str(value.get("event"))
         translate = _TRANSLATORS.get(name)
@@ -3002,10 +3003,9 @@ class AnswerReader:
         return translate(self, said) if translate else []
 
     def _learn_ids(self, value: dict[str, Any]) -> None:
-        names = ["task_id", "message_id", "conversation_id"]
-        names += ["workflow_run_id"] if self._mode == "workflow" else []
-        for name in names:
-            setattr(self, name, getattr(self, name) or str(value.get(name) or ""))
+        for name in self._unknown_ids:
+            setattr(self, name, str(value.get(name) or ""))
+        self._unknown_ids = [n for n in self._unknown_ids if not getattr(self, n)]
 
     # Text and reasoning...
 

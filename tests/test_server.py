@@ -187,6 +187,13 @@ class Client:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.writer.transport.abort()
 
+    def leave(self, how: str) -> None:
+        """Close the connection: with an "end", or with a reset."""
+        if how == "end":
+            self.close()
+        else:
+            self.reset()
+
 
 class World:
     """A server, and connections to it."""
@@ -831,10 +838,7 @@ async def test_client_that_leaves_early_is_no_error(
         client = await world.connect()
         client.send(data)
         await some_turns()
-        if how == "end":
-            client.close()
-        else:
-            client.reset()
+        client.leave(how)
         await asyncio.sleep(0.1)
         assert world.stage.bodies == []
         assert [r for r in caplog.records if r.levelno > logging.INFO] == []
@@ -994,10 +998,7 @@ async def test_leaving_interrupts_the_handler(
         client = await world.connect()
         client.send(request(path))
         await world.stage.entered.wait()
-        if how == "end":
-            client.close()
-        else:
-            client.reset()
+        client.leave(how)
         await asyncio.wait_for(world.stage.ended.wait(), 1)
         await asyncio.sleep(0.1)
         assert "client-left" in caplog.text
@@ -1013,10 +1014,7 @@ async def test_leaving_before_all_is_sent_is_noted(
         client = await world.connect()
         client.send(request("/t/echo", "Content-Length: 9", method="POST") + b"x")
         await some_turns()
-        if how == "end":
-            client.close()
-        else:
-            client.reset()
+        client.leave(how)
         await asyncio.sleep(0.1)
         assert re.search(r"POST /t/echo - took=0\.\d+s client-left", caplog.text)
 
