@@ -2401,18 +2401,11 @@ def _kind_among(
     return "custom" if "custom" in kinds and is_listed else ""
 
 
-def encode_upload(file: Attachment, user: str) -> tuple[str, bytes]:
-    """(content type, body) of an upload: multipart/form-data (RFC 7578)."""
-    # Of the user's name, too: who knew it before could end the part with the name.
-    name = user.encode("utf-8", "replace")
-    boundary = hmac.new(name, file.data, hashlib.sha256).hexdigest()[:32]
-    start = _user_part(user, boundary) + upload_head(file, boundary)
-    body = start + file.data + b"\r\n--%b--\r\n" % boundary.encode()
-    return f"multipart/form-data; boundary={boundary}", body
-
-
 def upload_head(file: Attachment, boundary: str) -> bytes:
-    """What comes before a file's data in an upload's body."""
+    """What comes before a file's data in an upload: multipart/form-data (RFC 7578).
+
+    Nobody may guess the boundary: a file or a user's name could hold it.
+    """
     media_type = file.media_type
     if not re.fullmatch(r"[\w.+-]+/[\w.+-]+", media_type, re.ASCII):
         media_type = "application/octet-stream"
@@ -2425,12 +2418,11 @@ def upload_head(file: Attachment, boundary: str) -> bytes:
 
 def upload_end(user: str, boundary: str) -> bytes:
     """What comes after it, to the body's end."""
-    return b"\r\n%b--%b--\r\n" % (_user_part(user, boundary), boundary.encode())
-
-
-def _user_part(user: str, boundary: str) -> bytes:
-    part = f'--{boundary}\r\nContent-Disposition: form-data; name="user"\r\n\r\n{user}'
-    return part.encode("utf-8", "replace") + b"\r\n"
+    end = (
+        f'\r\n--{boundary}\r\nContent-Disposition: form-data; name="user"\r\n\r\n'
+        f"{user}\r\n--{boundary}--\r\n"
+    )
+    return end.encode("utf-8", "replace")
 
 
 # The subtypes that all releases take, and what they call others. Dify looks at nothing
@@ -8218,11 +8210,10 @@ class Dify:
 
     async def upload(self, app: AppSettings, file: Attachment, user: str) -> str:
         """Upload a file; returns its id in Dify. Errors name the file."""
-        content_type, body = encode_upload(file, user)
+        boundary = secrets.token_hex(16)
+        body = upload_head(file, boundary) + file.data + upload_end(user, boundary)
         try:
-            response = await self.api.request(
-                app, "/files/upload", body, UPLOAD_TIMEOUT_S, content_type
-            )
+            response = await self._send_form(app, "/files/upload", body, boundary)
             if id_ := (await self.api.read_object(response, app)).get("id"):
                 return str(id_)
             raise UpstreamFailed("Dify gave it no id.")
@@ -8258,15 +8249,18 @@ class Dify:
             is_through = not data
             return data or upload_end(user(), boundary)
 
-        content_type = f"multipart/form-data; boundary={boundary}"
-        response = await self.api.request(
-            app, path, read_form, UPLOAD_TIMEOUT_S, content_type
-        )
+        response = await self._send_form(app, path, read_form, boundary)
         if response.status < 300:
             return await self.api.read_object(response, app)
         error = await _refusal_in(response, app)
         error.message = f"The file {file.name!r} was refused: {error.message}"
         raise error
+
+    async def _send_form(
+        self, app: AppSettings, path: str, body: bytes | Read, boundary: str
+    ) -> UpstreamResponse:
+        kind = f"multipart/form-data; boundary={boundary}"
+        return await self.api.request(app, path, body, UPLOAD_TIMEOUT_S, kind)
 
     async def open_file(
         self,

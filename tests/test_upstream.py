@@ -1382,6 +1382,16 @@ async def test_upload_arrives_byte_for_byte() -> None:
         }
 
 
+async def test_nobody_can_write_a_part_of_an_upload() -> None:
+    """Who knew the boundary could: in a file, or in a user's name."""
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY)
+        for _ in range(2):
+            await dify.upload(app, Attachment("a.png", "image/png", b"x"), USER)
+        kinds = {request.headers["content-type"] for request in fake.requests}
+        assert len(kinds) == 2
+
+
 @pytest.mark.parametrize(
     ("answer", "status"),
     [
