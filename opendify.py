@@ -262,10 +262,10 @@ def parse_settings(variables: Mapping[str, str]) -> Settings:
     settings = Settings(**values)
     base = settings.dify_api_base.rstrip("/")
     apps = {
-        model: dataclasses.replace(app, base=(app.base or base).rstrip("/"))
+        model: replace(app, base=(app.base or base).rstrip("/"))
         for model, app in settings.model_config.items()
     }
-    return dataclasses.replace(settings, dify_api_base=base, model_config=apps)
+    return replace(settings, dify_api_base=base, model_config=apps)
 
 
 def unknown_variables(names: Iterable[str]) -> list[str]:
@@ -3560,23 +3560,17 @@ _UUID_PARTS = re.compile("(.{8})(.{4})(.{4})(.{4})(.{12})")
 _UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-def derive_key(*material: str) -> bytes:
-    """The key of ids, from a secret of the configuration: the app's key.
-
-    So an id is good for its app only, and other apps come and go without harm.
-    """
-    return hmac.new(b"OpenDify ids 1", _pack(material), hashlib.sha256).digest()
-
-
 class IdSealer:
     """Makes and opens ids.
 
     Args:
-        key: see `derive_key`.
+        secret: the app's key, so an id is good for its app only, and other apps come
+            and go without harm.
         bound: what else an id is bound to, such as the client's key.
     """
 
-    def __init__(self, key: bytes, bound: str = "") -> None:
+    def __init__(self, secret: str, bound: str = "") -> None:
+        key = hmac.new(b"OpenDify ids 1", _pack([secret]), hashlib.sha256).digest()
         self._mac_key = hashlib.sha256(b"mac" + key).digest()
         self._stream_key = hashlib.sha256(b"stream" + key).digest()
         self._bound = bound
@@ -3585,8 +3579,7 @@ class IdSealer:
         """An id of these fields; a nonce makes another one of the same fields."""
         plain = _pack([nonce, *fields])
         tag = self._tag(prefix, plain)
-        data = tag + self._cipher(tag, plain)
-        return prefix + base64.urlsafe_b64encode(data).decode().rstrip("=")
+        return prefix + _spelled(tag + self._cipher(tag, plain))
 
     def open(self, id_: str, prefix: str) -> tuple[str, ...] | None:
         """The fields of an id; None if this sealer did not make it as this kind."""
@@ -3599,8 +3592,8 @@ class IdSealer:
         plain = self._cipher(tag, sealed)
         is_ours = hmac.compare_digest(tag, self._tag(prefix, plain))
         # Base64 has several spellings for the same bytes; an id has one.
-        encoded = base64.urlsafe_b64encode(data).decode().rstrip("=")
-        return _unpack(plain)[1:] if is_ours and prefix + encoded == id_ else None
+        is_ours = is_ours and prefix + _spelled(data) == id_
+        return _unpack(plain)[1:] if is_ours else None
 
     def _tag(self, prefix: str, plain: bytes) -> bytes:
         data = _pack([self._bound, prefix, str(len(plain))]) + plain
@@ -3609,6 +3602,10 @@ class IdSealer:
     def _cipher(self, tag: bytes, data: bytes) -> bytes:
         stream = hashlib.shake_256(self._stream_key + tag).digest(len(data))
         return bytes(a ^ b for a, b in zip(data, stream))
+
+
+def _spelled(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 def _pack(fields: Iterable[str]) -> bytes:
@@ -3864,20 +3861,16 @@ def parse_completion_request(body: Json) -> CompletionRequest:
     return CompletionRequest(asks, echoes, chat.stream, chat.include_usage)
 
 
-def end_user(asked: str, forwarded: str, key: str) -> str:
-    """The name by which Dify knows the end user; never empty, never too long.
+def user_name(name: str) -> str:
+    """The name by which Dify knows an end user: a hash of one that is too long."""
+    if len(name) <= MAX_USER_CHARS:
+        return name
+    return "user-" + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
 
-    Args:
-        asked: what the request's body says, "" if nothing.
-        forwarded: what a front end says in a header (`X-OpenWebUI-User-Id`).
-        key: the client's key; users of one key are one user when nobody says more.
-    """
-    name = asked or forwarded
-    if not name:
-        name = "opendify-" + hashlib.sha256(key.encode()).hexdigest()[:16]
-    if len(name) > MAX_USER_CHARS:
-        name = "user-" + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
-    return name
+
+def user_of_key(key: str) -> str:
+    """The end user where nobody says more: all who use a client's key are one."""
+    return "opendify-" + hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def with_tool_names(messages: list[Message]) -> list[Message]:
@@ -3887,7 +3880,7 @@ def with_tool_names(messages: list[Message]) -> list[Message]:
     """
     calls: dict[str, tuple[int, str]] = {}  # id: (which of all, the tool's name)
     told: list[Message] = []
-    numbers = itertools.count()
+    numbers = count()
     for is_result, run in itertools.groupby(messages, lambda row: row.role == "tool"):
         rows = list(run)
         rows = _by_calls(rows, calls) if is_result else rows
@@ -3952,7 +3945,7 @@ def parse_user(body: Json) -> str:
         if isinstance(user, dict):  # Open WebUI's pipelines send an object
             user = user.get("id") or user.get("email") or user.get("name")
         if user not in (None, "") and isinstance(user, (str, int)):
-            return end_user(str(user), "", "")
+            return user_name(str(user))
     return ""
 
 
@@ -4576,6 +4569,8 @@ class _ChunkStream:
 class ChatStream(_ChunkStream):
     """Writes the chunks of one choice of a streamed chat completion as SSE."""
 
+    _no_content: str | None = ""
+
     def __init__(
         self,
         envelope: Envelope,
@@ -4595,7 +4590,7 @@ class ChatStream(_ChunkStream):
 
     def begin(self, extra: Json) -> bytes:
         """The first chunk: the role, and `extra` keys beside the standard ones."""
-        delta = {"role": "assistant", "content": "", "refusal": None}
+        delta = {"role": "assistant", "content": self._no_content, "refusal": None}
         return self._chunk(delta, **extra)
 
     def encode(self, part: Part) -> bytes:
@@ -4639,6 +4634,7 @@ class SpokenStream(ChatStream):
     """
 
     needs_ids = True
+    _no_content = None
 
     def __init__(self, envelope: Envelope, spoken: Spoken, **options: Any) -> None:
         super().__init__(envelope, **options)
@@ -4651,8 +4647,7 @@ class SpokenStream(ChatStream):
     def begin(self, extra: Json) -> bytes:
         """The first chunk; the audio's id waits for the first text."""
         self._id = self._spoken.id_of(extra)
-        delta = {"role": "assistant", "content": None, "refusal": None}
-        return self._chunk(delta, **extra)
+        return super().begin(extra)
 
     def encode(self, part: Part) -> bytes:
         """The chunks that a part becomes."""
@@ -8086,7 +8081,7 @@ class Facts:
         """The app's mode: as configured, as `/info` tells, or as a probe shows."""
         facts = self.of(app)
         if not facts.mode:
-            facts.mode = app.mode or await self._ask_info(app) or await self._probe(app)
+            facts.mode = app.mode or await self.correct_mode(app)
         return facts.mode
 
     async def confirmed_mode(self, app: AppSettings) -> str:
@@ -8468,11 +8463,13 @@ class Exchange:
     @property
     def forwarded_user(self) -> str:
         """The end user that Open WebUI names in a header, "" if none."""
-        return urllib.parse.unquote(self.request.headers.get("x-openwebui-user-id", ""))
+        name = self.request.headers.get("x-openwebui-user-id", "")
+        return user_name(urllib.parse.unquote(name))
 
     def user_of(self, asked: str) -> str:
         """The end user's name in Dify, by the body, a header, or the key."""
-        return end_user(asked, self.forwarded_user, client_key(self.request.headers))
+        key = client_key(self.request.headers)
+        return asked or self.forwarded_user or user_of_key(key)
 
     def explain(self, error: ProxyError) -> None:
         """Let an error name the model, and the field as the endpoint calls it."""
@@ -8800,7 +8797,7 @@ class Reading:
         self._ask = ask
         self._calls: CallReader | None = None
         if ask.tools:
-            ids = (_call_id(f"{message_id} {n}") for n in itertools.count())
+            ids = (_call_id(f"{message_id} {n}") for n in count())
             self._calls = CallReader(ask.tools, ids.__next__)
         self._is_json = ask.output.kind != "text"
         # What stands around JSON is no text of the client's, and half of it is none.
@@ -9713,7 +9710,7 @@ class Site:
 
     def sealer(self, exchange: Exchange, app: AppSettings) -> IdSealer:
         """What makes and opens the ids of an app, and of a client's key."""
-        return IdSealer(derive_key(app.key), self.owner_of(exchange))
+        return IdSealer(app.key, self.owner_of(exchange))
 
 
 async def _in_time(asking: Iterable[Awaitable[Any]]) -> list[Any]:
@@ -10012,7 +10009,7 @@ async def cancel_response(site: Site, exchange: Exchange) -> None:
 
 def _running_as(site: Site, exchange: Exchange) -> tuple[ResponseStream, Turn] | None:
     """The streamed response that a path names, with its turn, while it runs."""
-    owner, user = site.owner_of(exchange), _asker(exchange)
+    owner, user = site.owner_of(exchange), exchange.forwarded_user
     for stream, other in site.running.items():
         told = stream.response
         is_it = told.get("id") == exchange.name_in_path
@@ -10023,17 +10020,11 @@ def _running_as(site: Site, exchange: Exchange) -> tuple[ResponseStream, Turn] |
     return None
 
 
-def _asker(exchange: Exchange) -> str:
-    """The end user of a request that has no body to name one; "" if it doesn't say."""
-    forwarded = exchange.forwarded_user
-    return end_user("", forwarded, "") if forwarded else ""
-
-
 async def _stored_response(
     site: Site, exchange: Exchange
 ) -> tuple[ResponseFrame, StoredTurn]:
     """What Dify has stored of the response that a path names."""
-    id_, user = exchange.name_in_path, _asker(exchange)
+    id_, user = exchange.name_in_path, exchange.forwarded_user
     for model, app in (await site.models()).items():
         sealer = site.sealer(exchange, app)
         place = open_place(sealer, id_, "resp_", user=user)
@@ -10071,21 +10062,21 @@ async def create_conversation(site: Site, exchange: Exchange) -> None:
     items = _with_items(site, body, ())
     named = NamedConversation(id_, now, _parse_metadata(body), items)
     _keep(site, exchange, named)
-    send_json(exchange.reply, _shown_conversation(named))
+    _send_conversation(exchange, named)
 
 
 async def get_conversation(site: Site, exchange: Exchange) -> None:
     """`GET /conversations/{id}`."""
-    send_json(exchange.reply, _shown_conversation(_named(site, exchange)))
+    _send_conversation(exchange, _named(site, exchange))
 
 
 async def update_conversation(site: Site, exchange: Exchange) -> None:
     """`POST /conversations/{id}`: other metadata."""
     named = _named(site, exchange)
-    metadata = _parse_metadata(parse_json_object(exchange.body))
-    named = replace(named, metadata=metadata)
+    body = parse_json_object(exchange.body)
+    named = replace(named, metadata=_parse_metadata(body))
     _keep(site, exchange, named)
-    send_json(exchange.reply, _shown_conversation(named))
+    _send_conversation(exchange, named)
 
 
 async def delete_conversation(site: Site, exchange: Exchange) -> None:
@@ -10139,7 +10130,7 @@ async def delete_conversation_item(site: Site, exchange: Exchange) -> None:
         raise BadRequest(f"None of more than {MAX_NAMED_ITEMS} can be deleted.")
     named = replace(named, items=tuple(rest))
     _keep(site, exchange, named)
-    send_json(exchange.reply, _shown_conversation(named))
+    _send_conversation(exchange, named)
 
 
 def _item_in_path(exchange: Exchange) -> str:
@@ -10204,8 +10195,9 @@ def _parse_metadata(body: Json) -> dict[str, Any]:
     return metadata
 
 
-def _shown_conversation(named: NamedConversation) -> dict[str, Any]:
-    return conversation_object(named.id, named.created, named.metadata)
+def _send_conversation(exchange: Exchange, named: NamedConversation) -> None:
+    value = conversation_object(named.id, named.created, named.metadata)
+    send_json(exchange.reply, value)
 
 
 # Turns...

@@ -450,24 +450,22 @@ def test_explicit_conversation(fields: JSONObject, conversation_id: str) -> None
     assert parsed(**fields).conversation_id == conversation_id
 
 
-def test_end_user_is_who_the_request_names() -> None:
-    assert opendify.end_user("al", "bo", "key") == "al"
-    assert opendify.end_user("", "bo", "key") == "bo"
-    assert opendify.end_user("a" * 200, "", "") == "a" * 200
+def test_end_user_is_called_as_the_request_says() -> None:
+    assert opendify.user_name("al") == "al"
+    assert opendify.user_name("a" * 200) == "a" * 200
+    assert opendify.user_name("") == ""
 
 
 def test_end_user_of_a_key_is_stable_and_does_not_tell_it() -> None:
-    one, other, nobody = (opendify.end_user("", "", key) for key in ("k1", "k2", ""))
+    one, other, nobody = map(opendify.user_of_key, ("k1", "k2", ""))
     assert len({one, other, nobody}) == 3
-    assert one == opendify.end_user("", "", "k1")
+    assert one == opendify.user_of_key("k1")
     assert "k1" not in one
     assert nobody
 
 
 def test_end_user_that_is_too_long_becomes_a_hash() -> None:
-    names = {
-        opendify.end_user(last * 201, "", "") for last in ("a", "b", "ü", "\ud800")
-    }
+    names = {opendify.user_name(last * 201) for last in ("a", "b", "ü", "\ud800")}
     assert len(names) == 4
     assert {len(name) <= 200 for name in names} == {True}
 
@@ -478,7 +476,7 @@ def test_nothing_longer_is_kept_of_an_end_user() -> None:
     fields = ("user", "safety_identifier")
     (short,) = {opendify.parse_user({name: long}) for name in fields}
     assert len(short) < 100
-    assert opendify.end_user(short, "", "") == opendify.end_user(long, "", "")
+    assert opendify.user_name(short) == short == opendify.user_name(long)
 
 
 # Files in requests...
