@@ -229,7 +229,7 @@ class Settings:
 
 
 def setting_rows() -> list[tuple[str, str, str]]:
-    """(variable, default as one writes it, meaning) of every setting, in order."""
+    """(variable, default as it is written, meaning) of every setting, in order."""
     return [
         (row.name.upper(), written(row.metadata["default"]), row.metadata["meaning"])
         for row in dataclasses.fields(Settings)
@@ -256,10 +256,10 @@ def parse_settings(variables: Mapping[str, str]) -> Settings:
                 raise ValueError(f"must be {least:g} or more, not {text}")
         except ValueError as error:
             complaints.append(f"{row.name.upper()}: {error}")
-    complaints += _complaints(values)
+    settings = Settings(**values)
+    complaints += _complaints(settings)
     if complaints:
         raise SettingsError(complaints)
-    settings = Settings(**values)
     base = settings.dify_api_base.rstrip("/")
     apps = {
         model: replace(app, base=(app.base or base).rstrip("/"))
@@ -269,15 +269,19 @@ def parse_settings(variables: Mapping[str, str]) -> Settings:
 
 
 def unknown_variables(names: Iterable[str]) -> list[str]:
-    """A warning for each name of an env file that is no setting: what was meant?"""
+    """A warning for each name that is no setting, with the setting it is most like."""
     known = [variable for variable, _, _ in setting_rows()]
-    warnings = []
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name.upper(), known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            warnings.append(f"{name} is not a setting of OpenDify{hint}")
-    return warnings
+    return [
+        f"{name} is not a setting of OpenDify{_hint(name.upper(), known)}"
+        for name in names
+        if name not in known
+    ]
+
+
+def _hint(name: str, known: Sequence[str], form: str = "{}") -> str:
+    """The end of a complaint about an unknown name: the known one it is most like."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {form.format(near[0])}?" if near else ""
 
 
 def mask_key(key: str) -> str:
@@ -286,7 +290,7 @@ def mask_key(key: str) -> str:
 
 
 def written(value: Any) -> str:
-    """A value as one writes it; "" for none."""
+    """A value as it is written in an env file; "" for none."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, Seconds) and value and not value % _UNITS_S["d"]:
@@ -301,41 +305,39 @@ def mask_password(url: str) -> str:
     return re.sub(r"^(\w+://)?.*@", r"\1…@", url)
 
 
-def _complaints(values: Mapping[str, Any]) -> list[str]:
+def _complaints(settings: Settings) -> list[str]:
     """What is wrong with values that parsed."""
-    apps: Mapping[str, AppSettings] = values.get("model_config", {})
-    complaints = _complaints_of_urls(values, apps)
-    for key in [*(app.key for app in apps.values()), *values.get("dify_api_keys", ())]:
+    complaints = _complaints_of_urls(settings)
+    app_keys = [app.key for app in settings.model_config.values()]
+    for key in (*app_keys, *settings.dify_api_keys):
         if not re.fullmatch(r"[!-~]+", key):
             shown = mask_key(key)
             complaints.append(f"the app key {shown!r} has characters no key has")
-    for key in values.get("valid_api_keys", ()):
-        if not re.fullmatch(r"[\t -~]+", key):  # clients send others in many ways
+    for key in settings.valid_api_keys:
+        if not re.fullmatch(r"[\t -~]+", key):  # clients encode others differently
             shown = mask_key(key)
             complaints.append(f"VALID_API_KEYS: {shown!r} has characters no header has")
     for name, choices in (("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS)):
-        if values.get(name, choices[0]) not in choices:
+        if getattr(settings, name) not in choices:
             complaints.append(f"{name.upper()}: must be one of {', '.join(choices)}")
-    if values.get("server_port", 0) > 65535:
+    if settings.server_port > 65535:
         complaints.append("SERVER_PORT: must be 65535 or less")
     return complaints
 
 
-def _complaints_of_urls(
-    values: Mapping[str, Any], apps: Mapping[str, AppSettings]
-) -> list[str]:
+def _complaints_of_urls(settings: Settings) -> list[str]:
     names = ("dify_api_base", "https_proxy", "http_proxy")
-    urls = {name.upper(): values.get(name, "") for name in names}
-    for model, app in apps.items():
+    urls = {name.upper(): getattr(settings, name) for name in names}
+    for model, app in settings.model_config.items():
         urls[f"MODEL_CONFIG: base of {model!r}"] = app.base
     complaints = []
     for name, url in urls.items():
-        is_proxy = name.endswith("PROXY")  # none is spoken to in TLS
+        is_proxy = name.endswith("PROXY")  # they are not spoken to over TLS
         if url and not _is_url(url, ("http",) if is_proxy else ("http", "https")):
             like = "http://host:3128" if is_proxy else "https://host/v1"
             shown = mask_password(url)
             complaints.append(f"{name}: must be a URL like {like}, not {shown!r}")
-    for origin in values.get("allowed_origins", ()):
+    for origin in settings.allowed_origins:
         try:
             urllib.parse.urlsplit(origin)
         except ValueError:
@@ -343,11 +345,11 @@ def _complaints_of_urls(
     return complaints
 
 
-def _is_url(base: str, schemes: Sequence[str]) -> bool:
+def _is_url(text: str, schemes: Sequence[str]) -> bool:
     try:
-        parts = urllib.parse.urlsplit(base)
+        parts = urllib.parse.urlsplit(text)
         leads = parts.scheme in schemes and parts.hostname and parts.port != 0
-        return bool(leads and re.fullmatch(r"[!-~]+", base))
+        return bool(leads and re.fullmatch(r"[!-~]+", text))
     except ValueError:
         return False
 
@@ -400,8 +402,7 @@ def _parse_app(name: str, value: Any, problems: list[str]) -> AppSettings:
     known = [row.name for row in dataclasses.fields(AppSettings)]
     for key, entry in described.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = _hint(key, known, "{!r}")
             problems.append(f"{name!r} has an unknown {key!r}{hint}")
             continue
         type_, wanted = _APP_TYPES.get(key, (str, "a text"))
@@ -446,7 +447,7 @@ RETRY_AFTER_S = "5"  # a run of Dify's lasts seconds; Dify itself never says
 
 
 class ProxyError(Exception):
-    """Anything that is answered with an error; itself a bug's answer, 500.
+    """Anything that is answered with an error; by itself, a bug (500).
 
     Args:
         message: for the client's user: what is wrong and what to do.
@@ -462,7 +463,7 @@ class ProxyError(Exception):
     code: str | None = None
     param: str | None = None
     retry: bool | None = None
-    is_unsent = False  # Dify was asked nothing
+    is_unsent = False  # nothing of the request has reached Dify
 
     def __init__(
         self,
@@ -636,7 +637,7 @@ def error_headers(error: ProxyError) -> list[tuple[str, str]]:
     if error.retry is not None:
         headers.append(("x-should-retry", str(error.retry).lower()))
     elif error.status in (429, 503) and not headers:
-        headers.append(("Retry-After", RETRY_AFTER_S))  # Codex repeats 429 only so
+        headers.append(("Retry-After", RETRY_AFTER_S))  # else Codex repeats no 429
     if error.status == 401:
         headers.append(("WWW-Authenticate", "Bearer"))
     return headers
@@ -663,8 +664,8 @@ class SSEDecoder:
     """Cuts a stream of bytes into its events' data, however the bytes are cut.
 
     Lines end with LF, CR LF or CR; data lines are joined by newlines. Bytes that are
-    not UTF-8 become U+FFFD. Types and ids are passed over, since Dify names an event in
-    its data. What has no data is no event (Dify's heartbeat, `event: ping`), and one
+    not UTF-8 become U+FFFD. Types and ids are ignored, since Dify names an event in its
+    data. What has no data is no event (Dify's heartbeat, `event: ping`), and one
     whose blank line never comes is dropped, as the standard demands.
     """
 
@@ -709,7 +710,7 @@ class SSEDecoder:
         *blocks, rest = text.split("\n\n")
         for block in blocks:
             if block.startswith("data: ") and "\n" not in block and not self._data:
-                events.append(block[6:])  # Dify's form, in a read that is cut
+                events.append(block[6:])  # the same, in a read that ends anywhere
             else:
                 for line in (*block.split("\n"), ""):
                     self._read_line(line, events)
@@ -740,7 +741,7 @@ def encode_event(data: bytes, event: str = "") -> bytes:
 
 
 def encode_comment(text: str) -> bytes:
-    """A comment: keeps a connection alive, and is an event to nobody."""
+    """A comment: it keeps a connection alive, and no client reads it as an event."""
     return b": %b\n\n" % text.encode()
 
 
@@ -748,13 +749,13 @@ def encode_comment(text: str) -> bytes:
 # 4. JSON
 # ==============================================================================
 #
-# Text to values and back. Python's reader and writer take more for JSON than is: NaN,
-# any depth, half a surrogate pair; models write less: quotes, commas and braces are
-# wrong or missing. Knows nothing of what a value means.
+# Text to values and back. Python's reader and writer allow more than JSON does: NaN,
+# any depth, half a surrogate pair. Models get quotes, commas and braces wrong, or leave
+# them out. Knows nothing of what a value means.
 #
 #     '{"a": NaN}'  ->  {"a": None}  ->  b'{"a":null}'
 
-MAX_NESTING = 100  # of lists and objects; what walks or writes a value is recursive
+MAX_NESTING = 100  # of lists and objects: the code that walks them is recursive
 _PAIRS = {"{": "}", "[": "]"}
 _ESCAPE = re.compile(r"\\(?:[^u]|u[0-9a-fA-F]{4})|[\"\\]")
 _SLOPPY = re.compile(
@@ -785,15 +786,15 @@ def objects_of(value: Any) -> list[dict[str, Any]]:
 def read_json(text: str) -> Any:
     """A value that can be written as JSON again.
 
-    Python writes NaN and 1e999, which JSON lacks: they become null, and so does what is
-    nested deeper than MAX_NESTING.
+    NaN and 1e999, which JSON lacks, become null, and so does what is nested deeper than
+    MAX_NESTING.
 
     Raises:
         ValueError, RecursionError.
     """
     value = decode_json(text)
-    is_deep = text.count("[") + text.count("{") > MAX_NESTING  # perhaps
-    return _shallow(value, MAX_NESTING) if is_deep else value
+    may_be_deep = text.count("[") + text.count("{") > MAX_NESTING
+    return _shallow(value, MAX_NESTING) if may_be_deep else value
 
 
 def _shallow(value: Any, depth: int) -> Any:
@@ -832,8 +833,8 @@ def _finite(text: str) -> float:
 def parse_sloppy_json(text: str) -> Any:
     """The value of JSON text that may need one repair, or ValueError.
 
-    Mended are single quotes, names without quotes, Python's words, commas too many,
-    braces missing at the end, line breaks and stray backslashes in strings.
+    It mends single quotes, names without quotes, Python's words, surplus commas, braces
+    missing at the end, line breaks and stray backslashes in strings.
     """
     try:
         return parse_json_text(text, strict=False)
@@ -915,8 +916,8 @@ _LINE_BREAKERS = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 class Attachment:
     """A file that came with a message: its bytes, or the URL where they are.
 
-    `data` and `url` exclude each other; an `upload_id` counts for more. `media_type` is
-    "" where the client did not say; `name` never has a path in it.
+    `data` and `url` exclude each other; an `upload_id` goes before both. `media_type`
+    is "" where the client did not say; `name` never has a path in it.
     """
 
     name: str
@@ -959,7 +960,7 @@ class Message(NamedTuple):
 
 
 def plain_text(message: Message) -> str:
-    """A message's text as it is compared: no thoughts, and one space for any."""
+    """A message's text as it is compared: without thoughts, in single spaces."""
     text = message.text
     if message.role == "assistant" and (match := _REASONING.match(text)):
         text = text[match.end() :]
@@ -1011,9 +1012,9 @@ class Ask(NamedTuple):
 
     `messages` is the whole visible history in order, the new message(s) last, without
     the system text that opens it: that is `system`. `conversation_id` is the explicit
-    one, "" where the client named none. That conversation has the messages up to the
-    last answer, unless `is_all_new`; where none is named, another may not be continued
-    then because it has them.
+    one, "" where the client named none. With `is_all_new` that conversation has none of
+    the messages, else all up to the last answer; and where none is named, none is
+    looked for that has them.
     """
 
     model: str
@@ -1060,7 +1061,7 @@ class Reasoning:
 class Replace:
     """Forget the text so far, this is it (moderation does that).
 
-    `reasoning` stood in the new text; what stood in the text so far is forgotten, too.
+    `reasoning` stood in the new text; what stood in the old one is forgotten, too.
     """
 
     text: str
