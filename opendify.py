@@ -1243,7 +1243,7 @@ _BEGINNINGS = {
 _LONGEST = max(map(len, _MARKERS))
 _CONTEXT_CHARS = 80  # before JSON, that tell whether a call can stand there
 _MAX_PIECE_CHARS = 4096  # read at once: what follows a marker is copied for each
-_MAX_REREAD = 16_384  # of a block that was none after all; the rest is text then
+_MAX_REREAD = 16_384  # of what turns out to be no block; the rest is text then
 _TOKEN = re.compile(
     r"""(?P<space>[\s;,}\]]+)
     |(?P<opener><(?:\w+:|｜DSML｜)?(?:tool_calls?|tools|tool_use|function_calls?)>
@@ -1289,7 +1289,7 @@ _MAYBE_JSON = re.compile(r"[\[{]\s*\Z")
 _NEXT_PARAMETER = re.compile(
     r"\n<(?:antml:|｜DSML｜)?parameter(?:=|\ +name\ *=\ *)[\"']?(?P<key>[\w.-]+)"
 )
-_MAX_CHECKS = 50_000  # of one answer, a third of a second; what is left may pass
+_MAX_CHECKS = 50_000  # of one answer, a third of a second; what is left passes
 _MAX_PROBLEMS, _MAX_RULE_CHARS = 5, 200  # are told to the app
 _NO_SENSE = (TypeError, AttributeError, ValueError, LookupError, ArithmeticError)
 _MAX_PATTERN_CHARS, _PATTERN_CHECKS = 100, 100  # what one may take, in checks
@@ -1301,12 +1301,12 @@ _Calls = list[tuple[str, dict[str, Any]]]
 
 
 def parse_tools(body: Json) -> tuple[tuple[Tool, ...], str]:
-    """(tools that may be called, "auto", "none" or "required"), of either generation.
+    """(tools that may be called; "auto", "none" or "required"), of either generation.
 
     Tools of other types than function are ignored, as clients expect.
 
     Raises:
-        BadRequest: a tool must be called that there is not.
+        BadRequest: a tool must be called, and is not there.
     """
     rows = body.get("tools") or body.get("functions") or []
     choice = body.get("tool_choice") or body.get("function_call")
@@ -1337,7 +1337,7 @@ def _function(row: Any) -> dict[str, Any]:
 
 
 def _parse_tool(row: Any) -> list[Tool]:
-    """The row's tool, none for what is no function."""
+    """The row's tool; [] if it is no function."""
     function = _function(row)
     name, kind = function.get("name"), row.get("type") if function else ""
     if not isinstance(name, str) or not name or kind not in (None, "function"):
@@ -1347,7 +1347,7 @@ def _parse_tool(row: Any) -> list[Tool]:
 
 
 def _parse_choice(choice: Any) -> tuple[str, list[Any]]:
-    """(its mode as it is written, the names to choose from; none for all)."""
+    """(its mode as it is written, the names to choose from; [] for all)."""
     if not isinstance(choice, dict):
         return str(choice)[:80], []
     kind = choice.get("type")
@@ -1368,7 +1368,7 @@ def parse_output_format(body: Json) -> OutputFormat:
     """What `response_format` (Chat) or `text.format` (Responses) asks for.
 
     Raises:
-        BadRequest: of a kind that nobody knows, or without a schema.
+        BadRequest: the kind is unknown, or the schema missing.
     """
     where = "response_format"
     if not (row := body.get(where)):
@@ -1403,7 +1403,7 @@ def describe_tools(tools: Sequence[Tool], mode: str) -> str:
 
 
 def told_tools(text: str) -> list[Tool]:
-    """The tools that `describe_tools` has told of in a text, the last time it did."""
+    """The tools that a text tells of, last of all, in the words of `describe_tools`."""
     _, opener, rest = text.rpartition(_TOOLS_TEXT.partition("{")[0])
     lines, closer, _ = rest.partition("\n</tools>\n")
     try:
@@ -1451,7 +1451,7 @@ class CallReader:
 
     Call `feed` with parts as they come, then `close`, which may be called again.
     `calls` counts the calls so far. White space before the first call, between calls
-    and after the last one is dropped where no text is with it.
+    and after the last one is dropped where no text stands beside it.
     """
 
     def __init__(self, tools: Iterable[Tool], new_id: Callable[[], str]) -> None:
@@ -1820,11 +1820,11 @@ class _ValueEnd:
 
 
 class StopReader:
-    """Cuts an answer before the first of some texts; other parts go through.
+    """Cuts an answer before the first of its stop texts; other parts go through.
 
-    There is one at least, none is empty. First is what is complete first, as for a
-    model that stops there. Once `is_cut`, the answer is over, however the app would
-    have ended it: no more than its Citations and Usage go through.
+    There is at least one, and none is empty. The first is the one that is complete
+    first, as for a model that stops there. Once `is_cut`, the answer is over, however
+    the app would have ended it: only its Citations and Usage still go through.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -1863,7 +1863,7 @@ class StopReader:
 
 
 def _begun_at(text: str, stop: str) -> int:
-    """Where the text's end begins that may become `stop`; its length if nowhere."""
+    """Where `stop` may have begun at the text's end; the text's length if nowhere."""
     first = max(len(text) - len(stop) + 1, 0)
     starts = (at for at in range(first, len(text)) if stop.startswith(text[at:]))
     return next(starts, len(text))
@@ -1873,10 +1873,10 @@ def _begun_at(text: str, stop: str) -> int:
 
 
 class JsonReader:
-    """Passes on the JSON in an answer, without fences and talk; other parts as well.
+    """Passes on the JSON in an answer, without fences and talk, and the other parts.
 
-    `text` is the JSON so far, "" until one has begun. Whether it is whole and valid,
-    `json_problem` tells at the end.
+    `text` is the JSON so far, "" until some has begun. At the end `json_problem` tells
+    whether it is whole and valid.
     """
 
     def __init__(self, output: OutputFormat) -> None:
@@ -1945,7 +1945,7 @@ def json_problem(text: str, output: OutputFormat) -> str:
 
 
 def schema_problems(value: Any, schema: Json) -> list[str]:
-    """What breaks the schema, the first few; a schema without sense forbids nothing."""
+    """The first few breaches of a schema; one that makes no sense forbids nothing."""
     problems: list[str] = []
     found = _Checker(schema).check(value, schema, "$")
     with contextlib.suppress(RecursionError, re.error, *_NO_SENSE):
@@ -1965,7 +1965,7 @@ class _Checker:
         self._patterns: set[str] = set()
 
     def check(self, value: Any, schema: Any, at: str) -> Iterator[tuple[str, str, Any]]:
-        """(where, the keyword that is broken, its rule); no keyword: nothing may be."""
+        """(where, the keyword that is broken, its rule); "" if the schema is false."""
         self._spend(1 + len(at) // 5000)
         if schema is False:
             yield at, "", None
@@ -1980,15 +1980,15 @@ class _Checker:
             yield from self.check(item, inner, place)
 
     def _spend(self, checks: int) -> None:
-        """Count what is done, in checks, and stop where it is too much."""
+        """Count the work in checks, and stop where it is too much."""
         self._checks += checks
         if self._checks > _MAX_CHECKS:
             raise RecursionError
 
     def _matches(self, value: Any, pattern: str) -> bool:
-        """Whether text matches; patterns that may keep the server busy hold always.
+        """Whether text matches; a pattern that could keep the server busy always does.
 
-        Paid for: compiled once; searched, at worst, in cubic time.
+        It is paid for as compiled once, and searched in cubic time at worst.
         """
         is_text = isinstance(value, str) and len(value) <= _MAX_PATTERN_CHARS
         size = len(value) if is_text else 0
@@ -2049,7 +2049,7 @@ class _Checker:
 
 
 def _size(value: Any) -> int:
-    """How many things it takes to look at a value; a text is compared quickly."""
+    """How many things there are to look at in a value; a text is compared quickly."""
     if isinstance(value, str):
         return len(value) // 1000
     return len(value) if isinstance(value, (dict, list)) else 1
@@ -2070,7 +2070,7 @@ def _is_same(value: Any, other: Any) -> bool:
 
 
 def _is_multiple(value: Any, step: Any) -> bool:
-    """Whether a number is one, as it is written: 19.99 is one of 0.01."""
+    """Whether a number is a multiple as it is written: 19.99 is one of 0.01."""
     if isinstance(step, int) and isinstance(value, int):
         return value % step == 0
     return math.isclose(value / step, round(value / step), rel_tol=1e-12)
@@ -2080,8 +2080,8 @@ _TYPES: Mapping[str, Any] = {
     **{"string": str, "object": dict, "array": list, "null": type(None)},
     **{"integer": int, "number": (int, float)},
 }
-# Of each keyword: the type of the values that it is for ("": all), and whether one of
-# them keeps to it.
+# By keyword: the type of the values that it is for ("": all), and whether a value keeps
+# to it.
 _HOLDS: Mapping[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "type": ("", _is_a),
     "enum": ("", lambda value, allowed: any(_is_same(value, one) for one in allowed)),
