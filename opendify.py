@@ -2275,7 +2275,7 @@ def check_files(form: AppForm, files: Sequence[Attachment], given: Json) -> None
 
 
 def has_room(form: AppForm, files: Sequence[Attachment], given: Json) -> bool:
-    """Whether the app surely takes that many files; arguments as of `check_files`."""
+    """Whether the app surely takes so many files; the arguments of `check_files`."""
     if rules := _upload_rules(form):
         return len(files) <= (count_of(rules.get("number_limits")) or 1)
     fields = sum(row.type in _FILE_TYPES for row in form.inputs)
@@ -2392,8 +2392,8 @@ def _kind_among(
 ) -> str:
     """The kind that a file is sent as, where these are taken; "" if it is not taken.
 
-    Dify looks for its extension among the app's own only where it is said to be custom;
-    of a file that is no other kind it judges, for it may know a better name.
+    Dify looks for the extension among the app's own only if the file is sent as custom.
+    A file of no other kind is left to Dify to judge: it may know a better name.
     """
     kind = file_kind(file)
     if not kinds or kind in kinds:
@@ -2528,7 +2528,7 @@ class MissingInput(UpstreamRejected):
 
 _MAX_TOLD = 10_000  # characters of an error that are searched for what it means
 _WRONG_MODE = ("not_chat_app", "app_unavailable", "not_workflow_app")
-# What the texts of providers' errors tell: Dify's codes and statuses say "400" to all.
+# What the words of providers' errors tell; Dify's code and status are 400 for all.
 _BY_WORDING: Mapping[str, type[ProxyError]] = {
     r"\Aconversation not exists": ConversationGone,  # not by a node, of another app
     r"insufficient.{0,3}(?:quota|balance)|quota.{0,20}exceeded|credit balance|余额不足"
@@ -2847,7 +2847,7 @@ class AnswerText:
     def end_block(self) -> list[Part]:
         """What is still held back: another node or round speaks now, or the same anew.
 
-        If the model was cut while it thought, its block is still open.
+        A model that was cut while it thought has left its block open.
         """
         return self._mark_blocks(self._splitter.restart())
 
@@ -2982,7 +2982,7 @@ class AnswerReader:
             value = read_json(data)
         except ValueError:
             return self.fail(UpstreamFailed("Dify sent an event that is not JSON."))
-        except RecursionError:  # some tool's output: the answer does not hang on it
+        except RecursionError:  # some tool's output: the answer can do without it
             return []
         if not isinstance(value, dict):
             return []
@@ -3176,7 +3176,7 @@ _TRANSLATORS: _Translators = {
     "error": AnswerReader._error,
 }
 _DELTAS = ("message", "agent_message", "text_chunk")  # events of text
-_NOT_ALL_SAID = ("stopped", "running", "paused")  # of a run: the latter when stored
+_NOT_ALL_SAID = ("stopped", "running", "paused")  # the last two of a stored run
 _LONG_EVENT = 4096  # characters; a text delta is shorter
 _EVENT_NAME = re.compile(r'\{"event": ?"(\w+)"')
 
@@ -3190,10 +3190,10 @@ def _is_idle(data: str) -> bool:
 
 
 class DeltaReader:
-    """Reads the text of a delta without its event, five times faster than that.
+    """Reads the text of a delta without parsing its event: five times faster.
 
-    What stands around the text is the same in the next: it is learnt from an example,
-    an event that was read as a whole.
+    What stands around the text is the same in the next event: it is learnt from an
+    example, which was read as a whole.
     """
 
     def __init__(self) -> None:
@@ -3246,7 +3246,7 @@ class Process:
         self._told: dict[str, str] = {}  # by id
 
     def thought(self, value: Json) -> _Thought:
-        """A snapshot of an agent's round; one of `agent` without tool is reasoning."""
+        """A snapshot of an agent's round; of `agent` without a tool it is reasoning."""
         names = ("id", "tool", "thought")
         id_, tool, thought = (str(value.get(name) or "") for name in names)
         if tool:
@@ -3380,9 +3380,9 @@ def _resolved(base: str, url: str) -> tuple[str, str]:
 def answer_from_outputs(outputs: Json, variable: str, mode: str) -> str:
     """The output of a run that is its answer, when none was streamed.
 
-    The one the operator named, if the run has it; else by a usual name, and not empty
-    if possible; else the only one; else all, as JSON. Files are left out: they follow
-    as links.
+    The one that the operator named, if the run has it; else one of a usual name, not an
+    empty one if possible; else the only one; else all, as JSON. Files are left out:
+    they follow as links.
     """
     if mode != "workflow":
         return str(outputs.get("answer") or "")
@@ -3437,7 +3437,7 @@ def _usage(value: Any) -> Usage:
 
 
 def count_of(value: Any) -> int:
-    """A number of Dify's, which may be text, null or absent."""
+    """A count of Dify's, 0 or more; it may come as text, as null or not at all."""
     try:
         return max(0, int(value))
     except (TypeError, ValueError, OverflowError):
@@ -3540,9 +3540,9 @@ _UPLOADED = re.compile(r"/files/([0-9a-f-]{36})/(?:file|image)-preview\Z")
 # 8. Ids
 # ==============================================================================
 #
-# Ids that say themselves where in Dify they belong, so that no table is needed, and
-# every replica can read them, after every restart. Nobody else can read, change or make
-# one. Knows nothing of OpenAI, of what is in Dify, and of settings.
+# Ids that themselves say where in Dify they belong, so that no table is needed, and
+# every replica can read them, even after a restart. Nobody else can read, change or
+# make one. Knows nothing of OpenAI, of what is in Dify, or of settings.
 #
 #     tag    = HMAC-SHA256(key 1, bound, prefix, fields), its first 16 bytes
 #     stream = SHAKE-256(key 2, tag), as long as the fields
