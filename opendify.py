@@ -3875,9 +3875,9 @@ def user_of_key(key: str) -> str:
 
 
 def with_tool_names(messages: list[Message]) -> list[Message]:
-    """Tool results by the names of their tools, in the order of their calls.
+    """The messages, tool results under their tools' names and in their calls' order.
 
-    The app knows no ids: which result is whose, two calls of one tool tell by order.
+    The app knows no ids: only the order tells apart the results of two calls of a tool.
     """
     calls: dict[str, tuple[int, str]] = {}  # id: (which of all, the tool's name)
     told: list[Message] = []
@@ -3909,7 +3909,8 @@ def _parse_stops(stop: Any) -> tuple[str, ...]:
     if not isinstance(stops, list) or not all(isinstance(row, str) for row in stops):
         raise bad_type("stop", "a string or an array of strings")
     if len(stops) > MAX_STOPS or max(map(len, stops)) > MAX_STOP_CHARS:
-        raise bad_value("stop", f"at most {MAX_STOPS}, of {MAX_STOP_CHARS} signs each.")
+        problem = f"at most {MAX_STOPS}, of {MAX_STOP_CHARS} characters each."
+        raise bad_value("stop", problem)
     return tuple(filter(None, stops))
 
 
@@ -4021,7 +4022,7 @@ def parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...]
 
 
 def _stored(*holders: Any) -> Attachment | None:
-    """A file that is named by its id, or by its id in the place of a URL."""
+    """A file that is named by its id, which may stand in the place of a URL."""
     for holder in holders:
         named = holder if isinstance(holder, dict) else {"url": holder}
         id_ = named.get("file_id") or named.get("url")
@@ -4147,7 +4148,7 @@ _MAGIC = (
 
 
 def _plain_name(name: str, media_type: str) -> str:
-    """A file name that every Dify takes: no path, no reserved sign, an extension."""
+    """A file name that every Dify takes: no path, safe characters, an extension."""
     name = re.sub(r'[\\/:*?"<>|\x00-\x1f\ud800-\udfff]', "_", name)[-150:].strip(". ")
     name = name or "file"
     has_extension = re.search(r"\.\d*[A-Za-z]\w{0,9}\Z", name)  # not "report v1.2"
@@ -4447,7 +4448,7 @@ def media_text(media: Media, *, is_first: bool) -> str:
 class Spoken(NamedTuple):
     """What spoken answers say of themselves beside what they say.
 
-    `id_of` makes an answer's id of the keys that hold Dify's ids (`extra`).
+    `id_of` makes an answer's id from the keys that hold Dify's ids (`extra`).
     """
 
     id_of: Callable[[Json], str]
@@ -4530,7 +4531,7 @@ def _around(chunk: bytes) -> tuple[bytes, bytes]:
 
 
 def encode_failure(error: ProxyError) -> bytes:
-    """The end of chunks, or of speech, that can't be finished, streamed as SSE."""
+    """The end of a stream of chunks, or of speech, that can't be finished."""
     return encode_event(json_bytes(error_body(error))) + _DONE
 
 
@@ -4809,7 +4810,7 @@ class ResponsesRequest:
 
     @property
     def known_tools(self) -> tuple[Tool, ...]:
-        """Whose calls stored answers may hold: tools that are withdrawn, too."""
+        """The tools whose calls stored answers may hold, withdrawn ones included."""
         messages = [row for row in self.items if isinstance(row, Message)]
         calls = [call for row in messages for call in row.tool_calls]
         tools = {call.name: Tool(call.name) for call in calls}
@@ -4844,7 +4845,7 @@ def parse_responses_request(body: Json) -> ResponsesRequest:
 
 
 def echo_of(body: Json) -> dict[str, Any]:
-    """What a response repeats of its request, or says in the request's absence."""
+    """What a response repeats of its request; what it says without one, for {}."""
     return {name: valid(body.get(name)) for name, valid in _ECHOED.items()}
 
 
