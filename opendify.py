@@ -5465,7 +5465,7 @@ AnswerStream = Union[ChatStream, CompletionStream, ResponseStream]
 # (3) An explicit conversation_id is used as given. If another turn runs there, their
 #     order is unknown, and the conversation is found by its id only from then on.
 # (4) App key and user go into every hash: nobody reaches a conversation of others, and
-#     the table tells nothing to who has not the key. It holds no text and no key.
+#     the table tells nothing to anyone without the key. It holds no text and no key.
 # (5) Reasoning, white space and system messages make no difference to a match. A system
 #     text is told to Dify when it differs from the one told last.
 #
@@ -5473,7 +5473,7 @@ AnswerStream = Union[ChatStream, CompletionStream, ResponseStream]
 # know". `now` is wall-clock time in seconds, since a table outlives its process.
 #
 #     none, TAKEN -> FREE [put], FREE -> TAKEN [take], TAKEN -> LOST [take by id],
-#     FREE -> LOST [put, by who has not taken it], FREE, TAKEN -> none [forget]
+#     FREE -> LOST [put, by one who has not taken it], FREE, TAKEN -> none [forget]
 
 MAX_CONVERSATIONS = 100_000  # some 40 MB
 MAX_NAMED = 10_000  # that clients named; these hold texts until their next turn
@@ -5592,7 +5592,7 @@ def split_turn(ask: Ask) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
 def is_side_request(ask: Ask) -> bool:
     """Whether a client asks for its own purposes: a title, tags, a summary.
 
-    None does so in a conversation that it lets grow by what `is_all_new`.
+    None does so in a conversation to which it sends only what `is_all_new`.
     """
     last = ask.messages[-1].text if ask.messages else ask.system
     return not ask.is_all_new and last.lstrip().startswith(_SIDE_REQUESTS)
@@ -5921,8 +5921,8 @@ class Conversations:
     def forget(self, tail: Tail | None, *, is_gone: bool = False) -> None:
         """Drop a conversation: Dify may remember what was not seen, or has lost it.
 
-        Where `is_gone` is false, somebody's first turn may be under way in one that was
-        new to the table: that must not bring it back.
+        Unless it `is_gone`, a first turn of somebody else may be under way in one that
+        was new to the table: that turn must not bring it back.
         """
         if tail:
             is_new = tail.chain == _id(tail) and not is_gone
