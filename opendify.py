@@ -6623,11 +6623,11 @@ class Wire(asyncio.Protocol):
     """One connection: reads heads and bodies, writes bytes, keeps deadlines.
 
     A protocol of its own: with asyncio's streams an open answer takes 15% more memory.
-    Only one task reads, which is woken when something came; `on_data` may take it
-    before. Any may write.
+    Only one task reads: it is woken when something has come, unless `on_data` takes
+    that first. Any task may write.
 
-    A deadline is one timer that is re-armed: moving it costs an assignment, where a
-    timeout around each read would cost a task. It is never armed for long, so that a
+    All deadlines share one timer that is re-armed: moving it costs an assignment, where
+    a timeout around each read would cost a task. It is never armed for long, so that a
     nearer deadline seldom needs another one.
 
     Args:
@@ -6758,7 +6758,7 @@ class Wire(asyncio.Protocol):
             return
         is_awaited = bool(self._reader and not self._reader.done())
         if self._buffer and not (is_awaited or self._room or self._unsent):
-            self._deadline = 0.0  # it is not the peer that is late
+            self._deadline = 0.0  # we are late, not the peer
             return
         self._failure = self._failure or self._on_deadline()
         self.wake()
@@ -7443,8 +7443,8 @@ class Pool:
     def use(self, settings: Settings) -> None:
         """Go on with other settings: what failed may work now.
 
-        Attempts that still run know but one another. No connection is used again: it
-        may lead through another proxy.
+        Attempts that still run share only their own failures. No connection is used
+        again: it may lead through another proxy.
         """
         self._close_idle()
         self.settings, self._tls = settings, None
@@ -7483,9 +7483,9 @@ class Pool:
     ) -> UpstreamResponse:
         """Send a request whose body comes piece by piece; read its response's head.
 
-        What was sent can't be had again, so no kept connection is used, which may be
-        dead, and nothing is repeated. An answer that comes early ends the sending, and
-        the connection with it.
+        What was sent can't be had again: nothing is repeated, and so no kept connection
+        is used, which may be dead. An answer that comes early ends the sending, and the
+        connection with it.
 
         Args:
             origin: where to.
@@ -7676,8 +7676,8 @@ async def _tunnel(
                 f"The proxy {proxy.host}:{proxy.port} refuses {where}: {answer}. Check "
                 "HTTPS_PROXY and NO_PROXY."
             )
-        # More words of its would be taken for the origin's, and of TLS that begins on
-        # a lost connection asyncio says nothing.
+        # Whatever else it says would be taken for the origin's, and asyncio does not
+        # tell that TLS begins on a lost connection.
         if wire.is_stale:
             raise ConnectionBroken("the proxy left, or says more than its answer")
         await wire.start_tls(trust, origin.host)
@@ -7958,7 +7958,7 @@ class Api:
         """GET a path, or POST a body; one redirect within the origin is followed."""
         target = urllib.parse.urlsplit(app.base).path.rstrip("/") + path
         response = await self._send(app, target, body, timeout_s, content_type)
-        # What came piece by piece is gone.
+        # A body that came piece by piece is gone.
         can_follow = response.status in (307, 308) and isinstance(body, bytes)
         if can_follow and (moved := await _redirected(response, app, path)):
             response = await self._send(app, moved, body, timeout_s, content_type)
