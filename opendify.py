@@ -8423,7 +8423,7 @@ def _label(value: object) -> str:
 
 
 async def no_body() -> bytes:
-    """What reads a request that is read."""
+    """What reads more of a body that was read before: nothing."""
     return b""
 
 
@@ -8489,7 +8489,7 @@ class Exchange:
 
 @contextlib.contextmanager
 def while_present(exchange: Exchange) -> Iterator[None]:
-    """What is done inside ends when the client leaves, or has its response."""
+    """What runs inside ends when the client leaves, or has its response."""
     if exchange.has_left or exchange.reply.is_complete:  # another choice has failed
         raise ConnectionBroken("nobody waits")
     task = cast("asyncio.Task[None]", asyncio.current_task())
@@ -8783,9 +8783,9 @@ class Reading:
     """Reads an answer as its request demands: calls, stops, JSON.
 
     Parts go in as Dify's app makes them, and come out as the client is to get them:
-    none while the answer may still turn out not to do, or another would follow it.
+    none while the answer may still turn out not to do, since another would follow it.
     `problem` says, when the answer is over, why it will not do; `is_cut`, that a stop
-    was found and the app need not go on; `usage` counts what was `spent` before, too.
+    was found and the app need not go on; `usage` includes what was `spent` before.
     The ids of calls follow from `message_id`, of a workflow its run's, so that an
     answer that is read again has the same.
     """
