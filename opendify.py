@@ -9182,8 +9182,8 @@ class Turns:
 
 MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
 MAX_ADDRESSES = 10_000  # that are remembered for it
-MAX_REFERENCES = 500  # to stored items, in a request; its body has room for a million
-MAX_CONVERSATIONS_READ, MAX_PAGES = 40, 20  # of Dify; a workflow's run is one
+MAX_REFERENCES = 500  # to stored items; the body of a request has room for a million
+MAX_CONVERSATIONS_READ, MAX_PAGES = 40, 20  # for a request; a run counts as one
 NAMES_TIMEOUT_S = 5.0  # Open WebUI gives the model list 10 s
 MAX_FIELDS_BYTES = 1024 * 1024  # of a form, beside its file
 MAX_HELD_BYTES = 512 * 1024  # of a file in memory, until it is known where it goes
@@ -9594,7 +9594,7 @@ def _said(answer: Message) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def _with_something(ask: Ask, asked: ResponsesRequest) -> Ask:
-    """The question, unless nothing is left of it but ids that nobody knows."""
+    """The question; raises BadRequest if it was nothing but ids that nobody knows."""
     if asked.references and not ask.messages:
         raise bad_value("input", "none of the items that it names is known.")
     return ask
@@ -9926,7 +9926,7 @@ async def create_response(site: Site, exchange: Exchange) -> None:
 async def _as_owner(
     site: Site, exchange: Exchange, asked: ResponsesRequest
 ) -> ResponsesRequest:
-    """The request as its stored files' user if it names none; ids hold the user."""
+    """The request; if it names no user, as its stored files' (ids hold the user)."""
     said = tuple(row for row in asked.items if isinstance(row, Message))
     ask = await _with_stored_files(site, exchange, asked.ask._replace(messages=said))
     return replace(asked, ask=asked.ask._replace(user=ask.user))
@@ -10488,7 +10488,7 @@ async def create_file(site: Site, exchange: Exchange) -> None:
 
 
 async def list_files(site: Site, exchange: Exchange) -> None:
-    """`GET /files`: none, for Dify keeps no list of them, nor does anybody here."""
+    """`GET /files`: none, for neither Dify nor OpenDify keeps a list of them."""
     send_json(exchange.reply, list_page([], {}))
 
 
