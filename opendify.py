@@ -10745,7 +10745,8 @@ BODY_TIMEOUT_S = 60.0  # between two reads
 # (Not on Windows, where a second `listen` does not change the backlog, either.)
 ACCEPTS_AT_ONCE, BACKLOG = 16, 2048
 # What the kernel may hold for a client that is not on its way yet. It would take
-# megabytes, and more in lumps of a third of them: who reads slowly would seem not to.
+# megabytes, and then no more until a third of them has gone: a client that reads slowly
+# would seem not to read.
 NOT_SENT_BYTES = 128 * 1024
 DISCARD_S, DISCARD_BYTES = 2.0, 1024 * 1024  # of a request that was refused
 CANCEL_S = 2.0  # for what was cut to stop its runs in Dify, and for what does so beside
@@ -10897,7 +10898,7 @@ class Server(Listener):
             self._running.discard(exchange)
             wire.on_leave = None
             self._note(exchange)
-            # They hold it in turn: a question of megabytes would wait for a collection.
+            # They refer back to it: a long question would wait for the garbage collector.
             exchange.fail = exchange.turn = None
         return await _make_ready(exchange, wire)
 
@@ -11096,7 +11097,7 @@ def host_name(host: str) -> str:
 
 
 def _is_allowed(origin: str, host: str, allowed: Sequence[str]) -> bool:
-    """Whether pages of an origin may call: its own, local ones, apps, the listed."""
+    """Whether pages of an origin may call: our own, local ones, apps, those listed."""
     scheme, _, rest = origin.partition("://")
     if "*" in allowed or origin in (_APP_PAGE, *allowed):
         return True
@@ -11549,7 +11550,7 @@ class SettingsSource:
         """The settings as they are now; raises SettingsError."""
         written: dict[str, str] = {}
         self.warnings = []
-        # It may be a pipe; what was named and is none is read in vain, and so reported.
+        # It may be a pipe. One that is named is read, be it there or not: so it is told.
         is_there = os.path.exists(self._path) and not os.path.isdir(self._path)
         if self._is_named or is_there:
             written, self.warnings = _read_env_file(self._path)
@@ -11605,7 +11606,7 @@ def _find_env_file(named: str | None) -> Path:
 
 
 def _read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
-    """(variables, warnings); a line that is none is not shown: it may hold a key."""
+    """(variables, warnings); a malformed line is not shown: it may hold a key."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -11631,7 +11632,7 @@ def _is_sound(row: env_parser.Binding) -> bool:
 
 
 def _line_of(row: env_parser.Binding) -> str:
-    """The number of its line; blank ones before it are a part of it."""
+    """The number of its line; the parser counts blank ones before it as part of it."""
     text, line = row.original
     return str(line + text[: -len(text.lstrip())].count("\n"))
 
@@ -11847,8 +11848,8 @@ def _on_signals(stop: asyncio.Event) -> None:
 _ONE_WORD = "Reply with one word: OK"
 _COLOURS = {"ok": 32, "failed": 31, "to fix": 31, "warning": 33}
 _AGENT, _CHATFLOW, _FLOWS = ["agent"], ["advanced-chat"], ["advanced-chat", "workflow"]
-# What one may notice, and can do something about: the first release that has it, the
-# first without it, as far as is known, and the apps that have it.
+# Faults that one may notice, and can do something about: the first release with it, the
+# first without it, as far as is known, and the modes of app that have it.
 _KNOWN_PROBLEMS: Sequence[tuple[list[float], list[float], Sequence[str], str]] = [
     ([0], [0, 10], APP_MODES, "takes no files but images"),
     ([0], [1, 3], CHAT_MODES, "keeps the inputs of a conversation's first turn"),
@@ -11936,7 +11937,7 @@ def _notes_on(app: AppSettings, form: AppForm, variable: str) -> list[Note]:
 
 
 def _known_problems(version: str, mode: str) -> list[Note]:
-    """Those of a release of Dify, for apps of this mode; none if it is not known."""
+    """The faults of a release of Dify, for apps of this mode; [] if it is unknown."""
     release: list[float] = [int(n) for n in re.findall(r"\d{1,9}", version)[:3]]
     return [
         ("warning", f"Dify {version} {text}.".replace("(#", "(langgenius/dify#"))
