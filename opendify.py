@@ -10898,7 +10898,7 @@ class Server(Listener):
             self._running.discard(exchange)
             wire.on_leave = None
             self._note(exchange)
-            # They refer back to it: a long question would wait for the garbage collector.
+            # They refer back to it: a long question would wait for garbage collection.
             exchange.fail = exchange.turn = None
         return await _make_ready(exchange, wire)
 
@@ -11548,18 +11548,18 @@ class SettingsSource:
 
     def load(self) -> Settings:
         """The settings as they are now; raises SettingsError."""
-        written: dict[str, str] = {}
+        in_file: dict[str, str] = {}
         self.warnings = []
-        # It may be a pipe. One that is named is read, be it there or not: so it is told.
+        # It may be a pipe. A named one is read in any case, to complain if it can't.
         is_there = os.path.exists(self._path) and not os.path.isdir(self._path)
         if self._is_named or is_there:
-            written, self.warnings = _read_env_file(self._path)
+            in_file, self.warnings = _read_env_file(self._path)
         # A key that wrapped to a line of its own may end in "=", and is no name.
-        names = [name for name, value in written.items() if value.strip("=")]
+        names = [name for name, value in in_file.items() if value.strip("=")]
         self.warnings += unknown_variables(names)
         lower = ("https_proxy", "http_proxy", "no_proxy")  # as other tools read them
         environment = {k.upper() if k in lower else k: v for k, v in os.environ.items()}
-        return parse_settings({**written, **environment, **self._given})
+        return parse_settings({**in_file, **environment, **self._given})
 
     def load_if_changed(self) -> Settings | None:
         """The settings if the env file has changed and is good; looks once a second.
