@@ -3827,53 +3827,6 @@ def _parse_messages(rows: Any) -> tuple[str, tuple[Message, ...]]:
     return split_system(with_tool_names(messages))
 
 
-@dataclass(frozen=True)
-class CompletionRequest:
-    """A legacy request: one question for each choice, and what each repeats."""
-
-    asks: Sequence[Ask]
-    echoes: Sequence[str]
-    stream: bool = False
-    include_usage: bool = False
-
-
-def parse_completion_request(body: Json) -> CompletionRequest:
-    """The body of `POST /completions`: each prompt, n times, is a question."""
-    prompt = body.get("prompt")
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not prompts:
-        raise missing_parameter("prompt")
-    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
-        raise bad_value("prompt", "token ids can't be sent to an app; send text.")
-    if body.get("suffix"):
-        raise BadRequest(
-            "Unsupported parameter: 'suffix'; an app can't write between two texts.",
-            param="suffix",
-            code="unsupported_parameter",
-        )
-    # The fields that both APIs have; the text of chat would be a Responses format.
-    rows = {name: body[name] for name in body if name not in _CHAT_ONLY}
-    chat = parse_chat_request({**rows, "messages": [{"role": "user", "content": ""}]})
-    each = [prompt for prompt in prompts for _ in range(chat.n)]
-    if len(each) > MAX_CHOICES:
-        raise bad_value("prompt", f"there may be {MAX_CHOICES} choices at most.")
-    asks = [chat.ask._replace(messages=(Message("user", text),)) for text in each]
-    echoes = [text if body.get("echo") else "" for text in each]
-    return CompletionRequest(asks, echoes, chat.stream, chat.include_usage)
-
-
-def user_name(name: str) -> str:
-    """The name by which Dify knows an end user: a hash of one that is too long."""
-    if len(name) <= MAX_USER_CHARS:
-        return name
-    return "user-" + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
-
-
-def user_of_key(key: str) -> str:
-    """The end user where nobody says more: all who use a client's key are one."""
-    return "opendify-" + hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
 def with_tool_names(messages: list[Message]) -> list[Message]:
     """The messages, tool results under their tools' names and in their calls' order.
 
@@ -3951,6 +3904,18 @@ def parse_user(body: Json) -> str:
     return ""
 
 
+def user_name(name: str) -> str:
+    """The name by which Dify knows an end user: a hash of one that is too long."""
+    if len(name) <= MAX_USER_CHARS:
+        return name
+    return "user-" + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
+
+
+def user_of_key(key: str) -> str:
+    """The end user where nobody says more: all who use a client's key are one."""
+    return "opendify-" + hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
 def parse_message(row: Any, where: str) -> Message:
     """One message of a history."""
     if not isinstance(row, dict):
@@ -3983,13 +3948,6 @@ def parse_calls(row: Json) -> tuple[ToolCall, ...]:
     return tuple(parsed)
 
 
-def _bad_part(part: Json, where: str) -> BadRequest:
-    if "text" in part:
-        return bad_type(f"{where}.text", "a string")
-    kind = part.get("type")
-    return bad_value(where, f"content of type {kind!r:.100} can't be sent to an app.")
-
-
 # What an assistant thought: Anthropic's and LangChain's clients send it back.
 _THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning")
 
@@ -4016,6 +3974,48 @@ def parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...]
         else:
             raise _bad_part(part, place)
     return "\n".join(texts), tuple(files)
+
+
+def _bad_part(part: Json, where: str) -> BadRequest:
+    if "text" in part:
+        return bad_type(f"{where}.text", "a string")
+    kind = part.get("type")
+    return bad_value(where, f"content of type {kind!r:.100} can't be sent to an app.")
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    """A legacy request: one question for each choice, and what each repeats."""
+
+    asks: Sequence[Ask]
+    echoes: Sequence[str]
+    stream: bool = False
+    include_usage: bool = False
+
+
+def parse_completion_request(body: Json) -> CompletionRequest:
+    """The body of `POST /completions`: each prompt, n times, is a question."""
+    prompt = body.get("prompt")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not prompts:
+        raise missing_parameter("prompt")
+    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
+        raise bad_value("prompt", "token ids can't be sent to an app; send text.")
+    if body.get("suffix"):
+        raise BadRequest(
+            "Unsupported parameter: 'suffix'; an app can't write between two texts.",
+            param="suffix",
+            code="unsupported_parameter",
+        )
+    # The fields that both APIs have; the text of chat would be a Responses format.
+    rows = {name: body[name] for name in body if name not in _CHAT_ONLY}
+    chat = parse_chat_request({**rows, "messages": [{"role": "user", "content": ""}]})
+    each = [prompt for prompt in prompts for _ in range(chat.n)]
+    if len(each) > MAX_CHOICES:
+        raise bad_value("prompt", f"there may be {MAX_CHOICES} choices at most.")
+    asks = [chat.ask._replace(messages=(Message("user", text),)) for text in each]
+    echoes = [text if body.get("echo") else "" for text in each]
+    return CompletionRequest(asks, echoes, chat.stream, chat.include_usage)
 
 
 # Files in requests...
@@ -4542,7 +4542,7 @@ class _ChunkStream:
     _choice: Callable[[Any, str | None], dict[str, Any]]
 
     def __init__(self, head: Json, *, include_usage: bool, index: int) -> None:
-        self.ends = Answer()  # what comes once: calls, citations, usage
+        self.summary = Answer()  # what is no text: calls, citations, usage, the end
         self._head = head
         self._usage_key = {"usage": None} if include_usage else {}
         self._index = index
@@ -4604,17 +4604,17 @@ class ChatStream(_ChunkStream):
         if isinstance(part, Reasoning):
             head, tail = self._reasoning
             return head + json_string(part.text) + tail
-        self.ends.add(part)
+        self.summary.add(part)
         if isinstance(part, ToolCall):
             return self._call(part)
         if isinstance(part, Finish):
-            reason = _finish_reason(self.ends, self._is_legacy)
-            return self._chunk(cite(self.ends.citations, self._chars), reason)
+            reason = _finish_reason(self.summary, self._is_legacy)
+            return self._chunk(cite(self.summary.citations, self._chars), reason)
         return b""
 
     def _call(self, call: ToolCall) -> bytes:
         """Two chunks: which tool, and with what. Legacy clients know but one call."""
-        index = len(self.ends.calls) - 1
+        index = len(self.summary.calls) - 1
         named = {"name": call.name, "arguments": ""}
         given = {"arguments": call.arguments}
         if self._is_legacy:
@@ -4696,7 +4696,7 @@ class CompletionStream(_ChunkStream):
         if isinstance(part, Finish):
             return self._chunk("", part.reason)
         if isinstance(part, Usage):
-            self.ends.add(part)
+            self.summary.add(part)
         return b""
 
     def _choice(self, text: Any, reason: str | None) -> dict[str, Any]:
@@ -5288,7 +5288,7 @@ class ResponseStream:
         self.response: dict[str, Any] = {}
         self.user = frame.user
         self._frame = frame
-        self.ends = Answer()  # what comes once: calls, citations, usage
+        self.summary = Answer()  # what is no text: calls, citations, usage, the end
         self._output: list[dict[str, Any]] = []
         self._open: dict[str, _OpenItem] = {}  # by prefix
         self._numbers = count()  # of its events
@@ -5332,7 +5332,7 @@ class ResponseStream:
         if isinstance(part, (Text, Reasoning)):
             form = _MESSAGE_FORM if isinstance(part, Text) else _REASONING_FORM
             return self._write(form, part.text) if part.text else b""
-        self.ends.add(part)
+        self.summary.add(part)
         return self._finish() if isinstance(part, Finish) else b""
 
     def end(self, usage: Usage) -> bytes:
@@ -5346,14 +5346,14 @@ class ResponseStream:
         return begun + self._lifecycle("failed", error=told)
 
     def _finish(self) -> bytes:
-        cause = _CAUSES.get(self.ends.finish_reason)
+        cause = _CAUSES.get(self.summary.finish_reason)
         status = "incomplete" if cause else "completed"
         # Not even an empty answer is without its message, unless there are calls.
         events = self._close("rs_")
-        events += self._write(_MESSAGE_FORM, "") if not self.ends.calls else b""
+        events += self._write(_MESSAGE_FORM, "") if not self.summary.calls else b""
         events += self._close("msg_", status)
-        events += b"".join(self._call(call) for call in self.ends.calls)
-        usage = _usage_of_response(self.ends.usage)
+        events += b"".join(self._call(call) for call in self.summary.calls)
+        usage = _usage_of_response(self.summary.usage)
         details = {"reason": cause} if cause else None
         return events + self._lifecycle(status, usage=usage, incomplete_details=details)
 
@@ -5392,7 +5392,7 @@ class ResponseStream:
         if not opened:
             return b""
         form, item, place = opened.form, opened.item, opened.place
-        cited = self.ends.citations if form is _MESSAGE_FORM else ()
+        cited = self.summary.citations if form is _MESSAGE_FORM else ()
         annotations = _annotations(cited, sum(map(len, opened.texts)))
         text = opened.update(status, annotations)
         events = b""
@@ -5440,7 +5440,7 @@ def _custom_input(arguments: str) -> str:
 # Writes one answer as SSE, in the words of one API: `begin` once, then `encode` for
 # each part, in order, then `end`; `fail` instead at any time. `heartbeat` may be sent
 # between any two of them. `begin` waits until Dify's ids are known if it `needs_ids`;
-# `ends` has the token counts, once they are known.
+# `summary` has the token counts, once they are known.
 AnswerStream = Union[ChatStream, CompletionStream, ResponseStream]
 
 
@@ -10237,7 +10237,7 @@ async def _answer_all(
         for sink in sinks:
             sink.close()
     if streams:
-        usage = sum((row.ends.usage for row in streams), Usage())
+        usage = sum((row.summary.usage for row in streams), Usage())
         exchange.reply.end(b"".join(ends) + streams[0].end(usage))
         return
     ids = collectors[0].ids

@@ -773,7 +773,7 @@ def streamed(*parts: Part, include_usage: bool = False, **extra: Any) -> bytes:
     """Return the stream that parts become."""
     stream = ChatStream(ENVELOPE, include_usage=include_usage)
     data = stream.begin(extra) + b"".join(stream.encode(part) for part in parts)
-    return data + stream.end(stream.ends.usage)
+    return data + stream.end(stream.summary.usage)
 
 
 def joined(chunks: list[JSONObject], key: str = "content") -> str:
@@ -787,7 +787,7 @@ def test_stream_to_the_byte() -> None:
     data = stream.begin({"dify": {"message_id": "x"}})
     for piece in (Reasoning("Hm"), Text("Hé\n\u2028"), Usage(3, 4), Finish("stop")):
         data += stream.encode(piece)
-    data += stream.end(stream.ends.usage)
+    data += stream.end(stream.summary.usage)
     head = (
         'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":17,'
         '"model":"m","system_fingerprint":"fp_opendify",'
@@ -860,7 +860,7 @@ def test_odd_model_name_is_repeated_as_it_is() -> None:
     name = 'a"b\\c {"@":0}\u2028应用'
     stream = ChatStream(Envelope("chatcmpl-1", 1, name), include_usage=False)
     data = stream.begin({}) + stream.encode(Text("x")) + stream.encode(Finish())
-    data += stream.end(stream.ends.usage)
+    data += stream.end(stream.summary.usage)
     assert {chunk["model"] for chunk in events(data)} == {name}
 
 
