@@ -8080,14 +8080,14 @@ class Facts:
         return facts.name
 
     async def mode_of(self, app: AppSettings) -> str:
-        """The app's mode: as configured, as `/info` tells, or as a probe shows."""
+        """The app's mode: as configured, else as `ask_mode` found it."""
         facts = self.of(app)
         if not facts.mode:
-            facts.mode = app.mode or await self.correct_mode(app)
+            facts.mode = app.mode or await self.ask_mode(app)
         return facts.mode
 
     async def confirmed_mode(self, app: AppSettings) -> str:
-        """The app's mode, asked anew; raises a ProxyError if the configured is wrong.
+        """The app's mode, asked anew; a ProxyError if the configured one is wrong.
 
         Releases before 1.4 do not tell it: there the mode is what `mode_of` says.
         """
@@ -8098,8 +8098,8 @@ class Facts:
             )
         return mode or await self.mode_of(app)
 
-    async def correct_mode(self, app: AppSettings) -> str:
-        """The mode, asked anew: Dify says that the known one is wrong."""
+    async def ask_mode(self, app: AppSettings) -> str:
+        """The app's mode, asked anew: as `/info` tells, or as a probe shows."""
         facts = self.of(app)
         facts.mode = await self._ask_info(app) or await self._probe(app)
         return facts.mode
@@ -9088,7 +9088,7 @@ class Turns:
                 self.conversations.forget(question.tail, is_gone=True)
                 question.tail, question.is_accepted = None, False
             except WrongMode:
-                corrected = await self.dify.facts.correct_mode(question.app)
+                corrected = await self.dify.facts.ask_mode(question.app)
                 if corrected == mode:
                     raise
                 mode = corrected

@@ -1468,7 +1468,7 @@ async def test_wrong_mode_is_corrected() -> None:
         fake.app(KEY, mode="workflow")
         assert await dify.facts.mode_of(app) == "chat"
         assert (await turn(dify, app)).end == "WrongMode"
-        assert await dify.facts.correct_mode(app) == "workflow"
+        assert await dify.facts.ask_mode(app) == "workflow"
         assert await dify.facts.mode_of(app) == "workflow"
 
 
