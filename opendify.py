@@ -7411,7 +7411,7 @@ class UpstreamResponse:
         if not (self._is_released or self._is_lingering):
             self._is_lingering = True
             self._wire.on_data = None  # what is left is for nobody
-            task = self._pool.run_beside(self._linger())
+            task = self._pool.run_in_background(self._linger())
             task.add_done_callback(lambda _: self.close())
 
     async def _linger(self) -> None:
@@ -7438,7 +7438,7 @@ class Pool:
         self._failed: dict[Origin, tuple[float, ProxyError]] = {}
         self._tls: ssl.SSLContext | None = None
         self._reaper: asyncio.TimerHandle | None = None
-        self.beside: set[asyncio.Task[Any]] = set()
+        self.background: set[asyncio.Task[Any]] = set()
 
     def use(self, settings: Settings) -> None:
         """Go on with other settings: what failed may work now.
@@ -7450,11 +7450,13 @@ class Pool:
         self.settings, self._tls = settings, None
         self._failed, self._opening = {}, {}
 
-    def run_beside(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    def run_in_background(
+        self, coroutine: Coroutine[Any, Any, Any]
+    ) -> asyncio.Task[Any]:
         """Run something that nobody waits for; `close` cancels it."""
         task = asyncio.ensure_future(coroutine)
-        self.beside.add(task)
-        task.add_done_callback(self.beside.discard)
+        self.background.add(task)
+        task.add_done_callback(self.background.discard)
         return task
 
     async def request(
@@ -7527,8 +7529,8 @@ class Pool:
             self._reaper = loop.call_later(IDLE_CONNECTION_S, self._reap)
 
     def close(self) -> None:
-        """End what runs beside, and close all idle connections."""
-        for task in self.beside:
+        """End what runs in the background, and close all idle connections."""
+        for task in self.background:
             task.cancel()
         if self._reaper:
             self._reaper.cancel()
@@ -7842,9 +7844,9 @@ class TurnStream:
         return parts
 
     def close(self) -> None:
-        """Let the connection go; beside, a run that was given up is stopped."""
+        """Let the connection go; stop a run that was given up, in the background."""
         if self.is_given_up and self.answer.task_id:
-            self._dify.run_beside(self.end())
+            self._dify.run_in_background(self.end())
         elif self.answer.is_finished:
             self._response.close_soon()
         else:
@@ -8144,13 +8146,14 @@ class Facts:
 class Dify:
     """The client of Dify's API, for all apps and bases at once.
 
-    `api` sends any call; `facts` knows what the apps are; `beside` are the tasks that
-    nobody waits for: they end runs, as a rule.
+    `api` sends any call; `facts` knows what the apps are; `background` are the tasks
+    that nobody waits for: most of them end runs.
     """
 
     def __init__(self, settings: Settings, connect: Connect) -> None:
         self._pool = Pool(connect, settings)
-        self.beside = self._pool.beside
+        self.background = self._pool.background
+        self.run_in_background = self._pool.run_in_background
         self.api = Api(self._pool)
         self.facts = Facts(self.api)
 
@@ -8163,12 +8166,8 @@ class Dify:
         """Go on with other settings."""
         self._pool.use(settings)
 
-    def run_beside(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        """Run something that nobody waits for; `close` cancels it."""
-        self._pool.run_beside(coroutine)
-
     def close(self) -> None:
-        """End what runs beside, and close the connections that are kept."""
+        """End what runs in the background, and close the connections that are kept."""
         self._pool.close()
 
     # Turns...
@@ -10251,8 +10250,8 @@ async def _all_of(
 ) -> list[bytes]:
     """All results; when one fails, the others end as if the client had left.
 
-    Their runs are stopped beside: the client's error does not wait for that, nor for
-    the name of a run, without which it can't be stopped.
+    Their runs are stopped in the background: the client's error does not wait for
+    that, nor for the name of a run, without which it can't be stopped.
     """
     tasks = [asyncio.ensure_future(row) for row in coroutines]
 
@@ -10267,7 +10266,7 @@ async def _all_of(
     except Exception:
         for task in exchange.waiting:
             task.cancel()
-        site.dify.run_beside(end())
+        site.dify.run_in_background(end())
         raise
 
 
@@ -10749,7 +10748,7 @@ ACCEPTS_AT_ONCE, BACKLOG = 16, 2048
 # would seem not to read.
 NOT_SENT_BYTES = 128 * 1024
 DISCARD_S, DISCARD_BYTES = 2.0, 1024 * 1024  # of a request that was refused
-CANCEL_S = 2.0  # for what was cut to stop its runs in Dify, and for what does so beside
+CANCEL_S = 2.0  # for what was cut to stop its runs in Dify, and for the background
 DRAIN_S = 30.0  # Kubernetes kills after 30 s by default
 _CORS_EXPOSED = (
     "x-request-id, retry-after, retry-after-ms, x-should-retry, openai-processing-ms, "
@@ -10851,7 +10850,7 @@ class Server(Listener):
         for exchange in self._running:
             exchange.reply.must_close = True
         is_in_time = await self.stop(grace_s)
-        await _settled(self._site.dify.beside, CANCEL_S)
+        await _settled(self._site.dify.background, CANCEL_S)
         return is_in_time
 
     async def serve(self, wire: Wire) -> None:
