@@ -6344,7 +6344,7 @@ def _ends_in_half_a_flag(text: str) -> bool:
 # HTTP/1.1 over asyncio's transports, both roles (RFC 9112). h11 reads every head;
 # bodies are decoded here, since h11's own decoder costs 10 µs a chunk. Rule 1: a head
 # is read strictly, also where h11 is lenient. Rule 2: the happy path, back to it, or
-# close. Knows nothing of JSON and of routes.
+# close. Knows nothing of JSON or of routes.
 #
 #     IDLE -> HEAD -> BODY -> IDLE      [read_head, read_body, …]
 #     any  -> closed                    [EOF, a deadline, malformed bytes, close]
@@ -7365,9 +7365,9 @@ class UpstreamResponse:
         return data
 
     def on_data(self, callback: Callable[[], None]) -> None:
-        """Be called when more has come while `read` waits.
+        """Have `callback` called when more has come while `read` waits.
 
-        Then `read_now`, and `wake` what waits, at the body's end at the latest.
+        It is to `read_now`, and to `wake` what waits, at the body's end at the latest.
         """
         if not self._is_released:
             self._wire.on_data = callback
@@ -7735,7 +7735,7 @@ _INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)\d\d[ \r]")
 
 
 class TurnStream:
-    """One turn's answer, as it comes: `read` until [], then or before `close`.
+    """One turn's answer, as it comes: `read` until []; `close` then, or before.
 
     `answer` knows the ids of the turn, and whether it is finished.
 
@@ -8351,7 +8351,7 @@ class Dify:
 #
 # One turn, from a question to the last word of its answer: finds the conversation that
 # it continues, asks Dify, carries what comes through the pacer to the client, and
-# records where the conversation stands. Never touches sockets and h11.
+# records where the conversation stands. Never touches sockets or h11.
 #
 #     plan -> open -> (read -> put -> drain)* -> settle
 #     the client leaves -> stop, read on, then settle or forget
@@ -9177,7 +9177,7 @@ class Turns:
 # table of all behind them; before them the Form, which reads the requests that bring a
 # file, the Archive, which reads what Dify keeps of earlier turns, and the Site, which
 # all are given. Catches nothing that the error boundary of room 17 can answer. Never
-# touches sockets and h11.
+# touches sockets or h11.
 
 MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
 MAX_ADDRESSES = 10_000  # that are remembered for it
@@ -10726,7 +10726,7 @@ def find_handler(site: Site, exchange: Exchange) -> Handler:
 # ==============================================================================
 #
 # Accepts connections and runs their requests one after another; the only place that
-# turns exceptions into responses. Knows nothing of Dify and OpenAI.
+# turns exceptions into responses. Knows nothing of Dify or OpenAI.
 #
 # General theory: take the happy path, get back to it, or close. After an error the
 # connection is kept only if the request was read to its end and the response written
@@ -10984,7 +10984,7 @@ def _slow_request() -> ProxyError:
     return RequestTimeout("The request took too long to arrive.")
 
 
-# After these nobody knows where the next request begins, or there is none to be.
+# After these nobody knows where the next request begins, or none is to follow.
 _LAST_ERRORS = (MalformedHTTP, HeadTooLarge, RequestTimeout, Overloaded)
 
 
@@ -11062,10 +11062,10 @@ def _body_reader(
 
 
 def check_host(request: Request, settings: Settings, *, is_local: bool) -> None:
-    """Keep web pages of elsewhere from a server that only this machine should reach.
+    """Keep foreign web pages from a server that only this machine should reach.
 
-    A page can make a browser send requests to 127.0.0.1, under a name of its own that
-    resolves there (DNS rebinding): the Host tells. The Origin tells of any page.
+    A page can make a browser send requests to 127.0.0.1 under a name of its own that
+    resolves there (DNS rebinding): the Host gives it away. So does the Origin any page.
 
     Raises:
         Forbidden: the request is another page's.
@@ -11149,7 +11149,7 @@ async def _settled(
 # What a browser shows at /: the apps, the settings of clients, and a playground. No
 # external resource, and a policy that names its style and its script by their hashes.
 # What comes from elsewhere becomes text, links and images by DOM calls, never HTML.
-# The script is a client as any other; X-OpenDify-Lag lets it see comments `: lag 0.1`.
+# The script is a client like any other; X-OpenDify-Lag has it told lags, `: lag 0.1`.
 
 _STYLE = """
 :root { color-scheme: light; --page: light-dark(#f4f6f5, #101415); --card:
