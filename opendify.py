@@ -171,7 +171,7 @@ def _setting(default: Any, meaning: str, least: float | None = None) -> Any:
 
 @dataclass(frozen=True, repr=False)
 class Settings:
-    """The whole configuration; made by `parse_settings`, printed by nobody."""
+    """The whole configuration, made by `parse_settings`; never printed: it has keys."""
 
     model_config: Mapping[str, AppSettings] = _setting(
         {}, 'JSON object: model name to app key, or to {"key": …, "mode": …, …}'
@@ -930,7 +930,7 @@ class Attachment:
 
     @property
     def extension(self) -> str:
-        """What follows the last dot of its name, in lower case; all, without one."""
+        """What follows the last dot of its name, in lower case; without one, all."""
         return self.name.rpartition(".")[2].lower()
 
 
@@ -2283,7 +2283,7 @@ def has_room(form: AppForm, files: Sequence[Attachment], given: Json) -> bool:
 
 
 def _upload_rules(form: AppForm) -> dict[str, Any]:
-    """Which files may go beside the inputs; {} if none may, and Dify drops them."""
+    """The rules for files beside the inputs; {} where none may be: Dify drops them."""
     images = object_of(form.uploads.get("image"))
     is_on = form.uploads.get("enabled") or images.get("enabled")
     return {**images, **form.uploads} if is_on else {}
@@ -4096,7 +4096,7 @@ def _attachment(source: str, name: str, stem: str, where: str) -> Attachment:
 
 
 def _known_file(name: str, media_type: str, data: bytes = b"") -> Attachment:
-    """A file under a name and a media type that Dify takes, guessed if nobody told."""
+    """A file under a name and a media type that Dify takes, guessed if need be."""
     is_told = re.fullmatch(r"[\w.+-]+/[\w.+-]+", media_type, re.ASCII)
     if not is_told or media_type == "application/octet-stream":
         media_type = _guess_media_type(name, data)
@@ -4126,7 +4126,7 @@ def _decode_base64(text: str, where: str) -> bytes:
 
 
 def _guess_media_type(name: str, data: bytes) -> str:
-    """For data whose type nobody told: by the extension, else by the first bytes."""
+    """For data of an unknown type: by the extension, else by the first bytes."""
     extension = name.rpartition(".")[2].lower() if "." in name else ""
     if extension in _MEDIA_TYPE_BY_EXTENSION:
         return _MEDIA_TYPE_BY_EXTENSION[extension]
@@ -4446,7 +4446,7 @@ def media_text(media: Media, *, is_first: bool) -> str:
 
 
 class Spoken(NamedTuple):
-    """What spoken answers say of themselves beside what they say.
+    """What spoken answers have besides their words and their sound.
 
     `id_of` makes an answer's id from the keys that hold Dify's ids (`extra`).
     """
@@ -4826,7 +4826,7 @@ def parse_responses_request(body: Json) -> ResponsesRequest:
     previous = _parse_id(body, "previous_response_id")
     conversation = _parse_id(body, "conversation")
     if previous and conversation:
-        raise bad_value("previous_response_id", "`conversation` says it already.")
+        raise bad_value("previous_response_id", "it can't go with a `conversation`.")
     instructions = body.get("instructions") or ""
     if not isinstance(instructions, str):
         raise bad_type("instructions", "a string")
@@ -7004,7 +7004,9 @@ def _parse_request_head(head: bytes) -> Request:
     """As `parse_request_head`, which may know it already."""
     event = h11_event(h11.SERVER, head)
     if _LENIENT.search(head):
-        raise MalformedHTTP("Malformed HTTP: folding, control sign or length list.")
+        raise MalformedHTTP(
+            "Malformed HTTP: folding, control character or length list."
+        )
     headers = read_fields(event.headers)
     version = event.http_version.decode()
     if version not in ("1.0", "1.1"):
@@ -7321,7 +7323,7 @@ def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError
         # asyncio's own reset says nothing.
         text = f"No connection with {where} ({str(error) or 'it was closed'}); {cure}."
     else:
-        text = f"{where} answers in no proper HTTP: {error}"
+        text = f"{where} does not answer in proper HTTP: {error}"
     return UpstreamFailed(text)
 
 
@@ -7410,7 +7412,7 @@ class UpstreamResponse:
         """As `close`, but read what little is left first, to keep the connection."""
         if not (self._is_released or self._is_lingering):
             self._is_lingering = True
-            self._wire.on_data = None  # what is left is for nobody
+            self._wire.on_data = None  # nobody needs what is left
             task = self._pool.run_in_background(self._linger())
             task.add_done_callback(lambda _: self.close())
 
@@ -8801,7 +8803,7 @@ class Reading:
             ids = (_call_id(f"{message_id} {n}") for n in count())
             self._calls = CallReader(ask.tools, ids.__next__)
         self._is_json = ask.output.kind != "text"
-        # What stands around JSON is no text of the client's, and half of it is none.
+        # Half of a JSON is none, and what stands around it is no text of the client's.
         stops = () if self._is_json else ask.stops
         self._stop = StopReader(stops) if stops else None
         self._json: JsonReader | None = None
@@ -10128,7 +10130,7 @@ async def delete_conversation_item(site: Site, exchange: Exchange) -> None:
     if len(rest) == len(named.items):
         raise _not_found("Item", item_id)
     if len(rest) > MAX_NAMED_ITEMS:
-        raise BadRequest(f"None of more than {MAX_NAMED_ITEMS} can be deleted.")
+        raise BadRequest(f"Of more than {MAX_NAMED_ITEMS} items none can be deleted.")
     named = replace(named, items=tuple(rest))
     _keep(site, exchange, named)
     _send_conversation(exchange, named)
@@ -10186,7 +10188,9 @@ def _keep(site: Site, exchange: Exchange, named: NamedConversation) -> None:
     owner, now = site.owner_of(exchange), site.wall_clock()
     if not site.conversations.keep(named, owner, now):
         most = f"{MAX_NAMED_BYTES >> 20} MiB"
-        raise BodyTooLarge(f"A conversation may have {most} that await a turn.")
+        raise BodyTooLarge(
+            f"Items of a conversation that await a turn may have {most}."
+        )
 
 
 def _parse_metadata(body: Json) -> dict[str, Any]:
@@ -10585,7 +10589,7 @@ async def _file_of(site: Site, exchange: Exchange, id_: str) -> tuple[str, Store
 
 
 async def _with_stored_files(site: Site, exchange: Exchange, ask: Ask) -> Ask:
-    """The question with its stored files; who names no user speaks as theirs."""
+    """The question with its stored files; as their owner's, if it names no user."""
     if not any(file.file_id for row in ask.messages for file in row.attachments):
         return ask
     messages, owner = [], ""
