@@ -7452,11 +7452,9 @@ class Pool:
         self.settings, self._tls = settings, None
         self._failed, self._opening = {}, {}
 
-    def run_in_background(
-        self, coroutine: Coroutine[Any, Any, Any]
-    ) -> asyncio.Task[Any]:
+    def run_in_background(self, job: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run something that nobody waits for; `close` cancels it."""
-        task = asyncio.ensure_future(coroutine)
+        task = asyncio.ensure_future(job)
         self.background.add(task)
         task.add_done_callback(self.background.discard)
         return task
