@@ -705,7 +705,7 @@ class SSEDecoder:
     def _read_lines(self, text: str) -> list[str]:
         if self._at_start:
             self._at_start = False
-            text = text[1:] if text.startswith("\ufeff") else text
+            text = text.removeprefix("\ufeff")
         events: list[str] = []
         *blocks, rest = text.split("\n\n")
         for block in blocks:
@@ -721,7 +721,7 @@ class SSEDecoder:
     def _read_line(self, line: str, events: list[str]) -> None:
         name, _, value = line.partition(":")
         if name == "data":
-            self._data.append(value[1:] if value.startswith(" ") else value)
+            self._data.append(value.removeprefix(" "))
         elif not line and self._data:
             events.append("\n".join(self._data))
             self._data = []
@@ -729,7 +729,7 @@ class SSEDecoder:
     def _ended_by_lf(self, data: bytes) -> bytes:
         if self._after_cr and data:
             self._after_cr = False
-            data = data[1:] if data.startswith(b"\n") else data
+            data = data.removeprefix(b"\n")
         self._after_cr = self._after_cr or data.endswith(b"\r")
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
@@ -3255,7 +3255,7 @@ class Process:
         last, new = self._told.get(id_, ""), ""
         if self._mode == "agent" and thought:
             self._told[id_] = thought
-            new = thought[len(last) :] if thought.startswith(last) else thought
+            new = thought.removeprefix(last)
         return ("thought", id_), new
 
     def step(self, data: Json) -> _Thought:
@@ -3852,7 +3852,7 @@ def _by_calls(
         unknown = (inf, row.name or row.call_id)
         number, name = calls.get(row.call_id or row.name, unknown)
         rows.append((number, row._replace(name=name, call_id="")))
-    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+    return [row for _, row in sorted(rows, key=operator.itemgetter(0))]
 
 
 def _parse_stops(stop: Any) -> tuple[str, ...]:
