@@ -6238,7 +6238,8 @@ class Pacer:
         if now + self._beat_s > self._shown + _SILENCE_S:
             wish = max(wish, 1.0)
         piece = self._cut(int(wish + 1e-6), must)
-        self._drawn, self._credit = at, max(-wish, min(1.0, wish - len(piece)))
+        # A cluster may take more than is due; at most as much again is owed for it.
+        self._drawn, self._credit = at, max(-abs(wish), min(1.0, wish - len(piece)))
         self._shown = now if piece else self._shown
         # The next beat is when the next character is due, but never in a silence; and
         # if a cluster waits for its end, not before something is pushed or overdue.

@@ -21,6 +21,7 @@ Pieces = list[tuple[float, str]]
 MAX_LAG = 0.4
 CLOSE = 1e-6  # floats that should be equal
 COMPUTING = "\U0001f469\u200d\U0001f4bb"  # one cluster of three characters
+FAMILY = "\u200d".join("\U0001f468\U0001f469\U0001f467\U0001f466")  # one of seven
 LONG = "Streaming text should feel like watching somebody write. " * 40
 
 
@@ -47,11 +48,12 @@ def play(
         if wake is None or (queue and queue[0][0] <= wake):
             now, text = max(now, queue[0][0]), queue.pop(0)[1]
             pacer.push(text, now)
+            take(now)
+            if not queue:
+                pacer.close(now)
         else:
             now, late = max(now, wake), late + 1
-        take(now)
-        if not queue:
-            pacer.close(now)
+            take(now)
     raise AssertionError("the pacer never let go")
 
 
@@ -204,7 +206,16 @@ def test_long_cluster_does_not_delay_the_next_by_more_than_a_beat_or_two() -> No
     """It is shown whole, though less was due: that is no debt to be paid back."""
     pieces = play([(0.0, "x"), (0.1, COMPUTING * 3)], lateness=[0.01])
     assert [text for _, text in pieces] == ["x", *[COMPUTING] * 3]
-    assert [at for at, _ in pieces] == pytest.approx([0, 0.1, 0.151, 0.192], abs=0.001)
+    assert [at for at, _ in pieces] == pytest.approx([0, 0.1, 0.155, 0.194], abs=0.001)
+
+
+def test_arrival_does_not_turn_what_was_shown_ahead_into_credit() -> None:
+    """Seven characters went when one was due; the next ones wait, whatever comes."""
+    slow = even(0.2, 3, "a")
+    rest = [(0.6, FAMILY + "a"), (0.63, "b"), (0.66, "c"), (0.69, "d")]
+    pieces = play([*slow, *rest])[3:]
+    assert [text for _, text in pieces] == [FAMILY, *"abcd"]
+    assert pieces[1][0] == pytest.approx(0.71, abs=0.001)
 
 
 def test_text_that_waited_for_its_end_brings_no_clump_later() -> None:
