@@ -6124,8 +6124,8 @@ def open_conversations(store: str, ttl_s: float) -> tuple[Conversations, str]:
 # Pieces end where grapheme clusters do (UAX #29, with a few ties added: nothing is
 # cut after a joiner or a virama). The last cluster held may still grow, if its other
 # half is in the next token: an emoji, half a flag, a letter of a script that writes
-# marks after it. It waits for the next push, which ends the doubt. Letters of Latin,
-# Cyrillic, CJK and the like never wait for that.
+# marks after it. It waits for the next push, which ends the doubt. Digits, and letters
+# of Latin, Cyrillic, CJK and the like, never wait for that: few of them grow.
 #
 # Where the rules collide: the lag bound wins (even over a cluster), then "first
 # text at once" (even if it may still grow), then whole clusters (even over a
@@ -6169,9 +6169,10 @@ _PAIR = re.compile(
 # What the next token may add to: CR; letters of scripts whose marks follow (Hebrew to
 # Myanmar, Tagalog to Vedic, and later ones), jamo; marks; symbols, emoji, their parts.
 _GROWING = re.compile(
-    "[\r\u0590-\u109f\u1100-\u11ff\u1700-\u1cff\ua800-\uabff\U00010a00-\U00016fdf"
-    "\u0300-\u036f\u1dc0-\u1dff\u200d\u203c-\u2049\u20d0-\u2bff\u3030-\u303d\u3099\u309a"
-    "\u3297-\u3299\ufe00-\ufe2f\U0001f000-\U0001faff\U000e0020-\U000e007f]"
+    "[\r\xa9\xae\u0590-\u109f\u1100-\u11ff\u1700-\u1cff\ua800-\uabff"
+    "\U00010a00-\U00016fdf\U0001e000-\U0001e95f\u0300-\u036f\u1dc0-\u1dff\u200d"
+    "\u203c-\u2049\u20d0-\u2bff\u3030-\u303d\u3099\u309a\u3297-\u3299\ufe00-\ufe2f"
+    "\U0001f000-\U0001faff\U000e0020-\U000e007f]"
 )
 
 
@@ -6299,11 +6300,8 @@ class Pacer:
         text, shown = self._half + "".join(self._texts), len(self._half)
         least = shown + max(must, 0)
         end = _boundary(text, min(len(text), max(shown + wish, least)), 1)
-        if (
-            end == len(text) > least
-            and not self._is_closed
-            and _GROWING.match(text[-1])
-        ):
+        may_grow = _GROWING.match(text[-1:]) and not self._is_closed
+        if may_grow and end == len(text) > least:
             whole = _boundary(text, end - 1, -1)
             if whole >= least and (whole > shown or self._gone):
                 end = whole

@@ -233,6 +233,7 @@ CAREFUL = [
     pytest.param("\U0001f1e8\U0001f1f3\U0001f1e9", "\U0001f1ea", id="second-flag"),
     pytest.param("\u270d", "\U0001f3fd", id="skin-tone"),
     pytest.param("\u2764", "\ufe0f", id="variation"),
+    pytest.param("\xa9", "\ufe0f", id="latin-sign"),
     pytest.param("1\ufe0f", "\u20e3", id="keycap"),
     pytest.param("\U0001f3f4\U000e0067", "\U000e0062", id="tags"),
     pytest.param("e\u0302", "\u0301", id="second-mark"),
@@ -241,6 +242,7 @@ CAREFUL = [
     pytest.param("\u0915\u094d", "\u0937", id="virama"),
     pytest.param("\u0915", "\u093f", id="devanagari"),
     pytest.param("\u0645", "\u064f", id="arabic"),
+    pytest.param("\U0001e900", "\U0001e944", id="adlam"),
     pytest.param("\u1112\u1161", "\u11ab", id="jamo"),
     pytest.param("\r", "\n", id="crlf"),
 ]
