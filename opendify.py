@@ -8458,6 +8458,7 @@ class Exchange:
         self.reply, self.id, self.peer = reply, id_, peer
         self.read: Read = no_body  # more of the body, where `body` is not read before
         self.waiting: set[asyncio.Task[Any]] = set()
+        self.outlets: list[Outlet] = []  # that its answers, if streamed, go through
         self.started_at = asyncio.get_running_loop().time()
 
     @property
@@ -8502,7 +8503,8 @@ class Outlet:
     """A streamed answer on its way to the client: parts in, even text out.
 
     `put` never waits: text that is not due yet is written by a timer, so reading from
-    Dify never waits for the pacer. `before` is that of the choice before, if any.
+    Dify never waits for the pacer. Those of an exchange are made in order, one for each
+    choice.
     """
 
     def __init__(
@@ -8511,9 +8513,9 @@ class Outlet:
         stream: AnswerStream,
         pacer: Pacer | None,
         metrics: Metrics,
-        before: Outlet | None = None,
     ) -> None:
-        self._before = before
+        self._before = exchange.outlets[-1] if exchange.outlets else None
+        exchange.outlets.append(self)
         self._exchange = exchange
         self._metrics = metrics
         self._reply = exchange.reply
@@ -8556,7 +8558,8 @@ class Outlet:
             self._reply.start(200, [*SSE_HEADERS, *id_headers(ids)])
 
     def _fail(self, error: ProxyError) -> bytes:
-        return self._take_opening() + self._flush() + self._stream.fail(error)
+        held = [row._take_opening() + row._flush() for row in self._exchange.outlets]
+        return b"".join(held) + self._stream.fail(error)
 
     def _take_opening(self) -> bytes:
         """The first chunk, once; openai-python wants those of all choices in order."""
@@ -10220,10 +10223,8 @@ async def _answer_all(
         whole: makes the object of a whole answer.
     """
     exchange = questions[0].exchange
-    outlets: list[Outlet] = []
-    for row in streams:
-        pacer, before = _pacer(site, questions[0]), outlets[-1:]
-        outlets.append(Outlet(exchange, row, pacer, site.metrics, *before))
+    pacers = [_pacer(site, questions[0]) for _ in streams]
+    outlets = [Outlet(exchange, *row, site.metrics) for row in zip(streams, pacers)]
     collectors = [] if streams else [Collector(exchange) for _ in questions]
     sinks: list[Outlet | Collector] = [*outlets, *collectors]
     try:
@@ -10899,7 +10900,7 @@ class Server(Listener):
             wire.on_leave = None
             self._note(exchange)
             # They refer back to it: a long question would wait for garbage collection.
-            exchange.fail = exchange.turn = None
+            exchange.fail, exchange.turn, exchange.outlets = None, None, []
         return await _make_ready(exchange, wire)
 
     async def _is_called(self, wire: Wire) -> bool:

@@ -28,7 +28,7 @@ BUDGETS = {
     "OpenAI": 770,
     "Responses": 465,
     "Conversations": 420,
-    "Pacer": 135,
+    "Pacer": 133,
     "Wire": 575,
     "Upstream": 830,
     "Answers": 613,

@@ -1838,8 +1838,8 @@ async def test_choice_that_was_late_writes_nothing_behind_the_end(
             await asyncio.wait_for(call._reader.read(1), 2)
 
 
-async def test_choice_that_was_held_back_writes_nothing_behind_the_end() -> None:
-    """It is over in Dify, and its text still being shown, when the other one fails."""
+async def test_choice_that_was_held_back_is_shown_before_the_error_of_another() -> None:
+    """It is over in Dify, and its text still being shown; nothing is behind the end."""
     scripts: list[list[Step]] = [
         [fake.message("One."), Sleep(0.3), fake.error_event("No.")],
         [*fake.chat_answer("A", "b" * 400, delay=0.1)],
@@ -1848,9 +1848,14 @@ async def test_choice_that_was_held_back_writes_nothing_behind_the_end() -> None
         lambda _: scripts.pop(0), variables={"STREAM_MAX_LAG": "1"}
     ) as served:
         call = await served.begin(n=2, stream=True)
-        assert (await call.read_rest()).error["message"] == "No."
+        got = await call.read_rest()
+        assert got.error["message"] == "No."
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(call._reader.read(1), 2)
+    said = ["", ""]
+    for chunk in got.chunks[:-1]:
+        said[chunk["choices"][0]["index"]] += delta_of(chunk).get("content", "")
+    assert sorted(said) == ["A" + "b" * 400, "One."]
 
 
 async def test_answer_that_was_cut_is_stopped_once() -> None:
