@@ -6117,9 +6117,12 @@ def open_conversations(store: str, ttl_s: float) -> tuple[Conversations, str]:
 # (4) Look-back. The sums fade with time, and begin as if an even source had been
 #     heard for a moment.
 #
-# Text moves on at max(floor, pace), in pieces that stand on a beat. After close()
-# nothing more will come, and it moves on at max(floor, rate) till nothing is held.
-# All of it costs a few additions for each arrival and each piece.
+# Text moves on at max(floor, pace), in pieces that stand on a beat: the first character
+# at once, then what has come due since the last piece. The fraction of a character that
+# is left, or what a cluster took ahead to be whole, counts for the next piece. After
+# close() nothing more will come, and it moves on at max(floor, rate) till nothing is
+# held. All of it costs a few additions for each arrival, and for each piece a division
+# for each arrival held.
 #
 # Pieces end where grapheme clusters do (UAX #29, with a few ties added: nothing is
 # cut after a joiner or a virama). The last cluster held may still grow, if its other
