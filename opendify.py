@@ -5459,7 +5459,7 @@ AnswerStream = Union[ChatStream, CompletionStream, ResponseStream]
 # (1) A history matches the transcript that it equals, however long, or the one that it
 #     ends, since clients cut old messages. Such a window must be unmistakable: with
 #     two answers or a long one, standing nowhere else in the transcript (as far as
-#     that is kept), and at the end of no other transcript of this user.
+#     that is kept), and at the end of no other transcript of this user, free or not.
 # (2) Who takes a tail has it alone, across processes, until it is put back. One that is
 #     never put back is lost: nobody knows what its turn did to Dify's memory.
 # (3) An explicit conversation_id is used as given. If another turn runs there, their
@@ -5796,7 +5796,8 @@ DELETE FROM opendify_tails WHERE used < 0;  -- fails if the file can't be writte
 """
 _SELECT = """
 SELECT conversation_id, chain, length, digests, system, folded FROM opendify_tails"""
-_MATCH = f"{_SELECT} WHERE last = ? AND state = {_FREE} AND used >= ?"
+_MATCH = f"""{_SELECT}
+WHERE last = ? AND state IN ({_FREE}, {_TAKEN}, {_LOST}) AND used >= ?"""
 _PUT = f"""
 INSERT OR REPLACE INTO opendify_tails
 SELECT ?, CASE WHEN (SELECT state FROM opendify_tails WHERE id = ?) IS ?
@@ -5971,13 +5972,15 @@ class Conversations:
     def _find(
         self, scope: bytes, system: str, history: Sequence[Message], now: float
     ) -> Tail | None:
+        """The conversation that a history continues, were it free."""
         window = Tail(scope, chain=scope).extend(history)
         key = (window.digests[-_DIGEST_BYTES:], now - self._ttl_s)
-        equal = f"{_MATCH} AND chain = ? LIMIT {_MAX_CANDIDATES}"
+        equal = f"{_MATCH} AND chain = ? ORDER BY state LIMIT {_MAX_CANDIDATES}"
         rows, _ = self._run(equal, *key, window.chain)
         tails = [Tail(scope, *row) for row in rows]
         if not tails and _is_clear(history):
-            rows, _ = self._run(f"{_MATCH} LIMIT {_MAX_CANDIDATES + 1}", *key)
+            most = _MAX_CANDIDATES + 1
+            rows, _ = self._run(f"{_MATCH} ORDER BY state LIMIT {most}", *key)
             if len(rows) > _MAX_CANDIDATES:
                 return None
             near = [Tail(scope, *row) for row in rows]

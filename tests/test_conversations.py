@@ -344,6 +344,21 @@ def test_a_taken_tail_is_not_found_until_it_is_put_back(store: Conversations) ->
     assert store.take(request, SCOPE, 0.0) == tail
 
 
+@pytest.mark.parametrize("size", [4, 6])
+def test_what_a_taken_transcript_ends_with_leads_into_no_other(
+    store: Conversations, size: int
+) -> None:
+    """Sent twice, it must not go on where somebody said the same after other things."""
+    talk = chat("a", "b", "hi", "Hello!", "bye", "Bye!")
+    record(store, "own", *talk)
+    record(store, "other", *chat("my secret", "Yes?"), *talk[-size:])
+    sent_twice = ask(*talk[-size:], user("new"))
+    by_id = ask(user("new"), conversation_id="own")
+    for _ in range(2):  # after the second, nobody knows where it stands
+        store.take(by_id, SCOPE, 0.0)
+        assert found(store, sent_twice) == ""
+
+
 def test_identical_openings_each_have_one_taker(store: Conversations) -> None:
     for i in range(10):
         record(store, f"c{i}", *chat("hi", "Hello!"))
