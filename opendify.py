@@ -5468,6 +5468,8 @@ AnswerStream = Union[ChatStream, CompletionStream, ResponseStream]
 #     the table tells nothing to anyone without the key. It holds no text and no key.
 # (5) Reasoning, white space and system messages make no difference to a match. A system
 #     text is told to Dify when it differs from the one told last.
+# (6) Of transcripts with the same messages one of a turn with the same inputs matches,
+#     rather with the same system text.
 #
 # Pure but for SQLite, which keeps the table in memory too; its failures mean "don't
 # know". `now` is wall-clock time in seconds, since a table outlives its process.
@@ -5506,8 +5508,9 @@ class Tail(NamedTuple):
     """Where a conversation stands, or a history: its messages as hashes.
 
     `chain` stands for all `length` messages, `digests` has one hash each for the last.
-    `system` is the system text that Dify was told last, `folded` the number of first
-    messages that Dify has as an input only. What is not `is_known` is not recorded.
+    `told` is what Dify was told last beside messages, of `_told_hashes`, `folded` the
+    number of first messages that Dify has as an input only. What is not `is_known` is
+    not recorded.
     """
 
     scope: bytes
@@ -5515,7 +5518,7 @@ class Tail(NamedTuple):
     chain: bytes = b""
     length: int = 0
     digests: bytes = b""
-    system: bytes = b""
+    told: bytes = b""
     folded: int = 0
     is_taken: bool = False
     is_known: bool = True
@@ -5548,15 +5551,15 @@ class Tail(NamedTuple):
 class Plan(NamedTuple):
     """How a turn is put to Dify: `files` belong to the query, `inputs` go over others.
 
-    `tail` is where the conversation stands before `new`, without a conversation_id if
-    it is a new one; `told` are the system messages that Dify has been told before.
+    `tail` is where the conversation stands before `new`, what the `ask` adds to it;
+    that of a new one has no conversation_id.
     """
 
     query: str
     inputs: Json
     files: tuple[Attachment, ...]
     tail: Tail
-    told: Sequence[Message]
+    ask: Ask
     new: Sequence[Message]
     is_known: bool  # where it stands afterwards
 
@@ -5565,11 +5568,11 @@ class Plan(NamedTuple):
 
         What was new is hashed now, not while the question waits to be sent.
         """
-        tail = self.tail
+        tail, ask = self.tail, self.ask
         return tail.extend(
             [*self.new, answer],
             conversation_id=conversation_id,
-            system=_system_hash(tail.scope, [*self.told, *self.new]) or tail.system,
+            told=_told_hashes(tail.scope, ask, ask.messages, tail.told),
             is_known=self.is_known,
         )
 
@@ -5627,9 +5630,20 @@ def _canonical(arguments: str) -> str:
         return arguments.strip()
 
 
-def _system_hash(scope: bytes, messages: Iterable[Message]) -> bytes:
-    texts = [row.text for row in messages if row.role == "system"]
-    return _hash(scope, ascii(texts).encode(), _DIGEST_BYTES) if texts else b""
+def _told_hashes(
+    scope: bytes, ask: Ask, messages: Iterable[Message], before: bytes = b""
+) -> bytes:
+    """What Dify is told beside messages: a hash of the system text, one of the inputs.
+
+    Without a system text, what was told `before` holds.
+    """
+    rows = [*_opening(ask.system), *messages]
+    texts = [row.text for row in rows if row.role == "system"]
+    system = before[:_DIGEST_BYTES].ljust(_DIGEST_BYTES)
+    if texts:
+        system = _hash(scope, ascii(texts).encode(), _DIGEST_BYTES)
+    inputs = json.dumps({**ask.inputs}, sort_keys=True)
+    return system + _hash(scope, inputs.encode(), _DIGEST_BYTES)
 
 
 # Putting a turn to Dify...
@@ -5657,7 +5671,6 @@ def plan_turn(
     """
     history, new = split_turn(ask)
     opening = _opening("" if system_variable else ask.system)
-    told = opening + [row for row in history if row.role == "system"]
     is_new, said = tail is None, [row for row in history if row.role != "system"]
     added = said if ask.is_all_new and not is_new else []  # the conversation lacks it
     if tail is None:
@@ -5666,8 +5679,9 @@ def plan_turn(
     elsewhere = () if added else _only_in_input(history, tail)
     context = [*opening, *history[len(elsewhere) :]]
     if not is_new:
-        is_told = _system_hash(scope, told) == tail.system
-        context = [*([] if is_told else told), *added]
+        system = _told_hashes(scope, ask, history)[:_DIGEST_BYTES]
+        told = opening + [row for row in history if row.role == "system"]
+        context = [*([] if tail.told.startswith(system) else told), *added]
     files = [file for row in new for file in row.attachments]
     carried = _with_room(history if is_new else added, files, has_room)
     inputs = dict(ask.inputs)
@@ -5680,7 +5694,7 @@ def plan_turn(
     # Nobody can tell how a client shows an answer that was continued, or a title.
     is_known = tail.is_known and bool(new) and not is_side_request(ask)
     new = (*added, *new)
-    return Plan(query or " ", inputs, tuple(files), tail, told, new, is_known)
+    return Plan(query or " ", inputs, tuple(files), tail, ask, new, is_known)
 
 
 def _opening(system: str) -> list[Message]:
@@ -5899,7 +5913,7 @@ class Conversations:
             tail = self.take_alone(scope, ask.conversation_id, now)
             return tail or self._lose(_unknown(scope, ask.conversation_id), now)
         may_go_on = history and new and not ask.is_all_new
-        tail = self._find(scope, ask.system, history, now) if may_go_on else None
+        tail = self._find(scope, ask, history, now) if may_go_on else None
         return self._mark(tail, now) if tail else None
 
     def take_alone(self, scope: bytes, conversation_id: str, now: float) -> Tail | None:
@@ -5970,7 +5984,7 @@ class Conversations:
             self._run(_DROP_LARGE, MAX_ALL_NAMED_BYTES)
 
     def _find(
-        self, scope: bytes, system: str, history: Sequence[Message], now: float
+        self, scope: bytes, ask: Ask, history: Sequence[Message], now: float
     ) -> Tail | None:
         """The conversation that a history continues, were it free."""
         window = Tail(scope, chain=scope).extend(history)
@@ -5988,9 +6002,8 @@ class Conversations:
             if len({tail.chain for tail in near}) > 1:
                 return None
             tails = [tail for tail in near if window.ends(tail)]
-        if len(tails) > 1:  # the same was said in each: by whom, system text may tell
-            told = _system_hash(scope, [*_opening(system), *history])
-            tails.sort(key=lambda tail: tail.system != told)
+        if len(tails) > 1:
+            tails = _told_alike(tails, _told_hashes(scope, ask, history))
         return tails[0] if tails else None
 
     def _lose(self, tail: Tail, now: float) -> Tail:
@@ -6052,6 +6065,16 @@ def _unknown(scope: bytes, conversation_id: str) -> Tail:
     """Of an unknown conversation we know one message: that there may be some."""
     tail = Tail(scope, conversation_id, length=1)
     return tail._replace(chain=_id(tail))
+
+
+def _told_alike(tails: Iterable[Tail], told: bytes) -> list[Tail]:
+    """Of tails with the same messages those with the same inputs, the likest first.
+
+    What the app has read for other inputs, a customer's number say, is another's.
+    """
+    inputs = (told[_DIGEST_BYTES:], b"")  # older files have none
+    alike = [tail for tail in tails if tail.told[_DIGEST_BYTES:] in inputs]
+    return sorted(alike, key=lambda tail: tail.told != told)
 
 
 def _is_clear(history: Sequence[Message]) -> bool:
@@ -8982,8 +9005,9 @@ class Turns:
         """
         ask, headers = question.ask, question.exchange.request.headers
         in_header = headers.get("x-dify-conversation-id", "")
-        if in_header and not ask.conversation_id:
-            question.ask = ask = ask._replace(conversation_id=in_header)
+        given = {**question.app.inputs, **ask.inputs}
+        id_ = ask.conversation_id or in_header
+        question.ask = ask = ask._replace(inputs=given, conversation_id=id_)
         reading = await self._run_once(question, sink)
         if not reading.problem:
             return
@@ -9123,7 +9147,7 @@ class Turns:
             question.tail,
             system_variable=app.system_variable,
             history_variable=app.history_variable,
-            has_room=lambda files: has_room(form, files, {**app.inputs, **ask.inputs}),
+            has_room=lambda files: has_room(form, files, ask.inputs),
         )
         request = await self._request_for(question, plan, mode, form)
         stream = await self.dify.open_turn(app, mode, request)
@@ -9152,8 +9176,7 @@ class Turns:
         self, question: Question, plan: Plan, mode: str, form: AppForm
     ) -> DifyRequest:
         """The request to Dify, with its files uploaded."""
-        app, trace_id = question.app, question.exchange.id
-        inputs = {**app.inputs, **plan.inputs}
+        app, trace_id, inputs = question.app, question.exchange.id, plan.inputs
         common = {"inputs": inputs, "user": question.user, "trace_id": trace_id}
         if plan.files:
             check_files(form, plan.files, inputs)

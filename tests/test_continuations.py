@@ -646,6 +646,23 @@ async def test_two_windows_of_a_user_meet_only_while_they_are_identical() -> Non
         assert (one.conversation, other.conversation) == own
 
 
+async def test_models_of_one_app_keep_to_their_own_chats() -> None:
+    """Their inputs tell them apart; old releases read those of the first turn only."""
+    app = {"key": KEY, "mode": "chat"}
+    models = {name: {**app, "inputs": {"language": name}} for name in "abcde"}
+    async with site(variables={"MODEL_CONFIG": json.dumps(models)}) as served:
+        clients = [Client(served, fields={"model": name}) for name in models]
+        for client in clients:
+            await client.chat(OPENING)
+        for client in reversed(clients):
+            await client.chat("and?")
+        rows = served.dify.conversations.values()
+        told = [
+            "".join(row.inputs["language"] for row in talk.messages) for talk in rows
+        ]
+        assert told == ["aa", "bb", "cc", "dd", "ee"]
+
+
 async def test_a_hundred_parallel_turns_share_nothing() -> None:
     async with site() as served:
         served.delay = 0.01  # so that they overlap

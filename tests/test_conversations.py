@@ -486,9 +486,12 @@ def test_an_id_that_is_no_id_harms_no_other(store: Conversations) -> None:
 # The whole life of a turn...
 
 
-def turn(store: Conversations, request: Ask, text: str, fresh: str) -> tuple[str, str]:
+def turn(
+    store: Conversations, request: Ask, text: str, fresh: str, variable: str = ""
+) -> tuple[str, str]:
     """One turn that goes well: (query, conversation)."""
-    plan = plan_turn(request, SCOPE, store.take(request, SCOPE, 0.0))
+    tail = store.take(request, SCOPE, 0.0)
+    plan = plan_turn(request, SCOPE, tail, system_variable=variable)
     name = plan.tail.conversation_id or fresh
     store.put(plan.finish(name, answer(text)), 0.0)
     return plan.query, name
@@ -551,20 +554,44 @@ def test_system_text_is_told_when_it_has_changed(store: Conversations) -> None:
     assert turn(store, ask(*talk, system="Be kind."), "4", "x") == ("still", "c")
 
 
+@pytest.mark.parametrize("variable", ["", "rules"])
 @pytest.mark.parametrize("window", [0, 2])
 def test_of_equal_talks_the_one_with_this_system_text_goes_on(
-    store: Conversations, window: int
+    store: Conversations, window: int, variable: str
 ) -> None:
     """Two assistants that are greeted alike keep their own memories."""
     long = "Hello! " * 40
     for name, system in (("a", "Be brief."), ("b", "Be kind."), ("c", "")):
         first = ask(*chat("earlier", "Yes?", "hi"), system=system)
-        assert turn(store, first, long, name)[1] == name
+        assert turn(store, first, long, name, variable)[1] == name
     talk = chat("earlier", "Yes?", "hi", long, "new")[window:]
     asked = {"b": "Be kind.", "a": "Be brief.", "c": "  "}
     assert [found(store, ask(*talk, system=text)) for text in asked.values()] == [
         *asked
     ]
+
+
+def test_of_equal_talks_the_one_with_these_inputs_goes_on(store: Conversations) -> None:
+    """What an app has read for one customer is not told to another."""
+
+    def talk(number: int, *more: str) -> Ask:
+        request = ask_of("hi", *more)._replace(inputs={"customer": number})
+        return request._replace(system=f"Today is day {len(more)}.")
+
+    for number in (1, 2, 3):
+        assert turn(store, talk(number), "Hello!", str(number))[1] == str(number)
+    more = ("Hello!", "and?")
+    assert [found(store, talk(number, *more)) for number in (3, 1, 2)] == [*"312"]
+    assert store.take(talk(2, *more), SCOPE, 0.0)
+    assert found(store, talk(2, *more)) == found(store, talk(4, *more)) == ""
+
+
+def test_inputs_may_change_where_no_other_talk_is_equal(store: Conversations) -> None:
+    texts: list[str] = []
+    for page in range(4):
+        request = ask_of(*texts, "hi")._replace(inputs={"page": page})
+        assert turn(store, request, f"answer {page}", f"c{page}")[1] == "c0"
+        texts += ["hi", f"answer {page}"]
 
 
 def test_system_text_between_messages_is_told_once(store: Conversations) -> None:
