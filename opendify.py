@@ -5475,7 +5475,8 @@ AnswerStream = Union[ChatStream, CompletionStream, ResponseStream]
 # know". `now` is wall-clock time in seconds, since a table outlives its process.
 #
 #     none, TAKEN -> FREE [put], FREE -> TAKEN [take], TAKEN -> LOST [take by id],
-#     FREE -> LOST [put, by one who has not taken it], FREE, TAKEN -> none [forget]
+#     FREE -> LOST [put, by one who has not taken it], FREE, TAKEN -> LOST [forget],
+#     FREE, TAKEN -> none [forget what is gone; put, if its end is not known]
 
 MAX_CONVERSATIONS = 100_000  # some 40 MB
 MAX_NAMED = 10_000  # that clients named; these hold texts until their next turn
@@ -5928,21 +5929,20 @@ class Conversations:
         """Record where a conversation, new or taken, stands for the next turn."""
         if tail.is_known and tail.conversation_id:
             self._put(tail, now)
-        elif tail.is_taken:
-            self.forget(tail)
+        elif tail.is_taken:  # by its id, by which it can be learned anew
+            self.forget(tail, is_gone=True)
         elif tail.conversation_id:
             self._lose(tail, now)  # again: another process may have been in the way
 
     def forget(self, tail: Tail | None, *, is_gone: bool = False) -> None:
-        """Drop a conversation: Dify may remember what was not seen, or has lost it.
+        """Lose a conversation: Dify may remember what was not seen.
 
-        Unless it `is_gone`, a first turn of somebody else may be under way in one that
-        was new to the table: that turn must not bring it back.
+        Its transcript stays, since another may end with the same words: who tries again
+        must not go on there. Only what `is_gone`, even for Dify, leaves the table.
         """
         if tail:
-            is_new = tail.chain == _id(tail) and not is_gone
             lose = f"UPDATE opendify_tails SET state = {_LOST}"
-            sql = lose if is_new else "DELETE FROM opendify_tails"
+            sql = "DELETE FROM opendify_tails" if is_gone else lose
             self._run(f"{sql} WHERE id = ? AND state != {_LOST}", _id(tail))
 
     def named(self, id_: str, owner: str, now: float) -> NamedConversation | None:

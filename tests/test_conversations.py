@@ -344,6 +344,20 @@ def test_a_taken_tail_is_not_found_until_it_is_put_back(store: Conversations) ->
     assert store.take(request, SCOPE, 0.0) == tail
 
 
+def test_turn_that_failed_is_not_tried_again_in_another_conversation(
+    store: Conversations,
+) -> None:
+    """Where an app answers in set words, another's may end as this one does."""
+    record(store, "other", *chat("my secret", "Yes?", "when?", LONG))
+    record(store, "own", *chat("when?", LONG))
+    request = ask_of("when?", LONG, "thanks")
+    tail = store.take(request, SCOPE, 0.0)
+    assert tail is not None
+    assert tail.conversation_id == "own"
+    store.forget(tail)
+    assert found(store, request) == ""
+
+
 @pytest.mark.parametrize("size", [4, 6])
 def test_what_a_taken_transcript_ends_with_leads_into_no_other(
     store: Conversations, size: int
@@ -529,7 +543,7 @@ def test_a_tool_loop_is_one_conversation(store: Conversations) -> None:
 def test_forget_and_never_put_back(store: Conversations) -> None:
     record(store, "c", *chat(*TALK))
     request = ask_of(*TALK, "new")
-    store.forget(store.take(request, SCOPE, 0.0))
+    store.forget(store.take(request, SCOPE, 0.0), is_gone=True)
     store.forget(None)
     assert (found(store, request), len(store)) == ("", 0)
 
