@@ -11583,10 +11583,10 @@ class SettingsSource:
         # It may be a pipe. A named one is read in any case, to complain if it can't.
         is_there = os.path.exists(self._path) and not os.path.isdir(self._path)
         if self._is_named or is_there:
-            in_file, self.warnings = _read_env_file(self._path)
+            in_file = _read_env_file(self._path)
         # A key that wrapped to a line of its own may end in "=", and is no name.
         names = [name for name, value in in_file.items() if value.strip("=")]
-        self.warnings += unknown_variables(names)
+        self.warnings = unknown_variables(names)
         lower = ("https_proxy", "http_proxy", "no_proxy")  # as other tools read them
         environment = {k.upper() if k in lower else k: v for k, v in os.environ.items()}
         return parse_settings({**in_file, **environment, **self._given})
@@ -11635,23 +11635,23 @@ def _find_env_file(named: str | None) -> Path:
     return (Path() if is_here else Path(__file__).resolve().parent) / ".env"
 
 
-def _read_env_file(path: Path) -> tuple[dict[str, str], list[str]]:
-    """(variables, warnings); a malformed line is not shown: it may hold a key."""
+def _read_env_file(path: Path) -> dict[str, str]:
+    """Its variables; raises SettingsError, also for a line that sets nothing.
+
+    Without that line VALID_API_KEYS might be empty, and let anyone in. It is not shown:
+    it may hold a key.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         cure = "; save it as UTF-8" if isinstance(error, UnicodeError) else ""
         raise SettingsError([f"{path} can't be read: {error}{cure}"]) from error
     rows = [*env_parser.parse_stream(io.StringIO(text))]
-    good = "".join(row.original.string for row in rows if _is_sound(row))
-    lines = ", ".join(_line_of(row) for row in rows if not _is_sound(row))
-    warning = (
-        f"{path}: no NAME=value in line {lines}; a value on several lines needs "
-        "single quotes"
-    )
-    values = dotenv_values(stream=io.StringIO(good))
-    variables = {name: value or "" for name, value in values.items()}
-    return variables, [warning] if lines else []
+    if lines := ", ".join(_line_of(row) for row in rows if not _is_sound(row)):
+        cure = "a value on several lines, or with quotes in it, needs single quotes"
+        raise SettingsError([f"{path}: no NAME=value in line {lines}; {cure}"])
+    values = dotenv_values(stream=io.StringIO(text))
+    return {name: value or "" for name, value in values.items()}
 
 
 def _is_sound(row: env_parser.Binding) -> bool:
