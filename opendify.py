@@ -11587,9 +11587,9 @@ class SettingsSource:
         # A key that wrapped to a line of its own may end in "=", and is no name.
         names = [name for name, value in in_file.items() if value.strip("=")]
         self.warnings = unknown_variables(names)
-        lower = ("https_proxy", "http_proxy", "no_proxy")  # as other tools read them
-        environment = {k.upper() if k in lower else k: v for k, v in os.environ.items()}
-        return parse_settings({**in_file, **environment, **self._given})
+        lower = {"https_proxy", "http_proxy", "no_proxy"} & {*os.environ}
+        proxies = {name.upper(): os.environ[name] for name in lower}  # as curl has it
+        return parse_settings({**in_file, **os.environ, **proxies, **self._given})
 
     def load_if_changed(self) -> Settings | None:
         """The settings if the env file has changed and is good; looks once a second.
@@ -11822,7 +11822,7 @@ async def _serve_until_signal(settings: Settings, server: Server) -> int:
     host, port = settings.server_host, settings.server_port
     try:
         addresses = await server.listen(host, port)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # ValueError: "\0" in a host
         reason = getattr(error, "strerror", None) or error
         text = f"opendify: can't listen on {host}:{port}: {reason}"
         print(f"{text}; choose another with --host or --port", file=sys.stderr)

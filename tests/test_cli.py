@@ -241,9 +241,28 @@ def test_port_in_use_is_one_line_and_status_1(run: Run) -> None:
     assert "Traceback" not in err
 
 
+def test_host_that_is_none_is_one_line_and_status_1(home: Path, run: Run) -> None:
+    (home / "work/.env").write_text("SERVER_HOST=a\0b\n")
+    status, out, err = run("--demo")
+    assert (status, out) == (1, "")
+    assert err.splitlines()[-1].startswith("opendify: can't listen on a")
+
+
 # ------------------------------------------------------------------------------
 # The env file
 # ------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names have no case there")
+@pytest.mark.parametrize(
+    "names", ["https_proxy HTTPS_PROXY", "HTTPS_PROXY https_proxy"]
+)
+def test_proxy_in_lower_case_wins(
+    checked: Run, monkeypatch: pytest.MonkeyPatch, names: str
+) -> None:
+    for name in names.split():
+        monkeypatch.setenv(name, f"http://{name}:3128")
+    assert shown(checked())["HTTPS_PROXY"] == "http://https_proxy:3128"
 
 
 def test_real_variable_wins_over_the_env_file(
