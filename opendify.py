@@ -11463,6 +11463,7 @@ MAX_DESCRIPTORS = 65_536
 REOPEN_S = 0.2  # until a port that was lost is opened again
 CHECKS_AT_ONCE = 4  # Dify's default server has ten connections in all
 ASK_S = 300.0  # that an app may take to answer one word
+_AT_START = ("server_", "log_", "conversation_")  # settings that are taken once
 _NOTHING_CONFIGURED = """\
 No Dify app is configured. Either
 
@@ -11565,6 +11566,7 @@ class SettingsSource:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.warnings: list[str] = []
+        self._first: Settings | None = None
         self._path = _find_env_file(options.env_file)
         self._is_named = options.env_file is not None
         arguments = {
@@ -11589,7 +11591,14 @@ class SettingsSource:
         self.warnings = unknown_variables(names)
         lower = {"https_proxy", "http_proxy", "no_proxy"} & {*os.environ}
         proxies = {name.upper(): os.environ[name] for name in lower}  # as curl has it
-        return parse_settings({**in_file, **os.environ, **proxies, **self._given})
+        settings = parse_settings({**in_file, **os.environ, **proxies, **self._given})
+        first = self._first = self._first or settings
+        self.warnings += [
+            f"{name.upper()} has changed: restart OpenDify, or put it back"
+            for name, value in vars(settings).items()
+            if name.startswith(_AT_START) and value != getattr(first, name)
+        ]
+        return settings
 
     def load_if_changed(self) -> Settings | None:
         """The settings if the env file has changed and is good; looks once a second.

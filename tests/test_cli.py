@@ -515,6 +515,22 @@ def test_unknown_name_in_a_changed_env_file_is_a_warning(
     assert any("VALID_API_KEYS" in text for text in caplog.messages)
 
 
+def test_what_only_the_start_takes_is_a_warning_while_it_differs(
+    edited: EditedFile, caplog: pytest.LogCaptureFixture
+) -> None:
+    edited.source.load()
+    edited.write("SERVER_PORT=1001\nLOG_LEVEL=DEBUG\nMAX_BODY_MB=7")
+    edited.port()
+    edited.write("SERVER_PORT=1002\nCONVERSATION_TTL=1d")
+    edited.port()
+    edited.write("SERVER_PORT=1001\nSHOW_PROCESS=on")
+    edited.port()
+    assert caplog.messages == [
+        f"{name} has changed: restart OpenDify, or put it back"
+        for name in ("LOG_LEVEL", "SERVER_PORT", "CONVERSATION_TTL")
+    ]
+
+
 def test_env_file_that_names_no_app_any_more_changes_nothing(
     edited: EditedFile,
     monkeypatch: pytest.MonkeyPatch,
