@@ -338,10 +338,8 @@ def _complaints_of_urls(settings: Settings) -> list[str]:
             shown = mask_password(url)
             complaints.append(f"{name}: must be a URL like {like}, not {shown!r}")
     for origin in settings.allowed_origins:
-        try:
-            urllib.parse.urlsplit(origin)
-        except ValueError:
-            complaints.append(f"ALLOWED_ORIGINS: {origin!r} is malformed")
+        if not _is_origin(origin):
+            complaints.append(f"ALLOWED_ORIGINS: {origin!r} is not like https://host")
     return complaints
 
 
@@ -349,9 +347,18 @@ def _is_url(text: str, schemes: Sequence[str]) -> bool:
     try:
         parts = urllib.parse.urlsplit(text)
         leads = parts.scheme in schemes and parts.hostname and parts.port != 0
-        return bool(leads and re.fullmatch(r"[!-~]+", text))
+        return bool(leads and re.fullmatch('[!"$->@-~]+', text))  # "#" ends a host
     except ValueError:
         return False
+
+
+def _is_origin(text: str) -> bool:
+    """Whether a browser may send it (no bare host, no path), or it is * for any."""
+    shape = r"\*|null|[a-z][a-z\d+.-]*://[\w.:\[\]-]*/?"
+    with contextlib.suppress(ValueError):  # of a host in brackets
+        urllib.parse.urlsplit(text)
+        return re.fullmatch(shape, text, re.ASCII | re.IGNORECASE) is not None
+    return False
 
 
 def _parse_switch(text: str) -> bool:

@@ -122,6 +122,17 @@ def test_default_as_written_is_the_default() -> None:
         pytest.param("CONVERSATION_TTL", "12H", 43200.0, id="seconds-h"),
         pytest.param("CONVERSATION_TTL", "0.5 d", 43200.0, id="seconds-d"),
         pytest.param("STREAM_MAX_LAG", "0", 0.0, id="seconds-least"),
+        *[
+            pytest.param("ALLOWED_ORIGINS", origin, (origin,), id=f"origin-{origin}")
+            for origin in (
+                "*",
+                "null",
+                "file://",
+                "https://A.example/",
+                "http://[::1]:80",
+                "chrome-extension://abc",
+            )
+        ],
         pytest.param("LOG_LEVEL", "DEBUG", "DEBUG", id="level"),
         pytest.param("LOG_LEVEL", "warning", "WARNING", id="level-lower-case"),
         pytest.param("LOG_FORMAT", "json", "json", id="format"),
@@ -221,8 +232,27 @@ DURATION = "must be seconds, or like 30s, 5m, 12h, 7d, not"
             id="proxy-in-tls",
         ),
         pytest.param(
-            "ALLOWED_ORIGINS", "http://[a.b", "'http://[a.b' is malformed", id="origin"
+            "HTTPS_PROXY",
+            "http://me:1#x@proxy:3128",
+            "must be a URL like http://host:3128, not 'http://…@proxy:3128'",
+            id="proxy-with-a-bare-sign-in-its-password",
         ),
+        *[
+            pytest.param(
+                "ALLOWED_ORIGINS",
+                origin,
+                f"{origin!r} is not like https://host",
+                id=f"origin-{origin}",
+            )
+            for origin in (
+                "http://[a.b",
+                "a.example",
+                "*.a.example",
+                "https://*.a.example",
+                "https://a.example/path",
+                "https://例子.example",
+            )
+        ],
     ],
 )
 def test_bad_value_is_a_complaint_that_says_what_to_write(
