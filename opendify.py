@@ -11282,7 +11282,9 @@ const CLIENTS = { "Open WebUI": "OPENAI_API_BASE_URL=<v1>\nOPENAI_API_KEY=<key>"
   curl: `curl <v1>/chat/completions -H 'Authorization: Bearer <key>' \\
   -H 'Content-Type: application/json' -d '{"model": <json>,
   "messages": [{"role": "user", "content": "Hello"}]}'` };
-const LINK = /(!?)\[((?:\\.|[^\]\\])*)\]\((https?:\/\/[^\s)]+|data:image\/[^\s)]+)\)/;
+const LABEL = /(!?)\[((?:\\.|[^\]\\]){0,300})\]/.source; // else "[[[…" takes minutes
+const TO = /((?:https?:\/\/|data:image\/)(?:\([^\s()]*\)|[^\s()])+)/.source;
+const LINK = RegExp(`${LABEL}\\(${TO}\\)`);
 let key = sessionStorage.getItem("api-key"), past = [], run = { pieces: [], lags: [] };
 const make = (tag, content, fields) => {
   const node = Object.assign(document.createElement(tag), fields);
@@ -11316,7 +11318,6 @@ async function load() {
     showSettings(), showApps(ids.map((id) => ({ id }))), showApps(await list("/apps"));
   } catch (error) {
     $("apps").replaceChildren(make("li", told(error)));
-    $("door").hidden = !root.dataset.key;
   }
 }
 const showApps = (apps) => $("apps").replaceChildren(...apps.map((app) => {
@@ -11358,6 +11359,7 @@ async function chat(question) {
   const thinking = make("details", [make("summary", say("Thinking", "思考")), thought]);
   const answer = make("div", [thinking, text], { className: "answer" });
   hint.remove(), talk.append(make("div", question, { className: "user" }), answer);
+  $("log").scrollTop = 0; // which is its end
   const messages = [...past, { role: "user", content: question }];
   const body = JSON.stringify({ model: $("model").value, messages, stream: true });
   const headers = { "Content-Type": "application/json", "X-OpenDify-Lag": "on",

@@ -66,7 +66,7 @@ def answer(request: fake.Request) -> list[fake.Step]:
     if "rich" in query:
         return [
             fake.message("<think>First I think.</think>"),
-            fake.message(f"See [the handbook](https://docs.example/a) {EVIL}"),
+            fake.message(f"See [the handbook](https://docs.example/a_(b)) {EVIL}"),
             fake.message(f"\n\n![a cat]({PICTURE})"),
             fake.message_end(resources=[SOURCE]),
         ]
@@ -75,6 +75,8 @@ def answer(request: fake.Request) -> list[fake.Step]:
         return [fake.Status(400, body)]
     if "break" in query:
         return [fake.message("Half an"), fake.error_event("the model fell over")]
+    if "brackets" in query:
+        return [fake.message("[" * 60_000), fake.message_end()]
     if "hang" in query:
         return [fake.message("And then"), fake.Hang()]
     return fake.chat_answer(*words, delay=0 if "at once" in query else 0.03)
@@ -413,7 +415,7 @@ def test_reasoning_files_links_and_sources_are_shown(tab: Tab) -> None:
     assert tab.page.text_content("details .text") == "First I think."
     link = tab.page.locator(".answer > .text a")
     assert [(x.text_content(), x.get_attribute("href")) for x in link.all()] == [
-        ("the handbook", "https://docs.example/a")
+        ("the handbook", "https://docs.example/a_(b)")
     ]
     picture = tab.page.locator(".answer img")
     assert (picture.get_attribute("alt"), picture.get_attribute("src")) == (
@@ -431,6 +433,23 @@ def test_markup_of_an_answer_is_text(tab: Tab) -> None:
     tab.is_done()
     assert EVIL in tab.page.text_content(".answer > .text")
     assert (tab.messages, tab.elsewhere) == ([], [PICTURE])
+
+
+def test_answer_of_brackets_does_not_stop_the_page(tab: Tab) -> None:
+    tab.ask("brackets")
+    tab.is_done()
+    assert len(tab.text(".answer > .text")) == 60_000
+
+
+def test_question_is_in_sight_where_one_had_read_above(tab: Tab) -> None:
+    tab.page.evaluate("document.querySelector('#log').style.height = '3rem'")
+    tab.ask("tell me at once")
+    tab.is_done()
+    tab.page.evaluate("document.querySelector('#log').scrollTop = -9e9")
+    assert tab.page.evaluate("document.querySelector('#log').scrollTop") < 0
+    tab.ask("hang on")
+    tab.page.locator(".answer > .text", has_text="And then").wait_for()
+    assert tab.page.evaluate("document.querySelector('#log').scrollTop") == 0
 
 
 def test_question_and_history_are_sent(tab: Tab, site: Site) -> None:
@@ -553,6 +572,10 @@ def test_key_is_asked_for_and_kept_in_the_tab_only(browser: Any, guarded: Site) 
         tab.ask("tell me")
         tab.is_done()
         assert tab.text(".answer > .text").endswith("word11")
+        tab.page.context.set_offline(True)
+        tab.page.click("#again")
+        tab.page.locator("#apps", has_text="can't be reached").wait_for()
+        assert tab.page.is_hidden("#door")  # it is not the key's fault
 
 
 LOOKS = [  # every two of them together
