@@ -347,7 +347,8 @@ def _is_url(text: str, schemes: Sequence[str]) -> bool:
     try:
         parts = urllib.parse.urlsplit(text)
         leads = parts.scheme in schemes and parts.hostname and parts.port != 0
-        return bool(leads and re.fullmatch('[!"$->@-~]+', text))  # "#" ends a host
+        rest = parts.path + parts.query + parts.fragment  # of a password, after a "#"
+        return bool(leads and "@" not in rest and re.fullmatch(r"[!-~]+", text))
     except ValueError:
         return False
 

@@ -231,12 +231,15 @@ DURATION = "must be seconds, or like 30s, 5m, 12h, 7d, not"
             "must be a URL like http://host:3128, not 'https://…@proxy'",
             id="proxy-in-tls",
         ),
-        pytest.param(
-            "HTTPS_PROXY",
-            "http://me:1#x@proxy:3128",
-            "must be a URL like http://host:3128, not 'http://…@proxy:3128'",
-            id="proxy-with-a-bare-sign-in-its-password",
-        ),
+        *[
+            pytest.param(
+                "HTTPS_PROXY",
+                f"http://me:1{sign}x@proxy:3128",
+                "must be a URL like http://host:3128, not 'http://…@proxy:3128'",
+                id=f"proxy-with-{sign}-in-its-password",
+            )
+            for sign in "/?#"
+        ],
         *[
             pytest.param(
                 "ALLOWED_ORIGINS",
