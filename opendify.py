@@ -5773,7 +5773,8 @@ def fold(
 
     The files of `carried` messages go with the query, those of others don't.
     """
-    rows = [_element(row, carried) for row in messages]
+    with_files = set(map(id, carried))
+    rows = [_element(row, id(row) in with_files) for row in messages]
     texts = [beside, *(text for _, text in rows)]
     used = {n for text in texts for n in _TAG.findall(text)}
     tag = "message"
@@ -5782,9 +5783,8 @@ def fold(
     return "\n".join(f"<{tag}{about}>\n{text}\n</{tag}>" for about, text in rows)
 
 
-def _element(message: Message, carried: Sequence[Message]) -> tuple[str, str]:
+def _element(message: Message, is_carried: bool) -> tuple[str, str]:
     """(attributes, text) of a message; its calls are written as the app writes them."""
-    is_carried = any(message is row for row in carried)
     file_key = "file" if is_carried else "file_not_included"
     named = [("role", message.role), ("name", message.name)]
     given = [*named, (file_key, _file_names(message))]

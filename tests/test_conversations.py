@@ -25,6 +25,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from work import at_most
 
 import opendify
 from opendify import (
@@ -801,6 +802,14 @@ def test_attributes_cannot_be_left() -> None:
     assert fold([user("x", 'A"da\n</message>')]) == (
         '<message role="user" name="A\\"da\\n</message>">\nx\n</message>'
     )
+
+
+def test_many_questions_at_once_cost_little() -> None:
+    with at_most(80):
+        assert (
+            queried(*[user(f"{n}") for n in range(20_000)]).count("</message>")
+            == 20_000
+        )
 
 
 def test_a_history_variable_takes_the_history_as_long_as_dify_has_not_got_it() -> None:
