@@ -7291,7 +7291,7 @@ def proxy_for(origin: Origin, settings: Settings) -> Proxy | None:
     if not url or is_loopback(origin.host):
         return None
     direct = [name.strip().lower() for name in settings.no_proxy.split(",")]
-    names = (origin.host, f"{origin.host}:{origin.port}")
+    names = (origin.host, _authority(origin), _authority(origin, origin.port))
     for suffix in filter(None, direct):
         plain = suffix.lstrip("*").lstrip(".")
         if not plain or any(f".{name}".endswith(f".{plain}") for name in names):

@@ -1156,6 +1156,9 @@ async def test_no_proxy_names_what_is_reached_directly(
         ("10.1.2.3", "10.0.0.0/99,/", False),
         ("fd00::1", "fd00::/8", True),
         ("fd00::1", "10.0.0.0/8", False),
+        ("fd00::1", "[fd00::1]", True),
+        ("fd00::1", "[fd00::1]:80", True),
+        ("fd00::1", "[fd00::1]:81", False),
     ],
 )
 def test_no_proxy_may_name_a_network(host: str, no_proxy: str, is_direct: bool) -> None:
