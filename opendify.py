@@ -7008,6 +7008,8 @@ _LENIENT = re.compile(
     rb"|(?s:.*?)\r\ncontent-length:)",
     re.IGNORECASE,
 )
+# A Content-Encoding that matters; some name a charset there.
+COMPRESSED = re.compile("gzip|deflate|compress|br|zstd", re.IGNORECASE)
 _HOST = re.compile(
     r"(?:\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+;=%-]*)(?::\d{0,5})?\Z", re.ASCII
 )
@@ -8037,6 +8039,12 @@ class Api:
         if response.status < 300:
             self._answered_at = asyncio.get_running_loop().time()
         return response
+        if COMPRESSED.search(response.headers.get("content-encoding", "")):
+            response.close()
+            raise ConfigurationFault(
+                "What stands before Dify compresses its answers, though it is asked "
+                "not to; switch that off there."
+            )
 
     async def read_object(
         self, response: UpstreamResponse, app: AppSettings, *, or_nothing: bool = False
@@ -11069,10 +11077,6 @@ async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
     return False
 
 
-# Some clients name a charset there.
-_COMPRESSED = re.compile("gzip|deflate|compress|br|zstd", re.IGNORECASE)
-
-
 def _body_reader(
     exchange: Exchange, wire: Wire, decoder: BodyDecoder, limit: int
 ) -> Read:
@@ -11083,7 +11087,7 @@ def _body_reader(
             raise BodyTooLarge(f"The body is over {limit >> 20} MiB (MAX_BODY_MB).")
 
     wire.allow_any_time()  # the head was in time
-    if _COMPRESSED.search(exchange.request.headers.get("content-encoding", "")):
+    if COMPRESSED.search(exchange.request.headers.get("content-encoding", "")):
         raise UnsupportedCoding("Send the body without a Content-Encoding.")
     check(int(exchange.request.headers.get("content-length", 0)))
     if exchange.request.expects_continue and not decoder.is_complete:

@@ -457,7 +457,7 @@ ANSWERS: dict[str, Row] = {
         [with_fields(b"Content-Encoding: gzip\r\n", gzip.compress(ALL))],
         REFUSED,
         REFUSED,
-        "",
+        "compresses",
     ),
     "gzip-coding": Row(
         [HEAD.replace(b"chunked", b"gzip, chunked") + chunk(gzip.compress(ALL)) + LAST],
