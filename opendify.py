@@ -7232,8 +7232,8 @@ class Reply:
 # A connection:  none -> open -> sent -> head -> body -> idle -> sent …
 #                [_open, _exchange, read, close]; anything unexpected -> closed
 #
-# Only one thing is ever repeated: a request on a reused connection that yields no byte
-# of an answer (Dify closes idle connections after 2 s, so that race is common).
+# Only one thing is ever repeated: a request on a reused connection that is closed at
+# once without a byte of an answer (Dify closes idle ones after 2 s: a common race).
 
 # Dify's default server has ten connections in all, idle ones included.
 IDLE_CONNECTION_S = 15.0
@@ -7242,6 +7242,7 @@ GRACE_S = 1.0  # for message_end after a chatflow's workflow_finished
 CALL_TIMEOUT_S = 30.0  # for the head of a small call's answer
 UPLOAD_TIMEOUT_S = 120.0
 CIRCUIT_S = 1.0  # in which nobody tries an origin that could not be reached
+RACE_S = 2.0  # in which an idle connection is known to be closed; later, a run broke
 MAX_INTERIM_RESPONSES = 10  # 1xx before the final response
 STOP_DRAIN_S = 10.0  # reading on after a stop, so that Dify stores what it has
 MAX_ERROR_BYTES = 256 * 1024
@@ -7731,17 +7732,19 @@ def _no_answer() -> ProxyError:
 
 
 class NoAnswer(UpstreamFailed):
-    """The connection was closed before a byte of an answer."""
+    """The connection was closed at once, before a byte of an answer."""
 
 
 async def _read_response_head(wire: Wire) -> ResponseHead:
     """The head of the final response; interim ones (1xx) are passed over."""
+    now = asyncio.get_running_loop().time
+    until = now() + RACE_S
     try:
         has_answer = await wire.wait_for_data()
     except ConnectionBroken:
         has_answer = False
     if not has_answer:
-        raise NoAnswer(
+        raise (NoAnswer if now() < until else UpstreamFailed)(
             "Dify closed the connection without an answer. If it always does, check "
             f"the scheme in {BASE_SETTING}."
         )
@@ -8036,15 +8039,15 @@ class Api:
             response = await self._pool.request(origin, head + body, timeout_s)
         else:
             response = await self._pool.send(origin, head, body, timeout_s)
-        if response.status < 300:
-            self._answered_at = asyncio.get_running_loop().time()
-        return response
         if COMPRESSED.search(response.headers.get("content-encoding", "")):
             response.close()
             raise ConfigurationFault(
                 "What stands before Dify compresses its answers, though it is asked "
                 "not to; switch that off there."
             )
+        if response.status < 300:
+            self._answered_at = asyncio.get_running_loop().time()
+        return response
 
     async def read_object(
         self, response: UpstreamResponse, app: AppSettings, *, or_nothing: bool = False

@@ -39,6 +39,7 @@ from opendify import (
     FORM_FRESH_S,
     IDLE_CONNECTION_S,
     MAX_IDLE_CONNECTIONS,
+    RACE_S,
     RETRY_AFTER_S,
     STOP_DRAIN_S,
     WRITE_TIMEOUT_S,
@@ -419,6 +420,22 @@ async def test_connection_closed_when_the_request_is_written_costs_no_request(
         assert await dify.api.call(app, "/one") == {"name": "n"}
         assert await dify.api.call(app, "/two") == {"name": "n"}
     assert seen == [(1, b"/v1/one"), (1, b"/v1/two"), (2, b"/v1/two")]
+
+
+async def test_request_is_not_repeated_once_it_may_have_been_served() -> None:
+    """An idle connection that was dead is known to be so at once."""
+    requests: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        requests.append(await read_request(reader))
+        writer.write(json_answer({}))
+        requests.append(await read_request(reader))
+        await asyncio.sleep(RACE_S + 1)  # the run, and then its process dies
+
+    async with raw_server(serve) as base, client(base) as (dify, app):
+        assert await dify.api.call(app, "/info") == {}
+        assert await turn(dify, app) == Outcome("", "UpstreamFailed", 502)
+    assert len(requests) == 2
 
 
 async def test_reused_connection_is_retried_once_only() -> None:
