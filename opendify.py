@@ -174,10 +174,10 @@ class Settings:
     """The whole configuration, made by `parse_settings`; never printed: it has keys."""
 
     model_config: Mapping[str, AppSettings] = _setting(
-        {}, 'JSON object: model name to app key, or to {"key": …, "mode": …, …}'
+        {}, 'JSON object of models: name to app key, or to {"key": …, "mode": …, …}'
     )
     dify_api_keys: tuple[str, ...] = _setting(
-        (), "comma-separated app keys, each listed under its app's name"
+        (), "comma-separated app keys; each becomes a model with its app's name"
     )
     dify_api_base: str = _setting(
         "https://api.dify.ai/v1", "Dify's API, with its /v1 at the end"
@@ -185,23 +185,23 @@ class Settings:
     server_host: str = _setting("127.0.0.1", "address to listen on")
     server_port: int = _setting(5000, "port to listen on; 0 takes a free one", 0)
     valid_api_keys: tuple[str, ...] = _setting(
-        (), "comma-separated keys, one of which clients must present; empty: any"
+        (), "comma-separated keys; clients must send one of them, or any if empty"
     )
-    stream_smoothing: bool = _setting(True, "let streamed text appear evenly")
+    stream_smoothing: bool = _setting(True, "make streamed text appear evenly")
     stream_max_lag: Seconds = _setting(
-        Seconds(0.4), "seconds that text may be held back, at most", 0
+        Seconds(0.4), "longest time that text is held back, in seconds", 0
     )
     conversation_store: str = _setting(
-        "memory", "memory, or the path of an SQLite file, to survive a restart"
+        "memory", "memory, or the path of an SQLite file, which survives a restart"
     )
     conversation_ttl: Seconds = _setting(
         Seconds(7 * 86400), "how long an unused conversation is remembered", 1
     )
     show_process: bool = _setting(
-        False, "agent tools and workflow steps as reasoning text"
+        False, "show agent tools and workflow steps as reasoning text"
     )
     dify_connect_timeout: Seconds = _setting(
-        Seconds(10), "seconds to reach Dify", 0.001
+        Seconds(10), "seconds to wait for a connection to Dify", 0.001
     )
     dify_first_event_timeout: Seconds = _setting(
         Seconds(120), "seconds until Dify's first event; pings do not count", 0.001
@@ -210,17 +210,17 @@ class Settings:
         Seconds(600), "seconds between two events; pings do not count", 0.001
     )
     max_body_mb: int = _setting(64, "largest request body, in MiB", 1)
-    max_connections: int = _setting(2000, "client connections at a time, at most", 1)
+    max_connections: int = _setting(2000, "maximum number of client connections", 1)
     allowed_origins: tuple[str, ...] = _setting(
-        (), "origins of web pages that may call, or *; local pages and apps may anyway"
+        (), "origins of web pages that may call, or *; local pages and apps always may"
     )
     log_level: str = _setting("INFO", ", ".join(LOG_LEVELS))
-    log_format: str = _setting("text", "text, or json: one object a line")
-    dify_ca_file: str = _setting("", "a PEM file of authorities to trust for Dify, too")
-    ssl_cert_file: str = _setting("", "the same, as other tools call it")
-    https_proxy: str = _setting("", "proxy for https, http://user:password@host:port")
+    log_format: str = _setting("text", "text, or json with one object per line")
+    dify_ca_file: str = _setting("", "PEM file of more authorities to trust for Dify")
+    ssl_cert_file: str = _setting("", "the same, under the name that other tools use")
+    https_proxy: str = _setting("", "proxy for https: http://user:password@host:port")
     http_proxy: str = _setting("", "proxy for http")
-    no_proxy: str = _setting("", "hosts and networks without proxy; * for all")
+    no_proxy: str = _setting("", "hosts and networks without a proxy; * for all")
 
     @property
     def has_apps(self) -> bool:

@@ -815,7 +815,7 @@ def test_quick_start_prints_what_it_shows(demo_base: str, tmp_path: Path) -> Non
         printed, _ = plain.communicate(timeout=20)
         assert other.wait(timeout=20) == 0
     assert re.fullmatch(pattern(block_after("ask it something", "text")), curled + "\n")
-    assert printed == block_after("with OpenAI's own\nclient", "text")
+    assert printed == block_after("The same in Python", "text")
     shown = logged(block_after("no message texts into it.", "text").rstrip())
     lines = (tmp_path / LOG).read_text(encoding="utf-8").splitlines()
     assert [logged(line) for line in lines].count(shown) == 3
