@@ -253,7 +253,7 @@ def test_rooms_are_the_banners_of_the_file() -> None:
 
 
 def test_base_urls_reach_the_endpoint() -> None:
-    urls = block_after("because clients add to it what they like:", "text").split()
+    urls = block_after("spellings work as well:", "text").split()
     assert len(urls) > 5
     found = [find_endpoint(urlsplit(f"{url}/chat/completions").path) for url in urls]
     assert found == [
@@ -309,7 +309,7 @@ def test_limits_are_those_of_the_file() -> None:
 # The words for tools and formats
 # ------------------------------------------------------------------------------
 
-TOOLS = README.partition("\n### Tools\n")[2].partition("\n### What is not\n")[0]
+TOOLS = README.partition("\n### Tools\n")[2].partition("\n### What is not supported")[0]
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string"}},
@@ -809,7 +809,7 @@ def logged(line: str) -> str:
 
 def test_quick_start_prints_what_it_shows(demo_base: str, tmp_path: Path) -> None:
     chat = block_after("The same in Python", "python")
-    extra = block_after("What is particular to Dify goes", "python")
+    extra = block_after("specific to Dify goes", "python")
     with run_python(chat, demo_base) as plain, run_python(extra, demo_base) as other:
         curled = run_curl(block_after("ask it something", "sh"), demo_base)
         printed, _ = plain.communicate(timeout=20)
