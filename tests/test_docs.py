@@ -230,7 +230,7 @@ def test_fold_is_shown_as_it_is() -> None:
     said = [("user", "Who wrote Faust?"), ("assistant", "Goethe."), ("user", "When?")]
     messages = tuple(Message(role, text) for role, text in said)
     ask = Ask("m", messages, system="Answer briefly.")
-    shown = block_after("How the history is told", "text")
+    shown = block_after("The history is sent like this", "text")
     assert shown == plan_turn(ask, b"scope", None).query + "\n"
 
 
