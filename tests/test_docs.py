@@ -430,7 +430,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def fields(done: str) -> list[str]:
-    (row,) = [row for row in table("Done") if row[0].startswith(done)]
+    (row,) = [row for row in table("Handling") if row[0].startswith(done)]
     return re.findall(r"`(\w+)`", row[1])
 
 
