@@ -258,8 +258,8 @@ def parse_settings(variables: Mapping[str, str]) -> Settings:
             complaints.append(f"{row.name.upper()}: {error}")
     settings = Settings(**values)
     complaints += _complaints(settings)
-    if complaints:
-        raise SettingsError(complaints)
+    if complaints:  # a key may have got into another variable
+        raise SettingsError([re.sub(r"\bapp-\w{9,}", "app-…", c) for c in complaints])
     base = settings.dify_api_base.rstrip("/")
     apps = {
         model: replace(app, base=(app.base or base).rstrip("/"))

@@ -480,6 +480,12 @@ def test_no_key_is_in_any_complaint(value: Any) -> None:
     assert KEY not in said[0]
 
 
+@pytest.mark.parametrize("variable", VARIABLES)
+@pytest.mark.parametrize("text", [KEY, json.dumps({"m": f"{KEY} "})])
+def test_key_in_a_wrong_variable_is_in_no_complaint(variable: str, text: str) -> None:
+    assert [said for said in complaints(**{variable: text}) if KEY in said] == []
+
+
 @pytest.mark.parametrize("variable", ["DIFY_API_BASE", "HTTP_PROXY", "HTTPS_PROXY"])
 @pytest.mark.parametrize(
     "url",
