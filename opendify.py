@@ -388,10 +388,10 @@ def _parse_list(text: str) -> tuple[str, ...]:
 
 def _parse_models(text: str) -> dict[str, AppSettings]:
     try:
-        models = json.loads(text)
+        models = json.loads(text, object_pairs_hook=_object_of)
     except (ValueError, RecursionError) as error:
         like = 'it must be like {"name": "app-…"}'
-        raise ValueError(f"is not JSON ({error}); {like}") from None
+        raise ValueError(f"is no good JSON ({error}); {like}") from None
     if not isinstance(models, dict):
         raise ValueError('must be a JSON object like {"name": "app-…"}')
     problems = ["a model needs a name that is not empty"] if "" in models else []
@@ -399,6 +399,14 @@ def _parse_models(text: str) -> dict[str, AppSettings]:
     if problems:
         raise ValueError("; ".join(problems))
     return apps
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of two equal names the first would be lost in silence."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"it has {max(names, key=names.count)!r} twice")
+    return dict(pairs)
 
 
 def _parse_app(name: str, value: Any, problems: list[str]) -> AppSettings:

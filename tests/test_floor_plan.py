@@ -17,7 +17,7 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 243,
+    "Settings": 248,
     "Errors": 90,
     "SSE": 65,
     "JSON": 80,

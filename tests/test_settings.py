@@ -269,9 +269,14 @@ def test_bad_value_is_a_complaint_that_says_what_to_write(
     [
         pytest.param(
             "gpt=app-1",
-            "is not JSON (Expecting value: line 1 column 1 (char 0)); "
+            "is no good JSON (Expecting value: line 1 column 1 (char 0)); "
             'it must be like {"name": "app-…"}',
             id="not-json",
+        ),
+        pytest.param(
+            '{"m": "app-1", "n": "app-2", "m": "app-3"}',
+            'is no good JSON (it has \'m\' twice); it must be like {"name": "app-…"}',
+            id="name-twice",
         ),
         pytest.param(
             [KEY], 'must be a JSON object like {"name": "app-…"}', id="an-array"
@@ -548,7 +553,9 @@ def test_any_text_parses_or_is_complained_about(variables: dict[str, str]) -> No
 @pytest.mark.parametrize("opening", ["[", '{"m":'], ids=["arrays", "objects"])
 def test_nesting_without_end_is_a_complaint(opening: str) -> None:
     said = complaints(MODEL_CONFIG=opening * 100_000)
-    assert [line.partition(" (")[0] for line in said] == ["MODEL_CONFIG: is not JSON"]
+    assert [line.partition(" (")[0] for line in said] == [
+        "MODEL_CONFIG: is no good JSON"
+    ]
 
 
 @given(st.floats(0.001, 1e6), st.sampled_from(["", "s", "m", "h", "d"]))
