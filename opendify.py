@@ -10896,6 +10896,7 @@ class Server(Listener):
         self._new_id = new_id
         self.before_request: Callable[[], None] = lambda: None  # reads settings anew
         self._idle: set[Wire] = set()
+        self._refused: set[Wire] = set()  # beyond MAX_CONNECTIONS, and as many at most
         self._running: set[Exchange] = set()
         self._is_draining = False
         self.is_local = is_loopback(site.settings.server_host)
@@ -10914,15 +10915,20 @@ class Server(Listener):
     async def serve(self, wire: Wire) -> None:
         """One connection, from its first byte to its last."""
         try:
-            if len(self._tasks) > self._site.settings.max_connections:
-                busy = Overloaded("Too many connections (MAX_CONNECTIONS).")
-                _refuse(self._exchange(wire), busy)
+            most = self._site.settings.max_connections
+            if len(self._tasks) - len(self._refused) > most:
+                exchange = self._exchange(wire)
+                _refuse(exchange, Overloaded("Too many connections (MAX_CONNECTIONS)."))
+                if len(self._refused) < most:  # the others may not see the response
+                    self._refused.add(wire)
+                    await _make_ready(exchange, wire)
                 return
             while await self._serve_one(wire) and not self._is_draining:
                 pass
         except (ConnectionBroken, MalformedHTTP):
             pass
         finally:
+            self._refused.discard(wire)
             wire.close()
 
     def _exchange(self, wire: Wire) -> Exchange:

@@ -23,6 +23,7 @@ from test_wire import HOSTILE, bytewise
 import opendify
 from opendify import (
     BODY_TIMEOUT_S,
+    DISCARD_S,
     DRAIN_S,
     HEAD_TIMEOUT_S,
     IDLE_TIMEOUT_S,
@@ -745,6 +746,28 @@ async def test_connections_are_limited(serving: Serving) -> None:
         clients[0].close()
         await asyncio.sleep(0.1)
         assert (await (await world.connect()).ask("/health")).status == 200
+
+
+async def test_client_of_one_connection_too_many_can_send_its_request(
+    serving: Serving,
+) -> None:
+    """It would lose the response, and when to come again, if it met a reset."""
+    loop = asyncio.get_running_loop()
+    async with serving(MAX_CONNECTIONS="1") as world:
+        assert (await (await world.connect()).ask("/health")).status == 200
+        with socket.create_connection(("127.0.0.1", world.port)) as late:
+            late.setblocking(False)
+            await asyncio.sleep(DISCARD_S / 2)
+            for data in (request("/t/echo", "Content-Length: 1", method="POST"), b"x"):
+                await loop.sock_sendall(late, data)
+            last = await world.connect()  # so many wait, and no more
+            assert (await last.read()).status == 503
+            assert await last.is_closed()
+            assert now() == DISCARD_S / 2
+            got = await loop.sock_recv(late, 65_536)
+            assert got.startswith(b"HTTP/1.1 503 ")
+            assert await loop.sock_recv(late, 1) == b""
+            assert now() == DISCARD_S
 
 
 # ------------------------------------------------------------------------------
