@@ -11658,12 +11658,12 @@ class SettingsSource:
             log.warning(warning)
         return settings
 
-    def _look(self) -> tuple[float, int] | None:
-        """What tells whether the file has changed; a pipe is read but once."""
+    def _look(self) -> tuple[float, float, int] | None:
+        """What tells that it has changed, or may be read now; a pipe is read once."""
         with contextlib.suppress(OSError):
             found = self._path.stat()
             if stat.S_ISREG(found.st_mode):
-                return found.st_mtime, found.st_size
+                return found.st_mtime, found.st_ctime, found.st_size
         return None
 
 

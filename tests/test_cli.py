@@ -542,6 +542,27 @@ def test_env_file_that_names_no_app_any_more_changes_nothing(
     assert "no app any more" in caplog.text
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="modes have no time there")
+def test_env_file_that_may_be_read_now_is_read(
+    home: Path, edited: EditedFile, ticks: Ticks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise opendify.SettingsError(["Permission denied"])
+
+    edited.write("SERVER_PORT=1002")
+    with monkeypatch.context() as patched:
+        patched.setattr(opendify, "_read_env_file", refuse)
+        assert edited.port() is None
+    path = home / "edited.env"
+    before = path.stat().st_ctime
+    for mode in (0o600, 0o640) * 500_000:  # until the file system's clock has moved
+        path.chmod(mode)
+        if path.stat().st_ctime != before:
+            break
+    ticks.now += 1
+    assert (edited.port(), edited.port()) == (1002, None)
+
+
 def test_vanished_env_file_changes_nothing(
     home: Path, edited: EditedFile, ticks: Ticks
 ) -> None:
