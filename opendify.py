@@ -391,7 +391,7 @@ def _parse_models(text: str) -> dict[str, AppSettings]:
         models = json.loads(text, object_pairs_hook=_object_of)
     except (ValueError, RecursionError) as error:
         like = 'it must be like {"name": "app-…"}'
-        raise ValueError(f"is no good JSON ({error}); {like}") from None
+        raise ValueError(f"is not valid JSON ({error}); {like}") from None
     if not isinstance(models, dict):
         raise ValueError('must be a JSON object like {"name": "app-…"}')
     problems = ["a model needs a name that is not empty"] if "" in models else []

@@ -269,13 +269,13 @@ def test_bad_value_is_a_complaint_that_says_what_to_write(
     [
         pytest.param(
             "gpt=app-1",
-            "is no good JSON (Expecting value: line 1 column 1 (char 0)); "
+            "is not valid JSON (Expecting value: line 1 column 1 (char 0)); "
             'it must be like {"name": "app-…"}',
             id="not-json",
         ),
         pytest.param(
             '{"m": "app-1", "n": "app-2", "m": "app-3"}',
-            'is no good JSON (it has \'m\' twice); it must be like {"name": "app-…"}',
+            'is not valid JSON (it has \'m\' twice); it must be like {"name": "app-…"}',
             id="name-twice",
         ),
         pytest.param(
@@ -554,7 +554,7 @@ def test_any_text_parses_or_is_complained_about(variables: dict[str, str]) -> No
 def test_nesting_without_end_is_a_complaint(opening: str) -> None:
     said = complaints(MODEL_CONFIG=opening * 100_000)
     assert [line.partition(" (")[0] for line in said] == [
-        "MODEL_CONFIG: is no good JSON"
+        "MODEL_CONFIG: is not valid JSON"
     ]
 
 
