@@ -7050,9 +7050,7 @@ def _parse_request_head(head: bytes) -> Request:
     """As `parse_request_head`, which may know it already."""
     event = h11_event(h11.SERVER, head)
     if _LENIENT.search(head):
-        raise MalformedHTTP(
-            "Malformed HTTP: folding, control character or length list."
-        )
+        raise MalformedHTTP("Malformed HTTP: folding, control byte or length list.")
     headers = read_fields(event.headers)
     version = event.http_version.decode()
     if version not in ("1.0", "1.1"):
