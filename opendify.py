@@ -1146,6 +1146,11 @@ class Sound:
     data: bytes
 
 
+# Dify's ids of an answer, as far as known: {"conversation_id": …, "message_id": …}, of
+# a workflow {"workflow_run_id": …}.
+DifyIds = Mapping[str, str]
+
+
 class KeptText:
     """Text that grows, remembered as far as it is of use: up to MAX_KEPT_CHARS.
 
@@ -4464,32 +4469,37 @@ def media_text(media: Media, *, is_first: bool) -> str:
 class Spoken(NamedTuple):
     """What spoken answers have besides their words and their sound.
 
-    `id_of` makes an answer's id from the keys that hold Dify's ids (`extra`).
+    `id_of` makes an answer's id from Dify's.
     """
 
-    id_of: Callable[[Json], str]
+    id_of: Callable[[DifyIds], str]
     expires_at: int
 
 
 def chat_completion(
     envelope: Envelope,
     answers: Sequence[Answer],
-    extra: Json,
+    ids: DifyIds,
     *,
     is_legacy: bool = False,
     spoken: Spoken | None = None,
 ) -> dict[str, Any]:
-    """The whole object of a chat completion; `extra` are further keys of it."""
+    """The whole object of a chat completion."""
     choices = []
     for index, answer in enumerate(answers):
         message = _message(answer, is_legacy)
         if spoken and answer.sounds:
-            message |= _said_aloud(answer, spoken, extra)
+            message |= _said_aloud(answer, spoken, ids)
         reason = _finish_reason(answer, is_legacy)
         choices.append(_chat_choice(index, {"message": message}, reason))
     head = {**envelope.head("chat.completion"), "system_fingerprint": _FINGERPRINT}
     usage = _usage_object(sum((answer.usage for answer in answers), Usage()))
-    return {**head, "choices": choices, "usage": usage, **extra}
+    return {**head, "choices": choices, "usage": usage, **dify_key(ids)}
+
+
+def dify_key(ids: DifyIds) -> dict[str, Any]:
+    """The key beside OpenAI's own that tells Dify's ids, where they are known."""
+    return {"dify": dict(ids)} if ids else {}
 
 
 def _chat_choice(index: int, said: Json, reason: str | None) -> dict[str, Any]:
@@ -4512,10 +4522,10 @@ def _message(answer: Answer, is_legacy: bool) -> dict[str, Any]:
     return message
 
 
-def _said_aloud(answer: Answer, spoken: Spoken, extra: Json) -> dict[str, Any]:
+def _said_aloud(answer: Answer, spoken: Spoken, ids: DifyIds) -> dict[str, Any]:
     """The keys that differ in the message of a spoken answer."""
     audio = {
-        "id": spoken.id_of(extra),
+        "id": spoken.id_of(ids),
         "expires_at": spoken.expires_at,
         "data": base64.b64encode(b"".join(answer.sounds)).decode(),
         "transcript": answer.text,
@@ -4606,10 +4616,10 @@ class ChatStream(_ChunkStream):
         self._reasoning = (before + b'{"reasoning_content":', b"}" + after)
         self._chars = 0
 
-    def begin(self, extra: Json) -> bytes:
-        """The first chunk: the role, and `extra` keys beside the standard ones."""
+    def begin(self, ids: DifyIds) -> bytes:
+        """The first chunk: the role, and Dify's ids."""
         delta = {"role": "assistant", "content": self._no_content, "refusal": None}
-        return self._chunk(delta, **extra)
+        return self._chunk(delta, **dify_key(ids))
 
     def encode(self, part: Part) -> bytes:
         """The chunks that a part becomes; b"" for one that is kept for the end."""
@@ -4662,10 +4672,10 @@ class SpokenStream(ChatStream):
         before, after = _around(self._audio(_HERE))
         self._text = (before + b'{"transcript":', b"}" + after)
 
-    def begin(self, extra: Json) -> bytes:
+    def begin(self, ids: DifyIds) -> bytes:
         """The first chunk; the audio's id waits for the first text."""
-        self._id = self._spoken.id_of(extra)
-        return super().begin(extra)
+        self._id = self._spoken.id_of(ids)
+        return super().begin(ids)
 
     def encode(self, part: Part) -> bytes:
         """The chunks that a part becomes."""
@@ -4700,9 +4710,9 @@ class CompletionStream(_ChunkStream):
         self._echo = echo
         self._text = _around(self._chunk(_HERE))
 
-    def begin(self, extra: Json) -> bytes:
+    def begin(self, ids: DifyIds) -> bytes:
         """The first chunk: the prompt, if it is to be repeated."""
-        return self._chunk(self._echo, **extra)
+        return self._chunk(self._echo, **dify_key(ids))
 
     def encode(self, part: Part) -> bytes:
         """The chunk that a part becomes; b"" for one that this API has no word for."""
@@ -4720,7 +4730,7 @@ class CompletionStream(_ChunkStream):
 
 
 def text_completion(
-    envelope: Envelope, answers: Sequence[Answer], echoes: Sequence[str], extra: Json
+    envelope: Envelope, answers: Sequence[Answer], echoes: Sequence[str], ids: DifyIds
 ) -> dict[str, Any]:
     """The whole object of a legacy completion."""
     choices = [
@@ -4729,7 +4739,7 @@ def text_completion(
     ]
     usage = _usage_object(sum((answer.usage for answer in answers), Usage()))
     head = envelope.head("text_completion")
-    return {**head, "choices": choices, "usage": usage, **extra}
+    return {**head, "choices": choices, "usage": usage, **dify_key(ids)}
 
 
 def _completion_choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
@@ -5075,8 +5085,8 @@ _ECHOED: Mapping[str, Callable[[Any], Any]] = {
 class ResponseFrame:
     """What a response says of itself, and how its ids are made.
 
-    `extra` are further keys of the object; Dify's ids are among them. Where they are
-    unknown, or nothing is to be stored, ids are made of `fresh` and lead nowhere.
+    Its ids hold Dify's (`ids`). Where these are unknown, or nothing is to be stored,
+    they are made of `fresh` and lead nowhere.
     """
 
     created: int
@@ -5085,13 +5095,12 @@ class ResponseFrame:
     sealer: IdSealer
     user: str
     fresh: str
-    extra: Json = field(default_factory=dict)
+    ids: DifyIds = field(default_factory=dict)
 
     def id(self, prefix: str, item: int | str = "") -> str:
         """The id of the response, or of an item of it."""
-        dify = object_of(self.extra.get("dify"))
-        run = dify.get("workflow_run_id", "")
-        place = [dify.get("conversation_id", run), dify.get("message_id", run)]
+        run = self.ids.get("workflow_run_id", "")
+        place = [self.ids.get("conversation_id", run), self.ids.get("message_id", run)]
         if all(place) and self.echo["store"]:
             return self.sealer.seal(prefix, [self.user, *place, str(item)])
         return self.sealer.seal(prefix, (), f"{self.fresh}.{item}")
@@ -5102,7 +5111,7 @@ def response_object(
 ) -> dict[str, Any]:
     """The whole object of a response: what a stream of the same parts ends with."""
     stream = ResponseStream(frame)
-    stream.begin(frame.extra)
+    stream.begin(frame.ids)
     said: list[Part] = [Reasoning(answer.reasoning), Text(answer.text), *answer.calls]
     for part in (*said, Citations(answer.citations), answer.usage):
         stream.encode(part)
@@ -5310,9 +5319,9 @@ class ResponseStream:
         self._numbers = count()  # of its events
         self._item_numbers: defaultdict[str, Iterator[int]] = defaultdict(count)
 
-    def begin(self, extra: Json) -> bytes:
-        """The first events; `extra` keys stand beside the standard ones."""
-        self._frame = replace(self._frame, extra=extra)
+    def begin(self, ids: DifyIds) -> bytes:
+        """The first events, which tell Dify's ids."""
+        self._frame = replace(self._frame, ids=ids)
         return self._lifecycle("in_progress", "created") + self.heartbeat()
 
     def heartbeat(self) -> bytes:
@@ -5339,7 +5348,7 @@ class ResponseStream:
             "model": frame.model,
             "output": list(self._output),
             **frame.echo,
-            **frame.extra,
+            **dify_key(frame.ids),
             **more,
         }
 
@@ -8600,13 +8609,13 @@ class Outlet:
         is_holding = self._pacer is not None and self._pacer.held > 0
         return is_holding or not self._sent.is_whole
 
-    def begin(self, ids: Mapping[str, str]) -> None:
+    def begin(self, ids: DifyIds) -> None:
         """Begin with the head and the first chunk; they leave with the first text."""
         self._start(ids)
         self.has_begun = True
-        self._opening = self._stream.begin({"dify": dict(ids)} if ids else {})
+        self._opening = self._stream.begin(ids)
 
-    def _start(self, ids: Mapping[str, str]) -> None:
+    def _start(self, ids: DifyIds) -> None:
         if not self._reply.status:
             self._exchange.fail = self._fail
             self._reply.start(200, [*SSE_HEADERS, *id_headers(ids)])
@@ -8795,7 +8804,7 @@ class Collector:
 
     def __init__(self, exchange: Exchange) -> None:
         self.answer = Answer()
-        self.ids: Mapping[str, str] = {}
+        self.ids: DifyIds = {}
         self._exchange = exchange
 
     @property
@@ -8808,7 +8817,7 @@ class Collector:
         """The answer's tool calls so far."""
         return self.answer.calls
 
-    def begin(self, ids: Mapping[str, str]) -> None:
+    def begin(self, ids: DifyIds) -> None:
         """Dify has accepted."""
         self.ids = ids
 
@@ -8959,7 +8968,7 @@ def unsatisfied(ask: Ask, reason: str) -> Unsatisfied:
     )
 
 
-def id_headers(ids: Mapping[str, str]) -> list[tuple[str, str]]:
+def id_headers(ids: DifyIds) -> list[tuple[str, str]]:
     """Dify's ids as response headers."""
     return [
         (_ID_HEADERS[name], urllib.parse.quote(id_, safe="", errors="replace"))
@@ -9915,9 +9924,9 @@ async def create_chat_completion(site: Site, exchange: Exchange) -> None:
         for index in range(chat.n if chat.stream else 0)
     ]
 
-    def whole(answers: list[Answer], extra: Json) -> dict[str, Any]:
+    def whole(answers: list[Answer], ids: DifyIds) -> dict[str, Any]:
         return chat_completion(
-            envelope, answers, extra, is_legacy=is_legacy, spoken=spoken
+            envelope, answers, ids, is_legacy=is_legacy, spoken=spoken
         )
 
     app, is_one = await site.find_app(exchange, ask.model), chat.n == 1
@@ -9935,8 +9944,8 @@ async def create_completion(site: Site, exchange: Exchange) -> None:
         for index, echo in enumerate(echoes if asked.stream else ())
     ]
 
-    def whole(answers: list[Answer], extra: Json) -> dict[str, Any]:
-        return text_completion(envelope, answers, echoes, extra)
+    def whole(answers: list[Answer], ids: DifyIds) -> dict[str, Any]:
+        return text_completion(envelope, answers, echoes, ids)
 
     app, is_one = await site.find_app(exchange, envelope.model), len(asked.asks) == 1
     questions = [Question(exchange, app, ask, is_one) for ask in asked.asks]
@@ -9961,8 +9970,8 @@ async def create_response(site: Site, exchange: Exchange) -> None:
     frame = ResponseFrame(now, asked.ask.model, asked.echo, sealer, user, new_id)
     running = ResponseStream(frame)
 
-    def whole(answers: list[Answer], extra: Json) -> dict[str, Any]:
-        return response_object(replace(frame, extra=extra), answers[0])
+    def whole(answers: list[Answer], ids: DifyIds) -> dict[str, Any]:
+        return response_object(replace(frame, ids=ids), answers[0])
 
     if named:
         await _check_place(site, app, user, named)
@@ -10104,9 +10113,7 @@ def _frame_of(
     turn: StoredTurn, model: str, sealer: IdSealer, user: str
 ) -> ResponseFrame:
     """The frame of a stored answer: its ids come out as they were sent."""
-    return ResponseFrame(
-        turn.created, model, echo_of({}), sealer, user, "", {"dify": turn.ids}
-    )
+    return ResponseFrame(turn.created, model, echo_of({}), sealer, user, "", turn.ids)
 
 
 # Conversations...
@@ -10266,7 +10273,7 @@ async def _answer_all(
     site: Site,
     questions: Sequence[Question],
     streams: Sequence[AnswerStream],
-    whole: Callable[[list[Answer], Json], dict[str, Any]],
+    whole: Callable[[list[Answer], DifyIds], dict[str, Any]],
 ) -> None:
     """Answer each question as one choice, all at once, streamed or whole.
 
@@ -10296,8 +10303,7 @@ async def _answer_all(
         exchange.reply.end(b"".join(ends) + streams[0].end(usage))
         return
     ids = collectors[0].ids
-    extra = {"dify": dict(ids)} if ids else {}
-    value = whole([row.answer for row in collectors], extra)
+    value = whole([row.answer for row in collectors], ids)
     send_json(exchange.reply, value, id_headers(ids))
 
 
@@ -10471,8 +10477,8 @@ async def _with_speech(
     ask = await site.archive.with_spoken(app, ask, sealer, user)
     frame = ResponseFrame(now, ask.model, echo_of({}), sealer, user, site.new_id())
 
-    def id_of(extra: Json) -> str:
-        return replace(frame, extra=extra).id("audio_")
+    def id_of(ids: DifyIds) -> str:
+        return replace(frame, ids=ids).id("audio_")
 
     expires_at = now + int(site.settings.conversation_ttl)
     return ask, Spoken(id_of, expires_at) if is_spoken else None

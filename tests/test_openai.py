@@ -769,10 +769,10 @@ def events(data: bytes) -> list[JSONObject]:
     return [json.loads(text) for text in texts[:-1]]
 
 
-def streamed(*parts: Part, include_usage: bool = False, **extra: Any) -> bytes:
+def streamed(*parts: Part, include_usage: bool = False) -> bytes:
     """Return the stream that parts become."""
     stream = ChatStream(ENVELOPE, include_usage=include_usage)
-    data = stream.begin(extra) + b"".join(stream.encode(part) for part in parts)
+    data = stream.begin({}) + b"".join(stream.encode(part) for part in parts)
     return data + stream.end(stream.summary.usage)
 
 
@@ -784,7 +784,7 @@ def joined(chunks: list[JSONObject], key: str = "content") -> str:
 
 def test_stream_to_the_byte() -> None:
     stream = ChatStream(Envelope("chatcmpl-1", 17, "m"), include_usage=True)
-    data = stream.begin({"dify": {"message_id": "x"}})
+    data = stream.begin({"message_id": "x"})
     for piece in (Reasoning("Hm"), Text("Hé\n\u2028"), Usage(3, 4), Finish("stop")):
         data += stream.encode(piece)
     data += stream.end(stream.summary.usage)
@@ -918,12 +918,12 @@ def test_citations_without_a_url_are_no_annotations() -> None:
 # Whole answers...
 
 
-def whole(*parts: Part, **extra: Any) -> JSONObject:
+def whole(*parts: Part, **ids: str) -> JSONObject:
     """Return the whole object that parts become, as it is sent."""
     answer = Answer()
     for row in parts:
         answer.add(row)
-    data = opendify.json_bytes(opendify.chat_completion(ENVELOPE, [answer], extra))
+    data = opendify.json_bytes(opendify.chat_completion(ENVELOPE, [answer], ids))
     value: JSONObject = json.loads(data)
     validate("CreateChatCompletionResponse", value)
     return value
@@ -938,7 +938,7 @@ def test_whole_answer() -> None:
         Citations(RESOURCES),
         Usage(3, 4),
         Finish("length"),
-        dify={"message_id": "x"},
+        message_id="x",
     )
     assert value == {
         "id": "chatcmpl-1",

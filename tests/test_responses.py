@@ -62,7 +62,7 @@ JSONObject = dict[str, Any]
 HI = Message("user", "Hi")
 CONVERSATION = "3f88b6bc-86a9-4c8f-80f8-adf2225ba207"
 MESSAGE = "e1202ab8-4a0c-47fc-94d9-6a5b1f00c2d3"
-IDS = {"dify": {"conversation_id": CONVERSATION, "message_id": MESSAGE}}
+IDS = {"conversation_id": CONVERSATION, "message_id": MESSAGE}
 KEY = "app-1"
 SEALER = IdSealer(KEY)
 
@@ -508,7 +508,7 @@ def whole(*parts: Part, body: JSONObject | None = None) -> JSONObject:
     answer = Answer()
     for part in parts:
         answer.add(part)
-    frame = replace(frame_of(body), extra=IDS)
+    frame = replace(frame_of(body), ids=IDS)
     data = opendify.json_bytes(response_object(frame, answer))
     value: JSONObject = json.loads(data)
     validate("Response", value)
@@ -594,7 +594,7 @@ def test_whole_stream() -> None:
         "model": "team/应用 1",
         "output": items,
         **parse_responses_request(request()).echo,
-        **IDS,
+        "dify": IDS,
         "usage": USAGE,
     }
     begun = {**response, "status": "in_progress", "output": []}
@@ -877,7 +877,7 @@ def test_nothing_is_found_under_the_id_of_a_response_that_is_not_stored() -> Non
     ids = set()
     for fresh in ("1", "2"):
         frame = frame_of(request(store=False))
-        frame = replace(frame, extra=IDS, fresh=fresh)
+        frame = replace(frame, ids=IDS, fresh=fresh)
         ids |= {frame.id("resp_"), frame.id("msg_", 0), frame.id("msg_", 1)}
     assert len(ids) == 6
     assert {open_place(SEALER, id_) for id_ in ids} == {None}
