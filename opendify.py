@@ -1213,8 +1213,9 @@ Part = Union[
 # (4) What is read does not depend on how the text was cut into parts.
 
 _MODES = {
-    **{"auto": "auto", "none": "none", "required": "required"},
-    **{"any": "required", "tool": "required", "function": "required"},
+    "auto": "auto",
+    "none": "none",
+    **dict.fromkeys(("required", "any", "tool", "function"), "required"),
 }
 _TOOLS_TEXT = """\
 You can call the tools below. They are run for you: you only write the call.
@@ -3711,8 +3712,9 @@ _CHAT_ONLY = (
 )
 _FINGERPRINT = "fp_opendify"
 _ROLES = {  # every other one is the user's
-    **{"system": "system", "developer": "system", "assistant": "assistant"},
-    **{"tool": "tool", "function": "tool"},
+    "assistant": "assistant",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "function"), "tool"),
 }
 _EXTENSION_BY_MEDIA_TYPE = {
     "image/jpeg": "jpg",
@@ -11719,7 +11721,7 @@ class _Formatter(logging.Formatter):
         self._second, self._text = -1, ""
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
-        """As always."""
+        """The record's time, as logging writes it."""
         second = int(record.created)
         if second != self._second:
             self._second = second
@@ -11727,7 +11729,7 @@ class _Formatter(logging.Formatter):
         return f"{self._text},{int(record.msecs):03d}"
 
     def format(self, record: logging.LogRecord) -> str:
-        """As always, but what could begin a line is escaped (CWE-117)."""
+        """The record; what could begin a line within its text is escaped (CWE-117)."""
         text = _printable(record.getMessage())
         line = f"{self.formatTime(record)} {record.levelname:7} {text}"
         if record.exc_info:
