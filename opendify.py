@@ -7436,7 +7436,7 @@ class UpstreamResponse:
         return data, self._body.is_complete or self._body.failure is not None
 
     async def read_all(self, limit: int) -> bytes:
-        """The whole body."""
+        """The whole body; raises UpstreamFailed if it has more bytes than that."""
         pieces, size = [], 0
         try:
             while data := await self.read():
@@ -9498,6 +9498,7 @@ class Archive:
         """
         previous, here = asked.previous_response_id, anchor.conversation_id
         tools = asked.known_tools
+        # Nearly always the newest answer is named, and nothing else: one row tells all.
         if previous and is_free and not named:
             newest, _ = await self._page_of(app, anchor, most=1)
             if [row.message_id for row in newest] == [anchor.message_id]:
@@ -9505,6 +9506,7 @@ class Archive:
                 ask = ask_of(asked, {}, told=told)
                 is_all_new = not is_known_history(ask, told)
                 return ask._replace(conversation_id=here, is_all_new=is_all_new)
+        # Else all turns are read of the conversations that are named.
         places = [anchor, *reversed(list(named.values()))]
         stored = await self.turns_of_all(app, places)
         rows = {row.message_id: row for turns in stored.values() for row in turns}
@@ -9686,7 +9688,7 @@ def _no_spoken(id_: str) -> BadRequest:
 
 
 class Site:
-    """What the handlers share, and who it is that asks for what.
+    """What the handlers share; it knows the apps, and which clients may ask.
 
     Args:
         dify: the client of Dify; its settings are these, too.
