@@ -8204,7 +8204,7 @@ class Facts:
                 codes.append("")
             except UpstreamRejected as refusal:
                 codes.append(refusal.code or "")
-        return mode_from_probe(codes[0], codes[1])
+        return mode_from_probe(*codes)
 
 
 class Dify:
@@ -9260,14 +9260,6 @@ _NO_ROOM = (
 )
 _BESIDE_FILE_BYTES = MAX_FIELDS_BYTES + MAX_FORM_PARTS * 2 * MAX_PART_HEAD_BYTES
 _START_BYTES = 64  # of a recording: the head of a WAV file
-_NO_FILE = (
-    "An id is good for the key of the client that uploaded the file, and as long as "
-    "the app's key in Dify stays the same."
-)
-_NO_CONTENT = "Dify (from 1.7.2 on) gives a file back once a message has used it."
-_NO_SOUND = "Dify made no sound of this text."
-_UNSPOKEN = "The app has answered, but its speech failed: "
-_LOUD = f"It is over {MAX_SOUND_BYTES >> 20} MB; a streamed answer may be longer."
 
 
 # Requests that bring a file...
@@ -10390,6 +10382,10 @@ def with_words(ask: Ask, place: str) -> Ask:
 
 # Audio...
 
+_NO_SOUND = "Dify made no sound of this text."
+_UNSPOKEN = "The app has answered, but its speech failed: "
+_LOUD = f"It is over {MAX_SOUND_BYTES >> 20} MB; a streamed answer may be longer."
+
 
 async def transcribe(site: Site, exchange: Exchange) -> None:
     """`POST /audio/transcriptions`, and translations: Dify has one for both."""
@@ -10528,6 +10524,12 @@ def _switched_off(feature: str, model: str, param: str = "model") -> ProxyError:
 
 
 # Files...
+
+_NO_FILE = (
+    "An id is good for the key of the client that uploaded the file, and as long as "
+    "the app's key in Dify stays the same."
+)
+_NO_CONTENT = "Dify (from 1.7.2 on) gives a file back once a message has used it."
 
 
 async def create_file(site: Site, exchange: Exchange) -> None:
