@@ -8435,6 +8435,7 @@ _ID_HEADERS = {
     "workflow_run_id": "X-Dify-Workflow-Run-Id",
 }
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_NO_COUNTS = [0] * (len(_BUCKETS_S) + 1)  # in each bucket, and above the last
 _QUESTION_PARAMS = {"responses": "input", "completions": "prompt"}  # else `messages`
 # What Dify says before anything runs.
 _REFUSALS = (BadRequest, ConfigurationFault, RateLimited, QuotaExceeded)
@@ -8445,10 +8446,10 @@ class Metrics:
 
     def __init__(self) -> None:
         self.in_flight = 0
-        # By name and labels; and by name: how many are below each bound, and the sum.
+        # Counters by name and labels; histograms by name, in two halves.
         self._counts: dict[tuple[Any, ...], float] = defaultdict(float)
-        self._histograms: dict[str, tuple[list[int], list[float]]]
-        self._histograms = defaultdict(lambda: ([0] * (len(_BUCKETS_S) + 1), [0.0]))
+        self._buckets: dict[str, list[int]] = defaultdict(_NO_COUNTS.copy)
+        self._sums: dict[str, float] = defaultdict(float)
 
     def count(self, name: str, amount: float = 1, **labels: object) -> None:
         """Add to a counter."""
@@ -8456,9 +8457,8 @@ class Metrics:
 
     def observe(self, name: str, seconds: float) -> None:
         """Add to a histogram."""
-        counts, total = self._histograms[name]
-        counts[bisect.bisect_left(_BUCKETS_S, seconds)] += 1
-        total[0] += seconds
+        self._buckets[name][bisect.bisect_left(_BUCKETS_S, seconds)] += 1
+        self._sums[name] += seconds
 
     def render(self, gauges: Mapping[str, float]) -> str:
         """All of them, and `gauges`, as text."""
@@ -8471,11 +8471,12 @@ class Metrics:
             lines.append(f"{name}{{{text}}} {value:g}")
             named = name
         bounds = [*map("{:g}".format, _BUCKETS_S), "+Inf"]
-        for name, (counts, total) in sorted(self._histograms.items()):
+        for name, counts in sorted(self._buckets.items()):
             lines.append(f"# TYPE {name} histogram")
             for bound, below in zip(bounds, itertools.accumulate(counts)):
                 lines.append(f'{name}_bucket{{le="{bound}"}} {below}')
-            lines += [f"{name}_sum {total[0]:.6f}", f"{name}_count {sum(counts)}"]
+            lines.append(f"{name}_sum {self._sums[name]:.6f}")
+            lines.append(f"{name}_count {sum(counts)}")
         for name, value in gauges.items():
             lines += [f"# TYPE {name} gauge", f"{name} {value:g}"]
         return "\n".join(lines) + "\n"
