@@ -5670,6 +5670,8 @@ def _told_hashes(
     system = before[:_DIGEST_BYTES].ljust(_DIGEST_BYTES)
     if texts:
         system = _hash(scope, ascii(texts).encode(), _DIGEST_BYTES)
+    if not ask.inputs:  # nearly always
+        return system + bytes(_DIGEST_BYTES)
     inputs = json.dumps({**ask.inputs}, sort_keys=True)
     return system + _hash(scope, inputs.encode(), _DIGEST_BYTES)
 
