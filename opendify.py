@@ -8714,7 +8714,7 @@ class Outlet:
             return media_text(part, is_first=not self._has_text)
         if isinstance(part, Replace):
             return self._rest_of(part.text)
-        return "</think>\n\n"  # the text is out: show at least where it ends
+        return "</think>\n\n"  # the thoughts are out as text: show where they end
 
     def _rest_of(self, text: str) -> str:
         """What is to be sent when `text` replaces the answer; drops what is held."""
@@ -8871,7 +8871,7 @@ class Reading:
             ids = (_call_id(f"{message_id} {n}") for n in count())
             self._calls = CallReader(ask.tools, ids.__next__)
         self._is_json = ask.output.kind != "text"
-        # Half of a JSON is none, and what stands around it is no text of the client's.
+        # Cut in half, JSON is none; and what stands around it never reaches the client.
         stops = () if self._is_json else ask.stops
         self._stop = StopReader(stops) if stops else None
         self._json: JsonReader | None = None
@@ -9552,7 +9552,7 @@ class Archive:
     async def turns_of_all(
         self, app: AppSettings, places: Iterable[Place]
     ) -> dict[str, list[StoredTurn]]:
-        """The turns of the places' conversations, by their ids; of the first few."""
+        """The turns of the places' first few conversations, by the ids of these."""
         stored: dict[str, list[StoredTurn]] = {}
         for place in places:
             id_ = place.conversation_id
