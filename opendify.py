@@ -5974,6 +5974,15 @@ class Conversations:
             sql = "DELETE FROM opendify_tails" if is_gone else lose
             self._run(f"{sql} WHERE id = ? AND state != {_LOST}", _id(tail))
 
+    def note_shown(self, tail: Tail, now: float) -> None:
+        """A client shows what its conversation may not remember so.
+
+        The transcript stands alone, lost as if it were taken: to find it is to fold.
+        """
+        if tail.is_known and tail.conversation_id:
+            name = tail.chain.hex()
+            self._put(tail._replace(conversation_id=name, is_taken=True), now)
+
     def named(self, id_: str, owner: str, now: float) -> NamedConversation | None:
         """What a client of this key has named so."""
         rows, _ = self._run(_NAMED, id_, _owner(owner), now - self._ttl_s)
@@ -9043,9 +9052,8 @@ class Turns:
             Unsatisfied: neither will do.
         """
         ask, headers = question.ask, question.exchange.request.headers
-        in_header = headers.get("x-dify-conversation-id", "")
+        id_ = ask.conversation_id or headers.get("x-dify-conversation-id", "")
         given = {**question.app.inputs, **ask.inputs}
-        id_ = ask.conversation_id or in_header
         question.ask = ask = ask._replace(inputs=given, conversation_id=id_)
         reading = await self._run_once(question, sink)
         if not reading.problem:
@@ -9090,7 +9098,7 @@ class Turns:
             raise
         finally:
             turn.stream.close()
-            self._settle(turn, sink if is_stored else None)
+            self._settle(turn, sink, is_stored=is_stored)
         return reading
 
     async def _pass_on(
@@ -9119,15 +9127,16 @@ class Turns:
         if not reading.problem:
             await sink.finish()
 
-    def _settle(self, turn: Turn, sink: Outlet | Collector | None) -> None:
-        """Record where the conversation stands; without a sink nobody knows."""
-        answer = turn.stream.answer
-        if sink is None or not answer.conversation_id:
-            self.conversations.forget(turn.plan.tail)
+    def _settle(self, turn: Turn, sink: Outlet | Collector, *, is_stored: bool) -> None:
+        """Record where the conversation stands, or that nobody knows."""
+        id_, now = turn.stream.answer.conversation_id, self.wall_clock()
+        said = Message("assistant", sink.text, tool_calls=tuple(sink.calls))
+        tail = turn.plan.finish(id_, said)
+        if is_stored and id_:
+            self.conversations.put(tail, now)
         else:
-            said = Message("assistant", sink.text, tool_calls=tuple(sink.calls))
-            tail = turn.plan.finish(answer.conversation_id, said)
-            self.conversations.put(tail, self.wall_clock())
+            self.conversations.forget(turn.plan.tail)
+            self.conversations.note_shown(tail, now)
 
     async def _open_turn(self, question: Question) -> Turn:
         """Send the question to Dify, until it begins to answer."""

@@ -595,6 +595,31 @@ async def test_window_of_stock_phrases_does_not_lead_into_another_chat() -> None
         assert window.context[-4:] == window.messages[-5:-1]
 
 
+CANNED = "We are open from nine to five, and on Sundays from ten to two.\n" * 4 + "Bye!"
+
+
+@pytest.mark.parametrize("how", ["left", "of two"])
+async def test_answer_in_set_words_does_not_lead_into_another_chat(how: str) -> None:
+    """Not even if its own conversation could not be recorded."""
+    async with site() as served:
+        other = Client(served)
+        await other.chat("my secret")
+        served.answers(lambda _: fake.chat_answer(CANNED, usage=(9, 1)))
+        await (await other.copy([*other.messages, user("when?")]).begin()).read_rest()
+        client = Client(served, [user("when?")])
+        if how == "left":
+            served.answers([fake.message(CANNED), Hang()], stoppable=False)
+            call = await client.begin()
+            await read_until(call, CANNED)
+            await call.leave()
+            await served.quiet()
+        else:
+            await (await client.begin(n=2)).read_rest()
+        served.answers()
+        client.messages.append(assistant(CANNED))
+        await client.chat("thanks")
+
+
 async def test_letter_identical_chats_are_never_shared() -> None:
     """By app, by user however named, by key."""
     known: list[tuple[JSONObject, dict[str, str]]] = [
