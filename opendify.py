@@ -9001,6 +9001,7 @@ class Question:
     tail: Tail | None = None  # the conversation that it continues, once taken
     uploads: dict[int, str] = field(default_factory=dict)  # by the id() of the file
     spent: Usage = Usage()  # by a first try
+    is_asked: bool = False  # Dify may have got it
     is_accepted: bool = False  # Dify has begun to answer: it may remember the question
 
     @functools.cached_property
@@ -9059,11 +9060,10 @@ class Turns:
         if not reading.problem:
             return
         kind = "tool_choice" if ask.tool_mode == "required" else "response_format"
-        said = Message("assistant", reading.said)
         words = Message("user", retry_text(kind, reading.problem))
         # What came before in a conversation that is named, Dify alone knows.
         goes_on = bool(ask.conversation_id and question.tail)
-        before = () if goes_on else (*ask.messages, said)
+        before = () if goes_on else (*ask.messages, Message("assistant", reading.said))
         again = ask._replace(messages=(*before, words))
         exchange, app, uploads = question.exchange, question.app, question.uploads
         question = Question(exchange, app, again, goes_on, None, uploads, reading.usage)
@@ -9177,7 +9177,7 @@ class Turns:
         """The turn did not begin: its conversation stays as it was, if nothing ran."""
         is_gone = isinstance(error, ConversationGone)
         is_refused = isinstance(error, _REFUSALS) and not is_gone
-        is_unsent = isinstance(error, ProxyError) and error.is_unsent
+        is_unsent = not question.is_asked or getattr(error, "is_unsent", False)
         if (is_refused or is_unsent) and not question.is_accepted:
             self.give_back(question.tail)
         else:
@@ -9198,6 +9198,7 @@ class Turns:
             has_room=lambda files: has_room(form, files, ask.inputs),
         )
         request = await self._request_for(question, plan, mode, form)
+        question.is_asked = True
         stream = await self.dify.open_turn(app, mode, request)
         question.is_accepted = True
         try:

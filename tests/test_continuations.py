@@ -1266,6 +1266,23 @@ async def test_images_of_earlier_messages_do_not_break_a_conversation() -> None:
         assert other.conversation == own
 
 
+@pytest.mark.parametrize("path", ["/files/upload", "/parameters"])
+async def test_conversation_goes_on_if_its_question_did_not_get_to_dify(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opendify, "FORM_FRESH_S", -1.0)
+    async with site(parameters=VISION) as served:
+        client = Client(served, [picture("Who?")])
+        await client.send()
+        own = client.conversation
+        client.messages.append(picture("And that?", CAT + b" and a dog"))
+        served.answers(overrides={path: [Status(500, {"code": "x"})]})
+        assert (await (await client.begin()).read_rest()).status == 502
+        served.answers()
+        await client.send()
+        assert client.conversation == own
+
+
 async def test_tool_messages_are_folded_and_continued() -> None:
     call = {"name": "weather", "arguments": '{"at":"Rome"}'}
     tool_calls = [{"id": "call_1", "type": "function", "function": call}]
