@@ -9262,6 +9262,7 @@ class Turns:
 MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
 MAX_ADDRESSES = 10_000  # that are remembered for it
 MAX_REFERENCES = 500  # to stored items; the body of a request has room for a million
+MAX_MESSAGES_SOUGHT = 1000  # in a stored question; with more it is taken for another
 MAX_CONVERSATIONS_READ, MAX_PAGES = 40, 20  # for a request; a run counts as one
 NAMES_TIMEOUT_S = 5.0  # Open WebUI gives the model list 10 s
 MAX_FIELDS_BYTES = 1024 * 1024  # of a form, beside its file
@@ -9651,7 +9652,7 @@ def is_known_history(ask: Ask, known: Sequence[Message]) -> bool:
 
 def _is_said(asked: Sequence[Message], stored: Sequence[Message]) -> bool:
     """Whether these messages, in any order, are what was sent as one question."""
-    if not asked or not stored:
+    if not asked or not stored or len(asked) > MAX_MESSAGES_SOUGHT:
         return not asked and not stored
     texts = [row.text.strip() for row in asked]
     whole = stored[0].text.strip()

@@ -1161,6 +1161,14 @@ def test_long_history_is_compared_in_little_time() -> None:
         assert opendify.is_known_history(opendify.Ask("m", tuple(known)), known)
 
 
+def test_long_question_is_compared_in_little_time() -> None:
+    asked = [opendify.Message("user", str(n)) for n in range(30_000)]
+    answer = opendify.Message("assistant", "a")
+    told = [opendify.Message("user", opendify.fold(asked)), answer]
+    with at_most(80):
+        opendify.is_known_history(opendify.Ask("m", (*asked, answer)), told)
+
+
 @contextlib.asynccontextmanager
 async def deleting(
     served: Proxy, path: str, monkeypatch: pytest.MonkeyPatch
