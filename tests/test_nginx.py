@@ -59,7 +59,7 @@ http {{
             proxy_set_header Connection "";
             proxy_set_header Host $host;
             proxy_read_timeout 600s;
-            proxy_next_upstream error timeout non_idempotent;
+            proxy_next_upstream error non_idempotent;
         }}
     }}
 }}
