@@ -7311,7 +7311,8 @@ def is_loopback(host: str) -> bool:
     )
 
 
-def _is_address(host: str) -> bool:
+def is_address(host: str) -> bool:
+    """Whether a host is no name."""
     return ":" in host or re.fullmatch(r"[\d.]+", host, re.ASCII) is not None
 
 
@@ -7681,7 +7682,7 @@ class Pool:
         to, options = proxy or origin, dict[str, Any]()
         if trust and not proxy:
             options.update(ssl=trust, server_hostname=origin.host)
-        if not _is_address(to.host):  # the race of addresses costs 0.1 ms
+        if not is_address(to.host):  # the race of addresses costs 0.1 ms
             options["happy_eyeballs_delay"] = 0.25
         wire = await self._connect(to.host, to.port, **options)
         if trust and proxy:
@@ -11167,7 +11168,10 @@ def check_host(request: Request, settings: Settings, *, is_local: bool) -> None:
             f"The host {name!r} is not this server's. If it is meant, add "
             f"http://{name} to ALLOWED_ORIGINS, or set VALID_API_KEYS."
         )
-    if origin is not None and not _is_allowed(origin.lower(), host.lower(), allowed):
+    # Without keys a domain may be a stranger's that resolves here: to a container, say.
+    is_own = bool(settings.valid_api_keys or "." not in name or is_address(name))
+    own = host.lower() if is_own else ""
+    if origin is not None and not _is_allowed(origin.lower(), own, allowed):
         raise Forbidden(
             f"Pages of {origin!r} may not call this server; add it to ALLOWED_ORIGINS."
         )

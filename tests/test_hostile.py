@@ -753,6 +753,21 @@ SAFETY: dict[str, Case] = {
         (200,),
         settings={"SERVER_HOST": "0.0.0.0"},
     ),
+    "address-as-origin-beyond-loopback": Case(
+        [get("/health", "Origin: http://10.0.0.5:5000", host="10.0.0.5:5000")],
+        (200,),
+        settings={"SERVER_HOST": "0.0.0.0"},
+    ),
+    "rebound-beyond-loopback": Case(
+        [get("/v1/models", "Origin: http://evil.example", host="evil.example")],
+        (403,),
+        settings={"SERVER_HOST": "0.0.0.0"},
+    ),
+    "domain-as-origin-with-keys": Case(
+        [get("/health", "Origin: http://ai.example", host="ai.example")],
+        (200,),
+        settings={"SERVER_HOST": "0.0.0.0", **KEYED},
+    ),
     "other-port-beyond-loopback": Case(
         [get("/health", "Origin: http://box:5001", host="box:5000")],
         (403,),
