@@ -9719,6 +9719,7 @@ class Site:
         self.created = int(wall_clock())  # the time of each model
         self.running: dict[ResponseStream, Exchange] = {}  # that are not complete
         self._key_failures: dict[str, tuple[float, ...]] = {}  # times, by address
+        self._right_keys: set[tuple[str, str]] = set()  # that came, by address
 
     @property
     def settings(self) -> Settings:
@@ -9726,21 +9727,30 @@ class Site:
         return self.dify.settings
 
     def check_key(self, key: str, peer: str) -> None:
-        """Compare with all keys, so that the time tells nothing."""
+        """Compare with all keys, so that the time tells nothing.
+
+        From where keys are guessed only those are taken that came from there before:
+        who guesses learns nothing, and shuts nobody out who shares the address.
+        """
         valid = self.settings.valid_api_keys
         if not valid:
             return
         now = asyncio.get_running_loop().time
         failures = self._key_failures.get(peer, ())
         is_full = len(failures) == MAX_KEY_FAILURES
-        if is_full and failures[0] >= now() - KEY_FAILURES_S:
+        is_shut = is_full and failures[0] >= now() - KEY_FAILURES_S
+        given = key.encode()
+        matches = [hmac.compare_digest(given, known.encode()) for known in valid]
+        is_right, from_here = any(matches), (peer, key)
+        if is_shut and not (is_right and from_here in self._right_keys):
             raise RateLimited(
                 "Too many wrong API keys from this address.",
                 headers=[("Retry-After", f"{KEY_FAILURES_S:g}")],
             )
-        given = key.encode()
-        matches = [hmac.compare_digest(given, known.encode()) for known in valid]
-        if any(matches):
+        if is_right:
+            if len(self._right_keys) > MAX_ADDRESSES:
+                self._right_keys.clear()
+            self._right_keys.add(from_here)
             return
         if not key:
             raise Unauthorized("No API key. Send one as `Authorization: Bearer KEY`.")

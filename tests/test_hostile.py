@@ -1068,7 +1068,10 @@ async def test_address_that_guesses_keys_has_to_wait() -> None:
         assert ask("wrong") == 429
         assert ask("key-one") == 429, "else the 21st guess would tell"
         assert ask("key-one", "203.0.113.8") == 200
-        assert ask("wrong", "203.0.113.8") == 401
+        assert [ask("wrong", "203.0.113.8") for _ in range(20)] == [401] * 20
+        assert ask("wrong", "203.0.113.8") == 429
+        assert ask("key-one", "203.0.113.8") == 200, "it came from there before"
+        assert ask("key-two", "203.0.113.8") == 429
         assert [ask("wrong", "127.0.0.1") for _ in range(30)] == [401] * 30
         assert [ask("wrong", "::1") for _ in range(30)] == [401] * 30
         await asyncio.sleep(KEY_FAILURES_S + 1)
