@@ -3706,6 +3706,8 @@ def open_place(
 
 MAX_USER_CHARS = 200  # Dify keeps the end user's name in a column of 255
 MAX_STOPS, MAX_STOP_CHARS, MAX_CHOICES = 4, 1000, 8
+# No model reads more. A body has room for 20 million: minutes of work, and gigabytes.
+MAX_MESSAGES = 20_000
 _CHAT_ONLY = (
     *("tools", "tool_choice", "functions", "function_call", "response_format"),
     *("text", "modalities"),
@@ -3841,11 +3843,18 @@ def _parse_required(body: Json, name: str) -> str:
     return text
 
 
+def check_number(rows: Sequence[Any], name: str) -> None:
+    """Refuse more messages than a history can have."""
+    if len(rows) > MAX_MESSAGES:
+        raise bad_value(name, f"there may be {MAX_MESSAGES} at most.")
+
+
 def _parse_messages(rows: Any) -> tuple[str, tuple[Message, ...]]:
     if rows is None or rows == []:
         raise missing_parameter("messages")
     if not isinstance(rows, list):
         raise bad_type("messages", "an array")
+    check_number(rows, "messages")
     messages = [parse_message(row, f"messages[{i}]") for i, row in enumerate(rows)]
     return split_system(with_tool_names(messages))
 
@@ -4941,6 +4950,7 @@ def parse_items(value: Any) -> list[Item]:
         return [Message("user", value)] if value else []
     if not isinstance(value, list):
         raise bad_type("input", "a string or an array of items")
+    check_number(value, "input")
     parsed = [_parse_item(row, f"input[{index}]") for index, row in enumerate(value)]
     known = [item for item in parsed if item]
     items: list[Item] = []

@@ -239,6 +239,12 @@ REFUSED = [
         id="audio-no-data",
     ),
     pytest.param(part(type="file", file={}), IN_PART, VALUE, id="file-empty"),
+    pytest.param(
+        request(messages=[{}] * (opendify.MAX_MESSAGES + 1)),
+        "messages",
+        VALUE,
+        id="messages-too-many",
+    ),
     pytest.param(request(stream="yes"), "stream", TYPE, id="stream-string"),
     pytest.param(request(stream=[]), "stream", TYPE, id="stream-array"),
     pytest.param(request(stop=["a", "b" * 1001]), "stop", VALUE, id="stop-long"),

@@ -324,6 +324,12 @@ MISSING, TYPE, VALUE = "missing_required_parameter", "invalid_type", "invalid_va
         pytest.param(request(input=5), "input", TYPE, id="input-number"),
         pytest.param(request(5), "input[0]", TYPE, id="item-number"),
         pytest.param(
+            request(*[HI_ROW] * (opendify.MAX_MESSAGES + 1)),
+            "input",
+            VALUE,
+            id="too-many-items",
+        ),
+        pytest.param(
             request({"role": "user", "content": 5}),
             "input[0].content",
             TYPE,
