@@ -1265,6 +1265,7 @@ _BEGINNINGS = {
 _LONGEST = max(map(len, _MARKERS))
 _CONTEXT_CHARS = 80  # before JSON, that tell whether a call can stand there
 _MAX_PIECE_CHARS = 4096  # read at once: what follows a marker is copied for each
+_MAX_BLANK = 1000  # that is looked through; a model that is stuck writes more
 _MAX_REREAD = 16_384  # of what turns out to be no block; the rest is text then
 _TOKEN = re.compile(
     r"""(?P<space>[\s;,}\]]+)
@@ -1305,9 +1306,9 @@ _FIRST_VALUES = {"type": ("function", "tool_call", "tool_use"), "id": ("call_",)
 _FIRST_KEYS = (*_NAMES, *_INNER, *_FIRST_VALUES, "arguments")
 _SIGN = re.compile(r"\\.|[\"'{}\[\]<`]", re.DOTALL)
 _DEPTHS = {"{": 1, "[": 1, "}": -1, "]": -1}
-_OBJECT = re.compile(r"\{\s*[\"}]")
-_OBJECT_OR_ARRAY = re.compile(r"\{\s*[\"}]|\[\s*[\"{\[\]\dtfn-]")
-_MAYBE_JSON = re.compile(r"[\[{]\s*\Z")
+_OBJECT = re.compile(r"\{\s{0,999}[\"}]")
+_OBJECT_OR_ARRAY = re.compile(r"\{\s{0,999}[\"}]|\[\s{0,999}[\"{\[\]\dtfn-]")
+_MAYBE_JSON = re.compile(r"[\[{]\s{0,999}\Z")
 _NEXT_PARAMETER = re.compile(
     r"\n<(?:antml:|｜DSML｜)?parameter(?:=|\ +name\ *=\ *)[\"']?(?P<key>[\w.-]+)"
 )
@@ -1576,7 +1577,7 @@ class CallReader:
         self._tail = (self._tail + text)[-_CONTEXT_CHARS:]
         if self._blank is not None:
             text = self._blank + text
-            self._blank = None if text.strip() else text
+            self._blank = None if text.strip() or len(text) > _MAX_BLANK else text
         if not text or self._blank is not None:
             return
         last = done[-1] if done else None
@@ -1603,6 +1604,7 @@ class _Block:
         self._name = ""
         self._given: dict[str, Any] = {}
         self._value = _ValueEnd()
+        self._sought = 0  # how far there is no end of the parameter
 
     def read(self, text: str, *, is_last: bool) -> bool:
         """Go on with the whole text so far; whether the block is over."""
@@ -1664,7 +1666,8 @@ class _Block:
 
     def _take_parameter(self, token: re.Match[str]) -> bool | None:
         closer = f"</{token['tag'] or token['arg_tag']}>"
-        end = self._text.find(closer, token.end())
+        end = self._text.find(closer, max(self._sought, token.end()))
+        self._sought = len(self._text) - len(closer) + 1 if end < 0 else 0
         if end < 0 or not self._name:
             return None if self._name else False
         key, tool = token["key"] or token["arg_key"].strip(), self._tools[self._name]
@@ -1706,7 +1709,7 @@ class _Block:
             return None
         end = end or len(self._text)
         if not self._is_tagged and not self._is_fenced:
-            stands = self._stands_alone(self._text[end:])
+            stands = self._stands_alone(self._text[end : end + _MAX_BLANK])
             if not stands:
                 return stands
         try:
@@ -1737,7 +1740,7 @@ class _Block:
     def _stands_alone(self, rest: str) -> bool | None:
         """Whether JSON followed by this is not part of other JSON, or of a sentence."""
         if not rest.strip():
-            return self._is_last or None
+            return self._is_last or len(rest) == _MAX_BLANK or None
         return bool(re.match(r"\s*(?:[{\[<`]|\n\s*[^\s,\]}])", rest))
 
     def _calls_in(self, value: Any) -> _Calls:

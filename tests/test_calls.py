@@ -693,6 +693,30 @@ def test_long_parameter_takes_no_quadratic_time() -> None:
         assert json.loads(part.arguments) == {"content": content}
 
 
+@pytest.mark.parametrize(
+    "before, sign, after",
+    [
+        pytest.param("<function=search><parameter=query>", "a b ", "", id="parameter"),
+        pytest.param(CALL, "\n", "", id="behind-json"),
+        pytest.param("", "\n", CALL, id="before-json"),
+    ],
+)
+def test_text_without_end_takes_no_quadratic_time(
+    before: str, sign: str, after: str
+) -> None:
+    text = before + sign * (250_000 // len(sign)) + after
+    with at_most(240):
+        read(*(text[at : at + 4] for at in range(0, len(text), 4)))
+
+
+def test_blank_json_takes_no_quadratic_time() -> None:
+    json_reader = JsonReader(ANY)
+    assert json_reader.feed([Text("{")]) == []
+    with at_most(80):
+        for _ in range(50_000):
+            assert json_reader.feed([Text("\n")]) == []
+
+
 def test_hostile_answers_take_no_quadratic_time() -> None:
     call = '{"name": "search", "arguments": {"query": '
     for text in (f"\n{call}" * 3_000, ":{" * 50_000, "<tool_call" * 10_000):
