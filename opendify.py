@@ -1255,7 +1255,7 @@ _RETRY_TEXTS = {
 _MARKERS = (
     *("<tool_call", "<tools>", "<tool_use>", "<function_call"),
     *("<function=", "<function ", "<invoke ", "<antml:"),
-    *("<｜DSML｜", "<｜tool▁call", "<|tool_call", "<message "),
+    *("<｜DSML｜", "<｜tool▁call", "<|tool▁call", "<|tool_call", "<message "),
     *("<minimax:tool_call>", "<seed:tool_call>"),
     *("<|python_tag|>", "[TOOL_CALLS]", "```"),
 )
@@ -1270,7 +1270,7 @@ _MAX_REREAD = 16_384  # of what turns out to be no block; the rest is text then
 _TOKEN = re.compile(
     r"""(?P<space>[\s;,}\]]+)
     |(?P<opener><(?:\w+:|｜DSML｜)?(?:tool_calls?|tools|tool_use|function_calls?)>
-        |<[|｜][^<>|｜]{1,40}(?<!end)(?<!_id)[|｜]>|\[TOOL_CALLS\]|\[ARGS\]
+        |<[|｜](?!/)[^<>|｜]{1,40}(?<!end)(?<!_id)[|｜]>|\[TOOL_CALLS\]|\[ARGS\]
         |<(?:(?:antml:|｜DSML｜)?(?:invoke|function|tool_call)(?:=|\ +name\ *=\ *)["']?
         |message\s[^<>]*?\btool_call=")(?P<name>[\w.-]+)(?![\w.-])[^<>]*>)
     |(?P<parameter>
@@ -1302,7 +1302,10 @@ _INNER = (
     *("tool_call", "function_call", "function", "tool"),
 )
 _CALL_KEYS = {*_NAMES, *_ARGUMENTS, "id", "type", "call_id", "tool_call_id", "index"}
-_FIRST_VALUES = {"type": ("function", "tool_call", "tool_use"), "id": ("call_",)}
+_FIRST_VALUES = {
+    "type": ("function", "function_call", "tool_call", "tool_use"),
+    "id": ("call_",),
+}
 _FIRST_KEYS = (*_NAMES, *_INNER, *_FIRST_VALUES, "arguments")
 _SIGN = re.compile(r"\\.|[\"'{}\[\]<`]", re.DOTALL)
 _DEPTHS = {"{": 1, "[": 1, "}": -1, "]": -1}
@@ -1739,9 +1742,9 @@ class _Block:
 
     def _stands_alone(self, rest: str) -> bool | None:
         """Whether JSON followed by this is not part of other JSON, or of a sentence."""
-        if not rest.strip():
+        if not rest.replace(";", "").strip():
             return self._is_last or len(rest) == _MAX_BLANK or None
-        return bool(re.match(r"\s*(?:[{\[<`]|\n\s*[^\s,\]}])", rest))
+        return bool(re.match(r"\s*(?:(?:;\s*)?[{\[<`]|\n\s*[^\s,\]}])", rest))
 
     def _calls_in(self, value: Any) -> _Calls:
         """The calls that a value makes; raises ValueError if it is not only calls."""
@@ -1759,7 +1762,10 @@ class _Block:
         given = [value[key] for key in _ARGUMENTS if key in value]
         if not given and self._is_tagged:
             given = [{}]
-        if name not in self._tools or not given or value.keys() - _CALL_KEYS:
+        # In a tag, what has arguments is no definition, and no data.
+        is_call = self._is_tagged and "arguments" in value
+        is_call = is_call or not value.keys() - _CALL_KEYS
+        if name not in self._tools or not given or not is_call:
             raise ValueError
         return [(name, _arguments(given[0], self._tools[name]))]
 

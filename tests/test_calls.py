@@ -189,6 +189,10 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
             )
         ],
     ),
+    "with-a-thought": (
+        f'<tool_call>{{"thought": "Where?", {CALL[1:-1]}, "result": 3}}</tool_call>',
+        PARIS_CALL,
+    ),
     # Sloppy and broken.
     "no-closing-tag": (f"<tool_call>\n{CALL}", PARIS_CALL),
     "no-closing-tag-text-after": (
@@ -255,6 +259,7 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
     "bare-after-colon": (f"Tool call: {CALL}", ["Tool call: ", *PARIS_CALL]),
     "bare-after-cjk": (f"好的，我来查询：{CALL}", ["好的，我来查询：", *PARIS_CALL]),
     "bare-lines": (f"{CALL}\n{CALL}", PARIS_CALL * 2),
+    "bare-semicolon": (f"{CALL}; {CALL};{CALL}", PARIS_CALL * 3),
     "bare-list": (f"[{CALL}, {CALL}]", PARIS_CALL * 2),
     "bare-tool-args": (
         '{"tool": "get_weather", "args": {"city": "Paris"}}',
@@ -266,6 +271,10 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
     ),
     "bare-type-first": (
         '{"type": "function", "name": "get_weather", "parameters": {"city": "Paris"}}',
+        PARIS_CALL,
+    ),
+    "bare-responses": (
+        f'{{"type": "function_call", "call_id": "call_1", {CALL[1:]}',
         PARIS_CALL,
     ),
     "bare-openai": (
@@ -377,6 +386,11 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
         "</｜DSML｜function_calls>",
         PARIS_CALL,
     ),
+    "deepseek-ascii": (
+        "<|tool▁calls▁begin|><|tool▁call▁begin|>get_weather<|tool▁sep|>"
+        '{"city": "Paris"}<|tool▁call▁end|><|tool▁calls▁end|>',
+        PARIS_CALL,
+    ),
     "kimi": (
         "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0"
         '<|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|>'
@@ -403,6 +417,7 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
         [("search", {"query": "a"}), *PARIS_CALL],
     ),
     "granite": (f"<|tool_call|>[{CALL}]", PARIS_CALL),
+    "phi": (f"<|tool_call|>[{CALL}]<|/tool_call|>\nSoon.", [*PARIS_CALL, "\nSoon."]),
 }
 TEXTS = {
     "wrong-name": '<tool_call>{"name": "rm", "arguments": {}}</tool_call>',
@@ -429,12 +444,15 @@ TEXTS = {
     "json-in-json": f'{{"example": {CALL}}}',
     "json-in-pretty-json": f'{{\n  "calls_made": [\n    {CALL}\n  ]\n}}',
     "json-assigned": f"call = {CALL}\n",
+    "json-then-semicolon-and-text": f"{CALL}; x",
     "python-block": f"```python\ncall = {CALL}\nrun(\n{CALL}\n)\n```",
     "bash-block": f"```bash\ncurl -d '{CALL}' x\n```\nThat is it.",
     "markdown-block": f"```markdown\n<tool_call>\n{CALL}\n</tool_call>\n```",
     "json-block-and-more": f"```json\n{CALL}\n// that is a call\n```",
     "json-block-of-other": '```json\n{"name": "Bob", "age": 3}\n```\nOK',
     "definition": '{"name": "search", "description": "x", "parameters": {}}',
+    "definition-in-tag": '<tools>{"name": "search", "description": "x", '
+    '"parameters": {}}</tools>',
     "definition-openai": '{"type": "function", "function": {"name": "search", '
     '"parameters": {"type": "object", "properties": {}}}}',
     "definition-short": '{"name": "search", "parameters": {"type": "object", '
