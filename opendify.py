@@ -1016,11 +1016,8 @@ class OutputFormat:
 
     @property
     def is_compound(self) -> bool:
-        """Whether it begins with a brace or a bracket, as far as the schema says."""
-        return self.schema.get("type") not in _SCALARS
-
-
-_SCALARS = ("string", "number", "integer", "boolean", "null")
+        """Whether the schema says that it begins with a brace or a bracket."""
+        return self.schema.get("type") in ("object", "array")
 
 
 class Ask(NamedTuple):

@@ -886,8 +886,15 @@ async def test_withdrawn_answer_is_not_asked_for_again(
 
 
 @WHOLE_OR_STREAMED
-async def test_json_of_one_text_is_known_at_its_end(stream: bool) -> None:
-    form = {"name": "n", "schema": {"type": "string"}}
+@pytest.mark.parametrize(
+    "schema",
+    [{"type": "string"}, {"type": ["string", "null"]}, {"enum": ["Oslo"]}, {}],
+    ids=str,
+)
+async def test_json_of_one_text_is_known_at_its_end(
+    schema: JSONObject, stream: bool
+) -> None:
+    form = {"name": "n", "schema": schema}
     output = {"type": "json_schema", "json_schema": form}
     async with proxy(says('"Oslo"')) as served:
         got = await served.chat(response_format=output, stream=stream)
