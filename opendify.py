@@ -9502,7 +9502,7 @@ class Archive:
         is_named = has_results and here.conversation_id
         if is_named and await self.dify.facts.mode_of(app) in CHAT_MODES:
             turns, _ = await self._page_of(app, here)
-            told = _transcript(turns, asked.known_tools)
+            told = _transcript(_with_tools(turns), asked.known_tools)
             ask = ask_of(asked, {}, told=told)
         is_all_new = ask.is_all_new and not is_known_history(ask, told)
         return _with_something(ask._replace(is_all_new=is_all_new), asked)
@@ -9524,8 +9524,9 @@ class Archive:
         # Nearly always the newest answer is named, and nothing else: one row tells all.
         if previous and is_free and not named:
             newest, _ = await self._page_of(app, anchor, most=1)
-            if [row.message_id for row in newest] == [anchor.message_id]:
-                told = _transcript(newest, tools)
+            told = _transcript(newest, tools)
+            is_newest = [row.message_id for row in newest] == [anchor.message_id]
+            if is_newest and _has_calls(asked, told):
                 ask = ask_of(asked, {}, told=told)
                 is_all_new = not is_known_history(ask, told)
                 return ask._replace(conversation_id=here, is_all_new=is_all_new)
@@ -9597,11 +9598,7 @@ class Archive:
             turns = [*rows, *turns]
             if not (rows and has_more):
                 break
-        tools: Sequence[Tool] = ()
-        for at, turn in enumerate(turns):
-            tools = told_tools(turn.question.text) or tools
-            turns[at] = replace(turn, tools=tools)
-        return turns
+        return _with_tools(turns)
 
     async def _page_of(
         self, app: AppSettings, place: Place, *, most: int = 100, first_id: str = ""
@@ -9615,17 +9612,27 @@ class Archive:
             return [], False
 
 
-def stored_answer(turn: StoredTurn, tools: Sequence[Tool] = ()) -> Answer:
+def _with_tools(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
+    """The turns of a conversation with the tools that the app was told of by then."""
+    rows: list[StoredTurn] = []
+    tools: Sequence[Tool] = ()
+    for turn in turns:
+        tools = told_tools(turn.question.text) or tools
+        rows.append(replace(turn, tools=tools))
+    return rows
+
+
+def stored_answer(turn: StoredTurn, tools: Iterable[Tool] = ()) -> Answer:
     """What the app said; with the tools it had then, its calls are no text.
 
     Args:
         turn: of Dify's store.
-        tools: the client's; () for those of the turn.
+        tools: the client's, beside those of the turn.
     """
     answer = Answer()
     parts: list[Part] = [row for row in turn.parts if not isinstance(row, Failure)]
-    if tools := tuple(tools or turn.tools):
-        ask = Ask("", (), tools=tools)
+    if known := {row.name: row for row in (*turn.tools, *tools)}:
+        ask = Ask("", (), tools=tuple(known.values()))
         reading = Reading(ask, turn.message_id, is_whole=True, spent=Usage())
         parts = reading.feed(parts)
     for part in parts:
@@ -9642,6 +9649,13 @@ def stored_message(turn: StoredTurn, tools: Sequence[Tool]) -> Message:
 def _transcript(turns: Iterable[StoredTurn], tools: Sequence[Tool]) -> list[Message]:
     pairs = [(row.question, stored_message(row, tools)) for row in turns]
     return [message for pair in pairs for message in pair]
+
+
+def _has_calls(asked: ResponsesRequest, told: Iterable[Message]) -> bool:
+    """Whether the calls of all results are among the items or what is told."""
+    rows = [*told, *(row for row in asked.items if isinstance(row, Message))]
+    calls = {call.id for row in rows for call in row.tool_calls}
+    return calls.issuperset(row.call_id for row in rows if row.call_id)
 
 
 def is_known_history(ask: Ask, known: Sequence[Message]) -> bool:

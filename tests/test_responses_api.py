@@ -637,6 +637,36 @@ async def test_calls_of_tools_that_are_withdrawn_are_still_calls() -> None:
     assert "Write no <tool_call> block this time" in query
 
 
+@pytest.mark.parametrize(
+    "about",
+    [
+        pytest.param({"tools": [WEATHER, TIME], "tool_choice": "none"}, id="none"),
+        pytest.param({"tools": [TIME]}, id="others"),
+        pytest.param({}, id="without"),
+    ],
+)
+@pytest.mark.parametrize("way", ["id", "run", "conversation"])
+async def test_result_is_told_by_a_tool_that_is_withdrawn(
+    way: str, about: JSONObject
+) -> None:
+    kind = workflow if way == "run" else proxy
+    write = fake.workflow_answer if way == "run" else fake.chat_answer
+    script = [write(CALL), write("Sunny.")]
+    async with kind(lambda _: script.pop(0)) as served:
+        named: JSONObject = {}
+        if way == "conversation":
+            made = (await post(served, CONVERSATIONS, {})).json
+            named = {"conversation": made["id"]}
+        one = await answer(served, "Rome?", tools=[WEATHER, TIME], **named)
+        (call,) = one["output"]
+        result = {"type": "function_call_output", "call_id": call["call_id"]}
+        named = named or {"previous_response_id": one["id"]}
+        await answer(served, [{**result, "output": "sun"}], **named, **about)
+        body = served.turns[-1].json
+    query = body["inputs"]["q"] if way == "run" else body["query"]
+    assert re.findall(r'role="tool" name="(\w+)">\nsun\n', query) == ["get_weather"]
+
+
 async def test_answers_of_a_workflow_are_told_when_they_are_named() -> None:
     script = [fake.workflow_answer(f"Answer {number}.") for number in (1, 2, 3)]
     async with workflow(lambda _: script.pop(0)) as served:
