@@ -4894,17 +4894,24 @@ def echo_of(body: Json) -> dict[str, Any]:
 
 def _with_functions(body: Json) -> Json:
     """The body with its custom tools as functions of one text."""
-    properties = {"input": {"type": "string"}}
-    schema = {"type": "object", "properties": properties, "required": ["input"]}
     rows = body.get("tools")
     if not isinstance(rows, list):
         return body
-    function = {"type": "function", "parameters": schema}
     functions = [
-        {**row, **function} if object_of(row).get("type") == "custom" else row
+        _function_of(row) if object_of(row).get("type") == "custom" else row
         for row in rows
     ]
     return {**body, "tools": functions}
+
+
+def _function_of(custom: Json) -> dict[str, Any]:
+    """A function for a custom tool; its text is described by the tool's grammar."""
+    text, form = {"type": "string"}, object_of(custom.get("format"))
+    if definition := form.get("definition"):
+        grammar = f"{form.get('syntax')} grammar"
+        text["description"] = f"It must fit this {grammar}: {definition}"
+    schema = {"type": "object", "properties": {"input": text}, "required": ["input"]}
+    return {**custom, "type": "function", "parameters": schema}
 
 
 def ask_of(

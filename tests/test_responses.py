@@ -428,11 +428,20 @@ ECHOED = [
 ]
 
 
-def test_tool_of_a_custom_type_is_told_as_a_function_of_one_text() -> None:
-    tool = {"type": "custom", "name": "p", "description": "d", "format": {}}
+LARK = {"type": "grammar", "syntax": "lark", "definition": 'start: "x"'}
+LARK_TEXT = {"description": 'It must fit this lark grammar: start: "x"'}
+
+
+@pytest.mark.parametrize(
+    ("form", "description"), [(None, {}), ({"type": "text"}, {}), (LARK, LARK_TEXT)]
+)
+def test_tool_of_a_custom_type_is_told_as_a_function_of_one_text(
+    form: Any, description: dict[str, str]
+) -> None:
+    tool = {"type": "custom", "name": "p", "description": "d", "format": form}
     told = {
         "type": "object",
-        "properties": {"input": {"type": "string"}},
+        "properties": {"input": {"type": "string", **description}},
         "required": ["input"],
     }
     asked = parse_responses_request(request(tools=[TOOL, tool])).ask.tools
