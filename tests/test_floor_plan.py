@@ -22,23 +22,23 @@ BUDGETS = {
     "SSE": 65,
     "JSON": 79,
     "Turn": 135,
-    "Calls": 700,
+    "Calls": 705,
     "Dify": 961,
     "Ids": 75,
-    "OpenAI": 770,
-    "Responses": 463,
-    "Conversations": 420,
+    "OpenAI": 775,
+    "Responses": 466,
+    "Conversations": 433,
     "Pacer": 133,
     "Wire": 575,
-    "Upstream": 830,
-    "Answers": 613,
-    "Handlers": 1107,
-    "Server": 308,
+    "Upstream": 837,
+    "Answers": 617,
+    "Handlers": 1117,
+    "Server": 309,
     "Page": 260,
     "Command line": 485,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8346
+WHOLE_BUDGET = 8410
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
