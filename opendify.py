@@ -6818,15 +6818,15 @@ class Wire(asyncio.Protocol):
 
     # Deadlines...
 
-    def allow(self, seconds: float, error: Callable[[], Exception]) -> None:
+    def set_deadline(self, seconds: float, error: Callable[[], Exception]) -> None:
         """What is awaited from now on may take `seconds`; then it raises `error()`."""
         self._deadline = self._now() + seconds
         self._on_deadline = error
         if self._timer is None or self._timer.when() > self._deadline:
             self._arm()
 
-    def allow_any_time(self) -> None:
-        """No deadline any more."""
+    def clear_deadline(self) -> None:
+        """What is awaited may take any time."""
         self._deadline = 0.0
 
     def _arm(self) -> None:
@@ -6966,17 +6966,17 @@ class Wire(asyncio.Protocol):
             self._allow_write()
             await self._room.wait()
             self._was_unsent = 0  # the next deadline may be that of an answer
-            self.allow_any_time()
+            self.clear_deadline()
         if self._transport.is_closing():
             raise self._failure or ConnectionBroken("closed")
 
     def _allow_write(self) -> None:
         self._was_unsent = self._unsent
-        self.allow(WRITE_TIMEOUT_S, ConnectionBroken)
+        self.set_deadline(WRITE_TIMEOUT_S, ConnectionBroken)
 
     def close(self) -> None:
         """Close after what was written is sent; may be called twice."""
-        self.allow_any_time()
+        self.clear_deadline()
         if self._timer:
             self._timer.cancel()
             self._timer = None
@@ -7439,7 +7439,7 @@ class UpstreamResponse:
         close = "close" in self.headers.get("connection", "").lower()
         self.can_reuse = head.http_version == b"1.1" and not close
         self._is_released = self._is_lingering = False
-        self.allow = wire.allow  # how long what is read from now on may take
+        self.set_deadline = wire.set_deadline  # for what is read from now on
         self.wake = wire.wake  # let `read` return b"" before the body's end
 
     @property
@@ -7509,7 +7509,7 @@ class UpstreamResponse:
 
     async def _linger(self) -> None:
         try:
-            self.allow(LINGER_S, _Silence)
+            self.set_deadline(LINGER_S, _Silence)
             await self.read_all(MAX_ERROR_BYTES)
         except (ProxyError, _Silence):
             pass  # it was not worth the wait
@@ -7599,7 +7599,7 @@ class Pool:
                 is_sent = not data
                 with contextlib.suppress(ConnectionBroken):  # `answering` knows why
                     await wire.drain()
-                wire.allow(timeout_s, _no_answer)
+                wire.set_deadline(timeout_s, _no_answer)
             response = await answering
             response.can_reuse = response.can_reuse and is_sent
             return response
@@ -7611,7 +7611,7 @@ class Pool:
     def give_back(self, origin: Origin, wire: Wire) -> None:
         """Keep a connection whose last response was read to its end."""
         loop = asyncio.get_running_loop()
-        wire.allow_any_time()
+        wire.clear_deadline()
         idle = self._idle.setdefault(origin, deque())
         idle.append((loop.time(), wire))
         if len(idle) > MAX_IDLE_CONNECTIONS:
@@ -7733,7 +7733,7 @@ class Pool:
     ) -> UpstreamResponse:
         """Write a request, read the head of its response; NoAnswer if none comes."""
         try:
-            wire.allow(timeout_s, _no_answer)
+            wire.set_deadline(timeout_s, _no_answer)
             wire.write(request)
             answer = await _read_response_head(wire)
             return UpstreamResponse(self, origin, wire, answer)
@@ -7931,9 +7931,9 @@ class TurnStream:
         if self._is_draining:
             return parts
         if self.answer.is_closing:
-            self._response.allow(GRACE_S, _Silence)
+            self._response.set_deadline(GRACE_S, _Silence)
         elif not _SILENT.issuperset(events):
-            self._response.allow(self._idle_timeout_s, _too_silent)
+            self._response.set_deadline(self._idle_timeout_s, _too_silent)
         return parts
 
     def close(self) -> None:
@@ -7967,7 +7967,7 @@ class TurnStream:
 
     async def drain(self) -> bool:
         """Read on until Dify has ended the answer; whether more text came."""
-        self._response.allow(STOP_DRAIN_S, _Silence)
+        self._response.set_deadline(STOP_DRAIN_S, _Silence)
         self._is_draining, self._carry = True, None
         has_text = False
         while parts := await self.read():
@@ -8291,7 +8291,7 @@ class Dify:
             if is_unsaid and request.body.get("conversation_id"):
                 error = ConversationGone("Dify does not know this conversation.")
             raise error
-        response.allow(max(0, until - loop.time()), _too_late)
+        response.set_deadline(max(0, until - loop.time()), _too_late)
         return TurnStream(self, app, mode, str(request.body["user"]), response)
 
     async def stop(self, app: AppSettings, mode: str, task_id: str, user: str) -> None:
@@ -8375,7 +8375,7 @@ class Dify:
 
     async def read_file(self, response: UpstreamResponse) -> bytes:
         """The next bytes of a file; b"" at its end."""
-        response.allow(self.settings.dify_idle_timeout, _too_silent)
+        response.set_deadline(self.settings.dify_idle_timeout, _too_silent)
         return await response.read()
 
     # What Dify has stored...
@@ -11014,7 +11014,7 @@ class Server(Listener):
         if not await self._is_called(wire):
             return False
         exchange = self._exchange(wire)
-        wire.allow(HEAD_TIMEOUT_S, _slow_request)
+        wire.set_deadline(HEAD_TIMEOUT_S, _slow_request)
         self._running.add(exchange)
         try:
             await self._answer(exchange, wire)
@@ -11042,7 +11042,7 @@ class Server(Listener):
         if wire.has_unread:  # a client that sends ahead lets others have their turn
             await asyncio.sleep(0)
         self._idle.add(wire)
-        wire.allow(IDLE_TIMEOUT_S, ConnectionBroken)
+        wire.set_deadline(IDLE_TIMEOUT_S, ConnectionBroken)
         try:
             while wire.has_unread or not self._is_draining:
                 if not await wire.wait_for_data():
@@ -11153,7 +11153,7 @@ async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
         return False  # nothing can be read after a deadline
     if body and body.is_complete:
         return is_good
-    wire.allow(DISCARD_S, ConnectionBroken)
+    wire.set_deadline(DISCARD_S, ConnectionBroken)
     size = 0
     while size < DISCARD_BYTES:
         if body and not body.failure:
@@ -11175,7 +11175,7 @@ def _body_reader(
         if size > limit:
             raise BodyTooLarge(f"The body is over {limit >> 20} MiB (MAX_BODY_MB).")
 
-    wire.allow_any_time()  # the head was in time
+    wire.clear_deadline()  # the head was in time
     if COMPRESSED.search(exchange.request.headers.get("content-encoding", "")):
         raise UnsupportedCoding("Send the body without a Content-Encoding.")
     check(int(exchange.request.headers.get("content-length", 0)))
@@ -11183,9 +11183,9 @@ def _body_reader(
         wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     async def read() -> bytes:
-        wire.allow(BODY_TIMEOUT_S, _slow_request)
+        wire.set_deadline(BODY_TIMEOUT_S, _slow_request)
         data = await wire.read_body(decoder)
-        wire.allow_any_time()
+        wire.clear_deadline()
         exchange.body_bytes += len(data)
         check(exchange.body_bytes)
         return data

@@ -979,7 +979,7 @@ def now() -> float:
 
 async def test_read_ends_at_its_deadline_with_its_error() -> None:
     async with wired() as (wire, _):
-        wire.allow(5, TooLate)
+        wire.set_deadline(5, TooLate)
         with pytest.raises(TooLate):
             await wire.read()
         assert now() == 5
@@ -988,8 +988,8 @@ async def test_read_ends_at_its_deadline_with_its_error() -> None:
 async def test_last_deadline_counts_when_moved_either_way() -> None:
     async with wired() as (wire, _):
         for seconds in (9, 5, 7):
-            wire.allow(seconds, AnotherError)
-        wire.allow(6, TooLate)
+            wire.set_deadline(seconds, AnotherError)
+        wire.set_deadline(6, TooLate)
         with pytest.raises(TooLate):
             await wire.read()
         assert now() == 6
@@ -997,8 +997,8 @@ async def test_last_deadline_counts_when_moved_either_way() -> None:
 
 async def test_deadline_that_is_lifted_does_not_strike() -> None:
     async with wired() as (wire, far):
-        wire.allow(5, TooLate)
-        wire.allow_any_time()
+        wire.set_deadline(5, TooLate)
+        wire.clear_deadline()
         asyncio.get_running_loop().call_later(9, far.send, b"late")
         assert await wire.read() == b"late"
         assert now() == 9
@@ -1006,11 +1006,11 @@ async def test_deadline_that_is_lifted_does_not_strike() -> None:
 
 async def test_deadline_does_not_strike_while_nobody_takes_what_came() -> None:
     async with wired() as (wire, far):
-        wire.allow(5, TooLate)
+        wire.set_deadline(5, TooLate)
         far.send(b"in time")
         await asyncio.sleep(9)
         assert await wire.read() == b"in time"
-        wire.allow(5, TooLate)
+        wire.set_deadline(5, TooLate)
         with pytest.raises(TooLate):
             await wire.read()
         assert now() == 14
@@ -1019,7 +1019,7 @@ async def test_deadline_does_not_strike_while_nobody_takes_what_came() -> None:
 async def test_deadline_of_a_head_counts_from_its_beginning() -> None:
     """One byte now and then does not buy more time."""
     async with wired() as (wire, far):
-        wire.allow(5, TooLate)
+        wire.set_deadline(5, TooLate)
         for second in range(20):
             asyncio.get_running_loop().call_later(second, far.send, b"x")
         with pytest.raises(TooLate):
@@ -1084,7 +1084,7 @@ async def test_slow_reader_has_no_more_time_to_answer() -> None:
             left -= len(await asyncio.get_running_loop().sock_recv(far, left))
         await writing
         wire.write(MUCH[: len(MUCH) // 2])
-        wire.allow(5, TooLate)
+        wire.set_deadline(5, TooLate)
         with pytest.raises(TooLate):
             await wire.read()
         assert now() == 5
@@ -1194,7 +1194,7 @@ async def test_deadline_is_no_leaving() -> None:
     async with wired() as (wire, _):
         left = asyncio.Event()
         wire.on_leave = left.set
-        wire.allow(1, TooLate)
+        wire.set_deadline(1, TooLate)
         await asyncio.sleep(2)
         assert not left.is_set()
 
