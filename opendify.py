@@ -3493,6 +3493,7 @@ class StoredTurn:
     question: Message
     parts: Sequence[Part]
     tools: Sequence[Tool] = ()
+    past: str = ""  # before the question, as the app's input had it
 
     @property
     def ids(self) -> dict[str, str]:
@@ -3502,12 +3503,14 @@ class StoredTurn:
         return {"conversation_id": self.conversation_id, "message_id": self.message_id}
 
 
-def stored_turn(row: Json, base: str) -> StoredTurn:
+def stored_turn(row: Json, base: str, history_variable: str = "") -> StoredTurn:
     """A row as parts, by the same reader as a stream.
 
-    {"id", "conversation_id", "query", "answer", "message_files", "retriever_resources",
-    "status", "error", "created_at"}, newer also "message_tokens", "answer_tokens"
+    {"id", "conversation_id", "inputs", "query", "answer", "message_files", "status",
+    "retriever_resources", "error", "created_at"}, newer also "message_tokens",
+    "answer_tokens"
     """
+    past = object_of(row.get("inputs")).get(history_variable)
     files = objects_of(row.get("message_files"))
     asked = [f for f in files if f.get("belongs_to") == "user" and f.get("url")]
     attachments = tuple(_stored_file(file, base) for file in asked)
@@ -3517,6 +3520,7 @@ def stored_turn(row: Json, base: str) -> StoredTurn:
         count_of(row.get("created_at")),
         Message("user", str(row.get("query") or ""), attachments=attachments),
         AnswerReader("chat", base).recover(row),
+        past=str(past or ""),
     )
 
 
@@ -8417,7 +8421,8 @@ class Dify:
         else:
             more = {"limit": most, **({"first_id": first_id} if first_id else {})}
             page = await self._messages(app, conversation_id, user, **more)
-            rows = [stored_turn(row, app.base) for row in objects_of(page.get("data"))]
+            data, past = objects_of(page.get("data")), app.history_variable
+            rows = [stored_turn(row, app.base, past) for row in data]
         for part in (part for row in rows for part in row.parts[-1:]):
             if isinstance(part, Failure):
                 without_key(part.error, app)
@@ -9226,7 +9231,7 @@ class Turns:
         stream = await self.dify.open_turn(app, mode, request)
         question.is_accepted = True
         try:
-            parts = await self._first_parts(question.exchange, stream)
+            parts = await _first_parts(question.exchange, stream)
         except (asyncio.CancelledError, ConnectionBroken):
             await stream.end()
             raise
@@ -9235,21 +9240,12 @@ class Turns:
             raise
         return Turn(plan, stream, parts)
 
-    @staticmethod
-    async def _first_parts(exchange: Exchange, stream: TurnStream) -> list[Part]:
-        parts = await stream.read(until_named=True)
-        if not (parts or stream.answer.is_finished):  # it may be long till it has text
-            with while_present(exchange):
-                parts = await stream.read()
-        if parts and isinstance(parts[0], Failure):
-            raise parts[0].error
-        return parts
-
     async def _request_for(
         self, question: Question, plan: Plan, mode: str, form: AppForm
     ) -> DifyRequest:
         """The request to Dify, with its files uploaded."""
-        app, trace_id, inputs = question.app, question.exchange.id, plan.inputs
+        app, trace_id = question.app, question.exchange.id
+        inputs = await _with_past(self.dify, question, plan)
         common = {"inputs": inputs, "user": question.user, "trace_id": trace_id}
         if plan.files:
             check_files(form, plan.files, inputs)
@@ -9271,6 +9267,30 @@ class Turns:
             upload_id = await self.dify.upload(question.app, file, question.user)
             question.uploads[id(file)] = upload_id
         return question.uploads[id(file)]
+
+
+async def _first_parts(exchange: Exchange, stream: TurnStream) -> list[Part]:
+    parts = await stream.read(until_named=True)
+    if not (parts or stream.answer.is_finished):  # it may be long till it has text
+        with while_present(exchange):
+            parts = await stream.read()
+    if parts and isinstance(parts[0], Failure):
+        raise parts[0].error
+    return parts
+
+
+async def _with_past(dify: Dify, question: Question, plan: Plan) -> Json:
+    """The inputs, with the history that Dify has as an input only.
+
+    A client that names the conversation does not send it again; the last turn had it.
+    """
+    app, here = question.app, plan.tail.conversation_id
+    name, is_named = app.history_variable, question.ask.conversation_id
+    if not (name and here and is_named) or name in plan.inputs:
+        return plan.inputs
+    rows, _ = await dify.messages(app, here, question.user, most=1)
+    past = rows[-1].past if rows else ""
+    return {**plan.inputs, name: past} if past else plan.inputs
 
 
 # ==============================================================================
@@ -9605,6 +9625,10 @@ class Archive:
             turns = [*rows, *turns]
             if not (rows and has_more):
                 break
+        if turns and turns[0].past:  # all others have the same
+            question = turns[0].question
+            text = f"{turns[0].past}\n\n{question.text}"
+            turns[0] = replace(turns[0], question=question._replace(text=text))
         return _with_tools(turns)
 
     async def _page_of(

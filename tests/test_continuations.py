@@ -1187,6 +1187,42 @@ async def test_history_variable_gets_what_dify_does_not_remember() -> None:
         assert len(served.dify.conversations) == 1
 
 
+async def test_history_variable_is_sent_again_where_a_conversation_is_named() -> None:
+    """Dify has the history as an input of the last turn only, the client not at all."""
+    async with site(config={"history_variable": "past"}) as served:
+        past = talk("one", "Uno.")
+        client = Client(served, list(past))
+        await client.say("two")
+        named = {"user": "al", "conversation_id": client.conversation}
+        brief = Client(served, fields=named)
+        for text in ("three", "four"):
+            await brief.say(text)
+            assert read_back(served.turns[-1].json["inputs"]["past"]) == past
+        assert [*past, *brief.context] == [*client.messages, *brief.messages[:-1]]
+        await Client(served, fields={**named, "inputs": {"past": "mine"}}).say("five")
+        assert served.turns[-1].json["inputs"] == {"past": "mine"}
+
+
+async def test_history_variable_is_told_with_what_follows_a_response() -> None:
+    """In its conversation, and where it is folded, since that has moved on."""
+    async with site(config={"history_variable": "past"}) as served:
+
+        async def respond(text: Any, **fields: Any) -> str:
+            body = {"model": "m", "user": "al", "input": text, **fields}
+            call = await served.proxy.open("POST", "/v1/responses", body, {})
+            return str((await call.read_rest()).json["id"])
+
+        first = await respond([*talk("one", "Uno."), user("two")])
+        for text in ("three", "other"):
+            await respond(text, previous_response_id=first)
+        told, same, folded = (turn.json["inputs"]["past"] for turn in served.turns)
+        assert read_back(told) == talk("one", "Uno.")
+        assert same == told
+        asked, said = read_back(folded)
+        assert (asked["content"], said["content"]) == (f"{told}\n\ntwo", "Answer 1.")
+        assert len(served.dify.conversations) == 2
+
+
 SIDE_REQUESTS = {
     "open-webui": [user("### Task:\nSuggest 3-5 follow-ups.\n{history}")],
     "nextchat-title": [

@@ -23,29 +23,29 @@ BUDGETS = {
     "JSON": 79,
     "Turn": 135,
     "Calls": 705,
-    "Dify": 961,
+    "Dify": 963,
     "Ids": 75,
     "OpenAI": 775,
     "Responses": 466,
     "Conversations": 433,
     "Pacer": 133,
     "Wire": 575,
-    "Upstream": 837,
-    "Answers": 617,
-    "Handlers": 1117,
+    "Upstream": 838,
+    "Answers": 625,
+    "Handlers": 1121,
     "Server": 309,
     "Page": 260,
     "Command line": 485,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8410
+WHOLE_BUDGET = 8426
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
     "AnswerReader": 175,
     "Outlet": 185,
     "Pool": 170,
-    "Turns": 175,
+    "Turns": 167,
     "Wire": 210,
     "_Block": 160,
 }

@@ -1803,7 +1803,7 @@ async def test_choice_that_was_late_writes_nothing_behind_the_end(
     turns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up to Python 3.11 `wait_for` may swallow a cancel that comes with its result."""
-    first_parts = opendify.Turns._first_parts
+    first_parts = opendify._first_parts
     failed, connections = asyncio.Event(), itertools.count()
 
     async def fail(*arguments: Any) -> list[opendify.Part]:
@@ -1825,7 +1825,7 @@ async def test_choice_that_was_late_writes_nothing_behind_the_end(
             raise
         return wire
 
-    monkeypatch.setattr(opendify.Turns, "_first_parts", staticmethod(fail))
+    monkeypatch.setattr(opendify, "_first_parts", fail)
     scripts: list[list[Step]] = [
         [Sleep(0.2), fake.error_event("No.")],
         fake.chat_answer("Late."),
