@@ -499,6 +499,13 @@ def test_answer_is_read_the_same_however_it_is_cut(
         assert read(text[:at], text[at:]) == wanted, at
 
 
+def test_white_space_before_json_is_the_same_however_it_is_cut() -> None:
+    text = f"x <tool_call>{' ' * 100}y{' ' * 100}{CALL}"
+    wanted = read(text)
+    for at in range(1, len(text)):
+        assert read(text[:at], text[at:]) == wanted, at
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_call_after_prose_is_read(name: str) -> None:
     text, expected = SAMPLES[name]
