@@ -22,7 +22,7 @@ BUDGETS = {
     "SSE": 65,
     "JSON": 79,
     "Turn": 135,
-    "Calls": 705,
+    "Calls": 706,
     "Dify": 963,
     "Ids": 75,
     "OpenAI": 775,
