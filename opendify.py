@@ -1331,18 +1331,18 @@ def parse_tools(body: Json) -> tuple[tuple[Tool, ...], str]:
     Raises:
         BadRequest: a tool must be called, and is not there.
     """
-    rows = body.get("tools") or body.get("functions") or []
+    given = body.get("tools") or body.get("functions") or []
     choice = body.get("tool_choice") or body.get("function_call")
-    if not (rows or choice):  # nearly always
+    if not (given or choice):  # nearly always
         return (), "auto"
-    if not isinstance(rows, list):
+    if not isinstance(given, list):
         raise bad_type("tools" if body.get("tools") else "functions", "an array")
     field_name = "tool_choice" if body.get("tool_choice") else "function_call"
     mode, names = _parse_choice(choice or "auto")
     if mode not in _MODES:
         problem = f"{mode!r} is none of auto, none, required, a tool, allowed_tools."
         raise bad_value(field_name, problem)
-    tools = [tool for row in rows for tool in _parse_tool(row)]
+    tools = [tool for value in given for tool in _parse_tool(value)]
     tools = [tool for tool in tools if not names or tool.name in names]
     if _MODES[mode] == "required" and not tools:
         problem = "it asks for a call of a function that is not in `tools`."
@@ -1352,17 +1352,17 @@ def parse_tools(body: Json) -> tuple[tuple[Tool, ...], str]:
     return (() if mode == "none" else tuple(tools)), _MODES[mode]
 
 
-def _function(row: Any) -> dict[str, Any]:
+def _function(tool: Any) -> dict[str, Any]:
     """The function of a tool or a choice: nested (Chat) or flat (Responses, legacy)."""
-    row = object_of(row)
-    nested = row.get("function", row.get("custom"))
-    return nested if isinstance(nested, dict) else row
+    tool = object_of(tool)
+    nested = tool.get("function", tool.get("custom"))
+    return nested if isinstance(nested, dict) else tool
 
 
-def _parse_tool(row: Any) -> list[Tool]:
-    """The row's tool; [] if it is no function."""
-    function = _function(row)
-    name, kind = function.get("name"), row.get("type") if function else ""
+def _parse_tool(tool: Any) -> list[Tool]:
+    """The tool as it is given, or [] if it is no function."""
+    function = _function(tool)
+    name, kind = function.get("name"), tool.get("type") if function else ""
     if not isinstance(name, str) or not name or kind not in (None, "function"):
         return []
     description = str(function.get("description") or "")
@@ -1377,9 +1377,9 @@ def _parse_choice(choice: Any) -> tuple[str, list[Any]]:
     if kind == "allowed_tools":
         allowed = choice.get("allowed_tools")
         allowed = allowed if isinstance(allowed, dict) else choice
-        rows = allowed.get("tools")
-        rows = rows if isinstance(rows, list) else []
-        names = [_function(row).get("name") for row in rows]
+        tools = allowed.get("tools")
+        tools = tools if isinstance(tools, list) else []
+        names = [_function(tool).get("name") for tool in tools]
         return str(allowed.get("mode") or "auto")[:80], names
     name = _function(choice).get("name")
     if kind in (None, "function", "tool", "custom") and name:
@@ -1394,24 +1394,24 @@ def parse_output_format(body: Json) -> OutputFormat:
         BadRequest: the kind is unknown, or the schema missing.
     """
     where = "response_format"
-    if not (row := body.get(where)):
-        where, row = "text.format", object_of(body.get("text")).get("format")
-    kind = row.get("type", "text") if isinstance(row, dict) else row or "text"
+    if not (spec := body.get(where)):
+        where, spec = "text.format", object_of(body.get("text")).get("format")
+    kind = spec.get("type", "text") if isinstance(spec, dict) else spec or "text"
     if kind == "text":
         return OutputFormat()
     if kind == "json_object":
         return OutputFormat(kind, schema={"type": "object"}, param=where)
-    if kind != "json_schema" or not isinstance(row, dict):
+    if kind != "json_schema" or not isinstance(spec, dict):
         problem = "it must be text, json_object or json_schema."
         raise bad_value(f"{where}.type", problem)
-    row = object_of(row.get("json_schema") or row)
-    schema = row.get("schema")
+    spec = object_of(spec.get("json_schema") or spec)
+    schema = spec.get("schema")
     if not isinstance(schema, dict):
         place = f"{where}.json_schema" if where == "response_format" else where
         raise bad_type(f"{place}.schema", "a JSON Schema, an object")
-    if row.get("description"):
-        schema = {"description": row["description"], **schema}
-    return OutputFormat(kind, str(row.get("name") or ""), schema, where)
+    if spec.get("description"):
+        schema = {"description": spec["description"], **schema}
+    return OutputFormat(kind, str(spec.get("name") or ""), schema, where)
 
 
 # What the app is told...
@@ -1421,8 +1421,8 @@ def describe_tools(tools: Sequence[Tool], mode: str) -> str:
     """The words for the app, "" if there is nothing to say; from `parse_tools`."""
     if not tools:
         return _NO_TOOLS_TEXT if mode == "none" else ""
-    rows = [json.dumps(vars(tool), ensure_ascii=False) for tool in tools]
-    return _TOOLS_TEXT.format(tools="\n".join(rows)) + _RULES[mode]
+    lines = [json.dumps(vars(tool), ensure_ascii=False) for tool in tools]
+    return _TOOLS_TEXT.format(tools="\n".join(lines)) + _RULES[mode]
 
 
 def told_tools(text: str) -> list[Tool]:
@@ -1430,8 +1430,8 @@ def told_tools(text: str) -> list[Tool]:
     _, opener, rest = text.rpartition(_TOOLS_TEXT.partition("{")[0])
     lines, closer, _ = rest.partition("\n</tools>\n")
     try:
-        rows = map(parse_json_text, lines.split("\n") if opener and closer else ())
-        return [tool for row in rows for tool in _parse_tool(row)]
+        values = map(parse_json_text, lines.split("\n") if opener and closer else ())
+        return [tool for value in values for tool in _parse_tool(value)]
     except ValueError:
         return []
 
@@ -1749,7 +1749,7 @@ class _Block:
         if self._name:
             return [(self._name, _arguments(value, self._tools[self._name]))]
         if isinstance(value, list) and value:
-            return [call for row in value for call in self._calls_in(row)]
+            return [call for item in value for call in self._calls_in(item)]
         if not isinstance(value, dict):
             raise ValueError
         inner = [value[k] for k in _INNER if isinstance(value.get(k), (dict, list))]
