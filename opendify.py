@@ -2202,15 +2202,15 @@ def parse_form(parameters: Json) -> AppForm:
     """`GET /parameters` to a form; anything missing or odd is left out."""
     inputs = [
         AppInput(
-            str(row["variable"]),
-            str(row.get("type") or type_),
-            bool(row.get("required")),
-            _texts(row.get("options")),
-            *_allowed(row),
+            str(control["variable"]),
+            str(control.get("type") or type_),
+            bool(control.get("required")),
+            _texts(control.get("options")),
+            *_allowed(control),
         )
         for entry in objects_of(parameters.get("user_input_form"))
-        for type_, row in entry.items()
-        if object_of(row).get("variable")
+        for type_, control in entry.items()
+        if object_of(control).get("variable")
     ]
     hearing = object_of(parameters.get("speech_to_text"))
     speaking = object_of(parameters.get("text_to_speech"))
@@ -2246,9 +2246,9 @@ def query_variable(mode: str, form: AppForm, configured: str = "") -> str:
         return ""
     if configured:
         return configured
-    texts = [row for row in form.inputs if row.type in _TEXT_TYPES]
-    names = [row.variable for row in texts]
-    required = [row.variable for row in texts if row.required]
+    texts = [input_ for input_ in form.inputs if input_.type in _TEXT_TYPES]
+    names = [input_.variable for input_ in texts]
+    required = [input_.variable for input_ in texts if input_.required]
     usual = [name for name in _QUERY_NAMES if name in names]
     if names:
         return (usual or (required if len(required) == 1 else names))[0]
@@ -2264,12 +2264,12 @@ def describe_inputs(form: AppForm) -> str:
     """A sentence for error messages: each input, its type and its options."""
     if not form.inputs:
         return "The app declares no inputs."
-    rows = []
-    for row in form.inputs:
-        need = ", required" if row.required else ""
-        options = f", one of {', '.join(row.options)}" if row.options else ""
-        rows.append(f"{row.variable} ({row.type}{need}{options})")
-    return f"The app's inputs are: {'; '.join(rows)}. Send them as `inputs`."
+    described = []
+    for input_ in form.inputs:
+        need = ", required" if input_.required else ""
+        options = f", one of {', '.join(input_.options)}" if input_.options else ""
+        described.append(f"{input_.variable} ({input_.type}{need}{options})")
+    return f"The app's inputs are: {'; '.join(described)}. Send them as `inputs`."
 
 
 # Files for the app...
@@ -2286,7 +2286,7 @@ def check_files(form: AppForm, files: Sequence[Attachment], given: Json) -> None
     Raises:
         BadRequest: it names the file, and the limit.
     """
-    has_fields = any(row.type in _FILE_TYPES for row in form.inputs)
+    has_fields = any(input_.type in _FILE_TYPES for input_ in form.inputs)
     rules = _upload_rules(form)
     limit = count_of(rules.get("number_limits"))
     for index, file in enumerate(files):
@@ -2307,7 +2307,7 @@ def has_room(form: AppForm, files: Sequence[Attachment], given: Json) -> bool:
     """Whether the app surely takes so many files; the arguments of `check_files`."""
     if rules := _upload_rules(form):
         return len(files) <= (count_of(rules.get("number_limits")) or 1)
-    fields = sum(row.type in _FILE_TYPES for row in form.inputs)
+    fields = sum(input_.type in _FILE_TYPES for input_ in form.inputs)
     return len(files) <= fields and not _left_over(form, files, given)
 
 
@@ -2334,7 +2334,7 @@ def _left_over(
     """The files that no input takes."""
     numbered = [(file, str(index)) for index, file in enumerate(files)]
     rest = place_files(form, numbered, given)["files"]
-    return [files[int(row["upload_file_id"])] for row in rest]
+    return [files[int(mapping["upload_file_id"])] for mapping in rest]
 
 
 def size_limit_mb(form: AppForm, file: Attachment) -> int:
@@ -2396,15 +2396,15 @@ def place_files(
     """
     rest = list(files)
     inputs: dict[str, Any] = {}
-    for row in form.inputs:
-        if row.type in _FILE_TYPES and row.variable not in given:
-            kinds = [_kind_among(file, row.kinds, row.extensions) for file, _ in rest]
+    for input_ in form.inputs:
+        if input_.type in _FILE_TYPES and input_.variable not in given:
+            kinds = [_kind_among(f, input_.kinds, input_.extensions) for f, _ in rest]
             fit = [n for n, kind in enumerate(kinds) if kind]
-            fit = fit[:1] if row.type == "file" else fit
+            fit = fit[:1] if input_.type == "file" else fit
             placed, taken = [file_mapping(*rest[n], kinds[n]) for n in fit], set(fit)
             rest = [pair for n, pair in enumerate(rest) if n not in taken]
             if placed:
-                inputs[row.variable] = placed[0] if row.type == "file" else placed
+                inputs[input_.variable] = placed[0] if input_.type == "file" else placed
     allowed = _allowed(_upload_rules(form))
     beside = [file_mapping(*pair, _kind_among(pair[0], *allowed)) for pair in rest]
     return {"inputs": inputs, "files": beside}
@@ -3314,11 +3314,11 @@ def _text_of_form(data: Json) -> str:
     """What a run that pauses asks the user for."""
     asked = data.get("form_content") or data.get("message")
     token = data.get("form_token")
-    rows = objects_of(data.get("actions"))
-    actions = ", ".join(str(row.get("title") or row.get("id")) for row in rows)
+    actions = objects_of(data.get("actions"))
+    names = ", ".join(str(a.get("title") or a.get("id")) for a in actions)
     lines = [
         str(asked or data.get("node_title") or "Input is needed."),
-        f"Actions: {actions}" if rows else "",
+        f"Actions: {names}" if actions else "",
         f"Form: {token}" if token else "",
     ]
     return "\n\n".join(filter(None, lines))
@@ -3354,8 +3354,8 @@ class Appendix:
             self._node_usage += _usage(outputs.get("usage") or process.get("usage"))
         elif kind == "knowledge-retrieval" and self._mode == "workflow":
             self._resources += [
-                {**object_of(row.get("metadata")), "content": row.get("content")}
-                for row in objects_of(outputs.get("result"))
+                {**object_of(hit.get("metadata")), "content": hit.get("content")}
+                for hit in objects_of(outputs.get("result"))
             ]
 
     def add_message(self, files: object, metadata: Json) -> None:
@@ -3432,8 +3432,8 @@ def _files_in(value: Any) -> list[Json]:
     if _is_file(value):
         return [value]
     items = list(value.values()) if isinstance(value, dict) else value
-    rows = items if isinstance(items, list) else []
-    return [file for row in rows for file in _files_in(row)]
+    items = items if isinstance(items, list) else []
+    return [file for item in items for file in _files_in(item)]
 
 
 def _without_files(value: Any) -> Any:
@@ -3460,8 +3460,8 @@ _NOTHING = object()
 
 
 def _usage(value: Any) -> Usage:
-    row = object_of(value)
-    prompt, completion = row.get("prompt_tokens"), row.get("completion_tokens")
+    usage = object_of(value)
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
     return Usage(count_of(prompt), count_of(completion))
 
 
@@ -3526,7 +3526,7 @@ def stored_turn(row: Json, base: str, history_variable: str = "") -> StoredTurn:
 
 
 def stored_run(
-    row: Json, base: str, variables: Iterable[str], output_variable: str
+    run: Json, base: str, variables: Iterable[str], output_variable: str
 ) -> StoredTurn:
     """A workflow's run as parts, by the same reader as a stream.
 
@@ -3534,17 +3534,17 @@ def stored_run(
     inputs, in some releases the outputs too, are JSON in a string
 
     Args:
-        row: the run.
+        run: of Dify's store.
         base: of the app's API.
         variables: the inputs that make up the question.
         output_variable: the output that is the answer, "" for a usual one.
     """
-    inputs, outputs = (_unpacked(row.get(name)) for name in ("inputs", "outputs"))
+    inputs, outputs = (_unpacked(run.get(name)) for name in ("inputs", "outputs"))
     asked = (inputs[name] for name in variables if isinstance(inputs.get(name), str))
     question = Message("user", "\n\n".join(filter(None, asked)))
     reader = AnswerReader("workflow", base, output_variable=output_variable)
-    parts = reader._workflow_finished({**row, "outputs": outputs})
-    id_, created = str(row.get("id") or ""), count_of(row.get("created_at"))
+    parts = reader._workflow_finished({**run, "outputs": outputs})
+    id_, created = str(run.get("id") or ""), count_of(run.get("created_at"))
     return StoredTurn(id_, id_, created, question, parts)
 
 
