@@ -3786,8 +3786,8 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
 def _is_deep(value: Any) -> bool:
     level = [value]
     for _ in range(MAX_NESTING):
-        rows = [row.values() if isinstance(row, dict) else row for row in level]
-        level = [v for row in rows for v in row if isinstance(v, (dict, list))]
+        groups = [v.values() if isinstance(v, dict) else v for v in level]
+        level = [v for group in groups for v in group if isinstance(v, (dict, list))]
     return bool(level)
 
 
@@ -3854,19 +3854,19 @@ def _parse_required(body: Json, name: str) -> str:
     return text
 
 
-def check_number(rows: Sequence[Any], name: str) -> None:
+def check_number(items: Sequence[Any], name: str) -> None:
     """Refuse more messages than a history can have."""
-    if len(rows) > MAX_MESSAGES:
+    if len(items) > MAX_MESSAGES:
         raise bad_value(name, f"there may be {MAX_MESSAGES} at most.")
 
 
-def _parse_messages(rows: Any) -> tuple[str, tuple[Message, ...]]:
-    if rows is None or rows == []:
+def _parse_messages(given: Any) -> tuple[str, tuple[Message, ...]]:
+    if given is None or given == []:
         raise missing_parameter("messages")
-    if not isinstance(rows, list):
+    if not isinstance(given, list):
         raise bad_type("messages", "an array")
-    check_number(rows, "messages")
-    messages = [parse_message(row, f"messages[{i}]") for i, row in enumerate(rows)]
+    check_number(given, "messages")
+    messages = [parse_message(value, f"messages[{i}]") for i, value in enumerate(given)]
     return split_system(with_tool_names(messages))
 
 
@@ -3878,31 +3878,31 @@ def with_tool_names(messages: list[Message]) -> list[Message]:
     calls: dict[str, tuple[int, str]] = {}  # id: (which of all, the tool's name)
     told: list[Message] = []
     numbers = count()
-    for is_result, run in itertools.groupby(messages, lambda row: row.role == "tool"):
-        rows = list(run)
-        rows = _by_calls(rows, calls) if is_result else rows
-        for call in (call for row in rows for call in row.tool_calls):
+    for is_result, run in itertools.groupby(messages, lambda m: m.role == "tool"):
+        group = list(run)
+        group = _by_calls(group, calls) if is_result else group
+        for call in (call for message in group for call in message.tool_calls):
             calls[call.id] = (next(numbers), call.name)  # ids may return
-        told += rows
+        told += group
     return told
 
 
 def _by_calls(
     results: Sequence[Message], calls: Mapping[str, tuple[int, str]]
 ) -> list[Message]:
-    rows = []
-    for row in results:
-        unknown = (inf, row.name or row.call_id)
-        number, name = calls.get(row.call_id or row.name, unknown)
-        rows.append((number, row._replace(name=name, call_id="")))
-    return [row for _, row in sorted(rows, key=operator.itemgetter(0))]
+    numbered = []
+    for result in results:
+        unknown = (inf, result.name or result.call_id)
+        number, name = calls.get(result.call_id or result.name, unknown)
+        numbered.append((number, result._replace(name=name, call_id="")))
+    return [result for _, result in sorted(numbered, key=operator.itemgetter(0))]
 
 
 def _parse_stops(stop: Any) -> tuple[str, ...]:
     if not stop:
         return ()
     stops = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stops, list) or not all(isinstance(row, str) for row in stops):
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise bad_type("stop", "a string or an array of strings")
     if len(stops) > MAX_STOPS or max(map(len, stops)) > MAX_STOP_CHARS:
         problem = f"at most {MAX_STOPS}, of {MAX_STOP_CHARS} characters each."
@@ -3959,26 +3959,26 @@ def user_of_key(key: str) -> str:
     return "opendify-" + hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def parse_message(row: Any, where: str) -> Message:
+def parse_message(message: Any, where: str) -> Message:
     """One message of a history."""
-    if not isinstance(row, dict):
+    if not isinstance(message, dict):
         raise bad_type(where, "an object")
-    role = _ROLES.get(str(row.get("role")), "user")
-    text, attachments = parse_content(row.get("content"), f"{where}.content")
-    name = row.get("name") if row.get("name") != role else ""  # AutoGen's users
-    call_id = row.get("tool_call_id") if role == "tool" else ""
+    role = _ROLES.get(str(message.get("role")), "user")
+    text, attachments = parse_content(message.get("content"), f"{where}.content")
+    name = message.get("name") if message.get("name") != role else ""  # AutoGen's users
+    call_id = message.get("tool_call_id") if role == "tool" else ""
     is_named = role == "assistant" and not text
-    spoken_id = object_of(row.get("audio")).get("id") if is_named else ""
-    calls = parse_calls(row)
+    spoken_id = object_of(message.get("audio")).get("id") if is_named else ""
+    calls = parse_calls(message)
     ids = (str(spoken_id or ""), str(call_id or ""))
     return Message(role, text, str(name or ""), attachments, calls, *ids)
 
 
-def parse_calls(row: Json) -> tuple[ToolCall, ...]:
+def parse_calls(message: Json) -> tuple[ToolCall, ...]:
     """Earlier calls of an assistant's message, of both generations."""
-    calls = objects_of(row.get("tool_calls"))
-    if row.get("function_call"):
-        calls.append({"function": row["function_call"]})
+    calls = objects_of(message.get("tool_calls"))
+    if message.get("function_call"):
+        calls.append({"function": message["function_call"]})
     parsed = []
     for call in calls:
         function = call.get("function")
@@ -4002,9 +4002,9 @@ def parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...]
     if not isinstance(content, list):
         raise bad_type(where, "a string or an array of parts")
     texts, files = [], []
-    for index, row in enumerate(content):
+    for index, value in enumerate(content):
         place = f"{where}[{index}]"
-        part = {"text": row} if isinstance(row, str) else row
+        part = {"text": value} if isinstance(value, str) else value
         if not isinstance(part, dict):
             raise bad_type(place, "an object")
         kind = str(part.get("type"))
@@ -4051,8 +4051,8 @@ def parse_completion_request(body: Json) -> CompletionRequest:
             code="unsupported_parameter",
         )
     # The fields that both APIs have; the text of chat would be a Responses format.
-    rows = {name: body[name] for name in body if name not in _CHAT_ONLY}
-    chat = parse_chat_request({**rows, "messages": [{"role": "user", "content": ""}]})
+    fields = {name: body[name] for name in body if name not in _CHAT_ONLY}
+    chat = parse_chat_request({**fields, "messages": [{"role": "user", "content": ""}]})
     each = [prompt for prompt in prompts for _ in range(chat.n)]
     if len(each) > MAX_CHOICES:
         raise bad_value("prompt", f"there may be {MAX_CHOICES} choices at most.")
@@ -4151,7 +4151,7 @@ def _parse_data_url(url: str, where: str) -> tuple[str, bytes]:
     head, comma, payload = url[5:].partition(",")
     if not comma:
         raise bad_value(where, "the data URL has no comma.")
-    fields = [row.strip().lower() for row in head.split(";")]
+    fields = [part.strip().lower() for part in head.split(";")]
     media_type = fields[0] if "/" in fields[0] else ""
     if "base64" in fields:  # last, says the RFC
         return media_type, _decode_base64(urllib.parse.unquote(payload), where)
@@ -4449,7 +4449,7 @@ class Answer:
         elif isinstance(part, Reasoning):
             self._reasonings.append(part)
         elif isinstance(part, Replace):
-            self._reasonings = [row for row in self._reasonings if not row.is_inline]
+            self._reasonings = [r for r in self._reasonings if not r.is_inline]
             self._leave(part.text, part.reasoning)
         elif isinstance(part, Recast):
             text = self.text
@@ -4666,11 +4666,11 @@ class ChatStream(_ChunkStream):
         named = {"name": call.name, "arguments": ""}
         given = {"arguments": call.arguments}
         if self._is_legacy:
-            told = () if index else (named, given)
-            return b"".join(self._chunk({"function_call": row}) for row in told)
+            deltas = () if index else (named, given)
+            return b"".join(self._chunk({"function_call": delta}) for delta in deltas)
         about = {"index": index, "id": call.id, "type": "function", "function": named}
-        rows = (about, {"index": index, "function": given})
-        return b"".join(self._chunk({"tool_calls": [row]}) for row in rows)
+        entries = (about, {"index": index, "function": given})
+        return b"".join(self._chunk({"tool_calls": [entry]}) for entry in entries)
 
     def _choice(self, delta: Any, reason: str | None) -> dict[str, Any]:
         return _chat_choice(self._index, {"delta": delta}, reason)
@@ -4795,9 +4795,9 @@ def _usage_object(usage: Usage) -> dict[str, Any]:
 def cite(resources: Sequence[Json], at: int) -> dict[str, Any]:
     """Citations as OpenAI's annotations, where they have a URL, and complete."""
     annotations = []
-    for row in resources:
-        if url := url_of(row):
-            title = str(row.get("title") or row.get("document_name") or url)
+    for resource in resources:
+        if url := url_of(resource):
+            title = str(resource.get("title") or resource.get("document_name") or url)
             citation = {"start_index": 0, "end_index": at, "url": url, "title": title}
             annotations.append({"type": "url_citation", "url_citation": citation})
     cited: dict[str, Any] = {"annotations": annotations} if annotations else {}
