@@ -4854,15 +4854,15 @@ class ResponsesRequest:
     @property
     def references(self) -> tuple[str, ...]:
         """The ids of the items that are only named, in order."""
-        return tuple(row.id for row in self.items if isinstance(row, ItemReference))
+        return tuple(item.id for item in self.items if isinstance(item, ItemReference))
 
     @property
     def known_tools(self) -> tuple[Tool, ...]:
         """The tools whose calls stored answers may hold, withdrawn ones included."""
-        messages = [row for row in self.items if isinstance(row, Message)]
-        calls = [call for row in messages for call in row.tool_calls]
+        messages = [item for item in self.items if isinstance(item, Message)]
+        calls = [call for message in messages for call in message.tool_calls]
         tools = {call.name: Tool(call.name) for call in calls}
-        return tuple({**tools, **{row.name: row for row in self.ask.tools}}.values())
+        return tuple({**tools, **{tool.name: tool for tool in self.ask.tools}}.values())
 
 
 def parse_responses_request(body: Json) -> ResponsesRequest:
@@ -4899,12 +4899,12 @@ def echo_of(body: Json) -> dict[str, Any]:
 
 def _with_functions(body: Json) -> Json:
     """The body with its custom tools as functions of one text."""
-    rows = body.get("tools")
-    if not isinstance(rows, list):
+    tools = body.get("tools")
+    if not isinstance(tools, list):
         return body
     functions = [
-        _function_of(row) if object_of(row).get("type") == "custom" else row
-        for row in rows
+        _function_of(tool) if object_of(tool).get("type") == "custom" else tool
+        for tool in tools
     ]
     return {**body, "tools": functions}
 
@@ -4969,68 +4969,68 @@ def parse_items(value: Any) -> list[Item]:
     if not isinstance(value, list):
         raise bad_type("input", "a string or an array of items")
     check_number(value, "input")
-    parsed = [_parse_item(row, f"input[{index}]") for index, row in enumerate(value)]
+    parsed = [_parse_item(item, f"input[{index}]") for index, item in enumerate(value)]
     known = [item for item in parsed if item]
     items: list[Item] = []
-    for role, run in itertools.groupby(known, lambda row: getattr(row, "role", "")):
-        rows = list(run)
-        items += _joined(cast("list[Message]", rows)) if role == "assistant" else rows
+    for role, run in itertools.groupby(known, lambda item: getattr(item, "role", "")):
+        group = list(run)
+        items += _joined(cast("list[Message]", group)) if role == "assistant" else group
     return items
 
 
-def _joined(said: Iterable[Message]) -> list[Message]:
+def _joined(messages: Iterable[Message]) -> list[Message]:
     """One answer's thoughts, text and calls, in whatever order, are one message.
 
     Two texts are not: agents that take turns leave several in a row.
     """
     answers: list[list[Message]] = []
     goes_on = has_calls = False
-    for item in said:
-        if not (goes_on or (answers and item.tool_calls)):
+    for message in messages:
+        if not (goes_on or (answers and message.tool_calls)):
             answers.append([])
             goes_on, has_calls = True, False
-        answers[-1].append(item)
-        has_calls = has_calls or bool(item.tool_calls)
-        goes_on = has_calls or (goes_on and not plain_text(item))
+        answers[-1].append(message)
+        has_calls = has_calls or bool(message.tool_calls)
+        goes_on = has_calls or (goes_on and not plain_text(message))
     return [
-        rows[0]._replace(
-            text="\n".join(row.text for row in rows if row.text),
-            attachments=tuple(file for row in rows for file in row.attachments),
-            tool_calls=tuple(call for row in rows for call in row.tool_calls),
+        answer[0]._replace(
+            text="\n".join(m.text for m in answer if m.text),
+            attachments=tuple(file for m in answer for file in m.attachments),
+            tool_calls=tuple(call for m in answer for call in m.tool_calls),
         )
-        for rows in answers
+        for answer in answers
     ]
 
 
-def _parse_item(row: Any, where: str) -> Item | None:
+def _parse_item(item: Any, where: str) -> Item | None:
     """An item of a kind that says something to an app; None for all others."""
-    if isinstance(row, str):
-        return Message("user", row)
-    if not isinstance(row, dict):
+    if isinstance(item, str):
+        return Message("user", item)
+    if not isinstance(item, dict):
         raise bad_type(where, "an object")
-    kind = row.get("type") or ("message" if "role" in row else "item_reference")
+    kind = item.get("type") or ("message" if "role" in item else "item_reference")
     parse = _ITEMS.get(str(kind))
-    return parse(row, where) if parse else None
+    return parse(item, where) if parse else None
 
 
-def _parse_call(row: Json, where: str) -> Message:
-    if row.get("type") == "custom_tool_call":  # its input is text of any form
-        row = {**row, "arguments": {"input": row.get("input") or ""}}
-    call = {"id": row.get("call_id"), "function": row}
+def _parse_call(item: Json, where: str) -> Message:
+    if item.get("type") == "custom_tool_call":  # its input is text of any form
+        item = {**item, "arguments": {"input": item.get("input") or ""}}
+    call = {"id": item.get("call_id"), "function": item}
     return Message("assistant", "", tool_calls=parse_calls({"tool_calls": [call]}))
 
 
-def _parse_result(row: Json, where: str) -> Message:
-    output = row.get("output")
+def _parse_result(item: Json, where: str) -> Message:
+    output = item.get("output")
     if output is not None and not isinstance(output, (str, list)):
         output = json.dumps(output, ensure_ascii=False)
     text, files = parse_content(output, f"{where}.output")
-    call_id = str(row.get("call_id") or "")
+    call_id = str(item.get("call_id") or "")
     return Message("tool", text, attachments=files, call_id=call_id)
 
 
-def _parse_reference(row: Json, where: str) -> ItemReference | None:
-    return ItemReference(str(row["id"])) if row.get("id") else None
+def _parse_reference(item: Json, where: str) -> ItemReference | None:
+    return ItemReference(str(item["id"])) if item.get("id") else None
 
 
 _ITEMS: Mapping[str, Callable[[dict[str, Any], str], Item | None]] = {
@@ -5046,13 +5046,13 @@ _ITEMS: Mapping[str, Callable[[dict[str, Any], str], Item | None]] = {
 def _echo_tools(value: Any) -> list[dict[str, Any]]:
     """The tools that an app can be told of; others may have any shape (Codex)."""
     tools = []
-    for row in objects_of(value):
-        kind, name = row.get("type"), row.get("name")
+    for given in objects_of(value):
+        kind, name = given.get("type"), given.get("name")
         tool: dict[str, Any] = {"type": kind, "name": name}
         if kind == "function":
-            tool["description"] = str(row.get("description") or "")
-            tool["parameters"] = object_of(row.get("parameters"))
-            tool["strict"] = bool(row.get("strict"))
+            tool["description"] = str(given.get("description") or "")
+            tool["parameters"] = object_of(given.get("parameters"))
+            tool["strict"] = bool(given.get("strict"))
         if kind in ("function", "custom") and isinstance(name, str):
             tools.append(tool)
     return tools
@@ -5164,12 +5164,12 @@ def input_item(id_: str, message: Message) -> dict[str, Any]:
     return {**item, "role": message.role, "content": content}
 
 
-def stored_item(row: Any, id_: str, taken: Collection[str]) -> dict[str, Any]:
+def stored_item(value: Any, id_: str, taken: Collection[str]) -> dict[str, Any]:
     """An item that a client gave to a conversation, as it is given back.
 
     It keeps its own id if that is not `taken`: a list is paged by its ids.
     """
-    given = {"role": "user", "content": row} if isinstance(row, str) else row
+    given = {"role": "user", "content": value} if isinstance(value, str) else value
     item: dict[str, Any] = {"id": id_, "type": "message", "status": "completed"}
     item.update((name, v) for name, v in given.items() if v is not None)
     if not (item["id"] and isinstance(item["id"], str)) or item["id"] in taken:
@@ -5200,17 +5200,17 @@ def list_page(items: Sequence[Json], query: Mapping[str, str]) -> Any:
         limit = min(max(int(query.get("limit") or 20), 1), 100)
     except ValueError:
         raise bad_value("limit", "it must be a number from 1 to 100.") from None
-    rows = list(items) if query.get("order") == "asc" else list(reversed(items))
-    ids = [row["id"] for row in rows]
+    ordered = list(items) if query.get("order") == "asc" else list(reversed(items))
+    ids = [item["id"] for item in ordered]
     after = query.get("after")
     start = (ids.index(after) + 1 if after in ids else len(ids)) if after else 0
-    page = rows[start : start + limit]
+    page = ordered[start : start + limit]
     return {
         "object": "list",
         "data": page,
         "first_id": page[0]["id"] if page else "",
         "last_id": page[-1]["id"] if page else "",
-        "has_more": start + limit < len(rows),
+        "has_more": start + limit < len(ordered),
     }
 
 
@@ -5229,14 +5229,14 @@ def deleted_object(id_: str) -> dict[str, Any]:
 def _annotations(resources: Sequence[Json], at: int) -> list[Any]:
     """Citations in the flat form: pages that have a URL, and documents, each once."""
     cited = cite(resources, at).get("annotations", ())
-    flat = {row["url_citation"]["url"]: row["url_citation"] for row in cited}
+    pages = {c["url"]: c for c in (a["url_citation"] for a in cited)}
     files = {
-        str(row["document_id"]): str(row["document_name"])
-        for row in resources
-        if row.get("document_id") and row.get("document_name") and not url_of(row)
+        str(doc["document_id"]): str(doc["document_name"])
+        for doc in resources
+        if doc.get("document_id") and doc.get("document_name") and not url_of(doc)
     }
     return [
-        *({"type": "url_citation", **row} for row in flat.values()),
+        *({"type": "url_citation", **page} for page in pages.values()),
         *(
             {"type": "file_citation", "file_id": id_, "filename": name, "index": index}
             for index, (id_, name) in enumerate(files.items())
@@ -5451,8 +5451,8 @@ class ResponseStream:
         annotations = _annotations(cited, sum(map(len, opened.texts)))
         text = opened.update(status, annotations)
         events = b""
-        for index, row in enumerate(annotations):
-            told = {"annotation_index": index, "annotation": row}
+        for index, annotation in enumerate(annotations):
+            told = {"annotation_index": index, "annotation": annotation}
             events += self._event("output_text.annotation.added", **place, **told)
         done = {"text" if form.part else form.key: text, **form.more}
         if form is _CALL_FORM:
