@@ -5693,8 +5693,8 @@ def _told_hashes(
 
     Without a system text, what was told `before` holds.
     """
-    rows = [*_opening(ask.system), *messages]
-    texts = [row.text for row in rows if row.role == "system"]
+    messages = [*_opening(ask.system), *messages]
+    texts = [message.text for message in messages if message.role == "system"]
     system = before[:_DIGEST_BYTES].ljust(_DIGEST_BYTES)
     if texts:
         system = _hash(scope, ascii(texts).encode(), _DIGEST_BYTES)
@@ -5729,7 +5729,7 @@ def plan_turn(
     """
     history, new = split_turn(ask)
     opening = _opening("" if system_variable else ask.system)
-    is_new, said = tail is None, [row for row in history if row.role != "system"]
+    is_new, said = tail is None, [m for m in history if m.role != "system"]
     added = said if ask.is_all_new and not is_new else []  # the conversation lacks it
     if tail is None:
         folded = len(said) if history_variable else 0
@@ -5738,9 +5738,9 @@ def plan_turn(
     context = [*opening, *history[len(elsewhere) :]]
     if not is_new:
         system = _told_hashes(scope, ask, history)[:_DIGEST_BYTES]
-        told = opening + [row for row in history if row.role == "system"]
+        told = opening + [m for m in history if m.role == "system"]
         context = [*([] if tail.told.startswith(system) else told), *added]
-    files = [file for row in new for file in row.attachments]
+    files = [file for m in new for file in m.attachments]
     carried = _with_room(history if is_new else added, files, has_room)
     inputs = dict(ask.inputs)
     if system_variable and ask.system.strip():
@@ -5748,7 +5748,7 @@ def plan_turn(
     if history_variable and elsewhere:
         inputs[history_variable] = fold(elsewhere, carried)
     query = _query(ask, context, new, carried) if ask.messages else ask.system
-    files = [file for row in carried for file in row.attachments] + files
+    files = [file for m in carried for file in m.attachments] + files
     # Nobody can tell how a client shows an answer that was continued, or a title.
     is_known = tail.is_known and bool(new) and not is_side_request(ask)
     new = (*added, *new)
@@ -5766,10 +5766,10 @@ def _with_room(
 ) -> list[Message]:
     """The newest messages whose files have room beside the others, in order."""
     carried: list[Message] = []
-    for row in reversed(history):
-        if row.attachments and has_room([*row.attachments, *files]):
-            files = [*row.attachments, *files]
-            carried.insert(0, row)
+    for message in reversed(history):
+        if message.attachments and has_room([*message.attachments, *files]):
+            files = [*message.attachments, *files]
+            carried.insert(0, message)
     return carried
 
 
@@ -5791,7 +5791,7 @@ def _query(
     carried: Sequence[Message],
 ) -> str:
     """The new messages and, if need be, what Dify does not know yet, as one text."""
-    is_history = any(row.role != "system" for row in context)
+    is_history = any(message.role != "system" for message in context)
     parts = ["The conversation so far:"] if is_history else []
     if len(new) == 1 and new[0].role == "user" and not new[0].name:
         text = new[0].text  # as it is: apps search and branch by their query
@@ -5823,13 +5823,13 @@ def fold(
     The files of `carried` messages go with the query, those of others don't.
     """
     with_files = set(map(id, carried))
-    rows = [_element(row, id(row) in with_files) for row in messages]
-    texts = [beside, *(text for _, text in rows)]
+    pairs = [_element(message, id(message) in with_files) for message in messages]
+    texts = [beside, *(text for _, text in pairs)]
     used = {n for text in texts for n in _TAG.findall(text)}
     tag = "message"
     if used:
         tag = f"message-{next(n for n in count(2) if str(n) not in used)}"
-    return "\n".join(f"<{tag}{about}>\n{text}\n</{tag}>" for about, text in rows)
+    return "\n".join(f"<{tag}{about}>\n{text}\n</{tag}>" for about, text in pairs)
 
 
 def _element(message: Message, is_carried: bool) -> tuple[str, str]:
@@ -5843,7 +5843,7 @@ def _element(message: Message, is_carried: bool) -> tuple[str, str]:
 
 
 def _file_names(message: Message) -> str:
-    files = [(row.url or row.name, row.media_type) for row in message.attachments]
+    files = [(file.url or file.name, file.media_type) for file in message.attachments]
     return "; ".join(f"{name} ({kind})" if kind else name for name, kind in files)
 
 
@@ -5916,8 +5916,8 @@ class NamedConversation:
         self, scope: bytes, told: Sequence[Any], **fields: Any
     ) -> NamedConversation:
         """The same after a turn, which has told Dify these items."""
-        ids = {row["id"] for row in told}
-        items = tuple(row for row in self.items if row["id"] not in ids)
+        ids = {item["id"] for item in told}
+        items = tuple(item for item in self.items if item["id"] not in ids)
         seal = _hash(scope, b"named", 16).hex()
         return replace(self, items=items, seal=seal, **fields)
 
@@ -6145,7 +6145,7 @@ def _told_alike(tails: Iterable[Tail], told: bytes) -> list[Tail]:
 
 def _is_clear(history: Sequence[Message]) -> bool:
     """Whether a window can be told from others: two answers, or a long one."""
-    answers = [plain_text(row) for row in history if row.role == "assistant"]
+    answers = [plain_text(m) for m in history if m.role == "assistant"]
     return len(answers) > 1 or len(answers[0].encode()) >= _CLEAR_BYTES
 
 
