@@ -8418,29 +8418,29 @@ class Dify:
         """
         page: dict[str, Any] = {}
         if await self.facts.mode_of(app) == "workflow":
-            rows = await self._run(app, conversation_id)
+            turns = await self._run(app, conversation_id)
         else:
             more = {"limit": most, **({"first_id": first_id} if first_id else {})}
             page = await self._messages(app, conversation_id, user, **more)
             data, past = objects_of(page.get("data")), app.history_variable
-            rows = [stored_turn(row, app.base, past) for row in data]
-        for part in (part for row in rows for part in row.parts[-1:]):
+            turns = [stored_turn(row, app.base, past) for row in data]
+        for part in (part for turn in turns for part in turn.parts[-1:]):
             if isinstance(part, Failure):
                 without_key(part.error, app)
-        return rows, page.get("has_more") is True
+        return turns, page.get("has_more") is True
 
     async def _run(self, app: AppSettings, id_: str) -> list[StoredTurn]:
         """A workflow's run; [] if Dify does not have it (404, or nulls)."""
-        row: dict[str, Any] = {}
+        run: dict[str, Any] = {}
         with contextlib.suppress(UpstreamRejected):
             path = f"/workflows/run/{urllib.parse.quote(id_, safe='')}"
-            row = await self.api.call(app, path)
-        if row.get("id") != id_:
+            run = await self.api.call(app, path)
+        if run.get("id") != id_:
             return []
         form = NO_FORM if app.query_variable else await self.facts.form_of(app)
         query = query_variable("workflow", form, app.query_variable)
         variables = (app.history_variable, query)
-        return [stored_run(row, app.base, variables, app.output_variable)]
+        return [stored_run(run, app.base, variables, app.output_variable)]
 
     async def _messages(
         self, app: AppSettings, conversation_id: str, user: str, **more: object
@@ -8665,7 +8665,7 @@ class Outlet:
             self._reply.start(200, [*SSE_HEADERS, *id_headers(ids)])
 
     def _fail(self, error: ProxyError) -> bytes:
-        held = [row._take_opening() + row._flush() for row in self._exchange.outlets]
+        held = [out._take_opening() + out._flush() for out in self._exchange.outlets]
         return b"".join(held) + self._stream.fail(error)
 
     def _take_opening(self) -> bytes:
@@ -9216,7 +9216,7 @@ class Turns:
     async def _try_turn(self, question: Question, mode: str) -> Turn:
         """One attempt; raises what Dify says before its first word."""
         app, ask = question.app, question.ask
-        has_files = any(row.attachments for row in ask.messages)
+        has_files = any(message.attachments for message in ask.messages)
         needs_form = has_files or (mode not in CHAT_MODES and not app.query_variable)
         form = await self.dify.facts.form_of(app) if needs_form else NO_FORM
         plan = plan_turn(
@@ -9289,8 +9289,8 @@ async def _with_past(dify: Dify, question: Question, plan: Plan) -> Json:
     name, is_named = app.history_variable, question.ask.conversation_id
     if not (name and here and is_named) or name in plan.inputs:
         return plan.inputs
-    rows, _ = await dify.messages(app, here, question.user, most=1)
-    past = rows[-1].past if rows else ""
+    turns, _ = await dify.messages(app, here, question.user, most=1)
+    past = turns[-1].past if turns else ""
     return {**plan.inputs, name: past} if past else plan.inputs
 
 
