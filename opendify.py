@@ -9360,8 +9360,8 @@ class Form:
     @property
     def fields(self) -> dict[str, str]:
         """The fields so far."""
-        rows = self._fields.items()
-        return {name: data.decode("utf-8", "replace") for name, data in rows}
+        fields = self._fields.items()
+        return {name: data.decode("utf-8", "replace") for name, data in fields}
 
     @property
     def model(self) -> str:
@@ -9526,7 +9526,7 @@ class Archive:
         """The question in the conversation of its id, if any, or in a new one."""
         ask, here = ask_of(asked, {}), Place(user, asked.ask.conversation_id, "")
         told: list[Message] = []
-        has_results = any(row.role == "tool" for row in ask.messages)
+        has_results = any(message.role == "tool" for message in ask.messages)
         is_named = has_results and here.conversation_id
         if is_named and await self.dify.facts.mode_of(app) in CHAT_MODES:
             turns, _ = await self._page_of(app, here)
@@ -9549,11 +9549,11 @@ class Archive:
         """
         previous, here = asked.previous_response_id, anchor.conversation_id
         tools = asked.known_tools
-        # Nearly always the newest answer is named, and nothing else: one row tells all.
+        # Nearly always the newest answer is named and nothing else: one turn tells all.
         if previous and is_free and not named:
             newest, _ = await self._page_of(app, anchor, most=1)
             told = _transcript(newest, tools)
-            is_newest = [row.message_id for row in newest] == [anchor.message_id]
+            is_newest = [turn.message_id for turn in newest] == [anchor.message_id]
             if is_newest and _has_calls(asked, told):
                 ask = ask_of(asked, {}, told=told)
                 is_all_new = not is_known_history(ask, told)
@@ -9561,16 +9561,16 @@ class Archive:
         # Else all turns are read of the conversations that are named.
         places = [anchor, *reversed(list(named.values()))]
         stored = await self.turns_of_all(app, places)
-        rows = {row.message_id: row for turns in stored.values() for row in turns}
-        if previous and anchor.message_id not in rows:
+        by_id = {turn.message_id: turn for turns in stored.values() for turn in turns}
+        if previous and anchor.message_id not in by_id:
             raise _no_previous(previous)
         found = {
-            id_: row.question if place.item == "in" else stored_message(row, tools)
+            id_: turn.question if place.item == "in" else stored_message(turn, tools)
             for id_, place in named.items()
-            if (row := rows.get(place.message_id))
+            if (turn := by_id.get(place.message_id))
         }
         turns = stored[here]
-        ids = [row.message_id for row in turns]
+        ids = [turn.message_id for turn in turns]
         end = ids.index(anchor.message_id) + 1 if anchor.message_id in ids else 0
         known = _transcript(turns[:end], tools)
         ask = _with_something(ask_of(asked, found, known if previous else ()), asked)
@@ -9590,19 +9590,19 @@ class Archive:
         Raises:
             BadRequest: an id is not ours, or Dify does not have its answer any more.
         """
-        ids = [row.spoken_id for row in ask.messages if row.spoken_id]
+        ids = [message.spoken_id for message in ask.messages if message.spoken_id]
         places = {id_: open_place(sealer, id_, "audio_", user=user) for id_ in ids}
         known = filter(None, places.values())
         stored = await self.turns_of_all(app, known)
-        turns = {turn.message_id: turn for rows in stored.values() for turn in rows}
+        by_id = {turn.message_id: turn for turns in stored.values() for turn in turns}
         texts: dict[str, str] = {}
         for id_, place in places.items():
-            if not place or place.message_id not in turns:
+            if not place or place.message_id not in by_id:
                 raise _no_spoken(id_)
-            texts[id_] = stored_answer(turns[place.message_id], ask.tools).text
+            texts[id_] = stored_answer(by_id[place.message_id], ask.tools).text
         messages = (
-            row._replace(text=texts.get(row.spoken_id, row.text), spoken_id="")
-            for row in ask.messages
+            m._replace(text=texts.get(m.spoken_id, m.text), spoken_id="")
+            for m in ask.messages
         )
         return ask._replace(messages=tuple(messages))
 
@@ -9622,9 +9622,9 @@ class Archive:
         turns: list[StoredTurn] = []
         for _ in range(MAX_PAGES):
             first_id = turns[0].message_id if turns else ""
-            rows, has_more = await self._page_of(app, place, first_id=first_id)
-            turns = [*rows, *turns]
-            if not (rows and has_more):
+            page, has_more = await self._page_of(app, place, first_id=first_id)
+            turns = [*page, *turns]
+            if not (page and has_more):
                 break
         if turns and turns[0].past:  # all others have the same
             question = turns[0].question
@@ -9646,12 +9646,12 @@ class Archive:
 
 def _with_tools(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
     """The turns of a conversation with the tools that the app was told of by then."""
-    rows: list[StoredTurn] = []
+    result: list[StoredTurn] = []
     tools: Sequence[Tool] = ()
     for turn in turns:
         tools = told_tools(turn.question.text) or tools
-        rows.append(replace(turn, tools=tools))
-    return rows
+        result.append(replace(turn, tools=tools))
+    return result
 
 
 def stored_answer(turn: StoredTurn, tools: Iterable[Tool] = ()) -> Answer:
@@ -9662,8 +9662,8 @@ def stored_answer(turn: StoredTurn, tools: Iterable[Tool] = ()) -> Answer:
         tools: the client's, beside those of the turn.
     """
     answer = Answer()
-    parts: list[Part] = [row for row in turn.parts if not isinstance(row, Failure)]
-    if known := {row.name: row for row in (*turn.tools, *tools)}:
+    parts: list[Part] = [part for part in turn.parts if not isinstance(part, Failure)]
+    if known := {tool.name: tool for tool in (*turn.tools, *tools)}:
         ask = Ask("", (), tools=tuple(known.values()))
         reading = Reading(ask, turn.message_id, is_whole=True, spent=Usage())
         parts = reading.feed(parts)
@@ -9679,15 +9679,15 @@ def stored_message(turn: StoredTurn, tools: Sequence[Tool]) -> Message:
 
 
 def _transcript(turns: Iterable[StoredTurn], tools: Sequence[Tool]) -> list[Message]:
-    pairs = [(row.question, stored_message(row, tools)) for row in turns]
+    pairs = [(turn.question, stored_message(turn, tools)) for turn in turns]
     return [message for pair in pairs for message in pair]
 
 
 def _has_calls(asked: ResponsesRequest, told: Iterable[Message]) -> bool:
     """Whether the calls of all results are among the items or what is told."""
-    rows = [*told, *(row for row in asked.items if isinstance(row, Message))]
-    calls = {call.id for row in rows for call in row.tool_calls}
-    return calls.issuperset(row.call_id for row in rows if row.call_id)
+    messages = [*told, *(item for item in asked.items if isinstance(item, Message))]
+    calls = {call.id for message in messages for call in message.tool_calls}
+    return calls.issuperset(message.call_id for message in messages if message.call_id)
 
 
 def is_known_history(ask: Ask, known: Sequence[Message]) -> bool:
@@ -9701,7 +9701,7 @@ def is_known_history(ask: Ask, known: Sequence[Message]) -> bool:
     at = len(known)
     asked: list[Message] = []
     history, _ = split_turn(ask)
-    for message in reversed([row for row in history if row.role != "system"]):
+    for message in reversed([m for m in history if m.role != "system"]):
         if message.role != "assistant":
             asked.append(message)
             continue
@@ -9717,7 +9717,7 @@ def _is_said(asked: Sequence[Message], stored: Sequence[Message]) -> bool:
     """Whether these messages, in any order, are what was sent as one question."""
     if not asked or not stored or len(asked) > MAX_MESSAGES_SOUGHT:
         return not asked and not stored
-    texts = [row.text.strip() for row in asked]
+    texts = [message.text.strip() for message in asked]
     whole = stored[0].text.strip()
     if len(texts) == 1 and asked[0].role == "user":
         return whole == texts[0] or whole.endswith(f"\n\n{texts[0]}")
@@ -9864,7 +9864,7 @@ class Site:
 
 async def _in_time(asking: Iterable[Awaitable[Any]]) -> list[Any]:
     """What each gives within NAMES_TIMEOUT_S, or the exception that it raises."""
-    timed = [asyncio.wait_for(row, NAMES_TIMEOUT_S) for row in asking]
+    timed = [asyncio.wait_for(awaitable, NAMES_TIMEOUT_S) for awaitable in asking]
     return await asyncio.gather(*timed, return_exceptions=True)
 
 
@@ -9922,8 +9922,8 @@ def _shown(id_: str) -> str:
 async def list_models(site: Site, exchange: Exchange) -> None:
     """`GET /models`."""
     models = await site.models()
-    rows = [(name, site.dify.facts.of(app).name) for name, app in models.items()]
-    send_json(exchange.reply, models_list(rows, site.created))
+    named = [(name, site.dify.facts.of(app).name) for name, app in models.items()]
+    send_json(exchange.reply, models_list(named, site.created))
 
 
 async def get_model(site: Site, exchange: Exchange) -> None:
@@ -9939,7 +9939,7 @@ async def get_model(site: Site, exchange: Exchange) -> None:
 async def list_apps(site: Site, exchange: Exchange) -> None:
     """`GET /apps`: how each app does just now, for the page."""
     models = await site.models()
-    rows = await asyncio.gather(*(_app_row(site, *row) for row in models.items()))
+    rows = await asyncio.gather(*(_app_row(site, *pair) for pair in models.items()))
     send_json(exchange.reply, {"object": "list", "data": rows})
 
 
@@ -9968,7 +9968,7 @@ async def show_readiness(site: Site, exchange: Exchange) -> None:
 
 async def _any_of(asking: Iterable[Awaitable[Any]]) -> None:
     """Wait until one succeeds; raises the first one's error if none does."""
-    tasks = [asyncio.ensure_future(row) for row in asking]
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in asking]
     whole = asyncio.gather(*tasks, return_exceptions=True)  # takes note of all errors
     try:
         for done in asyncio.as_completed(tasks):
@@ -10074,7 +10074,7 @@ async def _as_owner(
     site: Site, exchange: Exchange, asked: ResponsesRequest
 ) -> ResponsesRequest:
     """The request; if it names no user, as its stored files' (ids hold the user)."""
-    said = tuple(row for row in asked.items if isinstance(row, Message))
+    said = tuple(item for item in asked.items if isinstance(item, Message))
     ask = await _with_stored_files(site, exchange, asked.ask._replace(messages=said))
     return replace(asked, ask=asked.ask._replace(user=ask.user))
 
@@ -10252,7 +10252,7 @@ async def get_conversation_item(site: Site, exchange: Exchange) -> None:
     """`GET /conversations/{id}/items/{id}`."""
     item_id = _item_in_path(exchange)
     items = await _items_of(site, exchange, _named(site, exchange))
-    item = next((row for row in items if row["id"] == item_id), None)
+    item = next((item for item in items if item["id"] == item_id), None)
     if not item:
         raise _not_found("Item", item_id)
     send_json(exchange.reply, item)
@@ -10264,13 +10264,13 @@ async def delete_conversation_item(site: Site, exchange: Exchange) -> None:
     Dify can't forget one that it has: a new conversation is told the others.
     """
     item_id, named = _item_in_path(exchange), _named(site, exchange)
-    while not any(row["id"] == item_id for row in named.items):
+    while not any(item["id"] == item_id for item in named.items):
         was, items = named, await _items_of(site, exchange, named)
         named = _named(site, exchange)
         if named == was:  # nobody has changed it while Dify was asked
             named = replace(named, conversation_id="", items=tuple(items))
             break
-    rest = [row for row in named.items if row["id"] != item_id]
+    rest = [item for item in named.items if item["id"] != item_id]
     if len(rest) == len(named.items):
         raise _not_found("Item", item_id)
     if len(rest) > MAX_NAMED_ITEMS:
@@ -10304,15 +10304,15 @@ async def _items_of(
 
 def _with_items(site: Site, body: Json, kept: Sequence[Any]) -> tuple[Any, ...]:
     """The items of a conversation and those that a request adds, under ids."""
-    rows = body.get("items")
-    if rows is not None and not isinstance(rows, list):
+    added = body.get("items")
+    if added is not None and not isinstance(added, list):
         raise bad_type("items", "an array")
-    if len(kept) + len(rows or ()) > MAX_NAMED_ITEMS:
+    if len(kept) + len(added or ()) > MAX_NAMED_ITEMS:
         raise bad_value("items", f"there may be {MAX_NAMED_ITEMS} at most.")
-    parse_items(rows)  # refuses what no turn could take
-    items, ids = list(kept), {row["id"] for row in kept}
-    for row in rows or ():
-        item = stored_item(row, f"item_{site.new_id()}", ids)
+    parse_items(added)  # refuses what no turn could take
+    items, ids = list(kept), {item["id"] for item in kept}
+    for value in added or ():
+        item = stored_item(value, f"item_{site.new_id()}", ids)
         items.append(item)
         ids.add(item["id"])
     return tuple(items)
@@ -10368,11 +10368,11 @@ async def _answer_all(
     """
     exchange = questions[0].exchange
     pacers = [_pacer(site, questions[0]) for _ in streams]
-    outlets = [Outlet(exchange, *row, site.metrics) for row in zip(streams, pacers)]
+    outlets = [Outlet(exchange, *pair, site.metrics) for pair in zip(streams, pacers)]
     collectors = [] if streams else [Collector(exchange) for _ in questions]
     sinks: list[Outlet | Collector] = [*outlets, *collectors]
     try:
-        turns = [_run_turn(site, *row) for row in zip(questions, sinks)]
+        turns = [_run_turn(site, *pair) for pair in zip(questions, sinks)]
         ends = (
             [await turns[0]]
             if len(turns) == 1
@@ -10382,11 +10382,11 @@ async def _answer_all(
         for sink in sinks:
             sink.close()
     if streams:
-        usage = sum((row.summary.usage for row in streams), Usage())
+        usage = sum((stream.summary.usage for stream in streams), Usage())
         exchange.reply.end(b"".join(ends) + streams[0].end(usage))
         return
     ids = collectors[0].ids
-    value = whole([row.answer for row in collectors], ids)
+    value = whole([collector.answer for collector in collectors], ids)
     send_json(exchange.reply, value, id_headers(ids))
 
 
@@ -10398,7 +10398,7 @@ async def _all_of(
     Their runs are stopped in the background: the client's error does not wait for
     that, nor for the name of a run, without which it can't be stopped.
     """
-    tasks = [asyncio.ensure_future(row) for row in coroutines]
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
 
     async def end() -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -10454,7 +10454,7 @@ def with_words(ask: Ask, place: str) -> Ask:
                 code="unsupported_parameter",
             )
         ask = ask._replace(tools=())
-    has_called = any(row.tool_calls or row.role == "tool" for row in ask.messages)
+    has_called = any(m.tool_calls or m.role == "tool" for m in ask.messages)
     mode = "none" if has_called and not ask.tools else ask.tool_mode
     tools = describe_tools(ask.tools, mode) if place != "off" else ""
     words = [tools, describe_format(ask.output)]
@@ -10528,8 +10528,8 @@ async def list_speakers(site: Site, exchange: Exchange) -> None:
     }
     names = {"models": list(voices), "voices": dict.fromkeys(voices.values())}
     kind = exchange.route.rpartition("/")[2]
-    rows = [{"id": name, "name": name} for name in names[kind]]
-    send_json(exchange.reply, {kind: rows})
+    data = [{"id": name, "name": name} for name in names[kind]]
+    send_json(exchange.reply, {kind: data})
 
 
 async def _open_speech(
@@ -10554,7 +10554,7 @@ async def _with_speech(
     Nothing runs where an answer is to be spoken, and the app can't.
     """
     is_spoken = ask.voice is not None
-    if not (is_spoken or any(row.spoken_id for row in ask.messages)):
+    if not (is_spoken or any(message.spoken_id for message in ask.messages)):
         return ask, None
     app = await site.find_app(exchange, ask.model)
     if is_spoken and not (await site.dify.facts.form_of(app)).speaks:
@@ -10741,7 +10741,7 @@ async def _file_of(site: Site, exchange: Exchange, id_: str) -> tuple[str, Store
 
 async def _with_stored_files(site: Site, exchange: Exchange, ask: Ask) -> Ask:
     """The question with its stored files; as their owner's, if it names no user."""
-    if not any(file.file_id for row in ask.messages for file in row.attachments):
+    if not any(file.file_id for m in ask.messages for file in m.attachments):
         return ask
     messages, owner = [], ""
     for message in ask.messages:
@@ -11505,7 +11505,7 @@ async function chat(question) {
     if (!end) throw Error(say("The answer broke off.", "回答中断了。"));
     past = [...messages, { role: "assistant", content: said }];
     text.replaceChildren(...render(said)), $("said").textContent = said;
-    const links = (end.annotations || []).map((row) => row.url_citation);
+    const links = (end.annotations || []).map((link) => link.url_citation);
     const sources = (end.citations || []).map(({ title, document_name, content }) => {
       const name = title || document_name, to = links.find((x) => x.title === name);
       return make("p", [link(name, to?.url), make("small", content)]);
