@@ -244,18 +244,18 @@ def parse_settings(variables: Mapping[str, str]) -> Settings:
     """
     values: dict[str, Any] = {}
     complaints: list[str] = []
-    for row in dataclasses.fields(Settings):
-        text = variables.get(row.name.upper(), "").strip()
+    for setting in dataclasses.fields(Settings):
+        text = variables.get(setting.name.upper(), "").strip()
         if not text:
             continue
-        default, least = row.metadata["default"], row.metadata["least"]
+        default, least = setting.metadata["default"], setting.metadata["least"]
         try:
-            text = text.upper() if row.name == "log_level" else text
-            value = values[row.name] = _PARSERS[type(default)](text)
+            text = text.upper() if setting.name == "log_level" else text
+            value = values[setting.name] = _PARSERS[type(default)](text)
             if least is not None and value < least:
                 raise ValueError(f"must be {least:g} or more, not {text}")
         except ValueError as error:
-            complaints.append(f"{row.name.upper()}: {error}")
+            complaints.append(f"{setting.name.upper()}: {error}")
     settings = Settings(**values)
     complaints += _complaints(settings)
     if complaints:  # a key may have got into another variable
@@ -415,7 +415,7 @@ def _parse_app(name: str, value: Any, problems: list[str]) -> AppSettings:
     if not isinstance(described, dict) or not described.get("key"):
         problems.append(f'{name!r} needs an app key: "app-…" or {{"key": "app-…"}}')
         return AppSettings("")
-    known = [row.name for row in dataclasses.fields(AppSettings)]
+    known = [setting.name for setting in dataclasses.fields(AppSettings)]
     for key, entry in described.items():
         if key not in known:
             hint = _hint(key, known, "{!r}")
@@ -11786,24 +11786,24 @@ def _read_env_file(path: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         cure = "; save it as UTF-8" if isinstance(error, UnicodeError) else ""
         raise SettingsError([f"{path} can't be read: {error}{cure}"]) from error
-    rows = [*env_parser.parse_stream(io.StringIO(text))]
-    if lines := ", ".join(_line_of(row) for row in rows if not _is_sound(row)):
+    bindings = [*env_parser.parse_stream(io.StringIO(text))]
+    if lines := ", ".join(_line_of(b) for b in bindings if not _is_sound(b)):
         cure = "a value on several lines, or with quotes in it, needs single quotes"
         raise SettingsError([f"{path}: no NAME=value in line {lines}; {cure}"])
     values = dotenv_values(stream=io.StringIO(text))
     return {name: value or "" for name, value in values.items()}
 
 
-def _is_sound(row: env_parser.Binding) -> bool:
+def _is_sound(binding: env_parser.Binding) -> bool:
     """Whether it sets a variable, or is a comment or blank."""
-    if row.key is None:
-        return not row.error
-    return row.value is not None and re.fullmatch(r"\w+", row.key) is not None
+    if binding.key is None:
+        return not binding.error
+    return binding.value is not None and re.fullmatch(r"\w+", binding.key) is not None
 
 
-def _line_of(row: env_parser.Binding) -> str:
+def _line_of(binding: env_parser.Binding) -> str:
     """The number of its line; the parser counts blank ones before it as part of it."""
-    text, line = row.original
+    text, line = binding.original
     return str(line + text[: -len(text.lstrip())].count("\n"))
 
 
@@ -12034,14 +12034,14 @@ Note = tuple[str, str]  # below an app's row: what it is about, and what it says
 
 async def _check(settings: Settings, *, asks: bool) -> int:
     """Print the settings and how each app does; 0 if all is well."""
-    for row in dataclasses.fields(settings):
-        _show(f"{row.name.upper():26}{_masked(row.name, getattr(settings, row.name))}")
+    for name, value in vars(settings).items():
+        _show(f"{name.upper():26}{_masked(name, value)}")
     _show()
     dify, limit = Dify(settings, open_wire), asyncio.Semaphore(CHECKS_AT_ONCE)
     apps = [*settings.model_config.items()]
     for key in settings.dify_api_keys:
         apps.append((mask_key(key), AppSettings(key, settings.dify_api_base)))
-    checks = (_check_app(dify, *row, limit, asks=asks) for row in apps)
+    checks = (_check_app(dify, name, app, limit, asks=asks) for name, app in apps)
     results = await asyncio.gather(*checks)
     dify.close()
     table = [(["MODEL", "APP", "MODE", "DIFY", "STATUS"], []), *results]
@@ -12098,12 +12098,12 @@ def _notes_on(app: AppSettings, form: AppForm, variable: str) -> list[Note]:
     roles[app.system_variable] = "the system prompt"
     roles[app.history_variable] = "earlier messages"
     inputs = []
-    for row in form.inputs:
-        need = "required of clients" if row.required else "optional"
-        inputs.append(f"{row.variable} ({roles.get(row.variable, need)})")
+    for input_ in form.inputs:
+        need = "required of clients" if input_.required else "optional"
+        inputs.append(f"{input_.variable} ({roles.get(input_.variable, need)})")
     speech = ["speech to text"] * form.hears + ["text to speech"] * form.speaks
-    rows = {"inputs": inputs, "uploads": [describe_uploads(form)], "speech": speech}
-    return [(what, ", ".join(texts)) for what, texts in rows.items() if any(texts)]
+    notes = {"inputs": inputs, "uploads": [describe_uploads(form)], "speech": speech}
+    return [(what, ", ".join(texts)) for what, texts in notes.items() if any(texts)]
 
 
 def _known_problems(version: str, mode: str) -> list[Note]:
