@@ -803,14 +803,24 @@ def read_json(text: str) -> Any:
     """A value that can be written as JSON again.
 
     NaN and 1e999, which JSON lacks, become null, and so does what is nested deeper than
-    MAX_NESTING.
-
-    Raises:
-        ValueError, RecursionError.
+    MAX_NESTING; all of it, if it is too deep to be read. Raises ValueError.
     """
-    value = decode_json(text)
+    try:
+        value = decode_json(text)
+    except RecursionError:
+        return None
     may_be_deep = text.count("[") + text.count("{") > MAX_NESTING
     return _shallow(value, MAX_NESTING) if may_be_deep else value
+
+
+def read_json_object(data: str | bytes) -> dict[str, Any] | None:
+    """The JSON object that is written there, likewise; None if it is none."""
+    with contextlib.suppress(ValueError):
+        if isinstance(data, bytes):
+            data = data.decode(json.detect_encoding(data))
+        value = read_json(data)
+        return value if isinstance(value, dict) else None
+    return None
 
 
 def _shallow(value: Any, depth: int) -> Any:
@@ -2623,10 +2633,7 @@ def error_from_body(status: int, body: bytes) -> ProxyError:
     """
     if status in _GATEWAY_TIMEOUTS:
         return UpstreamTimeout(f"The gateway before Dify timed out ({status}).")
-    value = None
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(body)
-    if isinstance(value, dict):
+    if (value := read_json_object(body)) is not None:
         return error_from_dify(status, value.get("code"), value.get("message"))
     if status in (413, 414, 431):
         return BodyTooLarge(f"The gateway before Dify refused the size ({status}).")
@@ -3011,9 +3018,7 @@ class AnswerReader:
             value = read_json(data)
         except ValueError:
             return self.fail(UpstreamFailed("Dify sent an event that is not JSON."))
-        except RecursionError:  # some tool's output: the answer can do without it
-            return []
-        if not isinstance(value, dict):
+        if not isinstance(value, dict):  # too deep, too: some tool's output
             return []
         if self._unknown_ids:
             self._learn_ids(value)
@@ -3549,9 +3554,7 @@ def stored_run(
 
 
 def _unpacked(value: Any) -> dict[str, Any]:
-    with contextlib.suppress(ValueError, RecursionError):
-        value = read_json(value) if isinstance(value, str) else value
-    return object_of(value)
+    return object_of(read_json_object(value) if isinstance(value, str) else value)
 
 
 def _stored_file(file: Json, base: str) -> Attachment:
@@ -3926,7 +3929,7 @@ def parse_inputs(direct: Any, in_metadata: Any) -> dict[str, Any]:
     if isinstance(in_metadata, str) and in_metadata:
         try:
             in_metadata = read_json(in_metadata)
-        except (ValueError, RecursionError):
+        except ValueError:
             raise bad_value("metadata.inputs", "it is not JSON text.") from None
     for name, value in (("metadata.inputs", in_metadata), ("inputs", direct)):
         if isinstance(value, dict):
@@ -5485,10 +5488,7 @@ class ResponseStream:
 
 
 def _custom_input(arguments: str) -> str:
-    try:
-        given = object_of(json.loads(arguments)).get("input", arguments)
-    except (ValueError, RecursionError):
-        return arguments
+    given = (read_json_object(arguments) or {}).get("input", arguments)
     return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
 
 
@@ -5681,8 +5681,8 @@ def _hash(scope: bytes, data: bytes, size: int) -> bytes:
 
 def _canonical(arguments: str) -> str:
     try:
-        return json.dumps(json.loads(arguments), sort_keys=True)
-    except (ValueError, RecursionError):
+        return json.dumps(parse_json_text(arguments), sort_keys=True)
+    except ValueError:
         return arguments.strip()
 
 
@@ -8014,10 +8014,7 @@ def without_key(error: ProxyError, app: AppSettings) -> ProxyError:
 
 def parse_answer(status: int, content: bytes) -> dict[str, Any]:
     """The JSON object that a call is answered with; raises UpstreamFailed if none."""
-    value = None
-    with contextlib.suppress(ValueError, RecursionError):
-        value = read_json(content.decode())
-    if isinstance(value, dict):
+    if (value := read_json_object(content)) is not None:
         return value
     if content.lstrip()[:1] in (b"", b"{"):
         raise UpstreamFailed("Dify's answer is empty, or it broke off.")
