@@ -278,10 +278,10 @@ def unknown_variables(names: Iterable[str]) -> list[str]:
     ]
 
 
-def _hint(name: str, known: Sequence[str], form: str = "{}") -> str:
+def _hint(name: str, known: Sequence[str]) -> str:
     """The end of a complaint about an unknown name: the known one it is most like."""
     near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {form.format(near[0])}?" if near else ""
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def mask_key(key: str) -> str:
@@ -418,8 +418,7 @@ def _parse_app(name: str, value: Any, problems: list[str]) -> AppSettings:
     known = [setting.name for setting in dataclasses.fields(AppSettings)]
     for key, entry in described.items():
         if key not in known:
-            hint = _hint(key, known, "{!r}")
-            problems.append(f"{name!r} has an unknown {key!r}{hint}")
+            problems.append(f"{name!r} has an unknown {key!r}{_hint(key, known)}")
             continue
         type_, wanted = _APP_TYPES.get(key, (str, "a text"))
         if not isinstance(entry, type_):

@@ -211,7 +211,7 @@ def test_all_complaints_are_printed(run: Run, monkeypatch: pytest.MonkeyPatch) -
     status, out, err = run("--port", "x", "--demo")
     assert (status, out) == (2, "")
     assert err.splitlines() == [
-        "opendify: MODEL_CONFIG: 'm' has an unknown 'mod'; did you mean 'mode'?",
+        "opendify: MODEL_CONFIG: 'm' has an unknown 'mod'; did you mean mode?",
         "opendify: SERVER_PORT: must be a whole number, not 'x'",
         "opendify: SHOW_PROCESS: must be on or off, not 'maybe'",
     ]
