@@ -7026,6 +7026,12 @@ def check_line_ends(data: bytes) -> None:
         raise MalformedHTTP(cure if is_tls else "Lines must end with CR LF.")
 
 
+def is_last(headers: Mapping[str, str], version: str) -> bool:
+    """Whether nothing follows on the connection, by a head (RFC 9112, section 9.3)."""
+    options = headers.get("connection", "").lower().replace(" ", "").split(",")
+    return "close" in options or version != "1.1"
+
+
 class Request(NamedTuple):
     """A request's head; `path` and `query` are still percent-encoded.
 
@@ -7041,8 +7047,7 @@ class Request(NamedTuple):
     @property
     def wants_close(self) -> bool:
         """Whether the client will send nothing more on this connection."""
-        tokens = self.headers.get("connection", "").lower().replace(" ", "").split(",")
-        return "close" in tokens or self.http_version == "1.0"
+        return is_last(self.headers, self.http_version)
 
     @property
     def expects_continue(self) -> bool:
@@ -7440,8 +7445,7 @@ class UpstreamResponse:
         self._body = body_decoder(self.headers, until_end=True)
         if self.status in (204, 304):
             self._body = BodyDecoder(0)
-        close = "close" in self.headers.get("connection", "").lower()
-        self.can_reuse = head.http_version == b"1.1" and not close
+        self.can_reuse = not is_last(self.headers, head.http_version)
         self._is_released = self._is_lingering = False
         self.set_deadline = wire.set_deadline  # for what is read from now on
         self.wake = wire.wake  # let `read` return b"" before the body's end
@@ -7816,16 +7820,15 @@ class ResponseHead(NamedTuple):
 
     status: int
     headers: Mapping[str, str]
-    http_version: bytes
+    http_version: str
 
 
 @functools.lru_cache(maxsize=64)
 def _parse_response_head(head: bytes) -> ResponseHead:
     """A response's head, read by h11; those of one second are the same, as a rule."""
     event = h11_event(h11.CLIENT, head)
-    return ResponseHead(
-        event.status_code, read_fields(event.headers), event.http_version
-    )
+    headers, version = read_fields(event.headers), event.http_version.decode()
+    return ResponseHead(event.status_code, headers, version)
 
 
 _INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)\d\d[ \r]")

@@ -260,19 +260,29 @@ async def test_error_does_not_cost_the_connection() -> None:
         assert fake.connections == 1
 
 
-async def test_answer_that_says_close_is_not_followed_by_another_request() -> None:
+@pytest.mark.parametrize(
+    ("value", "requests"),
+    [
+        pytest.param("Close", [1, 1, 1], id="close"),
+        pytest.param("x-a, close", [1, 1, 1], id="beside-another"),
+        pytest.param("keep-alive, x-closed", [3], id="in-another-word"),
+    ],
+)
+async def test_connection_is_used_again_unless_the_answer_says_close(
+    value: str, requests: list[int]
+) -> None:
     seen: list[int] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         seen.append(0)
         while await read_request(reader):
             seen[-1] += 1
-            writer.write(json_answer({"name": "n"}, "Connection: Close"))
+            writer.write(json_answer({"name": "n"}, f"Connection: {value}"))
 
     async with raw_server(serve) as base, client(base) as (dify, app):
         for _ in range(3):
             assert await dify.api.call(app, "/info") == {"name": "n"}
-    assert seen == [1, 1, 1]
+    assert seen == requests
 
 
 @pytest.mark.parametrize(
