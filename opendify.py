@@ -7837,7 +7837,7 @@ _INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)\d\d[ \r]")
 class TurnStream:
     """One turn's answer, as it comes: `read` until []; `close` then, or before.
 
-    `answer` knows the ids of the turn, and whether it is finished.
+    `reader` knows the ids of the turn, and whether it is finished.
 
     Args:
         dify: the client that opened it.
@@ -7856,7 +7856,7 @@ class TurnStream:
         response: UpstreamResponse,
     ) -> None:
         settings = dify.settings
-        self.answer = AnswerReader(
+        self.reader = AnswerReader(
             mode,
             app.base,
             output_variable=app.output_variable,
@@ -7876,14 +7876,14 @@ class TurnStream:
 
         With `until_named` also [] when the run has a name by which it can be stopped.
         """
-        while not (self._parts or self.answer.is_finished):
-            if until_named and self.answer.task_id:
+        while not (self._parts or self.reader.is_finished):
+            if until_named and self.reader.task_id:
                 break
             data = b""
             try:
                 data = await self._response.read()
             except _Silence:
-                self._parts += self.answer.end()
+                self._parts += self.reader.end()
             except UpstreamTimeout as error:
                 self._parts += self._give_up(error)
             except ProxyError:
@@ -7910,34 +7910,34 @@ class TurnStream:
         is_text = _FLOWING.issuperset(map(type, parts))
         if not (is_text and self._carry and self._carry(parts)):
             self._parts = parts
-        if is_all or self._parts or self.answer.is_finished:
+        if is_all or self._parts or self.reader.is_finished:
             self._response.wake()
 
     async def _recover(self) -> list[Part]:
         """The stream broke: the rest of the answer, if Dify has stored it."""
-        answer, parts = self.answer, list[Part]()
-        if answer.is_closing:
-            return answer.end()
-        if answer.can_recover:
-            row = await self._dify.stored_row(self._app, answer, self._user)
-            parts = answer.recover(row)
+        reader, parts = self.reader, list[Part]()
+        if reader.is_closing:
+            return reader.end()
+        if reader.can_recover:
+            row = await self._dify.stored_row(self._app, reader, self._user)
+            parts = reader.recover(row)
         return parts or self._give_up(UpstreamFailed(BROKEN_OFF, retry=False))
 
     def _give_up(self, error: ProxyError) -> list[Part]:
         self.is_given_up = True
-        return self.answer.fail(error)
+        return self.reader.fail(error)
 
     def _translate(self, data: bytes) -> list[Part]:
         try:
             events = self._decoder.feed(data)
         except SSEOverflow as error:
             return self._give_up(UpstreamFailed(f"Dify sent {error}.", retry=False))
-        parts = self.answer.read(events)
+        parts = self.reader.read(events)
         if parts and isinstance(parts[-1], Failure):
             without_key(parts[-1].error, self._app)
         if self._is_draining:
             return parts
-        if self.answer.is_closing:
+        if self.reader.is_closing:
             self._response.set_deadline(GRACE_S, _Silence)
         elif not _SILENT.issuperset(events):
             self._response.set_deadline(self._idle_timeout_s, _too_silent)
@@ -7945,18 +7945,18 @@ class TurnStream:
 
     def close(self) -> None:
         """Let the connection go; stop a run that was given up, in the background."""
-        if self.is_given_up and self.answer.task_id:
+        if self.is_given_up and self.reader.task_id:
             self._dify.run_in_background(self.end())
-        elif self.answer.is_finished:
+        elif self.reader.is_finished:
             self._response.close_soon()
         else:
             self._response.close()
 
     async def stop(self) -> None:
         """Have Dify end the run, if it may still go on."""
-        may_go_on = self.is_given_up or not self.answer.is_finished
+        may_go_on = self.is_given_up or not self.reader.is_finished
         self.is_given_up = False  # it is stopped, as well as can be
-        if may_go_on and (task_id := self.answer.task_id):
+        if may_go_on and (task_id := self.reader.task_id):
             await self._dify.stop(self._app, self._mode, task_id, self._user)
 
     async def end(self) -> bool:
@@ -7967,7 +7967,7 @@ class TurnStream:
         """
         try:
             await self.stop()
-            return not await self.drain() and self.answer.is_as_sent
+            return not await self.drain() and self.reader.is_as_sent
         finally:
             self.is_given_up = False  # whatever came meanwhile
             self.close()
@@ -8385,15 +8385,15 @@ class Dify:
     # What Dify has stored...
 
     async def stored_row(
-        self, app: AppSettings, answer: AnswerReader, user: str
+        self, app: AppSettings, reader: AnswerReader, user: str
     ) -> dict[str, Any]:
         """The row of an answer in Dify's store, {} if it has none, or failed."""
         try:
-            page = await self._messages(app, answer.conversation_id, user, limit=5)
+            page = await self._messages(app, reader.conversation_id, user, limit=5)
         except ProxyError:
             return {}
         for row in objects_of(page.get("data")):
-            if row.get("id") == answer.message_id and row.get("status") != "error":
+            if row.get("id") == reader.message_id and row.get("status") != "error":
                 return row
         return {}
 
@@ -9055,8 +9055,8 @@ class Turn:
     @property
     def ids(self) -> dict[str, str]:
         """Dify's ids, as far as known."""
-        answer = self.stream.answer
-        return {name: id_ for name in _ID_HEADERS if (id_ := getattr(answer, name))}
+        reader = self.stream.reader
+        return {name: id_ for name in _ID_HEADERS if (id_ := getattr(reader, name))}
 
 
 @dataclass(frozen=True)
@@ -9109,8 +9109,8 @@ class Turns:
         """Ask, and carry the answer to the sink; the reading says if it will do."""
         exchange, joins = question.exchange, question.joins
         exchange.turn = turn = await self._open_turn(question)
-        answer = turn.stream.answer
-        seed = answer.message_id or answer.workflow_run_id or self.new_id()
+        reader = turn.stream.reader
+        seed = reader.message_id or reader.workflow_run_id or self.new_id()
         is_whole, spent = isinstance(sink, Collector), question.spent
         reading = Reading(question.ask, seed, is_whole=is_whole, spent=spent)
         is_stored, was_there = False, not exchange.has_left
@@ -9118,7 +9118,7 @@ class Turns:
             with while_present(exchange):
                 await self._pass_on(exchange, turn, sink, reading)
             will_do = not (reading.problem or reading.is_cut or sink.is_behind)
-            is_stored = answer.is_as_sent and joins and will_do
+            is_stored = reader.is_as_sent and joins and will_do
         except (asyncio.CancelledError, ConnectionBroken):
             sink.close()  # nobody reads any more
             has_all = was_there and joins and not sink.is_behind
@@ -9158,7 +9158,7 @@ class Turns:
 
     def _settle(self, turn: Turn, sink: Outlet | Collector, *, is_stored: bool) -> None:
         """Record where the conversation stands, or that nobody knows."""
-        id_, now = turn.stream.answer.conversation_id, self.wall_clock()
+        id_, now = turn.stream.reader.conversation_id, self.wall_clock()
         said = Message("assistant", sink.text, tool_calls=tuple(sink.calls))
         tail = turn.plan.finish(id_, said)
         if is_stored and id_:
@@ -9271,7 +9271,7 @@ class Turns:
 
 async def _first_parts(exchange: Exchange, stream: TurnStream) -> list[Part]:
     parts = await stream.read(until_named=True)
-    if not (parts or stream.answer.is_finished):  # it may be long till it has text
+    if not (parts or stream.reader.is_finished):  # it may be long till it has text
         with while_present(exchange):
             parts = await stream.read()
     if parts and isinstance(parts[0], Failure):
@@ -10107,8 +10107,8 @@ def _bind(site: Site, exchange: Exchange, named: NamedConversation, turn: Turn) 
 
     Of a turn that failed, some releases remember nothing.
     """
-    answer, scope = turn.stream.answer, turn.plan.tail.scope
-    id_ = answer.conversation_id if answer.is_stored else ""
+    reader, scope = turn.stream.reader, turn.plan.tail.scope
+    id_ = reader.conversation_id if reader.is_stored else ""
     owner, now = site.owner_of(exchange), site.wall_clock()
     latest = site.conversations.named(named.id, owner, now)
     if id_ and latest and latest.conversation_id == named.conversation_id:

@@ -1303,16 +1303,16 @@ async def test_stop_ends_the_run_and_the_answer_is_stored(mode: str) -> None:
         fake.app(KEY, mode=mode, script=script)
         stream = await dify.open_turn(app, mode, question(mode))
         assert await stream.read() == [Text("Hello")]
-        await dify.stop(app, mode, stream.answer.task_id, USER)
+        await dify.stop(app, mode, stream.reader.task_id, USER)
         assert not await stream.drain()
         stream.close()
         (stop,) = fake.stops
         path = "completion" if mode == "completion" else "chat"
         assert stop == fake_dify.Stop(
-            stream.answer.task_id,
+            stream.reader.task_id,
             USER,
             KEY,
-            f"/{path}-messages/{stream.answer.task_id}/stop",
+            f"/{path}-messages/{stream.reader.task_id}/stop",
             effective=True,
         )
         assert now() < 2
@@ -1356,7 +1356,7 @@ async def test_drain_is_brief_when_the_run_does_not_stop(script: list[Step]) -> 
         fake.app(KEY, script=script, stoppable=False)
         stream = await dify.open_turn(app, "chat", question())
         assert await stream.read() == [Text("Hello")]
-        await dify.stop(app, "chat", stream.answer.task_id, USER)
+        await dify.stop(app, "chat", stream.reader.task_id, USER)
         await stream.drain()
         stream.close()
         assert now() <= STOP_DRAIN_S
