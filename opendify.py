@@ -961,11 +961,21 @@ class Attachment:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call of a client's tool; `arguments` is JSON text."""
+    """One call of a client's tool; `arguments` is JSON text.
+
+    A custom tool is called with one text, `input`, which is its only argument here.
+    """
 
     id: str
     name: str
     arguments: str
+    is_custom: bool = False
+
+    @property
+    def input(self) -> str:
+        """What a custom tool is given."""
+        text = (read_json_object(self.arguments) or {}).get("input", self.arguments)
+        return text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
 
 
 class Message(NamedTuple):
@@ -1003,11 +1013,15 @@ _REASONING = re.compile(
 
 @dataclass(frozen=True)
 class Tool:
-    """A function of the client's that the app may call; `parameters` is JSON Schema."""
+    """A function of the client's that the app may call; `parameters` is JSON Schema.
+
+    A custom tool `is_custom`, and stands for a function of one text, its `input`.
+    """
 
     name: str
     description: str = ""
     parameters: Json = field(default_factory=dict)
+    is_custom: bool = False
 
 
 @dataclass(frozen=True)
@@ -1209,8 +1223,9 @@ Part = Union[
 #
 # One way to write calls is asked for; every other one that models fall into is read:
 #
-# (1) A call names a tool of the request, and its arguments are an object. All else is
-#     text, to the character; a list is calls only if each of its items is.
+# (1) A call names a tool of the request, and its arguments are an object, or a custom
+#     tool's text. All else is text, to the character; a list is calls only if each of
+#     its items is.
 # (2) Text goes on at once. Held back is what may become a marker, and then a block
 #     that begins as calls do, until it is certain what it is.
 # (3) JSON without a marker is a call only where one can stand: at the start of a line
@@ -1335,7 +1350,7 @@ _Calls = list[tuple[str, dict[str, Any]]]
 def parse_tools(body: Json) -> tuple[tuple[Tool, ...], str]:
     """(tools that may be called; "auto", "none" or "required"), of either generation.
 
-    Tools of other types than function are ignored, as clients expect.
+    Tools of other types than function and custom are ignored, as clients expect.
 
     Raises:
         BadRequest: a tool must be called, and is not there.
@@ -1369,13 +1384,28 @@ def _function(tool: Any) -> dict[str, Any]:
 
 
 def _parse_tool(tool: Any) -> list[Tool]:
-    """The tool as it is given, or [] if it is no function."""
+    """The tool as it is given, or [] if it is neither a function nor custom."""
     function = _function(tool)
     name, kind = function.get("name"), tool.get("type") if function else ""
-    if not isinstance(name, str) or not name or kind not in (None, "function"):
+    is_function, is_custom = kind in (None, "function"), kind == "custom"
+    if not isinstance(name, str) or not name or not (is_function or is_custom):
         return []
     description = str(function.get("description") or "")
-    return [Tool(name, description, object_of(function.get("parameters")))]
+    if is_custom:
+        parameters = _text_parameters(object_of(function.get("format")))
+    else:
+        parameters = object_of(function.get("parameters"))
+    return [Tool(name, description, parameters, is_custom)]
+
+
+def _text_parameters(form: Json) -> dict[str, Any]:
+    """The parameters of a custom tool, one text, described by the tool's grammar."""
+    text = {"type": "string"}
+    grammar = object_of(form.get("grammar") or form)  # nested in Chat
+    if definition := grammar.get("definition"):
+        syntax = grammar.get("syntax")
+        text["description"] = f"It must fit this {syntax} grammar: {definition}"
+    return {"type": "object", "properties": {"input": text}, "required": ["input"]}
 
 
 def _parse_choice(choice: Any) -> tuple[str, list[Any]]:
@@ -1430,7 +1460,9 @@ def describe_tools(tools: Sequence[Tool], mode: str) -> str:
     """The words for the app, "" if there is nothing to say; from `parse_tools`."""
     if not tools:
         return _NO_TOOLS_TEXT if mode == "none" else ""
-    lines = [json.dumps(vars(tool), ensure_ascii=False) for tool in tools]
+    fields = ("name", "description", "parameters")
+    told = [{name: getattr(tool, name) for name in fields} for tool in tools]
+    lines = [json.dumps(tool, ensure_ascii=False) for tool in told]
     return _TOOLS_TEXT.format(tools="\n".join(lines)) + _RULES[mode]
 
 
@@ -1568,7 +1600,9 @@ class CallReader:
         is_over = block.read(self._text, is_last=is_last)
         for name, arguments in block.calls:
             text = json.dumps(arguments, ensure_ascii=False)
-            done.append(ToolCall(self._new_id(), name, text))
+            done.append(
+                ToolCall(self._new_id(), name, text, self._tools[name].is_custom)
+            )
             self.calls += 1
             self._tail = self._blank = ""
         block.calls.clear()
@@ -1790,7 +1824,12 @@ class _Block:
 
 
 def _arguments(given: Any, tool: Tool) -> dict[str, Any]:
-    """A call's arguments from an object, JSON text or nothing; else ValueError."""
+    """A call's arguments from an object, JSON text or nothing; else ValueError.
+
+    A custom tool may be given its text as it is.
+    """
+    if tool.is_custom and isinstance(given, str) and given.lstrip()[:1] != "{":
+        return {"input": given}
     if isinstance(given, str) and given.strip():
         given = parse_sloppy_json(given)
     value: dict[str, Any] = {} if given in (None, "") else given
@@ -3983,7 +4022,9 @@ def parse_calls(message: Json) -> tuple[ToolCall, ...]:
         calls.append({"function": message["function_call"]})
     parsed = []
     for call in calls:
-        function = call.get("function")
+        function, custom = call.get("function"), call.get("custom")
+        if isinstance(custom, dict):
+            function = {**custom, "arguments": {"input": custom.get("input") or ""}}
         if isinstance(function, dict):
             arguments = function.get("arguments")
             if not isinstance(arguments, str):
@@ -4558,8 +4599,15 @@ def _said_aloud(answer: Answer, spoken: Spoken, ids: DifyIds) -> dict[str, Any]:
 
 
 def _call_object(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": call.id, "type": "function", "function": function}
+    kind, key, given = _given(call)
+    return {"id": call.id, "type": kind, kind: {"name": call.name, key: given}}
+
+
+def _given(call: ToolCall) -> tuple[str, str, str]:
+    """(the call's type, which is the key of what is called, that of `given`, given)."""
+    if call.is_custom:
+        return "custom", "input", call.input
+    return "function", "arguments", call.arguments
 
 
 def _finish_reason(answer: Answer, is_legacy: bool) -> str:
@@ -4665,13 +4713,13 @@ class ChatStream(_ChunkStream):
     def _call(self, call: ToolCall) -> bytes:
         """Two chunks: which tool, and with what. Legacy clients know but one call."""
         index = len(self.summary.calls) - 1
-        named = {"name": call.name, "arguments": ""}
-        given = {"arguments": call.arguments}
+        kind, key, given = _given(call)
+        named, rest = {"name": call.name, key: ""}, {key: given}
         if self._is_legacy:
-            deltas = () if index else (named, given)
+            deltas = () if index else (named, rest)
             return b"".join(self._chunk({"function_call": delta}) for delta in deltas)
-        about = {"index": index, "id": call.id, "type": "function", "function": named}
-        entries = (about, {"index": index, "function": given})
+        about = {"index": index, "id": call.id, "type": kind, kind: named}
+        entries = (about, {"index": index, kind: rest})
         return b"".join(self._chunk({"tool_calls": [entry]}) for entry in entries)
 
     def _choice(self, delta: Any, reason: str | None) -> dict[str, Any]:
@@ -4885,7 +4933,7 @@ def parse_responses_request(body: Json) -> ResponsesRequest:
         raise missing_parameter("input")
     system, items = split_system(items, instructions)
     return ResponsesRequest(
-        ask=parse_ask(_with_functions(body))._replace(system=system),
+        ask=parse_ask(body)._replace(system=system),
         items=items,
         stream=parse_stream(body),
         previous_response_id=previous,
@@ -4897,28 +4945,6 @@ def parse_responses_request(body: Json) -> ResponsesRequest:
 def echo_of(body: Json) -> dict[str, Any]:
     """What a response repeats of its request; what it says without one, for {}."""
     return {name: valid(body.get(name)) for name, valid in _ECHOED.items()}
-
-
-def _with_functions(body: Json) -> Json:
-    """The body with its custom tools as functions of one text."""
-    tools = body.get("tools")
-    if not isinstance(tools, list):
-        return body
-    functions = [
-        _function_of(tool) if object_of(tool).get("type") == "custom" else tool
-        for tool in tools
-    ]
-    return {**body, "tools": functions}
-
-
-def _function_of(custom: Json) -> dict[str, Any]:
-    """A function for a custom tool; its text is described by the tool's grammar."""
-    text, form = {"type": "string"}, object_of(custom.get("format"))
-    if definition := form.get("definition"):
-        grammar = f"{form.get('syntax')} grammar"
-        text["description"] = f"It must fit this {grammar}: {definition}"
-    schema = {"type": "object", "properties": {"input": text}, "required": ["input"]}
-    return {**custom, "type": "function", "parameters": schema}
 
 
 def ask_of(
@@ -5016,9 +5042,8 @@ def _parse_item(item: Any, where: str) -> Item | None:
 
 
 def _parse_call(item: Json, where: str) -> Message:
-    if item.get("type") == "custom_tool_call":  # its input is text of any form
-        item = {**item, "arguments": {"input": item.get("input") or ""}}
-    call = {"id": item.get("call_id"), "function": item}
+    kind = "custom" if item.get("type") == "custom_tool_call" else "function"
+    call = {"id": item.get("call_id"), kind: item}
     return Message("assistant", "", tool_calls=parse_calls({"tool_calls": [call]}))
 
 
@@ -5468,8 +5493,8 @@ class ResponseStream:
 
     def _call(self, call: ToolCall) -> bytes:
         form, text = _CALL_FORM, call.arguments
-        if {"type": "custom", "name": call.name} in self._frame.echo["tools"]:
-            form, text = _CUSTOM_CALL_FORM, _custom_input(text)
+        if call.is_custom:
+            form, text = _CUSTOM_CALL_FORM, call.input
         written = self._write(form, text, call_id=call.id, name=call.name)
         return written + self._close(form.prefix)
 
@@ -5484,11 +5509,6 @@ class ResponseStream:
         kind, number = f"response.{name}", next(self._numbers)
         event = {"type": kind, "sequence_number": number, **fields}
         return encode_event(json_bytes(event), kind)
-
-
-def _custom_input(arguments: str) -> str:
-    given = (read_json_object(arguments) or {}).get("input", arguments)
-    return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
 
 
 # Writes one answer as SSE, in the words of one API: `begin` once, then `encode` for

@@ -68,6 +68,13 @@ PARIS = {"city": "Paris"}
 Expected = Union[str, tuple[str, dict[str, Any]]]
 
 
+def text_tool(name: str, description: str, form: str) -> Tool:
+    """A custom tool, and what its text must be."""
+    text = {"type": "string", "description": form}
+    schema = {"type": "object", "properties": {"input": text}, "required": ["input"]}
+    return Tool(name, description, schema, is_custom=True)
+
+
 def reader() -> CallReader:
     numbers = count(1)
     return CallReader(TOOLS, lambda: f"call_{next(numbers)}")
@@ -80,6 +87,26 @@ def read(*pieces: str) -> list[Part]:
     for piece in pieces:
         parts += calls.feed([Text(piece)])
     return joined(parts + calls.close())
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"arguments": {"input": "a\nb"}}, "a\nb"),
+        ({"input": "a\nb"}, "a\nb"),
+        ({"arguments": "[1]"}, "[1]"),
+        ({"arguments": '{"input": "a"}'}, "a"),
+        ({"arguments": {"other": 1}}, '{"other": 1}'),
+        ({"arguments": {"input": {"a": "é"}}}, '{"a": "é"}'),
+    ],
+)
+def test_custom_tool_is_called_with_a_text(given: dict[str, Any], text: str) -> None:
+    calls = CallReader([text_tool("patch", "", "")], lambda: "call_1")
+    written = json.dumps({"name": "patch", **given})
+    found = calls.feed([Text(f"<tool_call>\n{written}\n</tool_call>")])
+    (call,) = found
+    assert isinstance(call, ToolCall)
+    assert (call.name, call.input) == ("patch", text)
 
 
 @pytest.mark.parametrize("part", [Recast(10), Replace("So:")])
@@ -1351,7 +1378,6 @@ BOTH = {"tools": [chat_tool("a"), chat_tool("b")]}
             {
                 "tools": [
                     {"type": "web_search"},
-                    {"type": "custom", "name": "c"},
                     1,
                     None,
                     {},
@@ -1362,6 +1388,27 @@ BOTH = {"tools": [chat_tool("a"), chat_tool("b")]}
             },
             ((), "auto"),
             id="other-types",
+        ),
+        pytest.param(
+            {
+                "tools": [
+                    {"type": "custom", "name": "c"},
+                    {
+                        "type": "custom",
+                        "custom": {
+                            "name": "d",
+                            "description": "D",
+                            "format": {
+                                "type": "grammar",
+                                "grammar": {"syntax": "regex", "definition": "a+"},
+                            },
+                        },
+                    },
+                ],
+                "tool_choice": {"type": "custom", "custom": {"name": "d"}},
+            },
+            ((text_tool("d", "D", "It must fit this regex grammar: a+"),), "required"),
+            id="custom",
         ),
         pytest.param(
             {

@@ -21,12 +21,12 @@ BUDGETS = {
     "Errors": 90,
     "SSE": 65,
     "JSON": 88,
-    "Turn": 135,
-    "Calls": 706,
+    "Turn": 138,
+    "Calls": 724,
     "Dify": 956,
     "Ids": 75,
-    "OpenAI": 775,
-    "Responses": 466,
+    "OpenAI": 781,
+    "Responses": 443,
     "Conversations": 433,
     "Pacer": 133,
     "Wire": 577,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 485,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8426
+WHOLE_BUDGET = 8433
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

@@ -445,7 +445,10 @@ def test_tool_of_a_custom_type_is_told_as_a_function_of_one_text(
         "required": ["input"],
     }
     asked = parse_responses_request(request(tools=[TOOL, tool])).ask.tools
-    assert asked == (Tool("f", "d", {"type": "object"}), Tool("p", "d", told))
+    assert asked == (
+        Tool("f", "d", {"type": "object"}),
+        Tool("p", "d", told, is_custom=True),
+    )
 
 
 @pytest.mark.parametrize(("name", "value", "repeated"), ECHOED)
@@ -701,8 +704,8 @@ def test_items_of_an_answer(parts: Any, kinds: list[str]) -> None:
 def test_call_of_a_custom_tool_has_text() -> None:
     body = request(tools=[{"type": "custom", "name": "patch"}, TOOL])
     calls = [
-        ToolCall("call_1", "patch", '{"input": "*** Begin\\n"}'),
-        ToolCall("call_2", "patch", "raw"),
+        ToolCall("call_1", "patch", '{"input": "*** Begin\\n"}', is_custom=True),
+        ToolCall("call_2", "patch", "raw", is_custom=True),
         ToolCall("call_3", "f", "{}"),
     ]
     _, end = streamed(*calls, Finish("tool_calls"), body=body)
@@ -730,7 +733,7 @@ def test_call_of_a_custom_tool_has_text() -> None:
 )
 def test_input_of_a_custom_tool_that_is_no_text(arguments: str, text: str) -> None:
     body = request(tools=[{"type": "custom", "name": "patch"}])
-    call = ToolCall("call_1", "patch", arguments)
+    call = ToolCall("call_1", "patch", arguments, is_custom=True)
     _, end = streamed(call, Finish("tool_calls"), body=body)
     assert end["output"][0]["input"] == text
 

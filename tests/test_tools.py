@@ -113,14 +113,14 @@ def _choice(deltas: Sequence[JSONObject], finish: str | None) -> Choice:
     calls: dict[int, list[str]] = {}
     for delta in deltas:
         legacy = [delta["function_call"]] if "function_call" in delta else []
-        rows = [row["function"] for row in delta.get("tool_calls", [])] + legacy
+        rows = [row.get("function", {}) for row in delta.get("tool_calls", [])] + legacy
         places = [row.get("index") for row in delta.get("tool_calls", [])]
         for number, row in enumerate(rows):
             place = (places[number : number + 1] or [0])[0]
             call = calls.setdefault(number if place is None else place, ["", ""])
             call[0] += row.get("name", "")
             call[1] += row.get("arguments", "")
-    parsed = [(name, json.loads(text)) for name, text in calls.values()]
+    parsed = [(name, json.loads(text or "{}")) for name, text in calls.values()]
     return Choice(text, parsed, finish)
 
 
@@ -357,13 +357,51 @@ async def test_choice_that_can_not_be_met_is_refused(
 
 async def test_tools_of_other_types_are_ignored() -> None:
     """Codex and Open WebUI send some; to refuse them would break those clients."""
-    others = [{"type": "web_search"}, {"type": "custom", "custom": {"name": "grep"}}]
+    others = [{"type": "web_search"}, {"type": "namespace", "name": "grep"}]
     async with proxy(says("Hello", "Hello")) as served:
         got = await served.chat(tools=others)
         await served.chat(tools=[*others, TOOLS[0]])
     assert choices_of(got) == [Choice("Hello", [], "stop")]
     assert query(served, 0) == "Hi"
     assert query(served, 1) == with_system(words_about(TOOLS[:1]), "Hi")
+
+
+# Custom tools, that are called with a text...
+
+GREP: JSONObject = {
+    "type": "custom",
+    "custom": {"name": "grep", "description": "Search."},
+}
+GREP_CALL = f"<tool_call>\n{json.dumps({'name': 'grep', 'input': 'a b'})}\n</tool_call>"
+
+
+@WHOLE_OR_STREAMED
+async def test_custom_tool_is_called_with_a_text(stream: bool) -> None:
+    """Chunks of such calls are not in OpenAI's schema, but in its answers."""
+    async with proxy(says(GREP_CALL, "Found."), memory=True) as served:
+        got = await served.chat(tools=[GREP], stream=stream)
+        if stream:
+            deltas = [chunk["choices"][0]["delta"] for chunk in got.chunks]
+            first, second = (row["tool_calls"] for row in deltas if "tool_calls" in row)
+            call, rest = first[0], second[0]
+            assert (call.pop("index"), rest["index"]) == (0, 0)
+            assert call["custom"]["input"] == ""
+            call["custom"]["input"] += rest["custom"]["input"]
+            finish = got.chunks[-1]["choices"][0]["finish_reason"]
+        else:
+            assert choices_of(got)[0].finish == "tool_calls"
+            (call,), finish = got.message["tool_calls"], "tool_calls"
+        answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+        messages = [*HI, answer, result_of(call, "3 lines")]
+        await served.chat(tools=[GREP], messages=messages)
+    custom = {"name": "grep", "input": "a b"}
+    assert call == {"id": call["id"], "type": "custom", "custom": custom}
+    assert finish == "tool_calls"
+    text = {"type": "string"}
+    schema = {"type": "object", "properties": {"input": text}, "required": ["input"]}
+    told = {"function": {**GREP["custom"], "parameters": schema}}
+    assert query(served, 0) == with_system(words_about([told]), "Hi")
+    assert query(served, 1) == '<message role="tool" name="grep">\n3 lines\n</message>'
 
 
 # Functions, the legacy form...
