@@ -5549,7 +5549,8 @@ AnswerStream = Union[ChatStream, CompletionStream, ResponseStream]
 # know". `now` is wall-clock time in seconds, since a table outlives its process.
 #
 #     none, TAKEN -> FREE [put], FREE -> TAKEN [take], TAKEN -> LOST [take by id],
-#     FREE -> LOST [put, by one who has not taken it], FREE, TAKEN -> LOST [forget],
+#     FREE -> LOST [put, by one who has not taken it],
+#     FREE, TAKEN -> LOST, by another name, if more is known than the id [forget],
 #     FREE, TAKEN -> none [forget what is gone; put, if its end is not known]
 
 MAX_CONVERSATIONS = 100_000  # some 40 MB
@@ -5893,6 +5894,10 @@ _PUT = f"""
 INSERT OR REPLACE INTO opendify_tails
 SELECT ?, CASE WHEN (SELECT state FROM opendify_tails WHERE id = ?) IS ?
           THEN {_FREE} ELSE {_LOST} END, ?, ?, ?, ?, ?, ?, ?, ?"""
+_DROP = f"DELETE FROM opendify_tails WHERE id = ? AND state != {_LOST}"
+_FORGET = f"""
+UPDATE OR REPLACE opendify_tails SET state = {_LOST}, id = ?, conversation_id = ?
+WHERE id = ? AND state != {_LOST}"""
 _SWEEP = f"""
 DELETE FROM opendify_tails WHERE id IN (
 SELECT id FROM opendify_tails ORDER BY used LIMIT MIN({_SWEEP_MOST}, MAX(0,
@@ -6014,12 +6019,15 @@ class Conversations:
         """Lose a conversation: Dify may remember what was not seen.
 
         Its transcript stays, since another may end with the same words: who tries again
-        must not go on there. Only what `is_gone`, even for Dify, leaves the table.
+        must not go on there. It stands alone, and the conversation can be learned anew
+        by its id, unless that is all that was known: somebody's first turn may be under
+        way there. Only what `is_gone`, even for Dify, leaves the table.
         """
-        if tail:
-            lose = f"UPDATE opendify_tails SET state = {_LOST}"
-            sql = "DELETE FROM opendify_tails" if is_gone else lose
-            self._run(f"{sql} WHERE id = ? AND state != {_LOST}", _id(tail))
+        if tail and is_gone:
+            self._run(_DROP, _id(tail))
+        elif tail:
+            left = tail if tail.chain == _id(tail) else _alone(tail)
+            self._run(_FORGET, _id(left), left.conversation_id, _id(tail))
 
     def note_shown(self, tail: Tail, now: float) -> None:
         """A client shows what its conversation may not remember so.
@@ -6027,8 +6035,7 @@ class Conversations:
         The transcript stands alone, lost as if it were taken: to find it is to fold.
         """
         if tail.is_known and tail.conversation_id:
-            name = tail.chain.hex()
-            self._put(tail._replace(conversation_id=name, is_taken=True), now)
+            self._put(_alone(tail)._replace(is_taken=True), now)
 
     def named(self, id_: str, owner: str, now: float) -> NamedConversation | None:
         """What a client of this key has named so."""
@@ -6150,6 +6157,11 @@ def _unknown(scope: bytes, conversation_id: str) -> Tail:
     """Of an unknown conversation we know one message: that there may be some."""
     tail = Tail(scope, conversation_id, length=1)
     return tail._replace(chain=_id(tail))
+
+
+def _alone(tail: Tail) -> Tail:
+    """Its transcript, as that of a conversation which Dify does not have."""
+    return tail._replace(conversation_id=tail.chain.hex())
 
 
 def _told_alike(tails: Iterable[Tail], told: bytes) -> list[Tail]:

@@ -359,6 +359,25 @@ def test_turn_that_failed_is_not_tried_again_in_another_conversation(
     assert found(store, request) == ""
 
 
+def test_conversation_whose_turn_failed_is_learned_anew_by_its_id(
+    store: Conversations,
+) -> None:
+    """Else the system text would be told again in every turn there."""
+    talk = chat("hi", "Hello!", "what?", "That.", "new")
+
+    def by_id(text: str) -> str:
+        request = ask(user(text), conversation_id="c", system="Be brief.")
+        query, name = turn(store, request, "Yes.", "c")
+        assert name == "c"
+        return query
+
+    record(store, "c", *talk[:-1])
+    store.forget(store.take(ask(*talk), SCOPE, 0.0))
+    assert "Be brief." in by_id("one")
+    assert (by_id("two"), by_id("three")) == ("two", "three")
+    assert found(store, ask(*talk)) == ""
+
+
 @pytest.mark.parametrize("size", [4, 6])
 def test_what_a_taken_transcript_ends_with_leads_into_no_other(
     store: Conversations, size: int
