@@ -6169,9 +6169,10 @@ def _told_alike(tails: Iterable[Tail], told: bytes) -> list[Tail]:
 
     What the app has read for other inputs, a customer's number say, is another's.
     """
-    inputs = (told[_DIGEST_BYTES:], b"")  # older files have none
+    inputs = (told[_DIGEST_BYTES:], b"")  # unknown in older files
     alike = [tail for tail in tails if tail.told[_DIGEST_BYTES:] in inputs]
-    return sorted(alike, key=lambda tail: tail.told != told)
+    alike.sort(key=lambda tail: len(tail.told), reverse=True)
+    return sorted(alike, key=lambda tail: not told.startswith(tail.told))
 
 
 def _is_clear(history: Sequence[Message]) -> bool:

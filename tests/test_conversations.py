@@ -620,6 +620,20 @@ def test_of_equal_talks_the_one_with_these_inputs_goes_on(store: Conversations) 
     assert found(store, talk(2, *more)) == found(store, talk(4, *more)) == ""
 
 
+def test_equal_talks_of_an_older_file_keep_to_their_system_texts(
+    store: Conversations,
+) -> None:
+    """It has a hash of the system text alone, and none without one."""
+    systems = ("Be brief.", "Be kind.", "", "Be rude.")
+    for system in systems:
+        plan = plan_turn(ask(user("hi"), system=system), SCOPE, None)
+        tail = plan.finish(f"c {system}", answer("Hello!"))
+        store.put(tail._replace(told=tail.told[:8] if system else b""), 0.0)
+    for system in systems:
+        request = ask(*chat("hi", "Hello!", "and?"), system=system)
+        assert turn(store, request, "Yes.", "x") == ("and?", f"c {system}")
+
+
 def test_inputs_may_change_where_no_other_talk_is_equal(store: Conversations) -> None:
     texts: list[str] = []
     for page in range(4):
