@@ -8130,9 +8130,10 @@ class Api:
             response = await self._pool.send(origin, head, body, timeout_s)
         if COMPRESSED.search(response.headers.get("content-encoding", "")):
             response.close()
-            raise ConfigurationFault(
+            raise UpstreamFailed(  # perhaps after a run
                 "What stands before Dify compresses its answers, though it is asked "
-                "not to; switch that off there."
+                "not to; switch that off there.",
+                retry=False,
             )
         if response.status < 300:
             self._answered_at = asyncio.get_running_loop().time()

@@ -1007,6 +1007,7 @@ async def replaces(served: Site, client: Client) -> str:
     return await broken_turn(served, client, *steps, fake.message_end())
 
 
+GZIPPED = {"Content-Type": "text/event-stream", "Content-Encoding": "gzip"}
 NEEDS_INPUT = "topic is required in input form"
 TALKS_ON: list[Step] = [Sleep(0.2), fake.message(" you")] * 9
 # After these the memory is known to agree with the client: the conversation goes on.
@@ -1042,6 +1043,7 @@ ENDED: dict[str, Interruption] = {
     "is-replaced": replaces,
     "no-json": ends(Send(b"data: {oops\n\n")),
     "500": refuses(500, "internal_server_error"),
+    "compressed": lambda *of: broken_turn(*of, Status(200, b"\x1f\x8b", GZIPPED)),
 }
 REFUSED = {
     "400": refuses(400),

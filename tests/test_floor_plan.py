@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 485,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8434
+WHOLE_BUDGET = 8435
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
