@@ -11438,7 +11438,7 @@ const CLIENTS = { "Open WebUI": "OPENAI_API_BASE_URL=<v1>\nOPENAI_API_KEY=<key>"
   -H 'Content-Type: application/json' -d '{"model": <json>,
   "messages": [{"role": "user", "content": "Hello"}]}'` };
 const LABEL = /(!?)\[((?:\\.|[^\]\\]){0,300})\]/.source; // else "[[[…" takes minutes
-const TO = /((?:https?:\/\/|data:image\/)(?:\([^\s()]*\)|[^\s()])+)/.source;
+const TO = /((?:https?:\/\/|data:image\/)[^\s()]*(?:\([^\s()]*\)[^\s()]*)*)/.source;
 const LINK = RegExp(`${LABEL}\\(${TO}\\)`);
 let key = sessionStorage.getItem("api-key"), past = [], run = { pieces: [], lags: [] };
 const make = (tag, content, fields) => {
