@@ -1668,7 +1668,7 @@ class _Block:
     @property
     def reach(self) -> int:
         """How far it has looked."""
-        return max(self._at, self._value.reach)
+        return max(self._at, self._sought, self._value.reach)
 
     # Each step returns True for a token taken, None for one that needs more text, and
     # False for what is no part of calls...
@@ -1711,8 +1711,8 @@ class _Block:
     def _take_parameter(self, token: re.Match[str]) -> bool | None:
         closer = f"</{token['tag'] or token['arg_tag']}>"
         end = self._text.find(closer, max(self._sought, token.end()))
-        self._sought = len(self._text) - len(closer) + 1 if end < 0 else 0
         if end < 0 or not self._name:
+            self._sought = len(self._text) - len(closer) + 1 if self._name else 0
             return None if self._name else False
         key, tool = token["key"] or token["arg_key"].strip(), self._tools[self._name]
         for other in _NEXT_PARAMETER.finditer(self._text, token.end(), end):
@@ -1721,7 +1721,7 @@ class _Block:
                 break
         text = re.sub(r"\A\n|\n\Z", "", self._text[token.end() : end])
         self._given[key] = _typed(tool, key, text)
-        self._at = end + len(closer)
+        self._at, self._sought = end + len(closer), 0
         return True
 
     def _take_closer(self, token: re.Match[str]) -> bool:

@@ -794,6 +794,7 @@ def test_repair_takes_no_quadratic_time(text: str) -> None:
         "<tool_call>search\n<arg_key>" + " " * 4000 + "<x",
         ('<invoke name="' + "a" * 2000) * 500,
         ("<tool_call>search\n<parameter=" + "a" * 2000) * 500,
+        "<function=search><parameter=query>" * 30_000,
     ],
 )
 def test_unfinished_tags_take_no_quadratic_time(text: str) -> None:
