@@ -11273,10 +11273,12 @@ def check_host(request: Request, settings: Settings, *, is_local: bool) -> None:
             f"The host {name!r} is not this server's. If it is meant, add "
             f"http://{name} to ALLOWED_ORIGINS, or set VALID_API_KEYS."
         )
+    if origin is None:
+        return
     # Without keys a domain may be a stranger's that resolves here: to a container, say.
     is_own = bool(settings.valid_api_keys or "." not in name or is_address(name))
     own = host.lower() if is_own else ""
-    if origin is not None and not _is_allowed(origin.lower(), own, allowed):
+    if not _is_allowed(origin.lower(), own, allowed):
         raise Forbidden(
             f"Pages of {origin!r} may not call this server; add it to ALLOWED_ORIGINS."
         )

@@ -33,12 +33,12 @@ BUDGETS = {
     "Upstream": 836,
     "Answers": 625,
     "Handlers": 1121,
-    "Server": 309,
+    "Server": 311,
     "Page": 260,
     "Command line": 485,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8435
+WHOLE_BUDGET = 8437
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
