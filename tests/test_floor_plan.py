@@ -27,7 +27,7 @@ BUDGETS = {
     "Ids": 75,
     "OpenAI": 781,
     "Responses": 443,
-    "Conversations": 433,
+    "Conversations": 440,
     "Pacer": 133,
     "Wire": 577,
     "Upstream": 836,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 485,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8437
+WHOLE_BUDGET = 8443
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
