@@ -1774,12 +1774,12 @@ class _Block:
         if value in "[{":
             return key in (*_INNER, "arguments")
         values = _FIRST_VALUES.get(key, tuple(self._tools) if key in _NAMES else ())
-        said = value[1:6] if key == "id" else value[1:].replace("functions.", "", 1)
-        if said in values and (head["closed"] or key == "id"):
+        start = value[1:6] if key == "id" else value[1:].replace("functions.", "", 1)
+        if start in values and (head["closed"] or key == "id"):
             return True
         is_open = is_open and not head["closed"]
         known = (*values, "functions.")
-        return None if is_open and any(v.startswith(said) for v in known) else False
+        return None if is_open and any(v.startswith(start) for v in known) else False
 
     def _stands_alone(self, rest: str) -> bool | None:
         """Whether JSON followed by this is not part of other JSON, or of a sentence."""
@@ -2080,7 +2080,7 @@ class _Checker:
 
     def _holds(self, keyword: str, limit: Any, value: Any, at: str) -> bool:
         if keyword in ("anyOf", "oneOf"):
-            return any(not next(self.check(value, one, at), ()) for one in limit)
+            return any(not next(self.check(value, branch, at), ()) for branch in limit)
         if keyword == "pattern":
             return self._matches(value, limit)
         if keyword not in _HOLDS:
@@ -2104,8 +2104,8 @@ class _Checker:
         """The values that other schemas are for, within this one or elsewhere."""
         if "$ref" in schema:
             yield value, self._target(schema["$ref"]), at
-        for one in schema.get("allOf", ()):
-            yield value, one, at
+        for part in schema.get("allOf", ()):
+            yield value, part, at
         if isinstance(value, dict):
             for name, item in value.items():
                 for rule in self._rules_of(schema, name):
@@ -2134,7 +2134,7 @@ def _size(value: Any) -> int:
 
 def _is_a(value: Any, kind: Any) -> bool:
     if isinstance(kind, list):
-        return any(_is_a(value, one) for one in kind)
+        return any(_is_a(value, option) for option in kind)
     if isinstance(value, bool):
         return bool(kind == "boolean")
     if kind == "integer" and isinstance(value, float):
@@ -2372,8 +2372,8 @@ def describe_uploads(form: AppForm) -> str:
         return ""
     kinds, extensions = _allowed(rules)
     limit = count_of(rules.get("number_limits"))
-    what = ", ".join((*(kinds or ("image",)), *extensions))
-    return f"{what}; {limit} at a time" if limit else what
+    names = ", ".join((*(kinds or ("image",)), *extensions))
+    return f"{names}; {limit} at a time" if limit else names
 
 
 def _left_over(
@@ -2649,9 +2649,9 @@ def error_from_dify(
     if by_code:
         return by_code(text)
     # The provider's status and code stand around its text, which may echo megabytes.
-    told = " ".join([whole[:_MAX_TOLD], whole[-_MAX_TOLD:], text[:_MAX_TOLD]])
+    excerpt = " ".join([whole[:_MAX_TOLD], whole[-_MAX_TOLD:], text[:_MAX_TOLD]])
     for wording, error in _BY_WORDING.items():
-        if re.search(wording, told, re.IGNORECASE):
+        if re.search(wording, excerpt, re.IGNORECASE):
             return error(text)
     if not in_run:
         return _refusal(status, code, text)
@@ -3064,8 +3064,8 @@ class AnswerReader:
         translate = _TRANSLATORS.get(name)
         if name in _DELTAS and self._mode != "agent":
             self._deltas.example = data
-        said = object_of(value.get("data")) if name in _OF_DATA else value
-        return translate(self, said) if translate else []
+        payload = object_of(value.get("data")) if name in _OF_DATA else value
+        return translate(self, payload) if translate else []
 
     def _learn_ids(self, value: dict[str, Any]) -> None:
         for name in self._unknown_ids:
@@ -3082,8 +3082,8 @@ class AnswerReader:
             self._has_rounds = self._has_rounds or bool(answer)
         elif self._mode == "agent" and self._has_rounds:
             # The New Agent closes with the whole of its last round.
-            said = self._text.kept.text.rstrip()
-            if not self._text.kept.is_whole or said.endswith(answer.strip()):
+            kept = self._text.kept.text.rstrip()
+            if not self._text.kept.is_whole or kept.endswith(answer.strip()):
                 return []
             answer = "\n\n" + answer
         return self._text.add_from(value.get("from_variable_selector"), answer)
@@ -3166,8 +3166,8 @@ class AnswerReader:
 
     def _workflow_paused(self, data: dict[str, Any]) -> list[Part]:
         lost = [] if self._has_asked else objects_of(data.get("reasons"))
-        asked = [part for reason in lost for part in self._human_input(reason)]
-        return asked + self._finish()
+        parts = [part for reason in lost for part in self._human_input(reason)]
+        return parts + self._finish()
 
     def _error(self, value: dict[str, Any]) -> list[Part]:
         status = count_of(value.get("status")) or 500
@@ -3355,12 +3355,12 @@ _Thought = tuple[tuple[str, object], str]  # (its kind, its id), more of its tex
 
 def _text_of_form(data: Json) -> str:
     """What a run that pauses asks the user for."""
-    asked = data.get("form_content") or data.get("message")
+    content = data.get("form_content") or data.get("message")
     token = data.get("form_token")
     actions = objects_of(data.get("actions"))
     names = ", ".join(str(a.get("title") or a.get("id")) for a in actions)
     lines = [
-        str(asked or data.get("node_title") or "Input is needed."),
+        str(content or data.get("node_title") or "Input is needed."),
         f"Actions: {names}" if actions else "",
         f"Form: {token}" if token else "",
     ]
@@ -3461,9 +3461,9 @@ def answer_from_outputs(outputs: Json, variable: str, mode: str) -> str:
     texts = object_of(_without_files(outputs))
     if variable in outputs:
         texts = {variable: texts[variable]} if variable in texts else {}
-    named = [texts[name] for name in _OUTPUT_NAMES if isinstance(texts.get(name), str)]
-    if named:
-        return next(filter(None, named), "")
+    usual = [texts[name] for name in _OUTPUT_NAMES if isinstance(texts.get(name), str)]
+    if usual:
+        return next(filter(None, usual), "")
     if not texts:
         return ""
     value = next(iter(texts.values())) if len(texts) == 1 else texts
@@ -3556,8 +3556,8 @@ def stored_turn(row: Json, base: str, history_variable: str = "") -> StoredTurn:
     """
     past = object_of(row.get("inputs")).get(history_variable)
     files = objects_of(row.get("message_files"))
-    asked = [f for f in files if f.get("belongs_to") == "user" and f.get("url")]
-    attachments = tuple(_stored_file(file, base) for file in asked)
+    attached = [f for f in files if f.get("belongs_to") == "user" and f.get("url")]
+    attachments = tuple(_stored_file(file, base) for file in attached)
     return StoredTurn(
         str(row.get("conversation_id") or ""),
         str(row.get("id") or ""),
@@ -3583,8 +3583,8 @@ def stored_run(
         output_variable: the output that is the answer, "" for a usual one.
     """
     inputs, outputs = (_unpacked(run.get(name)) for name in ("inputs", "outputs"))
-    asked = (inputs[name] for name in variables if isinstance(inputs.get(name), str))
-    question = Message("user", "\n\n".join(filter(None, asked)))
+    texts = (inputs[name] for name in variables if isinstance(inputs.get(name), str))
+    question = Message("user", "\n\n".join(filter(None, texts)))
     reader = AnswerReader("workflow", base, output_variable=output_variable)
     parts = reader._workflow_finished({**run, "outputs": outputs})
     id_, created = str(run.get("id") or ""), count_of(run.get("created_at"))
