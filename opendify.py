@@ -3917,15 +3917,15 @@ def with_tool_names(messages: list[Message]) -> list[Message]:
     The app knows no ids: only the order tells apart the results of two calls of a tool.
     """
     calls: dict[str, tuple[int, str]] = {}  # id: (which of all, the tool's name)
-    told: list[Message] = []
+    ordered: list[Message] = []
     numbers = count()
     for is_result, run in itertools.groupby(messages, lambda m: m.role == "tool"):
         group = list(run)
         group = _by_calls(group, calls) if is_result else group
         for call in (call for message in group for call in message.tool_calls):
             calls[call.id] = (next(numbers), call.name)  # ids may return
-        told += group
-    return told
+        ordered += group
+    return ordered
 
 
 def _by_calls(
@@ -4318,9 +4318,9 @@ def _parse_spoken(body: Json, n: int) -> str | None:
     return _parse_voice(audio.get("voice"), "audio.voice")
 
 
-def voice_for(asked: str, own: str) -> str:
+def voice_for(voice: str, own: str) -> str:
     """The voice to ask the app for: OpenAI's names do where its own is one of them."""
-    return own if own and own not in _VOICES and asked in _VOICES else asked
+    return own if own and own not in _VOICES and voice in _VOICES else voice
 
 
 def encode_speech(audio: bytes) -> bytes:
@@ -4567,8 +4567,8 @@ def dify_key(ids: DifyIds) -> dict[str, Any]:
     return {"dify": dict(ids)} if ids else {}
 
 
-def _chat_choice(index: int, said: Json, reason: str | None) -> dict[str, Any]:
-    return {"index": index, **said, "logprobs": None, "finish_reason": reason}
+def _chat_choice(index: int, content: Json, reason: str | None) -> dict[str, Any]:
+    return {"index": index, **content, "logprobs": None, "finish_reason": reason}
 
 
 def _message(answer: Answer, is_legacy: bool) -> dict[str, Any]:
@@ -4751,16 +4751,16 @@ class SpokenStream(ChatStream):
 
     def encode(self, part: Part) -> bytes:
         """The chunks that a part becomes."""
-        told = b""
+        events = b""
         if isinstance(part, Text) and self._id:
-            told, self._id = self._audio({"id": self._id, "transcript": ""}), ""
+            events, self._id = self._audio({"id": self._id, "transcript": ""}), ""
         elif isinstance(part, Sound):
             sound = (self._sound or b"") + part.data
             return self._data(sound, len(sound) // 3 * 3)
         elif isinstance(part, Finish) and self._sound is not None:
-            told = self._data(self._sound, len(self._sound))
-            told += self._audio({"expires_at": self._spoken.expires_at})
-        return told + super().encode(part)
+            events = self._data(self._sound, len(self._sound))
+            events += self._audio({"expires_at": self._spoken.expires_at})
+        return events + super().encode(part)
 
     def _data(self, sound: bytes, size: int) -> bytes:
         """A chunk of the first bytes of the audio; the others wait."""
@@ -5097,12 +5097,12 @@ def _echo_choice(value: Any) -> Any:
 
 
 def _echo_text(value: Any) -> dict[str, Any]:
-    asked = object_of(object_of(value).get("format"))
-    name, schema = asked.get("name"), asked.get("schema")
-    if asked.get("type") == "json_schema" and isinstance(schema, dict):
-        told = {"type": "json_schema", "name": str(name or ""), "schema": schema}
-        return {"format": {**told, "strict": bool(asked.get("strict"))}}
-    is_object = asked.get("type") == "json_object"
+    spec = object_of(object_of(value).get("format"))
+    name, schema = spec.get("name"), spec.get("schema")
+    if spec.get("type") == "json_schema" and isinstance(schema, dict):
+        echo = {"type": "json_schema", "name": str(name or ""), "schema": schema}
+        return {"format": {**echo, "strict": bool(spec.get("strict"))}}
+    is_object = spec.get("type") == "json_object"
     return {"format": {"type": "json_object" if is_object else "text"}}
 
 
@@ -5169,8 +5169,8 @@ def response_object(
     """The whole object of a response: what a stream of the same parts ends with."""
     stream = ResponseStream(frame)
     stream.begin(frame.ids)
-    said: list[Part] = [Reasoning(answer.reasoning), Text(answer.text), *answer.calls]
-    for part in (*said, Citations(answer.citations), answer.usage):
+    parts: list[Part] = [Reasoning(answer.reasoning), Text(answer.text), *answer.calls]
+    for part in (*parts, Citations(answer.citations), answer.usage):
         stream.encode(part)
     if error:
         stream.fail(error)
@@ -5424,8 +5424,8 @@ class ResponseStream:
     def fail(self, error: ProxyError) -> bytes:
         """The end of a stream that can't be finished; open items stay open."""
         begun = b"" if self.response else self.begin({})
-        told = {"code": _failure_code(error), "message": error.message}
-        return begun + self._lifecycle("failed", error=told)
+        details = {"code": _failure_code(error), "message": error.message}
+        return begun + self._lifecycle("failed", error=details)
 
     def _finish(self) -> bytes:
         cause = _CAUSES.get(self.summary.finish_reason)
@@ -5479,8 +5479,8 @@ class ResponseStream:
         text = opened.update(status, annotations)
         events = b""
         for index, annotation in enumerate(annotations):
-            told = {"annotation_index": index, "annotation": annotation}
-            events += self._event("output_text.annotation.added", **place, **told)
+            fields = {"annotation_index": index, "annotation": annotation}
+            events += self._event("output_text.annotation.added", **place, **fields)
         done = {"text" if form.part else form.key: text, **form.more}
         if form is _CALL_FORM:
             done["name"] = item["name"]
@@ -8537,13 +8537,13 @@ class Metrics:
     def render(self, gauges: Mapping[str, float]) -> str:
         """All of them, and `gauges`, as text."""
         gauges = {"opendify_requests_in_flight": self.in_flight, **gauges}
-        lines, named = [], ""
+        lines, last = [], ""
         for (name, *labels), value in sorted(self._counts.items(), key=repr):
-            if name != named:
+            if name != last:
                 lines.append(f"# TYPE {name} counter")
             text = ",".join(f'{label}="{_label(of)}"' for label, of in labels)
             lines.append(f"{name}{{{text}}} {value:g}")
-            named = name
+            last = name
         bounds = [*map("{:g}".format, _BUCKETS_S), "+Inf"]
         for name, counts in sorted(self._buckets.items()):
             lines.append(f"# TYPE {name} histogram")
@@ -8607,10 +8607,10 @@ class Exchange:
         name = self.request.headers.get("x-openwebui-user-id", "")
         return user_name(urllib.parse.unquote(name))
 
-    def user_of(self, asked: str) -> str:
+    def user_of(self, name: str) -> str:
         """The end user's name in Dify, by the body, a header, or the key."""
         key = client_key(self.request.headers)
-        return asked or self.forwarded_user or user_of_key(key)
+        return name or self.forwarded_user or user_of_key(key)
 
     def explain(self, error: ProxyError) -> None:
         """Let an error name the model, and the field as the endpoint calls it."""
@@ -9193,8 +9193,8 @@ class Turns:
     def _settle(self, turn: Turn, sink: Outlet | Collector, *, is_stored: bool) -> None:
         """Record where the conversation stands, or that nobody knows."""
         id_, now = turn.stream.reader.conversation_id, self.wall_clock()
-        said = Message("assistant", sink.text, tool_calls=tuple(sink.calls))
-        tail = turn.plan.finish(id_, said)
+        answer = Message("assistant", sink.text, tool_calls=tuple(sink.calls))
+        tail = turn.plan.finish(id_, answer)
         if is_stored and id_:
             self.conversations.put(tail, now)
         else:
