@@ -9521,24 +9521,24 @@ class Archive:
     wall_clock: Callable[[], float]
 
     async def continued(
-        self, app: AppSettings, asked: ResponsesRequest, sealer: IdSealer, user: str
+        self, app: AppSettings, request: ResponsesRequest, sealer: IdSealer, user: str
     ) -> tuple[Ask, Tail | None]:
         """The question, and the conversation that it continues, taken.
 
         An answer that is named is continued where it stands, if Dify's conversation
         ends with it and nobody else has a turn there. Else its history is folded.
         """
-        previous = asked.previous_response_id
+        previous = request.previous_response_id
         place = open_place(sealer, previous, "resp_", user=user)
         if previous and not place:
             raise _no_previous(previous)
         named = {
             id_: at
-            for id_ in list(dict.fromkeys(asked.references))[-MAX_REFERENCES:]
+            for id_ in list(dict.fromkeys(request.references))[-MAX_REFERENCES:]
             if (at := open_place(sealer, id_, user=user))
         }
         if not place and not named:
-            return await self._continue_named(app, asked, user), None
+            return await self._continue_named(app, request, user), None
         anchor = place or list(named.values())[-1]
         scope, now = scope_of(app.key, user), self.wall_clock()
         tail = None
@@ -9546,7 +9546,7 @@ class Archive:
             tail = self.conversations.take_alone(scope, anchor.conversation_id, now)
         goes_on = False
         try:
-            ask = await self._continue_at(app, asked, anchor, named, tail is not None)
+            ask = await self._continue_at(app, request, anchor, named, tail is not None)
             goes_on = ask.conversation_id == anchor.conversation_id
         finally:
             if tail and not goes_on:
@@ -9554,24 +9554,24 @@ class Archive:
         return ask, tail if goes_on else None
 
     async def _continue_named(
-        self, app: AppSettings, asked: ResponsesRequest, user: str
+        self, app: AppSettings, request: ResponsesRequest, user: str
     ) -> Ask:
         """The question in the conversation of its id, if any, or in a new one."""
-        ask, here = ask_of(asked, {}), Place(user, asked.ask.conversation_id, "")
+        ask, here = ask_of(request, {}), Place(user, request.ask.conversation_id, "")
         told: list[Message] = []
         has_results = any(message.role == "tool" for message in ask.messages)
         is_named = has_results and here.conversation_id
         if is_named and await self.dify.facts.mode_of(app) in CHAT_MODES:
             turns, _ = await self._page_of(app, here)
-            told = _transcript(_with_tools(turns), asked.known_tools)
-            ask = ask_of(asked, {}, told=told)
+            told = _transcript(_with_tools(turns), request.known_tools)
+            ask = ask_of(request, {}, told=told)
         is_all_new = ask.is_all_new and not is_known_history(ask, told)
-        return _with_something(ask._replace(is_all_new=is_all_new), asked)
+        return _not_empty(ask._replace(is_all_new=is_all_new), request)
 
     async def _continue_at(
         self,
         app: AppSettings,
-        asked: ResponsesRequest,
+        request: ResponsesRequest,
         anchor: Place,
         named: Mapping[str, Place],
         is_free: bool,
@@ -9580,15 +9580,15 @@ class Archive:
 
         Only the former has the conversation's id.
         """
-        previous, here = asked.previous_response_id, anchor.conversation_id
-        tools = asked.known_tools
+        previous, here = request.previous_response_id, anchor.conversation_id
+        tools = request.known_tools
         # Nearly always the newest answer is named and nothing else: one turn tells all.
         if previous and is_free and not named:
             newest, _ = await self._page_of(app, anchor, most=1)
             told = _transcript(newest, tools)
             is_newest = [turn.message_id for turn in newest] == [anchor.message_id]
-            if is_newest and _has_calls(asked, told):
-                ask = ask_of(asked, {}, told=told)
+            if is_newest and _has_calls(request, told):
+                ask = ask_of(request, {}, told=told)
                 is_all_new = not is_known_history(ask, told)
                 return ask._replace(conversation_id=here, is_all_new=is_all_new)
         # Else all turns are read of the conversations that are named.
@@ -9606,7 +9606,7 @@ class Archive:
         ids = [turn.message_id for turn in turns]
         end = ids.index(anchor.message_id) + 1 if anchor.message_id in ids else 0
         known = _transcript(turns[:end], tools)
-        ask = _with_something(ask_of(asked, found, known if previous else ()), asked)
+        ask = _not_empty(ask_of(request, found, known if previous else ()), request)
         is_newest = 0 < end == len(turns)
         is_here = ask.conversation_id in ("", here)  # it may name another
         if is_free and is_newest and is_here and is_known_history(ask, known):
@@ -9716,9 +9716,9 @@ def _transcript(turns: Iterable[StoredTurn], tools: Sequence[Tool]) -> list[Mess
     return [message for pair in pairs for message in pair]
 
 
-def _has_calls(asked: ResponsesRequest, told: Iterable[Message]) -> bool:
+def _has_calls(request: ResponsesRequest, told: Iterable[Message]) -> bool:
     """Whether the calls of all results are among the items or what is told."""
-    messages = [*told, *(item for item in asked.items if isinstance(item, Message))]
+    messages = [*told, *(item for item in request.items if isinstance(item, Message))]
     calls = {call.id for message in messages for call in message.tool_calls}
     return calls.issuperset(message.call_id for message in messages if message.call_id)
 
@@ -9732,27 +9732,27 @@ def is_known_history(ask: Ask, known: Sequence[Message]) -> bool:
             hold more than the client's: what was folded, and results of tools.
     """
     at = len(known)
-    asked: list[Message] = []
+    question: list[Message] = []
     history, _ = split_turn(ask)
     for message in reversed([m for m in history if m.role != "system"]):
         if message.role != "assistant":
-            asked.append(message)
+            question.append(message)
             continue
-        if not _is_said(asked, known[at : at + 1]) or not at:
+        if not _is_said(question, known[at : at + 1]) or not at:
             return False
-        at, asked = at - 2, []
+        at, question = at - 2, []
         if _said(message) != _said(known[at + 1]):
             return False
-    return at < len(known) and (not asked or _is_said(asked, known[at : at + 1]))
+    return at < len(known) and (not question or _is_said(question, known[at : at + 1]))
 
 
-def _is_said(asked: Sequence[Message], stored: Sequence[Message]) -> bool:
+def _is_said(question: Sequence[Message], stored: Sequence[Message]) -> bool:
     """Whether these messages, in any order, are what was sent as one question."""
-    if not asked or not stored or len(asked) > MAX_MESSAGES_SOUGHT:
-        return not asked and not stored
-    texts = [message.text.strip() for message in asked]
+    if not question or not stored or len(question) > MAX_MESSAGES_SOUGHT:
+        return not question and not stored
+    texts = [message.text.strip() for message in question]
     whole = stored[0].text.strip()
-    if len(texts) == 1 and asked[0].role == "user":
+    if len(texts) == 1 and question[0].role == "user":
         return whole == texts[0] or whole.endswith(f"\n\n{texts[0]}")
     return all(f"\n{text}\n" in whole for text in texts)
 
@@ -9763,9 +9763,9 @@ def _said(answer: Message) -> tuple[list[str], list[tuple[str, str]]]:
     return answer.text.split(), calls
 
 
-def _with_something(ask: Ask, asked: ResponsesRequest) -> Ask:
+def _not_empty(ask: Ask, request: ResponsesRequest) -> Ask:
     """The question; raises BadRequest if it was nothing but ids that nobody knows."""
-    if asked.references and not ask.messages:
+    if request.references and not ask.messages:
         raise bad_value("input", "none of the items that it names is known.")
     return ask
 
@@ -9895,9 +9895,9 @@ class Site:
         return IdSealer(app.key, self.owner_of(exchange))
 
 
-async def _in_time(asking: Iterable[Awaitable[Any]]) -> list[Any]:
+async def _in_time(awaitables: Iterable[Awaitable[Any]]) -> list[Any]:
     """What each gives within NAMES_TIMEOUT_S, or the exception that it raises."""
-    timed = [asyncio.wait_for(awaitable, NAMES_TIMEOUT_S) for awaitable in asking]
+    timed = [asyncio.wait_for(awaitable, NAMES_TIMEOUT_S) for awaitable in awaitables]
     return await asyncio.gather(*timed, return_exceptions=True)
 
 
@@ -9999,9 +9999,9 @@ async def show_readiness(site: Site, exchange: Exchange) -> None:
     send_json(exchange.reply, {"status": "ready"})
 
 
-async def _any_of(asking: Iterable[Awaitable[Any]]) -> None:
+async def _any_of(awaitables: Iterable[Awaitable[Any]]) -> None:
     """Wait until one succeeds; raises the first one's error if none does."""
-    tasks = [asyncio.ensure_future(awaitable) for awaitable in asking]
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     whole = asyncio.gather(*tasks, return_exceptions=True)  # takes note of all errors
     try:
         for done in asyncio.as_completed(tasks):
@@ -10052,19 +10052,19 @@ async def create_chat_completion(site: Site, exchange: Exchange) -> None:
 
 async def create_completion(site: Site, exchange: Exchange) -> None:
     """`POST /completions`, the legacy API."""
-    asked = parse_completion_request(await _body_of(site, exchange))
-    envelope = _envelope(site, "cmpl", asked.asks[0].model)
-    has_usage, echoes = asked.include_usage, asked.echoes
+    request = parse_completion_request(await _body_of(site, exchange))
+    envelope = _envelope(site, "cmpl", request.asks[0].model)
+    has_usage, echoes = request.include_usage, request.echoes
     streams = [
         CompletionStream(envelope, include_usage=has_usage, index=index, echo=echo)
-        for index, echo in enumerate(echoes if asked.stream else ())
+        for index, echo in enumerate(echoes if request.stream else ())
     ]
 
     def whole(answers: list[Answer], ids: DifyIds) -> dict[str, Any]:
         return text_completion(envelope, answers, echoes, ids)
 
-    app, is_one = await site.find_app(exchange, envelope.model), len(asked.asks) == 1
-    questions = [Question(exchange, app, ask, is_one) for ask in asked.asks]
+    app, is_one = await site.find_app(exchange, envelope.model), len(request.asks) == 1
+    questions = [Question(exchange, app, ask, is_one) for ask in request.asks]
     await _answer_all(site, questions, streams, whole)
 
 
@@ -10077,13 +10077,13 @@ def _envelope(site: Site, prefix: str, model: str) -> Envelope:
 
 async def create_response(site: Site, exchange: Exchange) -> None:
     """`POST /responses`."""
-    asked = parse_responses_request(await _body_of(site, exchange))
-    asked, named = _in_conversation(site, exchange, asked)
-    asked = await _as_owner(site, exchange, asked)
-    app = await site.find_app(exchange, asked.ask.model)
-    user, sealer = exchange.user_of(asked.ask.user), site.sealer(exchange, app)
+    request = parse_responses_request(await _body_of(site, exchange))
+    request, named = _in_conversation(site, exchange, request)
+    request = await _as_owner(site, exchange, request)
+    app = await site.find_app(exchange, request.ask.model)
+    user, sealer = exchange.user_of(request.ask.user), site.sealer(exchange, app)
     now, new_id = int(site.wall_clock()), site.new_id()
-    frame = ResponseFrame(now, asked.ask.model, asked.echo, sealer, user, new_id)
+    frame = ResponseFrame(now, request.ask.model, request.echo, sealer, user, new_id)
     running = ResponseStream(frame)
 
     def whole(answers: list[Answer], ids: DifyIds) -> dict[str, Any]:
@@ -10091,11 +10091,11 @@ async def create_response(site: Site, exchange: Exchange) -> None:
 
     if named:
         await _check_place(site, app, user, named)
-    ask, tail = await site.archive.continued(app, asked, sealer, user)
+    ask, tail = await site.archive.continued(app, request, sealer, user)
     questions = [Question(exchange, app, ask, True, tail)]
     site.running[running] = exchange
     try:
-        await _answer_all(site, questions, [running] if asked.stream else [], whole)
+        await _answer_all(site, questions, [running] if request.stream else [], whole)
     finally:
         del site.running[running]
         if named and exchange.turn:
@@ -10104,24 +10104,24 @@ async def create_response(site: Site, exchange: Exchange) -> None:
 
 
 async def _as_owner(
-    site: Site, exchange: Exchange, asked: ResponsesRequest
+    site: Site, exchange: Exchange, request: ResponsesRequest
 ) -> ResponsesRequest:
     """The request; if it names no user, as its stored files' (ids hold the user)."""
-    said = tuple(item for item in asked.items if isinstance(item, Message))
-    ask = await _with_stored_files(site, exchange, asked.ask._replace(messages=said))
-    return replace(asked, ask=asked.ask._replace(user=ask.user))
+    items = tuple(item for item in request.items if isinstance(item, Message))
+    ask = await _with_stored_files(site, exchange, request.ask._replace(messages=items))
+    return replace(request, ask=request.ask._replace(user=ask.user))
 
 
 def _in_conversation(
-    site: Site, exchange: Exchange, asked: ResponsesRequest
+    site: Site, exchange: Exchange, request: ResponsesRequest
 ) -> tuple[ResponsesRequest, NamedConversation | None]:
     """(the request with what its conversation has, or is bound to; that, if any)."""
-    if not asked.conversation:
-        return asked, None
-    named = _named(site, exchange, asked.conversation)
-    items = (*parse_items(list(named.items)), *asked.items)
-    ask = asked.ask._replace(conversation_id=named.conversation_id, is_all_new=True)
-    return replace(asked, ask=ask, items=items), named
+    if not request.conversation:
+        return request, None
+    named = _named(site, exchange, request.conversation)
+    items = (*parse_items(list(named.items)), *request.items)
+    ask = request.ask._replace(conversation_id=named.conversation_id, is_all_new=True)
+    return replace(request, ask=ask, items=items), named
 
 
 async def _check_place(
@@ -10193,10 +10193,10 @@ def _running_as(site: Site, exchange: Exchange) -> tuple[ResponseStream, Turn] |
     """The streamed response that a path names, with its turn, while it runs."""
     owner, user = site.owner_of(exchange), exchange.forwarded_user
     for stream, other in site.running.items():
-        told = stream.response
-        is_it = told.get("id") == exchange.name_in_path
+        response = stream.response
+        is_it = response.get("id") == exchange.name_in_path
         is_theirs = site.owner_of(other) == owner and user in ("", stream.user)
-        if is_it and is_theirs and other.turn and told["status"] == "in_progress":
+        if is_it and is_theirs and other.turn and response["status"] == "in_progress":
             exchange.model = other.model
             return stream, other.turn
     return None
@@ -10298,9 +10298,9 @@ async def delete_conversation_item(site: Site, exchange: Exchange) -> None:
     """
     item_id, named = _item_in_path(exchange), _named(site, exchange)
     while not any(item["id"] == item_id for item in named.items):
-        was, items = named, await _items_of(site, exchange, named)
+        before, items = named, await _items_of(site, exchange, named)
         named = _named(site, exchange)
-        if named == was:  # nobody has changed it while Dify was asked
+        if named == before:  # nobody has changed it while Dify was asked
             named = replace(named, conversation_id="", items=tuple(items))
             break
     rest = [item for item in named.items if item["id"] != item_id]
@@ -10451,8 +10451,8 @@ async def _all_of(
 def _pacer(site: Site, question: Question) -> Pacer | None:
     """The delay buffer, unless the operator or the request switched it off."""
     headers = question.exchange.request.headers
-    asked = headers.get("x-opendify-smoothing", "").lower()
-    is_on = {"on": True, "off": False}.get(asked, question.app.smoothing)
+    wish = headers.get("x-opendify-smoothing", "").lower()
+    is_on = {"on": True, "off": False}.get(wish, question.app.smoothing)
     if is_on is None:
         is_on = site.settings.stream_smoothing
     return Pacer(site.settings.stream_max_lag) if is_on else None
@@ -10570,8 +10570,8 @@ async def _open_speech(
 ) -> UpstreamResponse:
     """The sound of a text, not read yet."""
     voice = voice_for(voice, (await site.dify.facts.form_of(app)).voice)
-    asked = {"text": text, "user": user, **({"voice": voice} if voice else {})}
-    response = await site.dify.open_file(app, "/text-to-audio", value=asked)
+    body = {"text": text, "user": user, **({"voice": voice} if voice else {})}
+    response = await site.dify.open_file(app, "/text-to-audio", value=body)
     kind = response.content_type.lower()
     if not kind.startswith(("audio/", "application/octet-stream")):
         response.close()
@@ -10874,8 +10874,8 @@ def find_endpoint(path: str) -> tuple[str, str]:
         name, tail = deployment[1], deployment[2]
         tail = _PREFIX.sub("", tail)
     for endpoint, pattern in () if tail in _NO_NAMES else _PATTERNS:
-        if named := pattern.match(tail):
-            return endpoint, "/".join(named.groups())
+        if match := pattern.match(tail):
+            return endpoint, "/".join(match.groups())
     return tail, name
 
 
@@ -11315,13 +11315,13 @@ def cors_headers(request: Request, settings: Settings) -> list[tuple[str, str]]:
 
 
 def _preflight(request: Request) -> list[tuple[str, str]]:
-    asked = request.headers.get("access-control-request-headers", "")
+    names = request.headers.get("access-control-request-headers", "")
     headers = [
         ("Access-Control-Allow-Methods", "GET, POST, DELETE, OPTIONS"),
         ("Access-Control-Max-Age", "86400"),
     ]
-    if re.match(r"[\w, -]+\Z", asked, re.ASCII):
-        headers.append(("Access-Control-Allow-Headers", asked))
+    if re.match(r"[\w, -]+\Z", names, re.ASCII):
+        headers.append(("Access-Control-Allow-Headers", names))
     if request.headers.get("access-control-request-private-network") == "true":
         headers.append(("Access-Control-Allow-Private-Network", "true"))
     return headers
