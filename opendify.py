@@ -11802,10 +11802,10 @@ class SettingsSource:
         return None
 
 
-def _find_env_file(named: str | None) -> Path:
+def _find_env_file(name: str | None) -> Path:
     """The one named, or .env in the working directory, or .env beside this file."""
-    if named is not None:
-        return Path(named)
+    if name is not None:
+        return Path(name)
     is_here = os.path.isfile(".env")  # False also where nobody may look; Path's raises
     return (Path() if is_here else Path(__file__).resolve().parent) / ".env"
 
@@ -12084,10 +12084,10 @@ async def _check(settings: Settings, *, asks: bool) -> int:
     for (*cells, status), notes in table:
         columns = [f"{cell:{width}}" for cell, width in zip(cells, widths)]
         _show("  ".join([*columns, _painted(status)]))
-        for what, text in notes:
+        for topic, text in notes:
             plain = _printable(" ".join(text.split()))
             lines = textwrap.wrap(plain, 87, break_on_hyphens=False)
-            _show(f"    {_painted(f'{what:9}')}" + f"\n{'':13}".join(lines))
+            _show(f"    {_painted(f'{topic:9}')}" + f"\n{'':13}".join(lines))
     return 0 if all(cells[-1] == "ok" for cells, _ in results) else 1
 
 
@@ -12138,7 +12138,7 @@ def _notes_on(app: AppSettings, form: AppForm, variable: str) -> list[Note]:
         inputs.append(f"{input_.variable} ({roles.get(input_.variable, need)})")
     speech = ["speech to text"] * form.hears + ["text to speech"] * form.speaks
     notes = {"inputs": inputs, "uploads": [describe_uploads(form)], "speech": speech}
-    return [(what, ", ".join(texts)) for what, texts in notes.items() if any(texts)]
+    return [(topic, ", ".join(texts)) for topic, texts in notes.items() if any(texts)]
 
 
 def _known_problems(version: str, mode: str) -> list[Note]:
@@ -12222,19 +12222,19 @@ class DemoApp(Listener):
             off = {"enabled": False}
             send_json(reply, {**facts, "speech_to_text": off, "text_to_speech": off})
 
-    async def _stream(self, reply: Reply, asked: Json) -> None:
+    async def _stream(self, reply: Reply, body: Json) -> None:
         """An answer in bursts; events and framing are those of Dify 1.12."""
         import uuid  # noqa: PLC0415  (at the top it costs each start 5 ms)
 
         ids = {
-            "conversation_id": asked.get("conversation_id") or str(uuid.uuid4()),
+            "conversation_id": body.get("conversation_id") or str(uuid.uuid4()),
             "message_id": str(uuid.uuid4()),
             "created_at": int(time.time()),
             "task_id": str(uuid.uuid4()),
         }
         reply.start(200, [("Content-Type", "text/event-stream; charset=utf-8")])
-        row = {**ids, "id": ids["message_id"], "query": asked["query"], "answer": ""}
-        text = f"{_DEMO_ANSWER}You said: {asked['query']}"
+        row = {**ids, "id": ids["message_id"], "query": body["query"], "answer": ""}
+        text = f"{_DEMO_ANSWER}You said: {body['query']}"
         for burst in re.findall(r"[^.。;,]+[.。;,]?\s*", text):
             if ids["task_id"] in self._stopped:
                 break
