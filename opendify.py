@@ -7743,12 +7743,12 @@ class Pool:
 
     async def _connect_to(self, origin: Origin, proxy: Proxy | None) -> Wire:
         trust = self._trust() if origin.scheme == "https" else None
-        to, options = proxy or origin, dict[str, Any]()
+        peer, options = proxy or origin, dict[str, Any]()
         if trust and not proxy:
             options.update(ssl=trust, server_hostname=origin.host)
-        if not is_address(to.host):  # the race of addresses costs 0.1 ms
+        if not is_address(peer.host):  # the race of addresses costs 0.1 ms
             options["happy_eyeballs_delay"] = 0.25
-        wire = await self._connect(to.host, to.port, **options)
+        wire = await self._connect(peer.host, peer.port, **options)
         if trust and proxy:
             await _tunnel(wire, proxy, origin, trust)
         return wire
@@ -12210,8 +12210,8 @@ class DemoApp(Listener):
         if request.path.endswith("/chat-messages"):
             await self._stream(reply, json.loads(body))
         elif request.path.endswith("/messages"):
-            about = query_of(request)
-            id_, most = about["conversation_id"], int(about["limit"])
+            query = query_of(request)
+            id_, most = query["conversation_id"], int(query["limit"])
             rows = [row for row in self._told if row["conversation_id"] == id_]
             send_json(reply, {"data": rows[-most:], "has_more": False})
         elif "/files/" in request.path:
