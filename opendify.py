@@ -5561,6 +5561,8 @@ MAX_ALL_NAMED_BYTES = 256 << 20
 _MAX_ID_CHARS = 100  # of a conversation: a longer id is none of Dify's, which have 36
 _KEPT_MESSAGES = 128  # a transcript's last ones, and so the longest window: 1 KiB
 _DIGEST_BYTES = 8
+# The hashes in `told`: of all system text, of inputs, of system text between messages.
+_SYSTEM, _INPUTS, _WITHIN = slice(8), slice(8, 16), slice(16, None)
 _CLEAR_BYTES = 200  # no greeting or other stock phrase is that long
 _BUSY_TIMEOUT_S = 0.05  # the event loop waits meanwhile
 _OPEN_TIMEOUT_S = 1.0  # other processes may be opening it too
@@ -5709,19 +5711,19 @@ def _canonical(arguments: str) -> str:
 def _told_hashes(
     scope: bytes, ask: Ask, messages: Iterable[Message], before: bytes = b""
 ) -> bytes:
-    """What Dify is told beside messages: a hash of the system text, one of the inputs.
+    """What Dify is told beside messages, as hashes.
 
-    Without a system text, what was told `before` holds.
+    Without a system text, what was told `before` holds; there may be no third hash.
     """
-    messages = [*_opening(ask.system), *messages]
-    texts = [message.text for message in messages if message.role == "system"]
-    system = before[:_DIGEST_BYTES].ljust(_DIGEST_BYTES)
-    if texts:
+    within = [m.text for m in messages if m.role == "system"]
+    system, inputs = before[_SYSTEM].ljust(_DIGEST_BYTES), bytes(_DIGEST_BYTES)
+    if texts := [ask.system, *within] if ask.system.strip() else within:
         system = _hash(scope, ascii(texts).encode(), _DIGEST_BYTES)
-    if not ask.inputs:  # nearly always
-        return system + bytes(_DIGEST_BYTES)
-    inputs = json.dumps({**ask.inputs}, sort_keys=True)
-    return system + _hash(scope, inputs.encode(), _DIGEST_BYTES)
+    if ask.inputs:
+        given = json.dumps({**ask.inputs}, sort_keys=True)
+        inputs = _hash(scope, given.encode(), _DIGEST_BYTES)
+    last = _hash(scope, ascii(within).encode(), _DIGEST_BYTES) if within else b""
+    return system + inputs + (last or before[_WITHIN])
 
 
 # Putting a turn to Dify...
@@ -5757,9 +5759,10 @@ def plan_turn(
     elsewhere = () if added else _only_in_input(history, tail)
     context = [*opening, *history[len(elsewhere) :]]
     if not is_new:
-        system = _told_hashes(scope, ask, history)[:_DIGEST_BYTES]
+        part = _WITHIN if system_variable else _SYSTEM
+        is_told = _told_hashes(scope, ask, history)[part] == tail.told[part]
         told = opening + [m for m in history if m.role == "system"]
-        context = [*([] if tail.told.startswith(system) else told), *added]
+        context = [*([] if is_told else told), *added]
     files = [file for m in new for file in m.attachments]
     carried = _with_room(history if is_new else added, files, has_room)
     inputs = dict(ask.inputs)
@@ -5771,8 +5774,7 @@ def plan_turn(
     files = [file for m in carried for file in m.attachments] + files
     # Nobody can tell how a client shows an answer that was continued, or a title.
     is_known = tail.is_known and bool(new) and not is_side_request(ask)
-    new = (*added, *new)
-    return Plan(query or " ", inputs, tuple(files), tail, ask, new, is_known)
+    return Plan(query or " ", inputs, tuple(files), tail, ask, (*added, *new), is_known)
 
 
 def _opening(system: str) -> list[Message]:
@@ -6169,8 +6171,8 @@ def _told_alike(tails: Iterable[Tail], told: bytes) -> list[Tail]:
 
     What the app has read for other inputs, a customer's number say, is another's.
     """
-    inputs = (told[_DIGEST_BYTES:], b"")  # unknown in older files
-    alike = [tail for tail in tails if tail.told[_DIGEST_BYTES:] in inputs]
+    inputs = (told[_INPUTS], b"")  # unknown in older files
+    alike = [tail for tail in tails if tail.told[_INPUTS] in inputs]
     alike.sort(key=lambda tail: len(tail.told), reverse=True)
     return sorted(alike, key=lambda tail: not told.startswith(tail.told))
 

@@ -660,6 +660,20 @@ def test_system_text_between_messages_is_told_once(store: Conversations) -> None
     )
 
 
+def test_text_between_messages_is_told_once_beside_a_system_variable(
+    store: Conversations,
+) -> None:
+    """The variable has the text that opens the history, whatever it says by now."""
+    talk = [user("hi"), answer("0"), Message("system", "It rains."), user("1")]
+    turn(store, ask(*talk[:1], system="It is noon."), "0", "c", "rules")
+    query, _ = turn(store, ask(*talk, system="It is one."), "1", "x", "rules")
+    assert "It rains." in query
+    for hour in ("2", "3"):
+        talk += [answer(talk[-1].text), user(hour)]
+        request = ask(*talk, system=f"It is {hour}.")
+        assert turn(store, request, hour, "x", "rules") == (hour, "c")
+
+
 def test_a_system_variable_takes_the_system_text_in_every_turn() -> None:
     request = Ask("m", (user("hi"),), "Be brief.", inputs={"lang": "en"})
     plan = plan_turn(request, SCOPE, None, system_variable="persona")

@@ -27,7 +27,7 @@ BUDGETS = {
     "Ids": 75,
     "OpenAI": 781,
     "Responses": 443,
-    "Conversations": 440,
+    "Conversations": 441,
     "Pacer": 133,
     "Wire": 577,
     "Upstream": 836,
@@ -35,10 +35,10 @@ BUDGETS = {
     "Handlers": 1121,
     "Server": 311,
     "Page": 260,
-    "Command line": 485,
+    "Command line": 480,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8443
+WHOLE_BUDGET = 8444
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
