@@ -994,9 +994,25 @@ class Message(NamedTuple):
     call_id: str = ""  # of a tool's result, until its tool is known
 
 
+# What Open WebUI puts before a question where it has found something: texts of files
+# or of the web, up to the end of their tag.
+CONTEXT_BEGINS = "### Task:\nRespond to the user query"
+_MOST_CONTEXT = 16384  # characters; Dify is not to remember longer ones beside new ones
+
+
+def context_of(message: Message) -> str:
+    """The context before a question, which its client shows in its own turn only."""
+    if message.role != "user" or not message.text.startswith(CONTEXT_BEGINS):
+        return ""
+    return "".join(message.text[:_MOST_CONTEXT].rpartition("</context>")[:2])
+
+
 def plain_text(message: Message) -> str:
-    """A message's text as it is compared: without thoughts, in single spaces."""
-    text = message.text
+    """A message's text as it is compared: without thoughts, in single spaces.
+
+    The context of a question is left out, too.
+    """
+    text = message.text[len(context_of(message)) :]
     if message.role == "assistant" and (match := _REASONING.match(text)):
         text = text[match.end() :]
     # Half a surrogate pair reaches the client as U+FFFD, and comes back so.
@@ -5544,6 +5560,8 @@ AnswerStream = Union[ChatStream, CompletionStream, ResponseStream]
 #     text is told to Dify when it differs from the one told last.
 # (6) Of transcripts with the same messages one of a turn with the same inputs matches,
 #     rather with the same system text.
+# (7) A question's context goes into `chain` only: a client that shows the question
+#     without it, as all do in later turns, matches as a window does.
 #
 # Pure but for SQLite, which keeps the table in memory too; its failures mean "don't
 # know". `now` is wall-clock time in seconds, since a table outlives its process.
@@ -5610,9 +5628,11 @@ class Tail(NamedTuple):
         if not (messages or changes):
             return self
         chain = self.chain
-        new = [message_digest(self.scope, m) for m in messages if m.role != "system"]
-        for digest in new:
-            chain = _hash(self.scope, chain + digest, 16)
+        said = [m for m in messages if m.role != "system"]
+        new = [message_digest(self.scope, m) for m in said]
+        for m, digest in zip(said, new):
+            told = digest + context_of(m).encode("utf-8", "replace")
+            chain = _hash(self.scope, chain + told, 16)
         kept = b"".join([self.digests, *new])[-_KEPT_MESSAGES * _DIGEST_BYTES :]
         length = self.length + len(new)
         return self._replace(chain=chain, length=length, digests=kept, **changes)
@@ -5676,14 +5696,15 @@ def is_side_request(ask: Ask) -> bool:
     None does so in a conversation to which it sends only what `is_all_new`.
     """
     last = ask.messages[-1].text if ask.messages else ask.system
-    return not ask.is_all_new and last.lstrip().startswith(_SIDE_REQUESTS)
+    is_own = last.lstrip().startswith(_SIDE_REQUESTS)
+    return is_own and not (ask.is_all_new or last.startswith(CONTEXT_BEGINS))
 
 
 # Hashes...
 
 
 def message_digest(scope: bytes, message: Message) -> bytes:
-    """What makes messages equal; the ids of calls and an answer's name do not."""
+    """What makes messages equal; ids of calls, an answer's name, contexts do not."""
     about = [
         message.role,
         message.name if message.role != "assistant" else "",
@@ -6178,7 +6199,12 @@ def _told_alike(tails: Iterable[Tail], told: bytes) -> list[Tail]:
 
 
 def _is_clear(history: Sequence[Message]) -> bool:
-    """Whether a window can be told from others: two answers, or a long one."""
+    """Whether a window can be told from others: two answers, or a long one.
+
+    A context that it shows may be none that Dify has.
+    """
+    if any(map(context_of, history)):
+        return False
     answers = [plain_text(m) for m in history if m.role == "assistant"]
     return len(answers) > 1 or len(answers[0].encode()) >= _CLEAR_BYTES
 

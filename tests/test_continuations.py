@@ -1225,6 +1225,14 @@ async def test_history_variable_is_told_with_what_follows_a_response() -> None:
         assert len(served.dify.conversations) == 2
 
 
+CONTEXT = """### Task:
+Respond to the user query using the provided context, with citations.
+
+<context>
+<source id="1">Leave is 25 days.</source>
+</context>
+
+"""
 SIDE_REQUESTS = {
     "open-webui": [user("### Task:\nSuggest 3-5 follow-ups.\n{history}")],
     "nextchat-title": [
@@ -1262,6 +1270,21 @@ async def test_side_request_neither_joins_nor_moves_a_conversation(
         assert await client.chat("three") == [own]
         await titles.say("a title's next")
         assert titles.conversation not in (own, list(served.dify.conversations)[1])
+
+
+async def test_context_before_a_question_does_not_break_a_conversation() -> None:
+    """Open WebUI puts what it found before a question, and shows it never again."""
+    query = f"{CONTEXT}three"
+    async with site() as served:
+        client = Client(served)
+        *_, own = await client.chat("one", "two")
+        asking = client.copy([*client.messages, user(query)])
+        await asking.send()
+        assert served.turns[-1].json["query"] == query
+        client.messages += [user("three"), asking.messages[-1]]
+        await client.say("four")
+        assert served.turns[-1].json["query"] == "four"
+        assert asking.conversation == client.conversation == own
 
 
 VISION = {"file_upload": {"image": {"enabled": True, "number_limits": 3}}}

@@ -49,6 +49,14 @@ from opendify import (
 WEEK = 7 * 24 * 3600.0
 SCOPE = scope_of("app-key", "ada")
 LONG = "An answer that nobody would mistake for another one. " * 4
+CONTEXT = """### Task:
+Respond to the user query using the provided context, with citations.
+
+<context>
+<source id="1">Leave is 25 days.</source>
+</context>
+
+"""
 
 
 def user(text: str, name: str = "") -> Message:
@@ -143,8 +151,35 @@ def test_side_requests_neither_join_nor_move_a_conversation(
     assert found(store, ask_of("hi", "Hello!", "And now?")) == "c"
 
 
+@pytest.mark.parametrize(
+    ("told", "shown", "said", "name"),
+    [
+        pytest.param(CONTEXT, "", LONG, "c", id="not shown later"),
+        pytest.param(CONTEXT, CONTEXT, "Yes.", "c", id="shown again"),
+        pytest.param(CONTEXT, CONTEXT.replace("25", "9"), LONG, "", id="another"),
+        pytest.param("", CONTEXT, LONG, "", id="one that was not told"),
+        pytest.param(CONTEXT, "", "Yes.", "", id="too short to be sure"),
+        pytest.param(CONTEXT.replace("25", "2" * 20_000), "", LONG, "", id="long"),
+    ],
+)
+def test_context_of_a_question_may_be_left_out_later(
+    store: Conversations, told: str, shown: str, said: str, name: str
+) -> None:
+    record(store, "c", user(told + "How long?"), answer(said))
+    request = ask(user(shown + "How long?"), answer(said), user("And now?"))
+    assert found(store, request) == name
+
+
+def test_questions_with_different_contexts_are_told_apart(store: Conversations) -> None:
+    for days in ("25", "26"):
+        told = CONTEXT.replace("25", days)
+        record(store, days, user(told + "How long?"), answer(LONG))
+    assert found(store, ask_of("How long?", LONG, "And now?")) == ""
+
+
 def test_a_task_as_such_is_no_side_request() -> None:
     assert not is_side_request(ask_of("What does ### Task: mean?"))
+    assert not is_side_request(ask_of(CONTEXT + "How long is leave?"))
     assert is_side_request(ask(system="### Task: a title"))
     assert not is_side_request(ask())
 

@@ -21,13 +21,13 @@ BUDGETS = {
     "Errors": 90,
     "SSE": 65,
     "JSON": 88,
-    "Turn": 138,
+    "Turn": 144,
     "Calls": 724,
     "Dify": 956,
     "Ids": 75,
     "OpenAI": 781,
     "Responses": 443,
-    "Conversations": 441,
+    "Conversations": 446,
     "Pacer": 133,
     "Wire": 577,
     "Upstream": 836,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 480,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8444
+WHOLE_BUDGET = 8455
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
