@@ -9636,7 +9636,8 @@ class Archive:
         known = _transcript(turns[:end], tools)
         ask = _not_empty(ask_of(request, found, known if previous else ()), request)
         is_newest = 0 < end == len(turns)
-        is_here = ask.conversation_id in ("", here)  # it may name another
+        # It may name another, or one that is yet to be bound to its own.
+        is_here = (ask.conversation_id or request.conversation) in ("", here)
         if is_free and is_newest and is_here and is_known_history(ask, known):
             return ask._replace(conversation_id=here, is_all_new=False)
         # Another replica may have gone on there: the table would find it as it was.

@@ -998,6 +998,25 @@ async def test_item_of_another_conversation_is_told_in_the_one_that_is_named() -
     assert text_of(other) in query and query.endswith("\n\nSum up")
 
 
+@pytest.mark.parametrize("way", ["inline", "items"])
+async def test_conversation_that_names_items_of_another_is_bound_to_its_own(
+    way: str,
+) -> None:
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        await answer(served, "One", conversation=made["id"])
+        path = f"{CONVERSATIONS}/{made['id']}/items?order=asc"
+        named = [reference(row) for row in (await served.get(path)).json["data"]]
+        items, given = (named, []) if way == "items" else ([], named)
+        copied = (await post(served, CONVERSATIONS, {"items": items})).json
+        await answer(served, [*given, user("Left")], conversation=copied["id"])
+        await answer(served, "Right", conversation=made["id"])
+        await answer(served, "Left 2", conversation=copied["id"])
+        first, (folded, last) = told(served)
+    assert (first, last) == (["One", "Right"], "Left 2")
+    assert ">\nOne\n<" in folded and folded.endswith("\n\nLeft")
+
+
 async def test_streamed_items_are_found_whatever_their_order() -> None:
     script = fake.chat_answer("Well ", "<think>Hm.</think>", "yes.")
     async with proxy(script) as served:
