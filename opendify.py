@@ -3543,8 +3543,9 @@ def _texts(value: Any) -> tuple[str, ...]:
 class StoredTurn:
     """A stored message or run: a question, and the parts of its answer.
 
-    `tools` are those that the app knew then, where all turns before it were read. A
-    workflow's run is a conversation by itself: its id stands for both.
+    `tools` are those that the app was told of in it or, where all turns before it were
+    read, knew then. A workflow's run is a conversation by itself: its id stands for
+    both.
     """
 
     conversation_id: str
@@ -3570,7 +3571,7 @@ def stored_turn(row: Json, base: str, history_variable: str = "") -> StoredTurn:
     "retriever_resources", "error", "created_at"}, newer also "message_tokens",
     "answer_tokens"
     """
-    past = object_of(row.get("inputs")).get(history_variable)
+    inputs, query = object_of(row.get("inputs")), str(row.get("query") or "")
     files = objects_of(row.get("message_files"))
     attached = [f for f in files if f.get("belongs_to") == "user" and f.get("url")]
     attachments = tuple(_stored_file(file, base) for file in attached)
@@ -3578,9 +3579,10 @@ def stored_turn(row: Json, base: str, history_variable: str = "") -> StoredTurn:
         str(row.get("conversation_id") or ""),
         str(row.get("id") or ""),
         count_of(row.get("created_at")),
-        Message("user", str(row.get("query") or ""), attachments=attachments),
+        Message("user", query, attachments=attachments),
         AnswerReader("chat", base).recover(row),
-        past=str(past or ""),
+        _tools_in([*inputs.values(), query]),
+        past=str(inputs.get(history_variable) or ""),
     )
 
 
@@ -3604,7 +3606,13 @@ def stored_run(
     reader = AnswerReader("workflow", base, output_variable=output_variable)
     parts = reader._workflow_finished({**run, "outputs": outputs})
     id_, created = str(run.get("id") or ""), count_of(run.get("created_at"))
-    return StoredTurn(id_, id_, created, question, parts)
+    tools = _tools_in(inputs.values())
+    return StoredTurn(id_, id_, created, question, parts, tools)
+
+
+def _tools_in(values: Iterable[Any]) -> list[Tool]:
+    """The tools that the app was told of, in its query or in whatever input."""
+    return told_tools("\n".join(text for text in values if isinstance(text, str)))
 
 
 def _unpacked(value: Any) -> dict[str, Any]:
@@ -9711,7 +9719,7 @@ def _with_tools(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
     result: list[StoredTurn] = []
     tools: Sequence[Tool] = ()
     for turn in turns:
-        tools = told_tools(turn.question.text) or tools
+        tools = turn.tools or tools
         result.append(replace(turn, tools=tools))
     return result
 

@@ -367,6 +367,32 @@ async def test_stored_calls_are_those_of_the_answer() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({"tools": "inputs"}, id="input"),
+        pytest.param({"system_variable": "rules"}, id="system"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["chat", "workflow"])
+async def test_stored_calls_are_those_of_tools_that_were_told_in_an_input(
+    mode: str, config: JSONObject
+) -> None:
+    write = fake.workflow_answer if mode == "workflow" else fake.chat_answer
+    config = {**config, "query_variable": "q"} if mode == "workflow" else config
+    async with proxy(write(CALL), mode=mode, config=config) as served:
+        one = await answer(served, tools=[WEATHER])
+        kept = response_of(await served.get(f"{PATH}/{one['id']}"))
+        result = {"type": "function_call_output", "output": "sun"}
+        result["call_id"] = one["output"][0]["call_id"]
+        await answer(served, [result], previous_response_id=one["id"])
+        body = served.turns[-1].json
+    assert [item["type"] for item in one["output"]] == ["function_call"]
+    assert kept["output"] == one["output"]
+    query = body["inputs"]["q"] if mode == "workflow" else body["query"]
+    assert '<message role="tool" name="get_weather">\nsun\n' in query
+
+
 async def test_unstored_response_can_not_be_found() -> None:
     async with proxy() as served:
         one = await answer(served, store=False)
