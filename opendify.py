@@ -4991,7 +4991,8 @@ def ask_of(
     named: Message | None = None
     for item in request.items:
         if isinstance(item, Message):
-            is_its_call = named is not None and item.tool_calls and not item.text
+            is_answer = named is not None and named.role == "assistant"
+            is_its_call = is_answer and item.tool_calls and not item.text
             text = messages.pop().text if is_its_call else item.text
             messages.append(item._replace(text=text))
             named = None

@@ -26,7 +26,7 @@ BUDGETS = {
     "Dify": 960,
     "Ids": 75,
     "OpenAI": 781,
-    "Responses": 443,
+    "Responses": 445,
     "Conversations": 446,
     "Pacer": 133,
     "Wire": 577,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 480,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8459
+WHOLE_BUDGET = 8461
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

@@ -292,6 +292,12 @@ def test_calls_after_a_reference_belong_to_what_it_names() -> None:
     assert ask_of(parsed, {}).messages == (HI, alone, result)
 
 
+def test_calls_after_a_question_that_is_named_are_no_part_of_it() -> None:
+    parsed = parse_responses_request(request({"id": "msg_1"}, CALL))
+    alone = Message("assistant", "", tool_calls=(CALLED,))
+    assert ask_of(parsed, {"msg_1": HI}).messages == (HI, alone)
+
+
 @pytest.mark.parametrize("field", ["previous_response_id", "conversation"])
 def test_continued_request_needs_no_input(field: str) -> None:
     body = {"model": "m", field: "x_1"}
