@@ -5222,7 +5222,8 @@ def stored_item(value: Any, id_: str, taken: Collection[str]) -> dict[str, Any]:
     It keeps its own id if that is not `taken`: a list is paged by its ids.
     """
     given = {"role": "user", "content": value} if isinstance(value, str) else value
-    item: dict[str, Any] = {"id": id_, "type": "message", "status": "completed"}
+    kind = "message" if "role" in given else "item_reference"
+    item: dict[str, Any] = {"id": id_, "type": kind, "status": "completed"}
     item.update((name, v) for name, v in given.items() if v is not None)
     if not (item["id"] and isinstance(item["id"], str)) or item["id"] in taken:
         item["id"] = id_

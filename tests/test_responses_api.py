@@ -1043,6 +1043,20 @@ async def test_conversation_that_names_items_of_another_is_bound_to_its_own(
     assert ">\nOne\n<" in folded and folded.endswith("\n\nLeft")
 
 
+@pytest.mark.parametrize("kind", [{}, {"type": "item_reference"}])
+async def test_conversation_is_given_items_that_are_only_named(
+    kind: JSONObject,
+) -> None:
+    async with proxy() as served:
+        one = await answer(served, "One")
+        items = [{**kind, "id": one["output"][0]["id"]}]
+        made = (await post(served, CONVERSATIONS, {"items": items})).json
+        await answer(served, "Two", conversation=made["id"])
+        _, (query,) = told(served)
+    assert f'<message role="assistant">\n{text_of(one)}\n' in query
+    assert query.count("</message>") == 1
+
+
 async def test_streamed_items_are_found_whatever_their_order() -> None:
     script = fake.chat_answer("Well ", "<think>Hm.</think>", "yes.")
     async with proxy(script) as served:
