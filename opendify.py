@@ -10813,16 +10813,19 @@ async def _file_of(site: Site, exchange: Exchange, id_: str) -> tuple[str, Store
 
 async def _with_stored_files(site: Site, exchange: Exchange, ask: Ask) -> Ask:
     """The question with its stored files; as their owner's, if it names no user."""
-    if not any(file.file_id for m in ask.messages for file in m.attachments):
+    files = [file for message in ask.messages for file in message.attachments]
+    ids = dict.fromkeys(file.file_id for file in files if file.file_id)
+    if not ids:
         return ask
-    messages, owner = [], ""
+    known = {id_: (await _file_of(site, exchange, id_))[1] for id_ in ids}
+    messages = []
     for message in ask.messages:
-        files = list(message.attachments)
-        for index, file in enumerate(files):
-            if file.file_id:
-                _, stored = await _file_of(site, exchange, file.file_id)
-                owner, files[index] = owner or stored.user, stored.attachment
+        files = [
+            known[file.file_id].attachment if file.file_id else file
+            for file in message.attachments
+        ]
         messages.append(message._replace(attachments=tuple(files)))
+    owner = next(iter(known.values())).user
     user = ask.user if ask.user or exchange.forwarded_user else owner
     return ask._replace(messages=tuple(messages), user=user)
 

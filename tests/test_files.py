@@ -1165,6 +1165,24 @@ async def test_chat_with_an_unknown_file_is_refused() -> None:
     assert "file-abc" in got.error["message"]
 
 
+async def test_file_that_is_named_often_is_sought_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sought: list[str] = []
+    open_file = opendify.open_file
+
+    def noted(id_: str, sealer: opendify.IdSealer) -> Any:
+        sought.append(id_)
+        return open_file(id_, sealer)
+
+    monkeypatch.setattr(opendify, "open_file", noted)
+    async with proxy() as served:
+        value = await upload(served)
+        row = {"type": "file", "file": {"file_id": value["id"]}}
+        got = await served.chat(messages=with_parts(*[row] * 100))
+    assert (got.status, sought) == (400, [value["id"]])
+
+
 async def test_stored_file_over_the_limit_is_refused_in_a_chat() -> None:
     limits = {**VISION, "system_parameters": {"file_size_limit": 9}}
     async with proxy(parameters=limits) as served:

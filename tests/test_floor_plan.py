@@ -32,13 +32,13 @@ BUDGETS = {
     "Wire": 577,
     "Upstream": 836,
     "Answers": 625,
-    "Handlers": 1121,
+    "Handlers": 1124,
     "Server": 311,
     "Page": 260,
     "Command line": 480,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8461
+WHOLE_BUDGET = 8465
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
