@@ -3041,7 +3041,7 @@ class AnswerReader:
         self._appendix = Appendix(mode, base)
         self._has_rounds = False  # an agent_message had text
         self._has_asked = False  # the user, for what the run pauses for
-        self._reason = "stop"
+        self.reason = "stop"  # why the app says no more
 
     def read(self, events: Iterable[str]) -> list[Part]:
         """The parts that these events add; one part for each delta of text.
@@ -3168,7 +3168,7 @@ class AnswerReader:
         if data.get("status") == "failed":
             return self._error({"message": data.get("error") or "the workflow failed"})
         if data.get("status") in _NOT_ALL_SAID:
-            self._reason = "length"
+            self.reason = "length"
         self._appendix.add_run(data)
         parts: list[Part] = []
         if not self._text.has_come:
@@ -3192,7 +3192,7 @@ class AnswerReader:
 
     def _finish(self) -> list[Part]:
         self.is_finished = self.is_stored = True
-        reason = "content_filter" if self._text.is_replaced else self._reason
+        reason = "content_filter" if self._text.is_replaced else self.reason
         appendix = self._appendix.parts(self._text.kept.text)
         return [*self._text.close(), *appendix, Finish(reason)]
 
@@ -8028,6 +8028,7 @@ class TurnStream:
         may_go_on = self.is_given_up or not self.reader.is_finished
         self.is_given_up = False  # it is stopped, as well as can be
         if may_go_on and (task_id := self.reader.task_id):
+            self.reader.reason = "length"  # not all is said
             await self._dify.stop(self._app, self._mode, task_id, self._user)
 
     async def end(self) -> bool:
@@ -10218,7 +10219,7 @@ async def delete_response(site: Site, exchange: Exchange) -> None:
 
 
 async def cancel_response(site: Site, exchange: Exchange) -> None:
-    """`POST /responses/{id}/cancel`: the app stops, its stream ends with that."""
+    """`POST /responses/{id}/cancel`: the app stops, its stream ends incomplete."""
     if running := _running_as(site, exchange):
         stream, turn = running
         value = stream.so_far("cancelled")

@@ -414,7 +414,7 @@ async def test_response_is_deleted() -> None:
 OFF = {"X-OpenDify-Smoothing": "off"}
 
 
-@pytest.mark.parametrize("mode", ["chat", "completion"])
+@pytest.mark.parametrize("mode", ["chat", "advanced-chat", "completion"])
 async def test_running_response_is_cancelled(mode: str) -> None:
     script = [fake.message("Half"), Sleep(100), *fake.chat_answer(" of it")]
     async with proxy(script, mode=mode) as served:
@@ -431,7 +431,7 @@ async def test_running_response_is_cancelled(mode: str) -> None:
         assert (response_of(told)["id"], told.json["status"]) == (id_, status)
         assert text_of(told.json) == "Half"
     end = check_responses_stream(events_of(first + rest.body))
-    assert text_of(end) == "Half"
+    assert (text_of(end), end["status"]) == ("Half", "incomplete")
 
 
 async def test_running_response_is_of_no_use_to_another_user() -> None:
