@@ -159,7 +159,9 @@ def test_side_requests_neither_join_nor_move_a_conversation(
         pytest.param(CONTEXT, CONTEXT.replace("25", "9"), LONG, "", id="another"),
         pytest.param("", CONTEXT, LONG, "", id="one that was not told"),
         pytest.param(CONTEXT, "", "Yes.", "", id="too short to be sure"),
-        pytest.param(CONTEXT.replace("25", "2" * 20_000), "", LONG, "", id="long"),
+        pytest.param(CONTEXT.replace("25", "2" * 16_000), "", LONG, "c", id="long"),
+        pytest.param(CONTEXT.replace("25", "2" * 20_000), "", LONG, "", id="too long"),
+        pytest.param(CONTEXT.replace("25", "</context>"), "", LONG, "c", id="its tag"),
     ],
 )
 def test_context_of_a_question_may_be_left_out_later(
@@ -400,16 +402,19 @@ def test_conversation_whose_turn_failed_is_learned_anew_by_its_id(
     """Else the system text would be told again in every turn there."""
     talk = chat("hi", "Hello!", "what?", "That.", "new")
 
-    def by_id(text: str) -> str:
-        request = ask(user(text), conversation_id="c", system="Be brief.")
-        query, name = turn(store, request, "Yes.", "c")
-        assert name == "c"
+    def by_id(id_: str, text: str) -> str:
+        request = ask(user(text), conversation_id=id_, system="Be brief.")
+        query, name = turn(store, request, "Yes.", id_)
+        assert name == id_
         return query
 
-    record(store, "c", *talk[:-1])
-    store.forget(store.take(ask(*talk), SCOPE, 0.0))
-    assert "Be brief." in by_id("one")
-    assert (by_id("two"), by_id("three")) == ("two", "three")
+    for id_ in "cd":  # equal ones
+        record(store, id_, *talk[:-1])
+    for _ in "cd":
+        store.forget(store.take(ask(*talk), SCOPE, 0.0))
+    for id_ in "cd":
+        assert "Be brief." in by_id(id_, "one")
+        assert (by_id(id_, "two"), by_id(id_, "three")) == ("two", "three")
     assert found(store, ask(*talk)) == ""
 
 
@@ -644,7 +649,9 @@ def test_of_equal_talks_the_one_with_these_inputs_goes_on(store: Conversations) 
     """What an app has read for one customer is not told to another."""
 
     def talk(number: int, *more: str) -> Ask:
-        request = ask_of("hi", *more)._replace(inputs={"customer": number})
+        inputs: dict[str, Any] = {"customer": number, "lang": "en"}
+        inputs = inputs if more else dict(sorted(inputs.items(), reverse=True))
+        request = ask_of("hi", *more)._replace(inputs=inputs)
         return request._replace(system=f"Today is day {len(more)}.")
 
     for number in (1, 2, 3):

@@ -129,6 +129,7 @@ def test_default_as_written_is_the_default() -> None:
                 "null",
                 "file://",
                 "https://A.example/",
+                "HTTPS://a.example",
                 "http://[::1]:80",
                 "chrome-extension://abc",
             )
@@ -171,6 +172,16 @@ DURATION = "must be seconds, or like 30s, 5m, 12h, 7d, not"
         pytest.param(
             "SERVER_PORT", "8.5", "must be a whole number, not '8.5'", id="int-dot"
         ),
+        *[
+            pytest.param(
+                "SERVER_PORT", text, f"must be a whole number, not {shown!r}", id=text
+            )
+            for text, shown in (
+                ("app-12345678", "app-12345678"),  # no key: too short
+                ("app-123456789", "app-…"),
+                ("webapp-123456789", "webapp-123456789"),
+            )
+        ],
         pytest.param("SERVER_PORT", "-1", "must be 0 or more, not -1", id="int-below"),
         pytest.param("SERVER_PORT", "65536", "must be 65535 or less", id="int-above"),
         pytest.param(
