@@ -714,6 +714,10 @@ def test_text_between_messages_is_told_once_beside_a_system_variable(
         talk += [answer(talk[-1].text), user(hour)]
         request = ask(*talk, system=f"It is {hour}.")
         assert turn(store, request, hour, "x", "rules") == (hour, "c")
+    talk += [answer("3"), user("4")]
+    talk[2] = Message("system", "It snows.")
+    query, name = turn(store, ask(*talk), "4", "x", "rules")
+    assert ("It snows." in query, name) == (True, "c")
 
 
 def test_a_system_variable_takes_the_system_text_in_every_turn() -> None:
