@@ -9877,7 +9877,7 @@ class Site:
         given = key.encode()
         matches = [hmac.compare_digest(given, known.encode()) for known in valid]
         is_right, from_here = any(matches), (peer, key)
-        if is_shut and not (from_here in self._right_keys and is_right):
+        if is_shut and from_here not in self._right_keys:
             raise RateLimited(
                 "Too many wrong API keys from this address.",
                 headers=[("Retry-After", f"{KEY_FAILURES_S:g}")],
