@@ -3153,7 +3153,10 @@ class AnswerReader:
 
     def _message_end(self, value: dict[str, Any]) -> list[Part]:
         metadata = object_of(value.get("metadata"))
-        self._appendix.add_message(value.get("files"), metadata)
+        files = objects_of(value.get("files"))
+        if self._mode != "advanced-chat":  # newer releases list the user's own, too
+            files = [f for f in files if f.get("transfer_method") not in _OF_USERS]
+        self._appendix.add_message(files, metadata)
         parts: list[Part] = []
         if not self._text.has_thought:
             for node, text in object_of(metadata.get("reasoning")).items():
@@ -3264,6 +3267,7 @@ _TRANSLATORS: _Translators = {
     "error": AnswerReader._error,
 }
 _DELTAS = ("message", "agent_message", "text_chunk")  # events of text
+_OF_USERS = ("local_file", "remote_url")  # files; what an app makes is a tool_file
 _NOT_ALL_SAID = ("stopped", "running", "paused")  # the last two of a stored run
 _LONG_EVENT = 4096  # characters; a text delta is shorter
 _EVENT_NAME = re.compile(r'\{"event": ?"(\w+)"')
@@ -3417,9 +3421,9 @@ class Appendix:
                 for hit in objects_of(outputs.get("result"))
             ]
 
-    def add_message(self, files: object, metadata: Json) -> None:
+    def add_message(self, files: Sequence[Json], metadata: Json) -> None:
         """What belongs to a message: files, {"usage", "retriever_resources"}."""
-        for file in objects_of(files):
+        for file in files:
             self.add_file(file)
         self._resources += objects_of(metadata.get("retriever_resources"))
         self._usage = _usage(metadata.get("usage"))

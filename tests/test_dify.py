@@ -391,6 +391,19 @@ def test_a_file_is_given_whatever_its_url_is(url: str, wanted: str, name: str) -
     assert only(parts, Media) == Media("image", wanted, name)
 
 
+@pytest.mark.parametrize(
+    ("mode", "given"),
+    [("chat", "c"), ("agent-chat", "c"), ("completion", "c"), ("advanced-chat", "abc")],
+)
+def test_files_of_the_user_are_not_given_back(mode: str, given: str) -> None:
+    """But those that a chatflow answers with are."""
+    how = {"a": "local_file", "b": "remote_url", "c": "tool_file"}
+    files = [{"url": f"/files/{n}", "transfer_method": how[n]} for n in how]
+    said = event(event="message", answer="Hi")
+    parts = read(mode, said, event(event="message_end", files=files))
+    assert "".join(part.name for part in parts if isinstance(part, Media)) == given
+
+
 def test_withdrawn_text_does_not_come_back_with_the_outputs() -> None:
     outputs = {"status": "succeeded", "outputs": {"answer": "bad"}}
     parts = read(
