@@ -3120,21 +3120,22 @@ class AnswerReader:
     # What happens beside the text...
 
     def _thought(self, value: dict[str, Any]) -> list[Part]:
-        ended = self._text.end_block() if self._mode == "agent-chat" else []
+        ended = self._text.end_block() if self._mode != "agent" else []
         return ended + self._text.reason(*self._process.thought(value))
 
     def _node_started(self, data: dict[str, Any]) -> list[Part]:
         return self._text.reason(*self._process.step(data))
 
     def _agent_log(self, data: dict[str, Any]) -> list[Part]:
-        return self._text.reason(*self._process.log(data))
+        ended = self._node_over(data)  # a round, or what the model says in it
+        return ended + self._text.reason(*self._process.log(data))
 
     def _node_finished(self, data: dict[str, Any]) -> list[Part]:
         self._appendix.add_node(data)
         return self._node_over(data)
 
     def _node_over(self, data: dict[str, Any]) -> list[Part]:
-        """A node ended or is tried again: what it says then, it says anew."""
+        """A node or its round ended, or is tried again: it begins anew then."""
         return self._text.end_node(data.get("node_id"))
 
     def _message_file(self, value: dict[str, Any]) -> list[Part]:

@@ -564,6 +564,39 @@ CHUNK = {"from_variable_selector": ["llm", "text"]}
             id="round",
         ),
         pytest.param(
+            "chat",
+            [
+                event(event="agent_message", answer="<think>let me"),
+                event(event="agent_thought", id="1", tool="web"),
+                event(event="agent_message", answer="Yes"),
+            ],
+            "let me",
+            "Yes",
+            id="round-of-an-agent-that-is-called-a-chat",
+        ),
+        pytest.param(
+            "advanced-chat",
+            [
+                CUT_THOUGHT,
+                event(event="agent_log", data={"node_id": "llm", "label": "CALL web"}),
+                said("llm", "Yes"),
+            ],
+            "let me",
+            "Yes",
+            id="round-of-a-node",
+        ),
+        pytest.param(
+            "workflow",
+            [
+                event(event="text_chunk", data={**CHUNK, "text": "<think>\nlet "}),
+                event(event="agent_log", data={"node_id": "other"}),
+                event(event="text_chunk", data={**CHUNK, "text": "me</think>Yes"}),
+            ],
+            "let me",
+            "Yes",
+            id="round-of-another-node",
+        ),
+        pytest.param(
             "advanced-chat",
             [
                 CUT_THOUGHT,
