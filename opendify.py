@@ -3230,7 +3230,8 @@ class AnswerReader:
         Returns:
             [] if the stored answer does not extend what was streamed.
         """
-        parts = self._text.complete(str(row.get("answer") or ""))
+        stored = str(row.get("answer") or "")
+        parts = self._text.complete(_as_sent(stored, self._text.kept.text))
         if parts is None:
             return []
         if row.get("status") == "error":
@@ -3242,6 +3243,18 @@ class AnswerReader:
         usage = {"prompt_tokens": prompt, "completion_tokens": completion}
         self._appendix.add_message(made, {**row, "usage": usage})
         return parts + self._finish()
+
+
+def _as_sent(stored: str, sent: str) -> str:
+    """A stored answer, with the white space of what was sent of it.
+
+    Dify strips an answer before it stores it, and joins an agent's rounds by newlines.
+    """
+    said = "".join(sent.split())
+    if not said or not "".join(stored.split()).startswith(said):
+        return stored
+    *_, last = itertools.islice(re.finditer(r"\S", stored), len(said))
+    return stored if stored.startswith(sent) else sent + stored[last.end() :]
 
 
 _Translators = Mapping[str, Callable[[AnswerReader, dict[str, Any]], list[Part]]]

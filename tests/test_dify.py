@@ -831,6 +831,26 @@ def test_recovery_adds_the_rest_only_to_what_was_sent() -> None:
     assert reader.recover(row) == [Text("lo"), Usage(), Finish("stop")]
 
 
+@pytest.mark.parametrize(
+    ("pieces", "stored", "rest"),
+    [
+        pytest.param(["\n\nHel"], "Hello", "lo", id="stripped-before"),
+        pytest.param(["Hello", " \n"], "Hello", "", id="stripped-after"),
+        pytest.param(["I see. ", "N"], "I see. \nNow", "ow", id="rounds"),
+        pytest.param(["Now "], "Now  then", " then", id="as-it-is"),
+        pytest.param(["I s"], "I am", None, id="another"),
+        pytest.param([" \n"], "", None, id="nothing-stored"),
+    ],
+)
+def test_recovery_is_not_misled_by_white_space(
+    pieces: list[str], stored: str, rest: str | None
+) -> None:
+    reader = AnswerReader("agent-chat", BASE)
+    reader.read([event(event="agent_message", answer=piece) for piece in pieces])
+    parts = reader.recover({"answer": stored})
+    assert (joined(parts, Text) if parts else None) == rest
+
+
 def test_recovery_has_what_goes_with_the_text() -> None:
     reader = AnswerReader("chat", BASE)
     begun = event(event="message", answer="Hel", conversation_id="c", message_id="m")
