@@ -3154,10 +3154,7 @@ class AnswerReader:
 
     def _message_end(self, value: dict[str, Any]) -> list[Part]:
         metadata = object_of(value.get("metadata"))
-        files = objects_of(value.get("files"))
-        if self._mode != "advanced-chat":  # newer releases list the user's own, too
-            files = [f for f in files if f.get("transfer_method") not in _OF_USERS]
-        self._appendix.add_message(files, metadata)
+        self._appendix.add_message(_made_files(value, self._mode), metadata)
         parts: list[Part] = []
         if not self._text.has_thought:
             for node, text in object_of(metadata.get("reasoning")).items():
@@ -3245,6 +3242,16 @@ class AnswerReader:
         return parts + self._finish()
 
 
+def _made_files(message: Json, mode: str) -> list[dict[str, Any]]:
+    """The files that belong to an answer; newer releases list the user's own, too.
+
+    A chatflow may answer with those.
+    """
+    files = objects_of(message.get("files"))
+    users = () if mode == "advanced-chat" else ("local_file", "remote_url")
+    return [file for file in files if file.get("transfer_method") not in users]
+
+
 def _as_sent(stored: str, sent: str) -> str:
     """A stored answer, with the white space of what was sent of it.
 
@@ -3281,7 +3288,6 @@ _TRANSLATORS: _Translators = {
     "error": AnswerReader._error,
 }
 _DELTAS = ("message", "agent_message", "text_chunk")  # events of text
-_OF_USERS = ("local_file", "remote_url")  # files; what an app makes is a tool_file
 _NOT_ALL_SAID = ("stopped", "running", "paused")  # the last two of a stored run
 _LONG_EVENT = 4096  # characters; a text delta is shorter
 _EVENT_NAME = re.compile(r'\{"event": ?"(\w+)"')

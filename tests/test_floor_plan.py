@@ -23,7 +23,7 @@ BUDGETS = {
     "JSON": 88,
     "Turn": 144,
     "Calls": 724,
-    "Dify": 960,
+    "Dify": 972,
     "Ids": 75,
     "OpenAI": 781,
     "Responses": 445,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 480,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8465
+WHOLE_BUDGET = 8477
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
