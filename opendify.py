@@ -3287,7 +3287,7 @@ _TRANSLATORS: _Translators = {
     "message_end": AnswerReader._message_end,
     "error": AnswerReader._error,
 }
-_DELTAS = ("message", "agent_message", "text_chunk")  # events of text
+_DELTAS = ("message", "agent_message", "text_chunk", "message_file")  # have text
 _NOT_ALL_SAID = ("stopped", "running", "paused")  # the last two of a stored run
 _LONG_EVENT = 4096  # characters; a text delta is shorter
 _EVENT_NAME = re.compile(r'\{"event": ?"(\w+)"')

@@ -564,6 +564,17 @@ CHUNK = {"from_variable_selector": ["llm", "text"]}
             id="round",
         ),
         pytest.param(
+            "advanced-chat",
+            [
+                said("answer", "So: ", "answer"),
+                CUT_THOUGHT.replace('"message"', '"message_file"'),
+                said("answer", "Yes", "answer"),
+            ],
+            "let me",
+            "So: Yes",
+            id="text-called-a-file",
+        ),
+        pytest.param(
             "chat",
             [
                 event(event="agent_message", answer="<think>let me"),
