@@ -6228,8 +6228,7 @@ def _told_alike(tails: Iterable[Tail], told: bytes) -> list[Tail]:
     """
     inputs = (told[_INPUTS], b"")  # unknown in older files
     alike = [tail for tail in tails if tail.told[_INPUTS] in inputs]
-    alike.sort(key=lambda tail: len(tail.told), reverse=True)
-    return sorted(alike, key=lambda tail: not told.startswith(tail.told))
+    return sorted(alike, key=lambda t: (not told.startswith(t.told), -len(t.told)))
 
 
 def _is_clear(history: Sequence[Message]) -> bool:
