@@ -355,11 +355,8 @@ def _is_url(text: str, schemes: Sequence[str]) -> bool:
 
 def _is_origin(text: str) -> bool:
     """Whether a browser may send it (no bare host, no path), or it is * for any."""
-    shape = r"\*|null|[a-z][a-z\d+.-]*://[\w.:\[\]-]*/?"
-    with contextlib.suppress(ValueError):  # of a host in brackets
-        urllib.parse.urlsplit(text)
-        return re.fullmatch(shape, text, re.ASCII | re.IGNORECASE) is not None
-    return False
+    shape = r"\*|null|[a-z][a-z\d+.-]*://(\[[\da-f:.]+\]|[\w.-]*)(:\d+)?/?"
+    return re.fullmatch(shape, text, re.ASCII | re.IGNORECASE) is not None
 
 
 def _parse_switch(text: str) -> bool:
@@ -11333,7 +11330,7 @@ def check_host(request: Request, settings: Settings, *, is_local: bool) -> None:
     is_private = is_local and not settings.valid_api_keys
     if is_private and not name:
         raise BadRequest("The request has no Host header.")
-    hosts = (urllib.parse.urlsplit(entry).hostname for entry in allowed)
+    hosts = (host_name(entry.partition("://")[2]) for entry in allowed)
     if is_private and not (is_loopback(name) or "*" in allowed or name in hosts):
         raise Forbidden(
             f"The host {name!r} is not this server's. If it is meant, add "
