@@ -257,7 +257,7 @@ def parse_settings(variables: Mapping[str, str]) -> Settings:
         except ValueError as error:
             complaints.append(f"{setting.name.upper()}: {error}")
     settings = Settings(**values)
-    complaints += _complaints(settings)
+    complaints += [*_complaints_of_urls(settings), *_complaints(settings)]
     if complaints:  # a key may have got into another variable
         raise SettingsError([re.sub(r"\bapp-\w{9,}", "app-…", c) for c in complaints])
     base = settings.dify_api_base.rstrip("/")
@@ -305,42 +305,36 @@ def mask_password(url: str) -> str:
     return re.sub(r"^(\w+://)?.*@", r"\1…@", url)
 
 
-def _complaints(settings: Settings) -> list[str]:
-    """What is wrong with values that parsed."""
-    complaints = _complaints_of_urls(settings)
-    app_keys = [app.key for app in settings.model_config.values()]
-    for key in (*app_keys, *settings.dify_api_keys):
-        if not re.fullmatch(r"[!-~]+", key):
-            shown = mask_key(key)
-            complaints.append(f"the app key {shown!r} has characters no key has")
-    for key in settings.valid_api_keys:
-        if not re.fullmatch(r"[\t -~]+", key):  # clients encode others differently
-            shown = mask_key(key)
-            complaints.append(f"VALID_API_KEYS: {shown!r} has characters no header has")
-    for name, choices in (("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS)):
-        if getattr(settings, name) not in choices:
-            complaints.append(f"{name.upper()}: must be one of {', '.join(choices)}")
-    if settings.server_port > 65535:
-        complaints.append("SERVER_PORT: must be 65535 or less")
-    return complaints
-
-
-def _complaints_of_urls(settings: Settings) -> list[str]:
+def _complaints_of_urls(settings: Settings) -> Iterator[str]:
+    """What is wrong with addresses; no password in them is shown."""
     names = ("dify_api_base", "https_proxy", "http_proxy")
     urls = {name.upper(): getattr(settings, name) for name in names}
     for model, app in settings.model_config.items():
         urls[f"MODEL_CONFIG: base of {model!r}"] = app.base
-    complaints = []
     for name, url in urls.items():
         is_proxy = name.endswith("PROXY")  # they are not spoken to over TLS
         if url and not _is_url(url, ("http",) if is_proxy else ("http", "https")):
             like = "http://host:3128" if is_proxy else "https://host/v1"
-            shown = mask_password(url)
-            complaints.append(f"{name}: must be a URL like {like}, not {shown!r}")
+            yield f"{name}: must be a URL like {like}, not {mask_password(url)!r}"
     for origin in settings.allowed_origins:
         if not _is_origin(origin):
-            complaints.append(f"ALLOWED_ORIGINS: {origin!r} is not like https://host")
-    return complaints
+            yield f"ALLOWED_ORIGINS: {origin!r} is not like https://host"
+
+
+def _complaints(settings: Settings) -> Iterator[str]:
+    """What is wrong with other values that parsed."""
+    app_keys = [app.key for app in settings.model_config.values()]
+    for key in (*app_keys, *settings.dify_api_keys):
+        if not re.fullmatch(r"[!-~]+", key):
+            yield f"the app key {mask_key(key)!r} has characters no key has"
+    for key in settings.valid_api_keys:
+        if not re.fullmatch(r"[\t -~]+", key):  # clients encode others differently
+            yield f"VALID_API_KEYS: {mask_key(key)!r} has characters no header has"
+    for name, choices in (("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS)):
+        if getattr(settings, name) not in choices:
+            yield f"{name.upper()}: must be one of {', '.join(choices)}"
+    if settings.server_port > 65535:
+        yield "SERVER_PORT: must be 65535 or less"
 
 
 def _is_url(text: str, schemes: Sequence[str]) -> bool:
