@@ -11707,7 +11707,7 @@ _DEMO_ANSWER = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The arguments; the help ends with the settings."""
+    """The arguments, with settings by their names; the help ends with all of these."""
     width = max(len(variable) for variable, _, _ in setting_rows())
     lines = [
         f"  {variable:{width}}  {meaning}" + (f" [{default}]" if default else "")
@@ -11722,12 +11722,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("-h", "--help", action="store_true", help="show this help, and exit")
-    add("--host", help="address to listen on (SERVER_HOST)")
-    add("--port", help="port to listen on (SERVER_PORT)")
+    add("--host", dest="SERVER_HOST", help="address to listen on")
+    add("--port", dest="SERVER_PORT", help="port to listen on")
     add("--env-file", metavar="FILE", help="read this instead of .env")
-    add(
-        "--log-level", metavar="LEVEL", help="DEBUG, INFO, WARNING or ERROR (LOG_LEVEL)"
-    )
+    add("--log-level", dest="LOG_LEVEL", help="DEBUG, INFO, WARNING or ERROR")
     add("--check", action="store_true", help="check settings and apps, and exit")
     add("--ask", action="store_true", help="with --check: ask each app for one word")
     add("--demo", action="store_true", help="serve a built-in app, without any Dify")
@@ -11792,12 +11790,8 @@ class SettingsSource:
         self._first: Settings | None = None
         self._path = _find_env_file(options.env_file)
         self._is_named = options.env_file is not None
-        arguments = {
-            "SERVER_HOST": options.host,
-            "SERVER_PORT": options.port,
-            "LOG_LEVEL": options.log_level,
-        }
-        self._given = {k: v for k, v in arguments.items() if v is not None}
+        # Those for settings have their names; `parse_settings` ignores the others.
+        self._given = {k: v for k, v in vars(options).items() if v is not None}
         self._stamp = self._look()
         self._looked_at = time.monotonic()
 
