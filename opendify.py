@@ -11894,19 +11894,11 @@ def _line_of(binding: env_parser.Binding) -> str:
 
 
 class _Formatter(logging.Formatter):
-    """Plain lines, one for each record; the time of a second is written once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._second, self._text = -1, ""
+    """Plain lines, one for each record."""
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         """The record's time, as logging writes it."""
-        second = int(record.created)
-        if second != self._second:
-            self._second = second
-            self._text = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
-        return f"{self._text},{int(record.msecs):03d}"
+        return f"{_second_shown(int(record.created))},{int(record.msecs):03d}"
 
     def format(self, record: logging.LogRecord) -> str:
         """The record; what could begin a line within its text is escaped (CWE-117)."""
@@ -11915,6 +11907,12 @@ class _Formatter(logging.Formatter):
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line
+
+
+@functools.lru_cache(maxsize=1)
+def _second_shown(second: int) -> str:
+    """A time as a log line begins with it; made once a second."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
 def _printable(text: str) -> str:
