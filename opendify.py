@@ -11797,12 +11797,10 @@ class SettingsSource:
 
     def load(self) -> Settings:
         """The settings as they are now; raises SettingsError."""
-        in_file: dict[str, str] = {}
         self.warnings = []
         # It may be a pipe. A named one is read in any case, to complain if it can't.
         is_there = os.path.exists(self._path) and not os.path.isdir(self._path)
-        if self._is_named or is_there:
-            in_file = _read_env_file(self._path)
+        in_file = _read_env_file(self._path) if self._is_named or is_there else {}
         # A key that wrapped to a line of its own may end in "=", and is no name.
         names = [name for name, value in in_file.items() if value.strip("=")]
         self.warnings = unknown_variables(names)
@@ -12030,12 +12028,10 @@ async def _serve(settings: Settings, source: SettingsSource, *, is_demo: bool) -
             dify.use(changed)
             _warn_of_strangers(changed, server)
 
-    server.before_request = (lambda: None) if is_demo else reload
-    try:
+    if not is_demo:
+        server.before_request = reload
+    with contextlib.closing(conversations), contextlib.closing(dify):
         return await _serve_until_signal(settings, server)
-    finally:
-        dify.close()
-        conversations.close()
 
 
 async def _serve_until_signal(settings: Settings, server: Server) -> int:
