@@ -11892,19 +11892,21 @@ def _line_of(binding: env_parser.Binding) -> str:
 
 
 class _Formatter(logging.Formatter):
-    """Plain lines, one for each record."""
+    """A plain line for each record, or with `is_json` an object on one line."""
 
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
-        """The record's time, as logging writes it."""
-        return f"{_second_shown(int(record.created))},{int(record.msecs):03d}"
+    def __init__(self, *, is_json: bool) -> None:
+        super().__init__()
+        self._is_json = is_json
 
     def format(self, record: logging.LogRecord) -> str:
         """The record; what could begin a line within its text is escaped (CWE-117)."""
-        text = _printable(record.getMessage())
-        line = f"{self.formatTime(record)} {record.levelname:7} {text}"
-        if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
-        return line
+        at = f"{_second_shown(int(record.created))},{int(record.msecs):03d}"
+        level, message = record.levelname, record.getMessage()
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        if self._is_json:  # in ASCII: the log's encoding is anybody's
+            value = {"time": at, "level": level, "message": message}
+            return json.dumps({**value, "exception": trace} if trace else value)
+        return f"{at} {level:7} {_printable(message)}" + ("\n" + trace if trace else "")
 
 
 @functools.lru_cache(maxsize=1)
@@ -11919,25 +11921,9 @@ def _printable(text: str) -> str:
     return "".join([c if c.isprintable() else ascii(c)[1:-1] for c in text])
 
 
-class _JsonFormatter(_Formatter):
-    """One object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The record as JSON, an exception included."""
-        value = {
-            "time": self.formatTime(record),
-            "level": record.levelname,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            value["exception"] = self.formatException(record.exc_info)
-        return json.dumps(value)  # in ASCII: the log's encoding is anybody's
-
-
 def _set_up_logging(settings: Settings) -> None:
     handler = logging.StreamHandler()
-    is_json = settings.log_format == "json"
-    handler.setFormatter(_JsonFormatter() if is_json else _Formatter())
+    handler.setFormatter(_Formatter(is_json=settings.log_format == "json"))
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     # What no line shows is not looked up ("Optimization" in Python's logging HOWTO).
     for name in ("logThreads", "logProcesses", "logMultiprocessing", "_srcfile"):

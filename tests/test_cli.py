@@ -1225,7 +1225,7 @@ async def test_port_that_asyncio_gives_up_is_opened_again(
 
 
 def test_time_of_a_line_is_its_own() -> None:
-    formatter, times = opendify._Formatter(), []
+    formatter, times = opendify._Formatter(is_json=False), []
     for created in (1700000000.25, 1700000000.5, 1700000001.75, 1700000061.0):
         record = logging.makeLogRecord({"msg": "x"})
         record.created, record.msecs = created, created % 1 * 1000

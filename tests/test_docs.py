@@ -825,7 +825,7 @@ def test_quick_start_prints_what_it_shows(demo_base: str, tmp_path: Path) -> Non
 def test_log_in_json_is_as_shown(tmp_path: Path) -> None:
     shown = json.loads(block_after("With `LOG_FORMAT=json` each line", "json"))
     record = logging.LogRecord("", logging.INFO, "", 0, shown["message"], (), None)
-    written = json.loads(opendify._JsonFormatter().format(record))
+    written = json.loads(opendify._Formatter(is_json=True).format(record))
     assert {**written, "time": ""} == {**shown, "time": ""}
     assert logged(written["time"]) == logged(shown["time"])
 
@@ -833,6 +833,6 @@ def test_log_in_json_is_as_shown(tmp_path: Path) -> None:
 def test_log_in_json_suits_every_encoding() -> None:
     """A stream that can't encode a letter writes what no JSON allows."""
     record = logging.LogRecord("", logging.INFO, "", 0, "应用 é", (), None)
-    written = opendify._JsonFormatter().format(record)
+    written = opendify._Formatter(is_json=True).format(record)
     assert written.isascii()
     assert json.loads(written)["message"] == "应用 é"
