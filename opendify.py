@@ -11452,9 +11452,9 @@ name="viewport" content="width=device-width, initial-scale=1"> <link rel="icon"
 href="data:,"><title>OpenDify</title><style>@STYLE@</style></head> <body><header
 class="bar"><h1>OpenDify <small>@VERSION@</small></h1><label> <input id="theme"
 type="checkbox"><span data-zh="深色">Dark</span></label></header> <form id="door"
-class="bar" hidden><label><span data-zh="API 密钥">API key</span> <input id="key"
-type="password" autocomplete="off" required></label><button data-zh="继续">Go on
-</button></form><main> <section aria-labelledby="h1"><div class="bar"><h2 id="h1"
+method="dialog" class="bar" hidden><label><span data-zh="API 密钥">API key</span> <input
+id="key" type="password" autocomplete="off" required></label><button data-zh="继续">Go
+on </button></form><main> <section aria-labelledby="h1"><div class="bar"><h2 id="h1"
 data-zh="应用">Apps</h2> <button id="again" data-zh="重新检查">Check
 again</button></div> <ul id="apps" tabindex="0" aria-labelledby="h1"
 aria-live="polite"></ul></section> <section id="play" aria-labelledby="h2"><div
@@ -11464,7 +11464,7 @@ id="smooth" type="checkbox" checked><span data-zh="平滑输出">Smoothing</span
 <button id="clear" data-zh="新对话">New chat</button></div> <div id="log" role="log"
 aria-live="off" tabindex="0" aria-labelledby="h2"><div id="talk"> <p id="hint"
 data-zh="按 Enter 发送，Shift+Enter 换行，Esc 停止。">Enter sends, Shift+Enter breaks
-the line, Esc stops.</p></div></div> <form id="ask"><label><small
+the line, Esc stops.</p></div></div> <form id="ask" method="dialog"><label><small
 data-zh="消息">Message</small><textarea id="text" rows="2"></textarea></label><button
 id="send" class="main" data-zh="发送">Send</button></form> <svg viewBox="0 0 600 100"
 preserveAspectRatio="none" aria-hidden="true"> <path id="bars"/><path id="lags"/><path
@@ -11620,9 +11620,8 @@ for (const button of document.querySelectorAll("[data-copy]")) button.onclick = 
   document.execCommand("copy"); // since plain http has no `navigator.clipboard`
   $("said").textContent = button.textContent = say("Copied", "已复制");
 };
-$("ask").onsubmit = (event) => {
+$("ask").onsubmit = () => { // a form for a dialog without one leads nowhere
   const question = $("text").value.trim();
-  event.preventDefault();
   if (run.stop) return stop();
   if (question) $("text").value = "", chat(question);
 };
@@ -11630,8 +11629,7 @@ $("text").onkeydown = (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault(), run.stop || $("ask").requestSubmit();
 };
-$("door").onsubmit = (event) => {
-  event.preventDefault();
+$("door").onsubmit = () => {
   key = $("key").value.replace(/[^ -~]/g, "?"); // a header takes no others
   load();
 };
