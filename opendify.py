@@ -11742,25 +11742,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.ask and not options.check:
         parser.error("--ask belongs to --check: say --check --ask")
-    return _start(options)
-
-
-def _start(options: argparse.Namespace) -> int:
-    source = SettingsSource(options)
     try:
-        settings = source.load()
-    except SettingsError as error:
-        for complaint in [*source.warnings, *error.complaints]:
-            print(f"opendify: {complaint}", file=sys.stderr)
-        return 2
-    _set_up_logging(settings)
-    for warning in source.warnings:
-        log.warning(warning)
-    if not (settings.has_apps or options.demo):
-        print(_NOTHING_CONFIGURED, file=sys.stderr)
-        return 2
-    try:
-        return asyncio.run(_run(settings, source, options))
+        return asyncio.run(_run(options))
     except KeyboardInterrupt:
         return 1
 
@@ -11785,6 +11768,7 @@ class SettingsSource:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.warnings: list[str] = []
+        self.built_in: dict[str, AppSettings] = {}  # models beside those configured
         self._first: Settings | None = None
         self._path = _find_env_file(options.env_file)
         self._is_named = options.env_file is not None
@@ -11805,6 +11789,8 @@ class SettingsSource:
         lower = {"https_proxy", "http_proxy", "no_proxy"} & {*os.environ}
         proxies = {name.upper(): os.environ[name] for name in lower}  # as curl has it
         settings = parse_settings({**in_file, **os.environ, **proxies, **self._given})
+        models = {**settings.model_config, **self.built_in}
+        settings = replace(settings, model_config=models)
         first = self._first = self._first or settings
         self.warnings += [
             f"{name.upper()} has changed: restart OpenDify, or put it back"
@@ -11979,25 +11965,33 @@ def _raise_descriptor_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-async def _run(
-    settings: Settings, source: SettingsSource, options: argparse.Namespace
-) -> int:
+async def _run(options: argparse.Namespace) -> int:
     """Check or serve, the demo app too if it is wanted; returns the exit status."""
-    demo = DemoApp()
+    demo, source = DemoApp(), SettingsSource(options)
     if options.demo:
         ((host, port),) = await demo.listen("127.0.0.1", 0)
         app = AppSettings("app-demo", f"http://{host}:{port}/v1", "chat")
-        models = {**settings.model_config, "demo": app}
-        settings = replace(settings, model_config=models)
+        source.built_in["demo"] = app
     try:
+        settings = source.load()
+        _set_up_logging(settings)
+        for warning in source.warnings:
+            log.warning(warning)
+        if not settings.has_apps:
+            print(_NOTHING_CONFIGURED, file=sys.stderr)
+            return 2
         if options.check:
             return await _check(settings, asks=options.ask)
-        return await _serve(settings, source, is_demo=options.demo)
+        return await _serve(settings, source)
+    except SettingsError as error:
+        for complaint in [*source.warnings, *error.complaints]:
+            print(f"opendify: {complaint}", file=sys.stderr)
+        return 2
     finally:
         await demo.stop(0)
 
 
-async def _serve(settings: Settings, source: SettingsSource, *, is_demo: bool) -> int:
+async def _serve(settings: Settings, source: SettingsSource) -> int:
     """Serve until a signal; returns the exit status."""
     store, ttl_s = settings.conversation_store, settings.conversation_ttl
     conversations, complaint = open_conversations(store, ttl_s)
@@ -12012,8 +12006,7 @@ async def _serve(settings: Settings, source: SettingsSource, *, is_demo: bool) -
             dify.use(changed)
             _warn_of_strangers(changed, server)
 
-    if not is_demo:
-        server.before_request = reload
+    server.before_request = reload
     with contextlib.closing(conversations), contextlib.closing(dify):
         return await _serve_until_signal(settings, server)
 

@@ -542,6 +542,19 @@ def test_env_file_that_names_no_app_any_more_changes_nothing(
     assert "no app any more" in caplog.text
 
 
+def test_demo_stays_when_the_env_file_changes(
+    edited: EditedFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DIFY_API_KEYS")
+    edited.source.built_in["demo"] = opendify.AppSettings(KEY)
+    edited.write(f'MODEL_CONFIG={{"m": "{KEY}"}}')
+    changed = edited.source.load_if_changed()
+    assert changed and list(changed.model_config) == ["m", "demo"]
+    edited.write("")
+    changed = edited.source.load_if_changed()
+    assert changed and list(changed.model_config) == ["demo"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="modes have no time there")
 def test_env_file_that_may_be_read_now_is_read(
     home: Path, edited: EditedFile, ticks: Ticks, monkeypatch: pytest.MonkeyPatch
