@@ -680,11 +680,11 @@ class SSEDecoder:
         self._data: list[str] = []
         self._size = 0  # of the event that is not complete
         self._after_cr = False  # an LF now belongs to a CR that ended the last read
-        self._at_start = True
+        self._encoding = "utf-8-sig"  # a BOM may stand at the start, and nowhere else
 
     def feed(self, data: bytes) -> list[str]:
         """The data of the events that these bytes complete; raises SSEOverflow."""
-        if b"\r" in data or self._after_cr:
+        if b"\r" in data or (self._after_cr and data):
             data = self._ended_by_lf(data)
         self._size += len(data)
         if self._size > MAX_EVENT_BYTES:
@@ -694,7 +694,7 @@ class SSEDecoder:
             # Dify's form, as a rule: nothing but whole events of one line each.
             events = data[6:-2].decode("utf-8", "replace").split("\n\ndata: ")
             if data.count(b"\n") == 2 * len(events):
-                self._size, self._at_start = 0, False
+                self._size, self._encoding = 0, "utf-8"
                 return events
         end = data.rfind(b"\n") + 1
         if not end:
@@ -703,15 +703,13 @@ class SSEDecoder:
         # All lines at once: decoding each costs more. No line end cuts a character.
         lines = self._line + data[:end] if self._line else data[:end]
         self._line = bytearray(data[end:])
-        events = self._read_lines(lines.decode("utf-8", "replace"))
+        events = self._read_lines(lines.decode(self._encoding, "replace"))
+        self._encoding = "utf-8"
         if events or not self._data:
             self._size = len(self._line)
         return events
 
     def _read_lines(self, text: str) -> list[str]:
-        if self._at_start:
-            self._at_start = False
-            text = text.removeprefix("\ufeff")
         events: list[str] = []
         *blocks, rest = text.split("\n\n")
         for block in blocks:
@@ -733,10 +731,9 @@ class SSEDecoder:
             self._data = []
 
     def _ended_by_lf(self, data: bytes) -> bytes:
-        if self._after_cr and data:
-            self._after_cr = False
+        if self._after_cr:
             data = data.removeprefix(b"\n")
-        self._after_cr = self._after_cr or data.endswith(b"\r")
+        self._after_cr = data.endswith(b"\r")
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
