@@ -3775,8 +3775,7 @@ def open_place(
     """
     if not id_.startswith(kind):
         return None
-    prefix, sign, _ = id_.partition("_")
-    fields = sealer.open(id_, prefix + sign)
+    fields = sealer.open(id_, id_[: id_.find("_") + 1])
     if not fields or (user and user != fields[0]):
         return None
     return Place(*fields)
@@ -6381,10 +6380,9 @@ class Pacer:
         self._is_closed = False
 
     @property
-    def oldest(self) -> float | None:
-        """When the oldest text held arrived; None if nothing is held."""
-        due = next(iter(self._deadlines), None)
-        return None if due is None else due - self._max_lag_s
+    def oldest(self) -> float:
+        """When the oldest text held arrived; infinity if nothing is held."""
+        return next(iter(self._deadlines), inf) - self._max_lag_s
 
     @property
     def held(self) -> int:
@@ -6474,7 +6472,7 @@ class Pacer:
     def _cut(self, wish: int, must: int) -> str:
         """Remove about `wish` characters from what is held, and no less than `must`."""
         text, shown = self._half + "".join(self._texts), len(self._half)
-        least = shown + max(must, 0)
+        least = shown + must
         end = _boundary(text, min(len(text), max(shown + wish, least)), 1)
         may_grow = _GROWING.match(text[-1:]) and not self._is_closed
         if may_grow and end == len(text) > least:
@@ -8874,7 +8872,7 @@ class Outlet:
         """What is due now."""
         came_at = pacer.oldest
         text = pacer.take(now)
-        if text and came_at is not None:
+        if text:
             self._metrics.observe("opendify_pacer_lag_seconds", now - came_at)
             if self._tells_lag:
                 lag = encode_comment(f"lag {now - came_at:.3f}")
