@@ -11954,9 +11954,8 @@ def _raise_descriptor_limit() -> None:
         import resource  # noqa: PLC0415  (there is none on Windows)
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        is_free = hard == resource.RLIM_INFINITY
-        wanted = MAX_DESCRIPTORS if is_free else min(hard, MAX_DESCRIPTORS)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
+        wanted = min(hard, MAX_DESCRIPTORS)
+        if soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
