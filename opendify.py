@@ -56,14 +56,12 @@ import io
 import itertools
 import json
 import logging
-import math
 import operator
 import os
 import re
 import secrets
 import signal
 import socket
-import stat
 import sys
 import tempfile
 import textwrap
@@ -82,7 +80,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field, replace
 from itertools import count
-from math import exp, inf, sqrt
+from math import exp, inf, isclose, isfinite, sqrt
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, Callable, NamedTuple, Union, cast
@@ -820,7 +818,7 @@ def _shallow(value: Any, depth: int) -> Any:
 
 def _or_null(text: str) -> float | None:
     number = float(text)
-    return number if math.isfinite(number) else None
+    return number if isfinite(number) else None
 
 
 # As `json.loads`, but numbers that JSON lacks are None.
@@ -838,7 +836,7 @@ def parse_json_text(text: str, *, strict: bool = True) -> Any:
 
 
 def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
+    if not isfinite(number := float(text)):
         raise ValueError(f"{text} is not a finite number")
     return number
 
@@ -2154,7 +2152,7 @@ def _is_multiple(value: Any, step: Any) -> bool:
     """Whether a number is a multiple as it is written: 19.99 is one of 0.01."""
     if isinstance(step, int) and isinstance(value, int):
         return value % step == 0
-    return math.isclose(value / step, round(value / step), rel_tol=1e-12)
+    return isclose(value / step, round(value / step), rel_tol=1e-12)
 
 
 _TYPES: Mapping[str, Any] = {
@@ -11824,8 +11822,8 @@ class SettingsSource:
     def _look(self) -> tuple[float, float, int] | None:
         """What tells that it has changed, or may be read now; a pipe is read once."""
         with contextlib.suppress(OSError):
-            found = self._path.stat()
-            if stat.S_ISREG(found.st_mode):
+            if self._path.is_file():
+                found = self._path.stat()
                 return found.st_mtime, found.st_ctime, found.st_size
         return None
 
