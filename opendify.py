@@ -406,11 +406,10 @@ def _parse_app(name: str, value: Any, problems: list[str]) -> AppSettings:
         return AppSettings("")
     known = [setting.name for setting in dataclasses.fields(AppSettings)]
     for key, entry in described.items():
+        type_, wanted = _APP_TYPES.get(key, (str, "a text"))
         if key not in known:
             problems.append(f"{name!r} has an unknown {key!r}{_hint(key, known)}")
-            continue
-        type_, wanted = _APP_TYPES.get(key, (str, "a text"))
-        if not isinstance(entry, type_):
+        elif not isinstance(entry, type_):
             problems.append(f"the {key} of {name!r} must be {wanted}")
     if described.get("tools", "prompt") not in TOOLS_PLACES:
         problems.append(f"the tools of {name!r} must be {' or '.join(TOOLS_PLACES)}")
