@@ -3718,14 +3718,14 @@ def _spelled(data: bytes) -> str:
 
 def _pack(fields: Iterable[str]) -> bytes:
     """Texts as bytes, in one way only: b"u" and a UUID's 16 bytes, or b"4:text"."""
-    packed = []
-    for text in fields:
-        data = text.encode("utf-8", "surrogatepass")
-        if _UUID.fullmatch(text):
-            packed.append(b"u" + bytes.fromhex(text.replace("-", "")))
-        else:
-            packed.append(b"%d:%b" % (len(data), data))
-    return b"".join(packed)
+    return b"".join(map(_packed, fields))
+
+
+def _packed(text: str) -> bytes:
+    if _UUID.fullmatch(text):
+        return b"u" + bytes.fromhex(text.replace("-", ""))
+    data = text.encode("utf-8", "surrogatepass")
+    return b"%d:%b" % (len(data), data)
 
 
 def _unpack(data: bytes) -> tuple[str, ...]:
