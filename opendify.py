@@ -9574,25 +9574,27 @@ class Archive:
         ends with it and nobody else has a turn there. Else its history is folded.
         """
         previous = request.previous_response_id
-        place = open_place(sealer, previous, "resp_", user=user)
-        if previous and not place:
-            raise _no_previous(previous)
-        named = {
-            id_: at
-            for id_ in list(dict.fromkeys(request.references))[-MAX_REFERENCES:]
-            if (at := open_place(sealer, id_, user=user))
+        ids = [id_ for id_ in dict.fromkeys(request.references) if id_ != previous]
+        places = {
+            id_: place
+            for id_ in (*ids[-MAX_REFERENCES:], previous)
+            if (place := open_place(sealer, id_, user=user))
         }
-        if not place and not named:
+        if previous and not (previous in places and previous.startswith("resp_")):
+            raise _no_previous(previous)
+        if not places:
             return await self._continue_named(app, request, user), None
-        anchor = place or list(named.values())[-1]
-        scope, now = scope_of(app.key, user), self.wall_clock()
+        *_, anchor = places.values()
+        here, scope = anchor.conversation_id, scope_of(app.key, user)
+        # It may name another, or one that is yet to be bound to its own.
+        is_here = (request.ask.conversation_id or request.conversation) in ("", here)
         tail = None
-        if not anchor.is_run:
-            tail = self.conversations.take_alone(scope, anchor.conversation_id, now)
+        if is_here and not anchor.is_run:
+            tail = self.conversations.take_alone(scope, here, self.wall_clock())
         goes_on = False
         try:
-            ask = await self._continue_at(app, request, anchor, named, tail is not None)
-            goes_on = ask.conversation_id == anchor.conversation_id
+            ask = await self._continue_at(app, request, places, tail is not None)
+            goes_on = ask.conversation_id == here
         finally:
             if tail and not goes_on:
                 self.conversations.put(tail, self.wall_clock())
@@ -9617,46 +9619,41 @@ class Archive:
         self,
         app: AppSettings,
         request: ResponsesRequest,
-        anchor: Place,
-        named: Mapping[str, Place],
+        places: Mapping[str, Place],
         is_free: bool,
     ) -> Ask:
-        """The question as it continues the anchor's conversation, or folds it.
+        """The question as it continues the last place's conversation, or folds it.
 
         Only the former has the conversation's id.
         """
-        previous, here = request.previous_response_id, anchor.conversation_id
-        tools = request.known_tools
+        previous, tools = request.previous_response_id, request.known_tools
+        latest_first = list(reversed(list(places.values())))
+        anchor, stored = latest_first[0], {}
         # Nearly always the newest answer is named and nothing else: one turn tells all.
-        if previous and is_free and not named:
+        if previous and is_free and not request.references:
             newest, _ = await self._page_of(app, anchor, most=1)
-            told = _transcript(newest, tools)
-            is_newest = [turn.message_id for turn in newest] == [anchor.message_id]
-            if is_newest and _has_calls(request, told):
-                ask = ask_of(request, {}, told=told)
-                is_all_new = not is_known_history(ask, told)
-                return ask._replace(conversation_id=here, is_all_new=is_all_new)
-        # Else all turns are read of the conversations that are named.
-        places = [anchor, *reversed(list(named.values()))]
-        stored = await self.turns_of_all(app, places)
-        by_id = {turn.message_id: turn for turns in stored.values() for turn in turns}
-        if previous and anchor.message_id not in by_id:
+            if _has_calls(request, _transcript(newest, tools)):
+                stored = {turn.message_id: turn for turn in newest}
+        if anchor.message_id not in stored:
+            stored = await self.turns_of_all(app, latest_first)
+        if previous and anchor.message_id not in stored:
             raise _no_previous(previous)
         found = {
             id_: turn.question if place.item == "in" else stored_message(turn, tools)
-            for id_, place in named.items()
-            if (turn := by_id.get(place.message_id))
+            for id_, place in places.items()
+            if (turn := stored.get(place.message_id))
         }
-        turns = stored[here]
+        here = anchor.conversation_id
+        turns = [turn for turn in stored.values() if turn.conversation_id == here]
         ids = [turn.message_id for turn in turns]
         end = ids.index(anchor.message_id) + 1 if anchor.message_id in ids else 0
-        known = _transcript(turns[:end], tools)
+        known, is_newest = _transcript(turns[:end], tools), 0 < end == len(turns)
+        if is_free and is_newest:
+            ask = ask_of(request, found, told=known)
+            is_known = is_known_history(ask, known)
+            if previous or is_known:
+                return ask._replace(conversation_id=here, is_all_new=not is_known)
         ask = _not_empty(ask_of(request, found, known if previous else ()), request)
-        is_newest = 0 < end == len(turns)
-        # It may name another, or one that is yet to be bound to its own.
-        is_here = (ask.conversation_id or request.conversation) in ("", here)
-        if is_free and is_newest and is_here and is_known_history(ask, known):
-            return ask._replace(conversation_id=here, is_all_new=False)
         # Another replica may have gone on there: the table would find it as it was.
         is_all_new = ask.is_all_new or not (is_newest or ask.conversation_id)
         return ask._replace(is_all_new=is_all_new)
@@ -9671,14 +9668,12 @@ class Archive:
         """
         ids = [message.spoken_id for message in ask.messages if message.spoken_id]
         places = {id_: open_place(sealer, id_, "audio_", user=user) for id_ in ids}
-        known = filter(None, places.values())
-        stored = await self.turns_of_all(app, known)
-        by_id = {turn.message_id: turn for turns in stored.values() for turn in turns}
+        stored = await self.turns_of_all(app, filter(None, places.values()))
         texts: dict[str, str] = {}
         for id_, place in places.items():
-            if not place or place.message_id not in by_id:
+            if not place or place.message_id not in stored:
                 raise _no_spoken(id_)
-            texts[id_] = stored_answer(by_id[place.message_id], ask.tools).text
+            texts[id_] = stored_answer(stored[place.message_id], ask.tools).text
         messages = (
             m._replace(text=texts.get(m.spoken_id, m.text), spoken_id="")
             for m in ask.messages
@@ -9687,13 +9682,13 @@ class Archive:
 
     async def turns_of_all(
         self, app: AppSettings, places: Iterable[Place]
-    ) -> dict[str, list[StoredTurn]]:
-        """The turns of the places' first few conversations, by the ids of these."""
-        stored: dict[str, list[StoredTurn]] = {}
-        for place in places:
-            id_ = place.conversation_id
-            if id_ not in stored and len(stored) < MAX_CONVERSATIONS_READ:
-                stored[id_] = await self.turns_of(app, place)
+    ) -> dict[str, StoredTurn]:
+        """The turns of the places' first few conversations, in order, by their ids."""
+        by_conversation = {place.conversation_id: place for place in places}
+        stored: dict[str, StoredTurn] = {}
+        for place in list(by_conversation.values())[:MAX_CONVERSATIONS_READ]:
+            for turn in await self.turns_of(app, place):
+                stored[turn.message_id] = turn
         return stored
 
     async def turns_of(self, app: AppSettings, place: Place) -> list[StoredTurn]:

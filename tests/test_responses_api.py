@@ -245,6 +245,14 @@ async def test_question_is_named_by_the_id_of_its_stored_item() -> None:
     assert f'>\nHi\n</message>\n<message role="assistant">\n{text_of(one)}\n' in folded
 
 
+async def test_answer_that_is_named_twice_is_told_once() -> None:
+    async with proxy() as served:
+        first = await answer(served, "Hi")
+        asked = [reference(first["output"][0]), user("More")]
+        await answer(served, asked, previous_response_id=first["id"])
+    assert told(served) == [["Hi", "More"]]
+
+
 async def test_edited_question_before_a_reference_starts_anew() -> None:
     async with replicas() as (first, second):
         one = await answer(first, "Tell me a joke")
