@@ -9782,7 +9782,7 @@ def is_known_history(ask: Ask, known: Sequence[Message]) -> bool:
         if not _is_said(question, known[at : at + 1]) or not at:
             return False
         at, question = at - 2, []
-        if _said(message) != _said(known[at + 1]):
+        if message_digest(b"", message) != message_digest(b"", known[at + 1]):
             return False
     return at < len(known) and (not question or _is_said(question, known[at : at + 1]))
 
@@ -9796,12 +9796,6 @@ def _is_said(question: Sequence[Message], stored: Sequence[Message]) -> bool:
     if len(texts) == 1 and question[0].role == "user":
         return whole == texts[0] or whole.endswith(f"\n\n{texts[0]}")
     return all(f"\n{text}\n" in whole for text in texts)
-
-
-def _said(answer: Message) -> tuple[list[str], list[tuple[str, str]]]:
-    """What makes answers the same: their words, and their calls but for the ids."""
-    calls = [(call.name, call.arguments) for call in answer.tool_calls]
-    return answer.text.split(), calls
 
 
 def _not_empty(ask: Ask, request: ResponsesRequest) -> Ask:
