@@ -8477,29 +8477,25 @@ class Dify:
         return {}
 
     async def messages(
-        self,
-        app: AppSettings,
-        conversation_id: str,
-        user: str,
-        *,
-        most: int,
-        first_id: str = "",
+        self, app: AppSettings, place: Place, *, most: int = 100, first_id: str = ""
     ) -> tuple[list[StoredTurn], bool]:
         """(the newest turns of a conversation, oldest first; whether there are older).
 
         Args:
             app: that has the conversation.
-            conversation_id: of it; of a workflow, of a run.
-            user: whose it is.
+            place: in it, or in a workflow's run; one that is lost has no turns.
             most: how many, 100 at most.
             first_id: only those before this message, "" for the newest.
         """
         page: dict[str, Any] = {}
         if await self.facts.mode_of(app) == "workflow":
-            turns = await self._run(app, conversation_id)
+            turns = await self._run(app, place.conversation_id)
         else:
             more = {"limit": most, **({"first_id": first_id} if first_id else {})}
-            page = await self._messages(app, conversation_id, user, **more)
+            with contextlib.suppress(ConversationGone):
+                page = await self._messages(
+                    app, place.conversation_id, place.user, **more
+                )
             data, past = objects_of(page.get("data")), app.history_variable
             turns = [stored_turn(row, app.base, past) for row in data]
         for part in (part for turn in turns for part in turn.parts[-1:]):
@@ -9363,11 +9359,11 @@ async def _with_past(dify: Dify, question: Question, plan: Plan) -> Json:
 
     A client that names the conversation does not send it again; the last turn had it.
     """
-    app, here = question.app, plan.tail.conversation_id
-    name, is_named = app.history_variable, question.ask.conversation_id
-    if not (name and here and is_named) or name in plan.inputs:
+    name, is_named = question.app.history_variable, question.ask.conversation_id
+    here = Place(question.user, plan.tail.conversation_id, "")
+    if not (name and here.conversation_id and is_named) or name in plan.inputs:
         return plan.inputs
-    turns, _ = await dify.messages(app, here, question.user, most=1)
+    turns, _ = await dify.messages(question.app, here, most=1)
     past = turns[-1].past if turns else ""
     return {**plan.inputs, name: past} if past else plan.inputs
 
@@ -9609,7 +9605,7 @@ class Archive:
         has_results = any(message.role == "tool" for message in ask.messages)
         is_named = has_results and here.conversation_id
         if is_named and await self.dify.facts.mode_of(app) in CHAT_MODES:
-            turns, _ = await self._page_of(app, here)
+            turns, _ = await self.dify.messages(app, here)
             told = _transcript(_with_tools(turns), request.known_tools)
             ask = ask_of(request, {}, told=told)
         is_all_new = ask.is_all_new and not is_known_history(ask, told)
@@ -9631,7 +9627,7 @@ class Archive:
         anchor, stored = latest_first[0], {}
         # Nearly always the newest answer is named and nothing else: one turn tells all.
         if previous and is_free and not request.references:
-            newest, _ = await self._page_of(app, anchor, most=1)
+            newest, _ = await self.dify.messages(app, anchor, most=1)
             if _has_calls(request, _transcript(newest, tools)):
                 stored = {turn.message_id: turn for turn in newest}
         if anchor.message_id not in stored:
@@ -9696,7 +9692,7 @@ class Archive:
         turns: list[StoredTurn] = []
         for _ in range(MAX_PAGES):
             first_id = turns[0].message_id if turns else ""
-            page, has_more = await self._page_of(app, place, first_id=first_id)
+            page, has_more = await self.dify.messages(app, place, first_id=first_id)
             turns = [*page, *turns]
             if not (page and has_more):
                 break
@@ -9705,17 +9701,6 @@ class Archive:
             text = f"{turns[0].past}\n\n{question.text}"
             turns[0] = replace(turns[0], question=question._replace(text=text))
         return _with_tools(turns)
-
-    async def _page_of(
-        self, app: AppSettings, place: Place, *, most: int = 100, first_id: str = ""
-    ) -> tuple[list[StoredTurn], bool]:
-        """(turns, whether there are older ones); a lost conversation has none."""
-        try:
-            return await self.dify.messages(
-                app, place.conversation_id, place.user, most=most, first_id=first_id
-            )
-        except (ConversationGone, NotFound):
-            return [], False
 
 
 def _with_tools(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
