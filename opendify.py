@@ -5668,7 +5668,7 @@ class Plan(NamedTuple):
     """How a turn is put to Dify: `files` belong to the query, `inputs` go over others.
 
     `tail` is where the conversation stands before `new`, what the `ask` adds to it;
-    that of a new one has no conversation_id.
+    that of a new one has no conversation_id. If it is not known, nor is what follows.
     """
 
     query: str
@@ -5677,7 +5677,6 @@ class Plan(NamedTuple):
     tail: Tail
     ask: Ask
     new: Sequence[Message]
-    is_known: bool  # where it stands afterwards
 
     def finish(self, conversation_id: str, answer: Message) -> Tail:
         """The tail to put into the table when Dify and the client have the answer.
@@ -5689,7 +5688,6 @@ class Plan(NamedTuple):
             [*self.new, answer],
             conversation_id=conversation_id,
             told=_told_hashes(tail.scope, ask, ask.messages, tail.told),
-            is_known=self.is_known,
         )
 
 
@@ -5802,18 +5800,17 @@ def plan_turn(
         is_told = _told_hashes(scope, ask, history)[part] == tail.told[part]
         told = opening + [m for m in history if m.role == "system"]
         context = [*([] if is_told else told), *added]
-    files = [file for m in new for file in m.attachments]
-    carried = _with_room(history if is_new else added, files, has_room)
+    carried, files = _with_room(history if is_new else added, new, has_room)
     inputs = dict(ask.inputs)
     if system_variable and ask.system.strip():
         inputs[system_variable] = ask.system
     if history_variable and elsewhere:
         inputs[history_variable] = fold(elsewhere, carried)
     query = _query(ask, context, new, carried) if ask.messages else ask.system
-    files = [file for m in carried for file in m.attachments] + files
     # Nobody can tell how a client shows an answer that was continued, or a title.
     is_known = tail.is_known and bool(new) and not is_side_request(ask)
-    return Plan(query or " ", inputs, tuple(files), tail, ask, (*added, *new), is_known)
+    tail = tail._replace(is_known=is_known)
+    return Plan(query or " ", inputs, tuple(files), tail, ask, (*added, *new))
 
 
 def _opening(system: str) -> list[Message]:
@@ -5822,16 +5819,17 @@ def _opening(system: str) -> list[Message]:
 
 def _with_room(
     history: Sequence[Message],
-    files: Sequence[Attachment],
+    new: Sequence[Message],
     has_room: Callable[[Sequence[Attachment]], bool],
-) -> list[Message]:
-    """The newest messages whose files have room beside the others, in order."""
+) -> tuple[list[Message], list[Attachment]]:
+    """(the newest messages whose files have room beside the new ones, all files)."""
     carried: list[Message] = []
+    files = [file for message in new for file in message.attachments]
     for message in reversed(history):
         if message.attachments and has_room([*message.attachments, *files]):
             files = [*message.attachments, *files]
             carried.insert(0, message)
-    return carried
+    return carried, files
 
 
 def _only_in_input(history: tuple[Message, ...], tail: Tail) -> tuple[Message, ...]:
