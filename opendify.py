@@ -2441,10 +2441,10 @@ def place_files(
         given: inputs that the request has already.
 
     Returns:
-        {"inputs": {variable: mapping or list}, "files": [mapping, …]}
+        {"inputs": {**given, variable: mapping or list}, "files": [mapping, …]}
     """
     rest = list(files)
-    inputs: dict[str, Any] = {}
+    inputs = dict(given)
     for input_ in form.inputs:
         if input_.type in _FILE_TYPES and input_.variable not in given:
             kinds = [_kind_among(f, input_.kinds, input_.extensions) for f, _ in rest]
@@ -9317,9 +9317,7 @@ class Turns:
         if plan.files:
             check_files(form, plan.files, inputs)
             ids = [await self._upload_id(question, file) for file in plan.files]
-            placed = place_files(form, zip(plan.files, ids), inputs)
-            common["inputs"] = {**inputs, **placed["inputs"]}
-            common["files"] = placed["files"]
+            common.update(place_files(form, zip(plan.files, ids), inputs))
         variable = query_variable(mode, form, app.query_variable)
         conversation_id = plan.tail.conversation_id
         return dify_request(
