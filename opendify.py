@@ -6162,11 +6162,9 @@ class Conversations:
         waiting, self._waiting = self._waiting, []
         rows = iter(waiting)
         for _ in waiting:  # one that fails takes no other with it
-            try:
+            with contextlib.suppress(*_FAILURES):
                 self._db.executemany(_PUT, rows)
                 return
-            except _FAILURES:
-                pass
 
     def _run(self, sql: str, *values: Any) -> tuple[list[Any], int]:
         if self._waiting:
