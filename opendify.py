@@ -9693,12 +9693,8 @@ class Archive:
 
 def _with_tools(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
     """The turns of a conversation with the tools that the app was told of by then."""
-    result: list[StoredTurn] = []
     tools: Sequence[Tool] = ()
-    for turn in turns:
-        tools = turn.tools or tools
-        result.append(replace(turn, tools=tools))
-    return result
+    return [replace(turn, tools=(tools := turn.tools or tools)) for turn in turns]
 
 
 def stored_answer(turn: StoredTurn, tools: Iterable[Tool] = ()) -> Answer:
