@@ -9704,14 +9704,13 @@ def stored_answer(turn: StoredTurn, tools: Iterable[Tool] = ()) -> Answer:
         turn: of Dify's store.
         tools: the client's, beside those of the turn.
     """
+    known = {tool.name: tool for tool in (*turn.tools, *tools)}
+    ask = Ask("", (), tools=tuple(known.values()))
+    reading = Reading(ask, turn.message_id, is_whole=True, spent=Usage())
     answer = Answer()
-    parts: list[Part] = [part for part in turn.parts if not isinstance(part, Failure)]
-    if known := {tool.name: tool for tool in (*turn.tools, *tools)}:
-        ask = Ask("", (), tools=tuple(known.values()))
-        reading = Reading(ask, turn.message_id, is_whole=True, spent=Usage())
-        parts = reading.feed(parts)
-    for part in parts:
-        answer.add(part)
+    for part in reading.feed([*turn.parts]):
+        if not isinstance(part, Failure):
+            answer.add(part)
     return answer
 
 
