@@ -9588,14 +9588,13 @@ class Archive:
         self, app: AppSettings, request: ResponsesRequest, user: str
     ) -> Ask:
         """The question in the conversation of its id, if any, or in a new one."""
-        ask, here = ask_of(request, {}), Place(user, request.ask.conversation_id, "")
-        told: list[Message] = []
-        has_results = any(message.role == "tool" for message in ask.messages)
+        here, told = Place(user, request.ask.conversation_id, ""), list[Message]()
+        has_results = any(getattr(item, "role", "") == "tool" for item in request.items)
         is_named = has_results and here.conversation_id
         if is_named and await self.dify.facts.mode_of(app) in CHAT_MODES:
             turns, _ = await self.dify.messages(app, here)
             told = _transcript(_with_tools(turns), request.known_tools)
-            ask = ask_of(request, {}, told=told)
+        ask = ask_of(request, {}, told=told)
         is_all_new = ask.is_all_new and not is_known_history(ask, told)
         return _not_empty(ask._replace(is_all_new=is_all_new), request)
 
