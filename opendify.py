@@ -9259,7 +9259,7 @@ class Turns:
                 if question.ask.conversation_id or not (question.tail and is_lost):
                     raise
                 self.conversations.forget(question.tail, is_gone=True)
-                question.tail, question.is_accepted = None, False
+                question.tail = None
             except WrongMode:
                 corrected = await self.dify.facts.ask_mode(question.app)
                 if corrected == mode:
