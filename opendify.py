@@ -5641,9 +5641,9 @@ class Tail(NamedTuple):
         """Without the scope, which is secret."""
         return f"Tail({', '.join(map(repr, self[1:]))})"
 
-    def extend(self, messages: Sequence[Message], **changes: Any) -> Tail:
-        """The tail with these messages behind it, and with other fields changed."""
-        if not (messages or changes):
+    def extend(self, messages: Sequence[Message]) -> Tail:
+        """The tail with these messages behind it."""
+        if not messages:
             return self
         chain = self.chain
         said = [m for m in messages if m.role != "system"]
@@ -5653,7 +5653,7 @@ class Tail(NamedTuple):
             chain = _hash(self.scope, chain + told, 16)
         kept = b"".join([self.digests, *new])[-_KEPT_MESSAGES * _DIGEST_BYTES :]
         length = self.length + len(new)
-        return self._replace(chain=chain, length=length, digests=kept, **changes)
+        return self._replace(chain=chain, length=length, digests=kept)
 
     def ends(self, longer: Tail) -> bool:
         """Whether this window ends that transcript, and stands nowhere else in it."""
@@ -5683,12 +5683,9 @@ class Plan(NamedTuple):
 
         What was new is hashed now, not while the question waits to be sent.
         """
-        tail, ask = self.tail, self.ask
-        return tail.extend(
-            [*self.new, answer],
-            conversation_id=conversation_id,
-            told=_told_hashes(tail.scope, ask, ask.messages, tail.told),
-        )
+        tail, ask = self.tail.extend([*self.new, answer]), self.ask
+        told = _told_hashes(tail.scope, ask, ask.messages, tail.told)
+        return tail._replace(conversation_id=conversation_id, told=told)
 
 
 @functools.lru_cache(maxsize=256)
@@ -5808,8 +5805,8 @@ def plan_turn(
         inputs[history_variable] = fold(elsewhere, carried)
     query = _query(ask, context, new, carried) if ask.messages else ask.system
     # Nobody can tell how a client shows an answer that was continued, or a title.
-    is_known = tail.is_known and bool(new) and not is_side_request(ask)
-    tail = tail._replace(is_known=is_known)
+    if not new or is_side_request(ask):
+        tail = tail._replace(is_known=False)
     return Plan(query or " ", inputs, tuple(files), tail, ask, (*added, *new))
 
 
