@@ -8901,26 +8901,16 @@ class Outlet:
         self.stay()
 
 
-class Collector:
-    """A whole answer, with the same methods as an Outlet."""
+class Collector(Answer):
+    """A whole answer, with the methods of an Outlet."""
 
     is_behind = False  # it holds nothing back
     has_begun = False  # so that it gets the latest ids
 
     def __init__(self, exchange: Exchange) -> None:
-        self.answer = Answer()
+        super().__init__()
         self.ids: DifyIds = {}
         self._exchange = exchange
-
-    @property
-    def text(self) -> str:
-        """The answer's text so far."""
-        return self.answer.text
-
-    @property
-    def calls(self) -> list[ToolCall]:
-        """The answer's tool calls so far."""
-        return self.answer.calls
 
     def begin(self, ids: DifyIds) -> None:
         """Dify has accepted."""
@@ -8929,8 +8919,8 @@ class Collector:
     def put(self, parts: Sequence[Part]) -> None:
         """Take parts in; raises the error of a Failure."""
         for part in parts:
-            self.answer.add(part)
-        if self._exchange.first_text_at is None and self.answer.text:
+            self.add(part)
+        if self._exchange.first_text_at is None and self.text:
             self._exchange.first_text_at = asyncio.get_running_loop().time()
 
     def stay(self) -> None:
@@ -8938,7 +8928,7 @@ class Collector:
 
     async def finish(self) -> None:
         """Nothing is held back."""
-        self._exchange.text_chars += len(self.answer.text)
+        self._exchange.text_chars += len(self.text)
 
     def end(self) -> bytes:
         """Nothing is left to be sent but the whole."""
@@ -10039,7 +10029,7 @@ async def create_chat_completion(site: Site, exchange: Exchange) -> None:
         for index in range(chat.n if chat.stream else 0)
     ]
 
-    def whole(answers: list[Answer], ids: DifyIds) -> dict[str, Any]:
+    def whole(answers: Sequence[Answer], ids: DifyIds) -> dict[str, Any]:
         return chat_completion(
             envelope, answers, ids, is_legacy=is_legacy, spoken=spoken
         )
@@ -10059,7 +10049,7 @@ async def create_completion(site: Site, exchange: Exchange) -> None:
         for index, echo in enumerate(echoes if request.stream else ())
     ]
 
-    def whole(answers: list[Answer], ids: DifyIds) -> dict[str, Any]:
+    def whole(answers: Sequence[Answer], ids: DifyIds) -> dict[str, Any]:
         return text_completion(envelope, answers, echoes, ids)
 
     app, is_one = await site.find_app(exchange, envelope.model), len(request.asks) == 1
@@ -10085,7 +10075,7 @@ async def create_response(site: Site, exchange: Exchange) -> None:
     frame = ResponseFrame(now, request.ask.model, request.echo, sealer, user, new_id)
     running = ResponseStream(frame)
 
-    def whole(answers: list[Answer], ids: DifyIds) -> dict[str, Any]:
+    def whole(answers: Sequence[Answer], ids: DifyIds) -> dict[str, Any]:
         return response_object(replace(frame, ids=ids), answers[0])
 
     if named:
@@ -10388,7 +10378,7 @@ async def _answer_all(
     site: Site,
     questions: Sequence[Question],
     streams: Sequence[AnswerStream],
-    whole: Callable[[list[Answer], DifyIds], dict[str, Any]],
+    whole: Callable[[Sequence[Answer], DifyIds], dict[str, Any]],
 ) -> None:
     """Answer each question as one choice, all at once, streamed or whole.
 
@@ -10418,8 +10408,7 @@ async def _answer_all(
         exchange.reply.end(b"".join(ends) + streams[0].end(usage))
         return
     ids = collectors[0].ids
-    value = whole([collector.answer for collector in collectors], ids)
-    send_json(exchange.reply, value, id_headers(ids))
+    send_json(exchange.reply, whole(collectors, ids), id_headers(ids))
 
 
 async def _all_of(
