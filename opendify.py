@@ -8762,10 +8762,6 @@ class Outlet:
         if self._pacer:
             self._arm()
 
-    def stay(self) -> None:
-        """Keep the connection alive; after `finish`, once more."""
-        self._beat = self._loop.call_at(self._written_at + KEEP_ALIVE_S, self._on_beat)
-
     async def finish(self) -> None:
         """Let go what the pacer holds, evenly."""
         if self._pacer:
@@ -8774,7 +8770,6 @@ class Outlet:
             if self._pacer.held:
                 self._drained = self._loop.create_future()
                 await self._drained
-        self.close()
 
     def end(self) -> bytes:
         """What is left to be sent: the last chunk."""
@@ -8898,7 +8893,7 @@ class Outlet:
         elif now >= self._written_at + KEEP_ALIVE_S or not self.has_begun:
             self._start({})
             self._write(self._stream.heartbeat(), now)
-        self.stay()
+        self._beat = self._loop.call_at(self._written_at + KEEP_ALIVE_S, self._on_beat)
 
 
 class Collector(Answer):
@@ -8922,9 +8917,6 @@ class Collector(Answer):
             self.add(part)
         if self._exchange.first_text_at is None and self.text:
             self._exchange.first_text_at = asyncio.get_running_loop().time()
-
-    def stay(self) -> None:
-        """A whole answer is silent until its end."""
 
     async def finish(self) -> None:
         """Nothing is held back."""
@@ -10599,7 +10591,6 @@ async def _say(site: Site, question: Question, sink: Outlet | Collector) -> None
     """
     if sink.calls or not (sink.text.strip() or sink.is_behind):
         return
-    sink.stay()
     app, exchange, size = question.app, question.exchange, 0
     try:
         if sink.is_behind:
