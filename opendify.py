@@ -8668,38 +8668,24 @@ def while_present(exchange: Exchange) -> Iterator[None]:
 
 
 class Outlet:
-    """A streamed answer on its way to the client: parts in, even text out.
+    """A streamed answer on its way to the client: parts in, events out.
 
-    `put` never waits: text that is not due yet is written by a timer, so reading from
-    Dify never waits for the pacer. Those of an exchange are made in order, one for each
-    choice.
+    Those of an exchange are made in order, one for each choice.
     """
 
-    def __init__(
-        self,
-        exchange: Exchange,
-        stream: AnswerStream,
-        pacer: Pacer | None,
-        metrics: Metrics,
-    ) -> None:
+    def __init__(self, exchange: Exchange, stream: AnswerStream) -> None:
         self._before = exchange.outlets[-1] if exchange.outlets else None
         exchange.outlets.append(self)
         self._exchange = exchange
-        self._metrics = metrics
         self._reply = exchange.reply
         self._stream = stream
-        self._pacer = pacer
-        self._paced: type[Text] | type[Reasoning] = Text  # what the pacer holds
         self._sent = KeptText()
         self.calls: list[ToolCall] = []
         self.has_begun = False
-        self._tells_lag = exchange.request.headers.get("x-opendify-lag") == "on"
         self._has_text = False
         self._finish = Finish()
         self._opening = b""  # that is not written yet
         self._loop = asyncio.get_running_loop()
-        self._due: asyncio.TimerHandle | None = None
-        self._drained: asyncio.Future[None] | None = None
         self._written_at = self._loop.time()
         self._beat = self._loop.call_later(HEAD_AFTER_S, self._on_beat)
 
@@ -8711,8 +8697,7 @@ class Outlet:
     @property
     def is_behind(self) -> bool:
         """Whether the client has other text than `text`."""
-        is_holding = self._pacer is not None and self._pacer.held > 0
-        return is_holding or not self._sent.is_whole
+        return not self._sent.is_whole
 
     def begin(self, ids: DifyIds) -> None:
         """Begin with the head and the first chunk; they leave with the first text."""
@@ -8740,36 +8725,11 @@ class Outlet:
 
     def put(self, parts: Sequence[Part]) -> None:
         """Take parts in and write what is due; raises the error of a Failure."""
-        if self._reply.is_complete:  # another choice has failed
-            raise ConnectionBroken("its response has ended")
         now = self._loop.time()
-        if len(parts) > 1 and not self._pacer and set(map(type, parts)) == {Text}:
-            self._write(self._encode_all(cast("Sequence[Text]", parts)), now)
-            return
-        out: list[bytes] = []
-        for part in parts:
-            if isinstance(part, (Text, Reasoning)):
-                out.append(self._put_text(part, now))
-            elif isinstance(part, Failure):
-                self._write(b"".join([*out, self._flush()]), now)
-                raise part.error
-            else:
-                out.append(self._put(part, now))
-        if self._pacer:
-            is_flood = self._pacer.held > MAX_HELD_CHARS
-            out.append(self._flush() if is_flood else self._take(self._pacer, now))
-        self._write(b"".join(out), now)
-        if self._pacer:
-            self._arm()
+        self._write(self._take_in(parts, now), now)
 
     async def finish(self) -> None:
-        """Let go what the pacer holds, evenly."""
-        if self._pacer:
-            self._pacer.close(self._loop.time())
-            self._arm()
-            if self._pacer.held:
-                self._drained = self._loop.create_future()
-                await self._drained
+        """Let go what is held back."""
 
     def end(self) -> bytes:
         """What is left to be sent: the last chunk."""
@@ -8778,12 +8738,26 @@ class Outlet:
     def close(self) -> None:
         """Stop the timers; nothing is written any more."""
         self._beat.cancel()
-        if self._due:
-            self._due.cancel()
-            self._due = None
 
-    def _put(self, part: Part, now: float) -> bytes:
-        """What a part that is no text adds to the stream at once."""
+    def _take_in(self, parts: Sequence[Part], now: float) -> bytes:
+        """What the parts add to the stream at once."""
+        if self._reply.is_complete:  # another choice has failed
+            raise ConnectionBroken("its response has ended")
+        if len(parts) > 1 and set(map(type, parts)) == {Text}:
+            return self._put_texts(cast("Sequence[Text]", parts), now)
+        out: list[bytes] = []
+        for part in parts:
+            if isinstance(part, (Text, Reasoning)):
+                out.append(self._put_text(part, now))
+            elif isinstance(part, Failure):
+                self._write(b"".join([*out, self._flush()]), now)
+                raise part.error
+            else:
+                out.append(self._put_beside(part, now))
+        return b"".join(out)
+
+    def _put_beside(self, part: Part, now: float) -> bytes:
+        """What a part that is no text adds."""
         if isinstance(part, (Media, Recast, Replace)):
             return self._put_text(Text(self._words_for(part)), now)
         if isinstance(part, Finish):
@@ -8794,16 +8768,6 @@ class Outlet:
             return self._flush() + self._stream.encode(part)
         return self._stream.encode(part)
 
-    def _put_text(self, part: Text | Reasoning, now: float) -> bytes:
-        kind = type(part)
-        self._has_text = self._has_text or kind is Text
-        if not self._pacer:
-            return self._encode(part)
-        flushed = self._flush() if kind is not self._paced else b""
-        self._paced = kind
-        self._pacer.push(part.text, now)
-        return flushed
-
     def _words_for(self, part: Media | Recast | Replace) -> str:
         if isinstance(part, Media):
             return media_text(part, is_first=not self._has_text)
@@ -8812,9 +8776,7 @@ class Outlet:
         return "</think>\n\n"  # the thoughts are out as text: show where they end
 
     def _rest_of(self, text: str) -> str:
-        """What is to be sent when `text` replaces the answer; drops what is held."""
-        if self._pacer and self._paced is Text:
-            self._pacer.flush()
+        """What is to be sent when `text` replaces the answer."""
         sent = self.text
         if self._sent.is_whole and text.startswith(sent):
             return text[len(sent) :]
@@ -8823,64 +8785,37 @@ class Outlet:
         )
         return ""
 
+    def _put_text(self, part: Text | Reasoning, now: float) -> bytes:
+        return self._encode(part)
+
+    def _put_texts(self, parts: Sequence[Text], now: float) -> bytes:
+        """Text of one read, noted as one: saves a tenth of a stream without pauses."""
+        self._note("".join([part.text for part in parts]))
+        return b"".join([self._stream.encode(part) for part in parts if part.text])
+
+    def _flush(self) -> bytes:
+        """What was held back until now."""
+        return b""
+
     def _encode(self, part: Text | Reasoning) -> bytes:
         if not part.text:
             return b""
         self._note(part.text if isinstance(part, Text) else "")
         return self._stream.encode(part)
 
-    def _encode_all(self, parts: Sequence[Text]) -> bytes:
-        """Text of one read, noted as one: saves a tenth of a stream without pauses."""
-        self._has_text = True
-        self._note("".join([part.text for part in parts]))
-        return b"".join([self._stream.encode(part) for part in parts if part.text])
-
     def _note(self, text: str) -> None:
         """Note what the client gets, "" for reasoning."""
         if text:
+            self._has_text = True
             self._sent.add(text)
             self._exchange.text_chars += len(text)
         if self._exchange.first_text_at is None:
             self._exchange.first_text_at = self._loop.time()
 
-    def _take(self, pacer: Pacer, now: float) -> bytes:
-        """What is due now."""
-        came_at = pacer.oldest
-        text = pacer.take(now)
-        if text:
-            self._metrics.observe("opendify_pacer_lag_seconds", now - came_at)
-            if self._tells_lag:
-                lag = encode_comment(f"lag {now - came_at:.3f}")
-                return lag + self._encode(self._paced(text))
-        return self._encode(self._paced(text))
-
-    def _flush(self) -> bytes:
-        return self._encode(self._paced(self._pacer.flush())) if self._pacer else b""
-
     def _write(self, data: bytes, now: float) -> None:
         if data or self._opening:
             self._written_at = now
             self._reply.write(self._take_opening() + data)
-
-    # Timers...
-
-    def _arm(self) -> None:
-        """Be woken when text is due; a timer that comes earlier will do."""
-        due = self._pacer.next_due() if self._pacer else None
-        if due is None or (self._due and self._due.when() <= due):
-            return
-        if self._due:
-            self._due.cancel()
-        self._due = self._loop.call_at(due, self._on_due)
-
-    def _on_due(self) -> None:
-        self._due = None
-        if self._pacer:
-            now = self._loop.time()
-            self._write(self._take(self._pacer, now), now)
-        self._arm()
-        if not self._due and self._drained and not self._drained.done():
-            self._drained.set_result(None)
 
     def _on_beat(self) -> None:
         """Dify is silent: begin without it, then keep the connection alive."""
@@ -8894,6 +8829,102 @@ class Outlet:
             self._start({})
             self._write(self._stream.heartbeat(), now)
         self._beat = self._loop.call_at(self._written_at + KEEP_ALIVE_S, self._on_beat)
+
+
+class PacedOutlet(Outlet):
+    """The same, its text as evenly as the pacer gives it.
+
+    `put` never waits: text that is not due yet is written by a timer, so reading from
+    Dify never waits for the pacer.
+    """
+
+    def __init__(
+        self, exchange: Exchange, stream: AnswerStream, pacer: Pacer, metrics: Metrics
+    ) -> None:
+        super().__init__(exchange, stream)
+        self._pacer, self._metrics = pacer, metrics
+        self._paced: type[Text] | type[Reasoning] = Text  # what the pacer holds
+        self._due: asyncio.TimerHandle | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._tells_lag = exchange.request.headers.get("x-opendify-lag") == "on"
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the client has other text than `text`."""
+        return self._pacer.held > 0 or super().is_behind
+
+    def put(self, parts: Sequence[Part]) -> None:
+        """Take parts in and write what is due; raises the error of a Failure."""
+        now = self._loop.time()
+        data = self._take_in(parts, now)
+        is_flood = self._pacer.held > MAX_HELD_CHARS
+        data += self._flush() if is_flood else self._take(now)
+        self._write(data, now)
+        self._arm()
+
+    async def finish(self) -> None:
+        """Let go what is held back, evenly."""
+        self._pacer.close(self._loop.time())
+        self._arm()
+        if self._pacer.held:
+            self._drained = self._loop.create_future()
+            await self._drained
+
+    def close(self) -> None:
+        """Stop the timers; nothing is written any more."""
+        super().close()
+        if self._due:
+            self._due.cancel()
+            self._due = None
+
+    def _rest_of(self, text: str) -> str:
+        """The same; what is held of the old text is dropped."""
+        if self._paced is Text:
+            self._pacer.flush()
+        return super()._rest_of(text)
+
+    def _put_text(self, part: Text | Reasoning, now: float) -> bytes:
+        kind = type(part)
+        self._has_text = self._has_text or kind is Text
+        flushed = self._flush() if kind is not self._paced else b""
+        self._paced = kind
+        self._pacer.push(part.text, now)
+        return flushed
+
+    def _put_texts(self, parts: Sequence[Text], now: float) -> bytes:
+        """Text of one read is one to the pacer."""
+        return self._put_text(Text("".join([part.text for part in parts])), now)
+
+    def _flush(self) -> bytes:
+        return self._encode(self._paced(self._pacer.flush()))
+
+    def _take(self, now: float) -> bytes:
+        """What is due now."""
+        came_at = self._pacer.oldest
+        text = self._pacer.take(now)
+        data = self._encode(self._paced(text))
+        if text:
+            self._metrics.observe("opendify_pacer_lag_seconds", now - came_at)
+            if self._tells_lag:
+                data = encode_comment(f"lag {now - came_at:.3f}") + data
+        return data
+
+    def _arm(self) -> None:
+        """Be woken when text is due; a timer that comes earlier will do."""
+        due = self._pacer.next_due()
+        if due is None or (self._due and self._due.when() <= due):
+            return
+        if self._due:
+            self._due.cancel()
+        self._due = self._loop.call_at(due, self._on_due)
+
+    def _on_due(self) -> None:
+        self._due = None
+        now = self._loop.time()
+        self._write(self._take(now), now)
+        self._arm()
+        if not self._due and self._drained and not self._drained.done():
+            self._drained.set_result(None)
 
 
 class Collector(Answer):
@@ -10381,8 +10412,7 @@ async def _answer_all(
         whole: makes the object of a whole answer.
     """
     exchange = questions[0].exchange
-    pacers = [_pacer(site, questions[0]) for _ in streams]
-    outlets = [Outlet(exchange, *pair, site.metrics) for pair in zip(streams, pacers)]
+    outlets = [_outlet(site, questions[0], stream) for stream in streams]
     collectors = [] if streams else [Collector(exchange) for _ in questions]
     sinks: list[Outlet | Collector] = [*outlets, *collectors]
     try:
@@ -10428,14 +10458,17 @@ async def _all_of(
         raise
 
 
-def _pacer(site: Site, question: Question) -> Pacer | None:
-    """The delay buffer, unless the operator or the request switched it off."""
-    headers = question.exchange.request.headers
-    wish = headers.get("x-opendify-smoothing", "").lower()
+def _outlet(site: Site, question: Question, stream: AnswerStream) -> Outlet:
+    """The way to the client; even, unless operator or request switched that off."""
+    exchange = question.exchange
+    wish = exchange.request.headers.get("x-opendify-smoothing", "").lower()
     is_on = {"on": True, "off": False}.get(wish, question.app.smoothing)
     if is_on is None:
         is_on = site.settings.stream_smoothing
-    return Pacer(site.settings.stream_max_lag) if is_on else None
+    if not is_on:
+        return Outlet(exchange, stream)
+    pacer = Pacer(site.settings.stream_max_lag)
+    return PacedOutlet(exchange, stream, pacer, site.metrics)
 
 
 async def _run_turn(site: Site, question: Question, sink: Outlet | Collector) -> bytes:
