@@ -9871,14 +9871,18 @@ class Site:
         )
 
     async def find_app(self, exchange: Exchange, model: str) -> AppSettings:
-        """The app of this name; the log and the metrics say it from now on."""
+        """The app of this name; the log and the metrics say it from now on.
+
+        Old clients form-encode a name in a path: there a space is a plus.
+        """
         models = self.settings.model_config
         if model not in models:
             models = await self.models()
-        if model not in models:
-            raise _no_such_model(model, models)
-        exchange.model = model
-        return models[model]
+        for name in (model, model.replace("+", " ")):
+            if name in models:
+                exchange.model = name
+                return models[name]
+        raise _no_such_model(model, models)
 
     async def models(self) -> Mapping[str, AppSettings]:
         """All apps by model name; those of DIFY_API_KEYS by their names in Dify."""
@@ -9922,7 +9926,7 @@ def _no_such_model(model: str, models: Iterable[str]) -> ProxyError:
     )
 
 
-async def _body_of(site: Site, exchange: Exchange) -> dict[str, Any]:
+def _body_of(exchange: Exchange) -> dict[str, Any]:
     """The request's JSON, its model as the path names it, if it does.
 
     It is not kept: an answer may take minutes, and the question may be long.
@@ -9930,14 +9934,8 @@ async def _body_of(site: Site, exchange: Exchange) -> dict[str, Any]:
     body = parse_json_object(exchange.body)
     exchange.body = b""
     if exchange.name_in_path:
-        body["model"] = _decoded_name(exchange.name_in_path, await site.models())
+        body["model"] = exchange.name_in_path
     return body
-
-
-def _decoded_name(raw: str, models: Iterable[str]) -> str:
-    """A model's name from a path: percent-encoded, or form-encoded by old clients."""
-    form = urllib.parse.unquote_plus(raw)
-    return form if form in models else urllib.parse.unquote(raw)
 
 
 def query_of(request: Request) -> dict[str, str]:
@@ -9973,12 +9971,9 @@ async def list_models(site: Site, exchange: Exchange) -> None:
 
 async def get_model(site: Site, exchange: Exchange) -> None:
     """`GET /models/{id}`, in each of the encodings that clients use."""
-    models = await site.models()
-    name = _decoded_name(exchange.name_in_path, models)
-    if name not in models:
-        raise _no_such_model(name, models)
-    app_name = site.dify.facts.of(models[name]).name
-    send_json(exchange.reply, model_object(name, app_name, site.created))
+    app = await site.find_app(exchange, exchange.name_in_path)
+    name = site.dify.facts.of(app).name
+    send_json(exchange.reply, model_object(exchange.model, name, site.created))
 
 
 async def list_apps(site: Site, exchange: Exchange) -> None:
@@ -10040,9 +10035,10 @@ async def show_metrics(site: Site, exchange: Exchange) -> None:
 
 async def create_chat_completion(site: Site, exchange: Exchange) -> None:
     """`POST /chat/completions`."""
-    chat = parse_chat_request(await _body_of(site, exchange))
-    envelope = _envelope(site, "chatcmpl", chat.ask.model)
-    ask, spoken = await _with_speech(site, exchange, chat.ask, envelope.created)
+    chat = parse_chat_request(_body_of(exchange))
+    app = await site.find_app(exchange, chat.ask.model)
+    envelope = _envelope(site, "chatcmpl", exchange.model)
+    ask, spoken = await _with_speech(site, exchange, app, chat.ask, envelope.created)
     make: Callable[..., ChatStream] = ChatStream
     if spoken:
         make = functools.partial(SpokenStream, spoken=spoken)
@@ -10057,15 +10053,15 @@ async def create_chat_completion(site: Site, exchange: Exchange) -> None:
             envelope, answers, ids, is_legacy=is_legacy, spoken=spoken
         )
 
-    app, is_one = await site.find_app(exchange, ask.model), chat.n == 1
-    questions = [Question(exchange, app, ask, is_one) for _ in range(chat.n)]
+    questions = [Question(exchange, app, ask, chat.n == 1) for _ in range(chat.n)]
     await _answer_all(site, questions, streams, whole)
 
 
 async def create_completion(site: Site, exchange: Exchange) -> None:
     """`POST /completions`, the legacy API."""
-    request = parse_completion_request(await _body_of(site, exchange))
-    envelope = _envelope(site, "cmpl", request.asks[0].model)
+    request = parse_completion_request(_body_of(exchange))
+    app = await site.find_app(exchange, request.asks[0].model)
+    envelope = _envelope(site, "cmpl", exchange.model)
     has_usage, echoes = request.include_usage, request.echoes
     streams = [
         CompletionStream(envelope, include_usage=has_usage, index=index, echo=echo)
@@ -10075,7 +10071,7 @@ async def create_completion(site: Site, exchange: Exchange) -> None:
     def whole(answers: Sequence[Answer], ids: DifyIds) -> dict[str, Any]:
         return text_completion(envelope, answers, echoes, ids)
 
-    app, is_one = await site.find_app(exchange, envelope.model), len(request.asks) == 1
+    is_one = len(request.asks) == 1
     questions = [Question(exchange, app, ask, is_one) for ask in request.asks]
     await _answer_all(site, questions, streams, whole)
 
@@ -10089,13 +10085,13 @@ def _envelope(site: Site, prefix: str, model: str) -> Envelope:
 
 async def create_response(site: Site, exchange: Exchange) -> None:
     """`POST /responses`."""
-    request = parse_responses_request(await _body_of(site, exchange))
+    request = parse_responses_request(_body_of(exchange))
     request, named = _in_conversation(site, exchange, request)
     request = await _as_owner(site, exchange, request)
     app = await site.find_app(exchange, request.ask.model)
     user, sealer = exchange.user_of(request.ask.user), site.sealer(exchange, app)
     now, new_id = int(site.wall_clock()), site.new_id()
-    frame = ResponseFrame(now, request.ask.model, request.echo, sealer, user, new_id)
+    frame = ResponseFrame(now, exchange.model, request.echo, sealer, user, new_id)
     running = ResponseStream(frame)
 
     def whole(answers: Sequence[Answer], ids: DifyIds) -> dict[str, Any]:
@@ -10295,7 +10291,7 @@ async def list_conversation_items(site: Site, exchange: Exchange) -> None:
 
 async def get_conversation_item(site: Site, exchange: Exchange) -> None:
     """`GET /conversations/{id}/items/{id}`."""
-    item_id = _item_in_path(exchange)
+    item_id = exchange.name_in_path.partition("/")[2]
     items = await _items_of(site, exchange, _named(site, exchange))
     item = next((item for item in items if item["id"] == item_id), None)
     if not item:
@@ -10308,7 +10304,7 @@ async def delete_conversation_item(site: Site, exchange: Exchange) -> None:
 
     Dify can't forget one that it has: a new conversation is told the others.
     """
-    item_id, named = _item_in_path(exchange), _named(site, exchange)
+    item_id, named = exchange.name_in_path.partition("/")[2], _named(site, exchange)
     while not any(item["id"] == item_id for item in named.items):
         before, items = named, await _items_of(site, exchange, named)
         named = _named(site, exchange)
@@ -10323,11 +10319,6 @@ async def delete_conversation_item(site: Site, exchange: Exchange) -> None:
     named = replace(named, items=tuple(rest))
     _keep(site, exchange, named)
     _send_conversation(exchange, named)
-
-
-def _item_in_path(exchange: Exchange) -> str:
-    """The id of an item, behind its conversation's; a client may have given it."""
-    return urllib.parse.unquote(exchange.name_in_path.partition("/")[2])
 
 
 async def _items_of(
@@ -10544,7 +10535,7 @@ async def transcribe(site: Site, exchange: Exchange) -> None:
 
 async def speak(site: Site, exchange: Exchange) -> None:
     """`POST /audio/speech`: audio as it comes, in the format that the app makes."""
-    speech = parse_speech_request(await _body_of(site, exchange))
+    speech = parse_speech_request(_body_of(exchange))
     app = await site.find_app(exchange, speech.model)
     if not (await site.dify.facts.form_of(app)).speaks:
         raise _switched_off("Text to speech", exchange.model)
@@ -10593,7 +10584,7 @@ async def _open_speech(
 
 
 async def _with_speech(
-    site: Site, exchange: Exchange, ask: Ask, now: int
+    site: Site, exchange: Exchange, app: AppSettings, ask: Ask, now: int
 ) -> tuple[Ask, Spoken | None]:
     """(the question with the spoken answers that it names, how its own is named).
 
@@ -10602,13 +10593,12 @@ async def _with_speech(
     is_spoken = ask.voice is not None
     if not (is_spoken or any(message.spoken_id for message in ask.messages)):
         return ask, None
-    app = await site.find_app(exchange, ask.model)
     if is_spoken and not (await site.dify.facts.form_of(app)).speaks:
-        raise _switched_off("Text to speech", ask.model, "modalities")
+        raise _switched_off("Text to speech", exchange.model, "modalities")
     ask = await _with_stored_files(site, exchange, ask)  # they may name the user
     user, sealer = exchange.user_of(ask.user), site.sealer(exchange, app)
     ask = await site.archive.with_spoken(app, ask, sealer, user)
-    frame = ResponseFrame(now, ask.model, echo_of({}), sealer, user, site.new_id())
+    frame = ResponseFrame(now, exchange.model, echo_of({}), sealer, user, site.new_id())
 
     def id_of(ids: DifyIds) -> str:
         return replace(frame, ids=ids).id("audio_")
@@ -10719,8 +10709,8 @@ async def get_file_content(site: Site, exchange: Exchange) -> None:
 async def delete_file(site: Site, exchange: Exchange) -> None:
     """`DELETE /files/{id}`: Dify's API can't delete, and the answer says so."""
     await _file_in_path(site, exchange)
-    id_ = urllib.parse.unquote(exchange.name_in_path)
-    send_json(exchange.reply, {"id": id_, "object": "file", "deleted": False})
+    value = {"id": exchange.name_in_path, "object": "file", "deleted": False}
+    send_json(exchange.reply, value)
 
 
 async def _pass_file(
@@ -10746,8 +10736,7 @@ async def _pass_file(
 
 async def _app_for(site: Site, exchange: Exchange, form: Form) -> AppSettings:
     """The app that is named, before the file or behind it; else the first."""
-    models = await site.models()
-    in_path = _decoded_name(exchange.name_in_path, models)
+    models, in_path = await site.models(), exchange.name_in_path
     if not (form.model or in_path) and len(models) > 1:
         await form.hold()
     model = form.model or in_path or next(iter(models), "")
@@ -10777,7 +10766,6 @@ async def _file_in_path(
 
 async def _file_of(site: Site, exchange: Exchange, id_: str) -> tuple[str, StoredFile]:
     """The model and the upload behind an id; raises BadRequest if it is not ours."""
-    id_ = urllib.parse.unquote(id_)
     for model, app in (await site.models()).items():
         if stored := open_file(id_, site.sealer(exchange, app)):
             return model, stored
@@ -10901,7 +10889,8 @@ def find_handler(site: Site, exchange: Exchange) -> Handler:
         NotFound, MethodNotAllowed, Unauthorized, RateLimited.
     """
     request = exchange.request
-    endpoint, exchange.name_in_path = find_endpoint(request.path)
+    endpoint, name = find_endpoint(request.path)
+    exchange.name_in_path = urllib.parse.unquote(name)
     methods = ROUTES.get(endpoint)
     if endpoint in NOT_SERVED:
         raise NotFound(
