@@ -9425,8 +9425,7 @@ class Form:
         self._name = ""  # of the part that is being read
         self._fields: dict[str, bytes] = {}
         self._field_bytes = 0
-        self._store: IO[bytes] | None = None
-        self._is_held = False
+        self._store: IO[bytes] | None = None  # of a file that is read already
         self._most_mb = 0  # 0: any size
 
     @property
@@ -9443,8 +9442,8 @@ class Form:
 
     @property
     def user(self) -> str:
-        """The end user that the form names, "" if none."""
-        return parse_user(self.fields)
+        """The end user's name in Dify, as far as the form names one so far."""
+        return self._exchange.user_of(parse_user(self.fields))
 
     async def open(self) -> Attachment:
         """Read on to the file; raises BadRequest if there is none."""
@@ -9465,12 +9464,12 @@ class Form:
         fields, self.file = parse_audio_request(parse_json_object(body))
         for name, text in fields.items():
             self._fields[name] = text.encode("utf-8", "replace")
-        self._store, self._is_held = io.BytesIO(self.file.data), True
+        self._store = io.BytesIO(self.file.data)
         self.size, self.start = len(self.file.data), self.file.data[:_START_BYTES]
 
     async def read(self) -> bytes:
         """More of the file; b"" when it and the fields behind it are read."""
-        if self._store and self._is_held:
+        if self._store and not self._decoder:
             return self._store.read(READ_BUFFER_BYTES)
         while event := await self._next():
             if isinstance(event, bytes) and self._name == "file":
@@ -9483,7 +9482,7 @@ class Form:
 
     async def hold(self) -> None:
         """Read all now, for the fields behind the file; a large one goes to disk."""
-        if not self._is_held:
+        if self._decoder:
             store = tempfile.SpooledTemporaryFile(MAX_HELD_BYTES)  # noqa: SIM115 - `close`
             self._store = cast("IO[bytes]", store)
             try:
@@ -9492,7 +9491,7 @@ class Form:
                 self._store.seek(0)
             except OSError as error:  # a full disk, or one that may not be written
                 raise Overloaded(_NO_ROOM % os.strerror(error.errno or 0)) from error
-            self._is_held = True
+            self._decoder = None  # all is read
 
     def limit(self, most_mb: int) -> None:
         """Refuse a file of more MB than that (0: any); at once, if its size is told."""
@@ -10666,7 +10665,7 @@ async def create_file(site: Site, exchange: Exchange) -> None:
         raise UpstreamFailed(f"Dify gave the file {file.name!r} no id.")
     stored = StoredFile(
         str(answer["id"]),
-        exchange.user_of(form.user),
+        form.user,
         file.name,
         file.media_type,
         str(form.size),
@@ -10748,9 +10747,7 @@ async def _send_form(
 ) -> dict[str, Any]:
     """Pass a form's file on to Dify as it comes; returns Dify's answer."""
     path = "/files/upload" if exchange.route == "files" else "/audio-to-text"
-    answer = await site.dify.send_file(
-        app, path, file, form.read, lambda: exchange.user_of(form.user)
-    )
+    answer = await site.dify.send_file(app, path, file, form.read, lambda: form.user)
     if form.model not in ("", exchange.model):
         raise _no_such_model(form.model, await site.models())
     return answer
