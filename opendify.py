@@ -9824,7 +9824,7 @@ class Site:
         self.metrics = Metrics()
         self.created = int(wall_clock())  # the time of each model
         self.running: dict[ResponseStream, Exchange] = {}  # that are not complete
-        self._key_failures: dict[str, tuple[float, ...]] = {}  # times, by address
+        self._key_failures: dict[str, list[float]] = {}  # times, by address
         self._right_keys: set[tuple[str, str]] = set()  # that came, by address
 
     @property
@@ -9841,29 +9841,28 @@ class Site:
         valid = self.settings.valid_api_keys
         if not valid:
             return
-        now = asyncio.get_running_loop().time
-        failures = self._key_failures.get(peer, ())
-        is_full = len(failures) == MAX_KEY_FAILURES
-        is_shut = is_full and failures[0] >= now() - KEY_FAILURES_S
+        now = asyncio.get_running_loop().time()
+        since = now - KEY_FAILURES_S
+        failures = [at for at in self._key_failures.get(peer, ()) if at >= since]
         given = key.encode()
         matches = [hmac.compare_digest(given, known.encode()) for known in valid]
-        is_right, from_here = any(matches), (peer, key)
-        if is_shut and from_here not in self._right_keys:
+        is_shut = len(failures) >= MAX_KEY_FAILURES
+        if is_shut and (peer, key) not in self._right_keys:
             raise RateLimited(
                 "Too many wrong API keys from this address.",
                 headers=[("Retry-After", f"{KEY_FAILURES_S:g}")],
             )
-        if is_right:
+        if any(matches):
             if len(self._right_keys) > MAX_ADDRESSES:
                 self._right_keys.clear()
-            self._right_keys.add(from_here)
+            self._right_keys.add((peer, key))
             return
         if not key:
             raise Unauthorized("No API key. Send one as `Authorization: Bearer KEY`.")
         if not is_loopback(peer):
             if len(self._key_failures) > MAX_ADDRESSES:
                 self._key_failures.clear()
-            self._key_failures[peer] = (*failures, now())[-MAX_KEY_FAILURES:]
+            self._key_failures[peer] = [*failures, now]
         raise Unauthorized(
             "Incorrect API key provided: it is none of this server's VALID_API_KEYS.",
             code="invalid_api_key",
