@@ -10007,7 +10007,6 @@ async def show_readiness(site: Site, exchange: Exchange) -> None:
 async def _any_of(awaitables: Iterable[Awaitable[Any]]) -> None:
     """Wait until one succeeds; raises the first one's error if none does."""
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
-    whole = asyncio.gather(*tasks, return_exceptions=True)  # takes note of all errors
     try:
         for done in asyncio.as_completed(tasks):
             with contextlib.suppress(ProxyError):
@@ -10017,7 +10016,7 @@ async def _any_of(awaitables: Iterable[Awaitable[Any]]) -> None:
     finally:
         for task in tasks:
             task.cancel()
-        await whole
+        await asyncio.gather(*tasks, return_exceptions=True)  # takes note of all errors
 
 
 async def show_metrics(site: Site, exchange: Exchange) -> None:
