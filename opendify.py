@@ -10405,11 +10405,10 @@ async def _answer_all(
     sinks: list[Outlet | Collector] = [*outlets, *collectors]
     try:
         turns = [_run_turn(site, *pair) for pair in zip(questions, sinks)]
-        ends = (
-            [await turns[0]]
-            if len(turns) == 1
-            else await _all_of(site, exchange, turns)
-        )
+        if len(turns) == 1:
+            ends = [await turns[0]]
+        else:
+            ends = await _all_of(site, exchange, turns)
     finally:
         for sink in sinks:
             sink.close()
