@@ -9074,16 +9074,12 @@ def _call_id(seed: str) -> str:
 def unsatisfied(ask: Ask, reason: str) -> Unsatisfied:
     """The error after the second try."""
     if ask.tool_mode == "required":
-        return Unsatisfied(
-            f"The app called no tool, although one was required. {reason}",
-            param="tool_choice",
-            code="tool_choice_unsatisfied",
-        )
-    return Unsatisfied(
-        f"The app's answer is not the JSON that was asked for: {reason}.",
-        param=ask.output.param,
-        code="response_format_unsatisfied",
-    )
+        message = f"The app called no tool, although one was required. {reason}"
+        param, code = "tool_choice", "tool_choice_unsatisfied"
+    else:
+        message = f"The app's answer is not the JSON that was asked for: {reason}."
+        param, code = ask.output.param, "response_format_unsatisfied"
+    return Unsatisfied(message, param=param, code=code)
 
 
 def id_headers(ids: DifyIds) -> list[tuple[str, str]]:
