@@ -8953,10 +8953,6 @@ class Collector(Answer):
         """Nothing is held back."""
         self._exchange.text_chars += len(self.text)
 
-    def end(self) -> bytes:
-        """Nothing is left to be sent but the whole."""
-        return b""
-
     def close(self) -> None:
         """Nothing to stop."""
 
@@ -10402,14 +10398,15 @@ async def _answer_all(
     try:
         turns = [_run_turn(site, *pair) for pair in zip(questions, sinks)]
         if len(turns) == 1:
-            ends = [await turns[0]]
+            await turns[0]
         else:
-            ends = await _all_of(site, exchange, turns)
+            await _all_of(site, exchange, turns)
     finally:
         for sink in sinks:
             sink.close()
     if streams:
         usage = sum((stream.summary.usage for stream in streams), Usage())
+        ends = [outlet.end() for outlet in outlets]
         exchange.reply.end(b"".join(ends) + streams[0].end(usage))
         return
     ids = collectors[0].ids
@@ -10417,9 +10414,9 @@ async def _answer_all(
 
 
 async def _all_of(
-    site: Site, exchange: Exchange, coroutines: Iterable[Coroutine[Any, Any, bytes]]
-) -> list[bytes]:
-    """All results; when one fails, the others end as if the client had left.
+    site: Site, exchange: Exchange, coroutines: Iterable[Awaitable[None]]
+) -> None:
+    """Run all; when one fails, the others end as if the client had left.
 
     Their runs are stopped in the background: the client's error does not wait for
     that, nor for the name of a run, without which it can't be stopped.
@@ -10430,7 +10427,7 @@ async def _all_of(
         await asyncio.gather(*tasks, return_exceptions=True)
 
     try:
-        return list(await asyncio.gather(*tasks))
+        await asyncio.gather(*tasks)
     except asyncio.CancelledError:  # so are they, or see that the client has left
         await end()
         raise
@@ -10454,8 +10451,8 @@ def _outlet(site: Site, question: Question, stream: AnswerStream) -> Outlet:
     return PacedOutlet(exchange, stream, pacer, site.metrics)
 
 
-async def _run_turn(site: Site, question: Question, sink: Outlet | Collector) -> bytes:
-    """One turn, said aloud if that is wanted; returns the answer's last bytes."""
+async def _run_turn(site: Site, question: Question, sink: Outlet | Collector) -> None:
+    """One turn, said aloud if that is wanted."""
     try:
         ask = with_words(question.ask, question.app.tools)
         question.ask = await _with_stored_files(site, question.exchange, ask)
@@ -10465,7 +10462,6 @@ async def _run_turn(site: Site, question: Question, sink: Outlet | Collector) ->
     await site.turns.run(question, sink)
     if question.ask.voice is not None:
         await _say(site, question, sink)
-    return sink.end()
 
 
 def with_words(ask: Ask, place: str) -> Ask:
