@@ -10076,9 +10076,11 @@ async def create_response(site: Site, exchange: Exchange) -> None:
     """`POST /responses`."""
     request = parse_responses_request(_body_of(exchange))
     request, named = _in_conversation(site, exchange, request)
-    request = await _as_owner(site, exchange, request)
     app = await site.find_app(exchange, request.ask.model)
-    user, sealer = exchange.user_of(request.ask.user), site.sealer(exchange, app)
+    # Its ids hold the user, whom its files may name.
+    items = tuple(item for item in request.items if isinstance(item, Message))
+    ask = await _with_stored_files(site, exchange, request.ask._replace(messages=items))
+    user, sealer = exchange.user_of(ask.user), site.sealer(exchange, app)
     now, new_id = int(site.wall_clock()), site.new_id()
     frame = ResponseFrame(now, exchange.model, request.echo, sealer, user, new_id)
     running = ResponseStream(frame)
@@ -10098,15 +10100,6 @@ async def create_response(site: Site, exchange: Exchange) -> None:
         if named and exchange.turn:
             named = replace(named, model=exchange.model, user=user)
             _bind(site, exchange, named, exchange.turn)
-
-
-async def _as_owner(
-    site: Site, exchange: Exchange, request: ResponsesRequest
-) -> ResponsesRequest:
-    """The request; if it names no user, as its stored files' (ids hold the user)."""
-    items = tuple(item for item in request.items if isinstance(item, Message))
-    ask = await _with_stored_files(site, exchange, request.ask._replace(messages=items))
-    return replace(request, ask=request.ask._replace(user=ask.user))
 
 
 def _in_conversation(
