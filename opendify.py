@@ -10821,11 +10821,8 @@ _PREFIX = re.compile(  # an endpoint is one, too, if another is behind it
     r"\A(?:(?:v1|api|openai|(?:chat/)?completions(?=/.)"
     r"|responses(?=/(?:responses|models)(?:/|\Z)))(?:/|\Z))+"
 )
-_DEPLOYMENT = re.compile(
-    r"(?:deployments|engines)/(.+?)/((?:v1/)?(?:chat/)?completions"
-    r"|embeddings|images/\w+|audio/\w+|(?:models|files|responses|conversations)"
-    r"(?:/[^/]+(?:/(?:content|cancel|input_items|items(?:/[^/]+)?))?)?)\Z"
-)
+_ENDPOINTS = "|".join(re.sub(r"{\w+}", "[^/]+", key) for key in (*ROUTES, *NOT_SERVED))
+_DEPLOYMENT = re.compile(rf"(?:deployments|engines)/(.+?)/(?:v1/)?({_ENDPOINTS})\Z")
 _NO_NAMES = ("responses/compact", "responses/input_tokens")  # OpenAI's own endpoints
 _PATTERNS = [  # of the endpoints that name something; a model's name may have slashes
     (key, re.compile(key.replace("{id}", "([^/]+)").replace("{model}", "(.+)") + r"\Z"))
@@ -10853,8 +10850,7 @@ def find_endpoint(path: str) -> tuple[str, str]:
     tail = _PREFIX.sub("", re.sub(r"/{2,}", "/", path).strip("/"))
     name = ""
     if deployment := _DEPLOYMENT.match(tail):
-        name, tail = deployment[1], deployment[2]
-        tail = _PREFIX.sub("", tail)
+        name, tail = deployment.groups()
     for endpoint, pattern in () if tail in _NO_NAMES else _PATTERNS:
         if match := pattern.match(tail):
             return endpoint, "/".join(match.groups())
