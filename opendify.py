@@ -9025,10 +9025,9 @@ class Reading:
         return held
 
     def _with_spent(self, part: Part) -> Part:
-        if not isinstance(part, Usage):
-            return part
-        self.usage = self._spent + part
-        return self.usage
+        if isinstance(part, Usage):
+            self.usage = part = self._spent + part
+        return part
 
     @property
     def _is_open(self) -> bool:
