@@ -8549,11 +8549,11 @@ class Metrics:
     def __init__(self) -> None:
         self.in_flight = 0
         # Counters by name and labels; histograms by name, in two halves.
-        self._counts: dict[tuple[Any, ...], float] = defaultdict(float)
+        self._counts: dict[tuple[Any, ...], int] = defaultdict(int)
         self._buckets: dict[str, list[int]] = defaultdict(_NO_COUNTS.copy)
         self._sums: dict[str, float] = defaultdict(float)
 
-    def count(self, name: str, amount: float = 1, **labels: object) -> None:
+    def count(self, name: str, amount: int = 1, **labels: object) -> None:
         """Add to a counter."""
         self._counts[(name, *labels.items())] += amount
 
@@ -8566,11 +8566,11 @@ class Metrics:
         """All of them, and `gauges`, as text."""
         gauges = {"opendify_requests_in_flight": self.in_flight, **gauges}
         lines, last = [], ""
-        for (name, *labels), value in sorted(self._counts.items(), key=repr):
+        for (name, *labels), amount in sorted(self._counts.items(), key=repr):
             if name != last:
                 lines.append(f"# TYPE {name} counter")
             text = ",".join(f'{label}="{_label(of)}"' for label, of in labels)
-            lines.append(f"{name}{{{text}}} {value:g}")
+            lines.append(f"{name}{{{text}}} {amount}")
             last = name
         bounds = [*map("{:g}".format, _BUCKETS_S), "+Inf"]
         for name, counts in sorted(self._buckets.items()):

@@ -37,7 +37,15 @@ from fake_dify import (
 from test_faults import understand
 from test_upstream import HEAD, chunk, event, free_port, raw_server, read_request
 
-from opendify import Dify, Server, Site, open_conversations, open_wire, parse_settings
+from opendify import (
+    Dify,
+    Metrics,
+    Server,
+    Site,
+    open_conversations,
+    open_wire,
+    parse_settings,
+)
 
 SOURCE = Path(__file__).resolve().parent.parent / "opendify.py"
 KEY = "app-key-of-the-tests"
@@ -294,6 +302,12 @@ async def test_codes_of_dify_make_no_metrics() -> None:
             await ask(front.port)
         samples = samples_of(await talk(front.port, get("/metrics")))
     assert samples['opendify_upstream_errors_total{kind="upstream_error"}'] == 3
+
+
+def test_large_counters_are_exact() -> None:
+    metrics = Metrics()
+    metrics.count("bytes_total", 123_456_789, direction="in")
+    assert 'bytes_total{direction="in"} 123456789\n' in metrics.render({})
 
 
 async def test_histograms_are_cumulative() -> None:
