@@ -2734,19 +2734,21 @@ def _state(tags: str, begun: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
     return re.compile(tags, re.I), re.compile(rf"(?:{begun})\Z", re.I)
 
 
-# For each state the tags that end it, and what may become one when more text comes:
-# only that is held back, so never more than the longest tag (or entity). A state is
-# called by the beginning of the tag that closes its block; "" is outside.
+# For each state the tags that end it, with the newlines that belong to them, and what
+# may become one when more text comes: only that is held back, so never more than the
+# longest tag (or entity). A state is called by the beginning of the tag that closes its
+# block; "" is outside.
 _ATTRIBUTES, _SPACES = r"(?:\s[^<>]{0,64})?", r"\s{0,4}"
+_OPENING = rf"(?:<think{_ATTRIBUTES}>|{re.escape(_DETAILS)})"
 _STATES = {
     "": _state(
-        rf"<think{_ATTRIBUTES}>|</think>|{re.escape(_DETAILS)}",
+        rf"{_OPENING}\n{{0,64}}(?:(?-i:{_MARKER})\n{{0,64}})?|</think>\n{{0,2}}",
         f"{_beginnings('<think', _ATTRIBUTES)}|{_beginnings('</think')}"
         f"|{_beginnings(_DETAILS)}",
     ),
     **{
         tag: _state(
-            rf"\n{{0,4}}{tag}{_SPACES}>",
+            rf"\n{{0,4}}{tag}{_SPACES}>\n{{0,2}}",
             rf"\n{{0,4}}(?:{_beginnings(tag, _SPACES)})?|&[a-z]{{0,3}}",
         )
         for tag in ("</think", "</details")
@@ -2773,17 +2775,11 @@ class ReasoningSplitter:
         self._held = ""
         self._closing = ""  # the tag that ends the block we are in; "" outside
         self._is_escaped = False
-        self._newlines: float = 0  # that may still be dropped after a tag
 
     @property
     def is_busy(self) -> bool:
         """Whether text that holds no tag is more than text."""
-        return bool(self._held or self._closing or self._newlines)
-
-    @property
-    def is_inside(self) -> bool:
-        """Whether a block of reasoning is open."""
-        return bool(self._closing)
+        return bool(self._held or self._closing)
 
     def feed(self, text: str) -> _Numbered:
         """The parts that are certain now."""
@@ -2802,69 +2798,52 @@ class ReasoningSplitter:
     def restart(self) -> _Numbered:
         """What is still held back; an open block ends here: another will speak."""
         parts = self.close()
-        self._newlines = 0 if self._closing else self._newlines
         self._closing, self._has_block, self.size = "", False, 0
         return parts
 
     def _split(self, text: str, *, is_last: bool) -> _Numbered:
         parts: _Numbered = []
         self._held = ""
-        while text := self._after_tag(text, is_last):
+        while text:
             tags, begun = _STATES[self._closing]
             tag = tags.search(text)
-            if not tag:
-                self._take(parts, text, None if is_last else begun)
-                break
-            self._take(parts, text[: tag.start()], None)
-            self._cross(parts, tag[0])
-            text = text[tag.end() :]
+            # More of its newlines may come, or the marker.
+            if tag and (is_last or not _MARKER.startswith(text[tag.end() :])):
+                self._take(parts, text[: tag.start()])
+                self._cross(parts, tag[0])
+                text = text[tag.end() :]
+                continue
+            held = None if is_last else tag or begun.search(text)
+            end = held.start() if held else len(text)
+            self._take(parts, text[:end])
+            self._held = text[end:]
+            break
         return parts
-
-    def _after_tag(self, text: str, is_last: bool) -> str:
-        """The text without what belongs to the tag before it; "" while that is open."""
-        if not self._newlines:
-            return text
-        newlines = len(text) - len(text.lstrip("\n"))
-        text = text[int(min(newlines, self._newlines)) :]
-        self._newlines = max(self._newlines - newlines, 0)
-        if self._closing and self._newlines:
-            if text.startswith(_MARKER):
-                self._is_escaped = True
-                return self._after_tag(text[len(_MARKER) :], is_last)
-            if _MARKER.startswith(text) and not is_last:
-                self._held = text
-                return ""
-        if text:
-            self._newlines = 0
-        return text
 
     def _cross(self, parts: _Numbered, tag: str) -> None:
         """Go over a tag, into a block of reasoning or out of it."""
         if self._closing or tag.startswith("</"):
-            self._closing, self._newlines = "", 2
+            self._closing = ""
             if self.size and not self._has_block:
                 parts.append((self._blocks, Recast(self.size)))
                 self.size = 0
         else:
             self._closing = "</details" if tag[1] in "dD" else "</think"
-            self._newlines, self._is_escaped = inf, False
+            self._is_escaped = _MARKER in tag
             self._has_block = True
             self._blocks += 1
 
-    def _take(self, parts: _Numbered, text: str, begun: re.Pattern[str] | None) -> None:
-        """Add the text as a part, but hold back what may be the beginning of a tag."""
-        held = begun.search(text) if begun else None
-        certain = text[: held.start()] if held else text
-        self._held = text[len(certain) :]
-        if certain and self._closing:
+    def _take(self, parts: _Numbered, text: str) -> None:
+        """Add the text as a part."""
+        if text and self._closing:
             if self._is_escaped:
                 import html  # noqa: PLC0415  (at the top it costs each start 3 ms)
 
-                certain = html.unescape(certain)
-            parts.append((self._blocks, Reasoning(certain)))
-        elif certain:
-            self.size += len(certain)
-            parts.append((self._blocks, Text(certain)))
+                text = html.unescape(text)
+            parts.append((self._blocks, Reasoning(text)))
+        elif text:
+            self.size += len(text)
+            parts.append((self._blocks, Text(text)))
 
 
 class AnswerText:
@@ -2914,7 +2893,7 @@ class AnswerText:
         if source == self._source:
             return self.add(text)
         is_framed = _texts(self._source)[1:] == ("answer",)  # by an Answer node's words
-        if is_framed and self._splitter.is_inside:
+        if is_framed and self._splitter.is_busy:
             return self.add(text)
         self._source = source
         return self.end_block() + self.add(text)
