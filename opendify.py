@@ -2756,7 +2756,22 @@ _STATES = {
 }
 
 
-_Numbered = list[tuple[int, Part]]  # parts, each with the number of its block
+class Blocks:
+    """Keeps blocks of reasoning apart: those of a tag, a node, a thought, a step."""
+
+    def __init__(self) -> None:
+        self.has_thought = False  # reasoning of the app's own came
+        self._last: object = None  # the block that was last added to
+
+    def add(self, block: tuple[str, object], text: str) -> list[Part]:
+        """More reasoning of one block: (its kind, its id)."""
+        if not text:
+            return []
+        if self._last not in (None, block):
+            text = "\n\n" + text
+        self._last = block
+        self.has_thought = self.has_thought or block[0] in ("tag", "node", "thought")
+        return [Reasoning(text, is_inline=block[0] == "tag")]
 
 
 class ReasoningSplitter:
@@ -2768,9 +2783,10 @@ class ReasoningSplitter:
     that to `size`, the characters of text since then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: Blocks) -> None:
         self.size = 0
-        self._blocks = 0  # of reasoning so far
+        self._blocks = blocks
+        self._number = 0  # of the last block
         self._has_block = False  # since the restart
         self._held = ""
         self._closing = ""  # the tag that ends the block we are in; "" outside
@@ -2781,28 +2797,28 @@ class ReasoningSplitter:
         """Whether text that holds no tag is more than text."""
         return bool(self._held or self._closing)
 
-    def feed(self, text: str) -> _Numbered:
+    def feed(self, text: str) -> list[Part]:
         """The parts that are certain now."""
         if not ("<" in text or self.is_busy):
             self.size += len(text)
-            return [(self._blocks, Text(text))]
+            return [Text(text)]
         split = [
             self._split(self._held + piece, is_last=False) for piece in in_pieces(text)
         ]
         return [part for parts in split for part in parts]
 
-    def close(self) -> _Numbered:
+    def close(self) -> list[Part]:
         """What is still held back; no more text will come."""
         return self._split(self._held, is_last=True)
 
-    def restart(self) -> _Numbered:
+    def restart(self) -> list[Part]:
         """What is still held back; an open block ends here: another will speak."""
         parts = self.close()
         self._closing, self._has_block, self.size = "", False, 0
         return parts
 
-    def _split(self, text: str, *, is_last: bool) -> _Numbered:
-        parts: _Numbered = []
+    def _split(self, text: str, *, is_last: bool) -> list[Part]:
+        parts: list[Part] = []
         self._held = ""
         while text:
             tags, begun = _STATES[self._closing]
@@ -2820,48 +2836,47 @@ class ReasoningSplitter:
             break
         return parts
 
-    def _cross(self, parts: _Numbered, tag: str) -> None:
+    def _cross(self, parts: list[Part], tag: str) -> None:
         """Go over a tag, into a block of reasoning or out of it."""
         if self._closing or tag.startswith("</"):
             self._closing = ""
             if self.size and not self._has_block:
-                parts.append((self._blocks, Recast(self.size)))
+                parts.append(Recast(self.size))
                 self.size = 0
         else:
             self._closing = "</details" if tag[1] in "dD" else "</think"
             self._is_escaped = _MARKER in tag
             self._has_block = True
-            self._blocks += 1
+            self._number += 1
 
-    def _take(self, parts: _Numbered, text: str) -> None:
+    def _take(self, parts: list[Part], text: str) -> None:
         """Add the text as a part."""
         if text and self._closing:
             if self._is_escaped:
                 import html  # noqa: PLC0415  (at the top it costs each start 3 ms)
 
                 text = html.unescape(text)
-            parts.append((self._blocks, Reasoning(text)))
+            parts += self._blocks.add(("tag", self._number), text)
         elif text:
             self.size += len(text)
-            parts.append((self._blocks, Text(text)))
+            parts.append(Text(text))
 
 
 class AnswerText:
-    """Turns what an app says and thinks into parts, however it is cut.
+    """Turns what an app says into parts, however it is cut.
 
-    Reasoning stands in the text, in tags, or comes by itself, as more of a block (of a
-    tag, a node, a thought, a step); blocks stand apart. Text belongs to its source; a
-    block of reasoning that one leaves open ends with it. `close` it at the end.
+    Reasoning may stand in it, in tags; what comes by itself goes to the same `blocks`.
+    Text belongs to its source; a block of reasoning that one leaves open ends with it.
+    `close` it at the end.
     """
 
     def __init__(self) -> None:
         self.kept = KeptText()  # as Dify sent it
         self.is_replaced = False  # by moderation: Dify may have stored another
-        self.has_thought = False  # reasoning of the app's own came
-        self._splitter = ReasoningSplitter()
+        self.blocks = Blocks()
+        self._splitter = ReasoningSplitter(self.blocks)
         self._half = ""  # the first half of a surrogate pair
         self._source: object = None  # where the text is from: [node, variable]
-        self._reasoned_in: object = None  # the block that reasoning was last added to
 
     @property
     def has_come(self) -> bool:
@@ -2886,7 +2901,7 @@ class AnswerText:
         if not text:
             return []
         self.kept.add(text)
-        return self._mark_blocks(self._splitter.feed(text))
+        return self._splitter.feed(text)
 
     def add_from(self, source: object, text: str) -> list[Part]:
         """The same for the text of a source: [node, variable]."""
@@ -2903,7 +2918,7 @@ class AnswerText:
 
         A model that was cut while it thought has left its block open.
         """
-        return self._mark_blocks(self._splitter.restart())
+        return self._splitter.restart()
 
     def end_node(self, node: object) -> list[Part]:
         """The same, if the text is from this node."""
@@ -2922,9 +2937,9 @@ class AnswerText:
         if parts is not None:
             return parts
         self.is_replaced, self._half = True, ""
-        self.kept, self._splitter = KeptText(), ReasoningSplitter()
+        self.kept, self._splitter = KeptText(), ReasoningSplitter(self.blocks)
         text = reasoning = ""
-        for part in self.add(whole) + self._mark_blocks(self._splitter.close()):
+        for part in self.add(whole) + self._splitter.close():
             if isinstance(part, Recast):
                 text, reasoning = "", reasoning + text
             elif isinstance(part, Reasoning):
@@ -2933,19 +2948,9 @@ class AnswerText:
                 text += part.text
         return [Replace(text, reasoning.lstrip("\n"))]
 
-    def reason(self, block: tuple[str, object], text: str) -> list[Part]:
-        """More reasoning of one block: (its kind, its id)."""
-        if not text:
-            return []
-        if self._reasoned_in not in (None, block):
-            text = "\n\n" + text
-        self._reasoned_in = block
-        self.has_thought = self.has_thought or block[0] in ("tag", "node", "thought")
-        return [Reasoning(text, is_inline=block[0] == "tag")]
-
     def close(self) -> list[Part]:
         """What is still held back; no more text will come."""
-        parts = self._mark_blocks(self._splitter.close())
+        parts = self._splitter.close()
         if self._half:
             self._half = ""
             parts.append(Text("\ufffd"))
@@ -2957,15 +2962,6 @@ class AnswerText:
         if "\ud800" <= text[-1:] <= "\udbff":
             text, self._half = text[:-1], text[-1]
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-    def _mark_blocks(self, numbered: _Numbered) -> list[Part]:
-        marked: list[Part] = []
-        for block, part in numbered:
-            if isinstance(part, Reasoning):
-                marked += self.reason(("tag", block), part.text)
-            else:
-                marked.append(part)
-        return marked
 
 
 _UNUSUAL = re.compile("[<\ud800-\udfff]")  # a tag may begin; half a surrogate pair
@@ -3001,7 +2997,8 @@ class AnswerReader:
         self._output_variable = output_variable
         self._deltas = DeltaReader()
         self._text = AnswerText()
-        self._process = Process(mode, is_shown=show_process)
+        self._blocks = self._text.blocks
+        self._process = Process(mode, self._blocks, is_shown=show_process)
         self._appendix = Appendix(mode, base)
         self._has_rounds = False  # an agent_message had text
         self._has_asked = False  # the user, for what the run pauses for
@@ -3079,20 +3076,20 @@ class AnswerReader:
     def _reasoning_chunk(self, data: dict[str, Any]) -> list[Part]:
         text = data.get("reasoning")
         block = ("node", data.get("node_id"))
-        return self._text.reason(block, text) if isinstance(text, str) else []
+        return self._blocks.add(block, text) if isinstance(text, str) else []
 
     # What happens beside the text...
 
     def _thought(self, value: dict[str, Any]) -> list[Part]:
         ended = self._text.end_block() if self._mode != "agent" else []
-        return ended + self._text.reason(*self._process.thought(value))
+        return ended + self._process.thought(value)
 
     def _node_started(self, data: dict[str, Any]) -> list[Part]:
-        return self._text.reason(*self._process.step(data))
+        return self._process.step(data)
 
     def _agent_log(self, data: dict[str, Any]) -> list[Part]:
         ended = self._node_over(data)  # a round, or what the model says in it
-        return ended + self._text.reason(*self._process.log(data))
+        return ended + self._process.log(data)
 
     def _node_finished(self, data: dict[str, Any]) -> list[Part]:
         self._appendix.add_node(data)
@@ -3120,9 +3117,9 @@ class AnswerReader:
         metadata = object_of(value.get("metadata"))
         self._appendix.add_message(_made_files(value, self._mode), metadata)
         parts: list[Part] = []
-        if not self._text.has_thought:
+        if not self._blocks.has_thought:
             for node, text in object_of(metadata.get("reasoning")).items():
-                parts += self._text.reason(("node", node), str(text or ""))
+                parts += self._blocks.add(("node", node), str(text or ""))
         is_answered = self._text.has_come or self.is_closing
         if self._mode == "advanced-chat" and not is_answered:
             self.is_closing = True  # the outputs may have it
@@ -3316,45 +3313,39 @@ class Process:
     Lines about tools, steps and logs come once, and only if the operator wants them.
     """
 
-    def __init__(self, mode: str, *, is_shown: bool) -> None:
+    def __init__(self, mode: str, blocks: Blocks, *, is_shown: bool) -> None:
         self._mode = mode
+        self._blocks = blocks
         self._is_shown = is_shown
         self._told: dict[str, str] = {}  # by id
 
-    def thought(self, value: Json) -> _Thought:
+    def thought(self, value: Json) -> list[Part]:
         """A snapshot of an agent's round; of `agent` without a tool it is reasoning."""
         names = ("id", "tool", "thought")
         id_, tool, thought = (str(value.get(name) or "") for name in names)
         if tool:
             line = f"Tool: {tool} {value.get('tool_input') or ''}".rstrip()
-            return self._line(("tool", id_), line, value.get("observation"))
-        last, new = self._told.get(id_, ""), ""
-        if self._mode == "agent" and thought:
-            self._told[id_] = thought
-            new = thought.removeprefix(last)
-        return ("thought", id_), new
+            return self._line(("tool", id_), line if value.get("observation") else "")
+        if self._mode != "agent" or not thought:
+            return []
+        last, self._told[id_] = self._told.get(id_, ""), thought
+        return self._blocks.add(("thought", id_), thought.removeprefix(last))
 
-    def step(self, data: Json) -> _Thought:
+    def step(self, data: Json) -> list[Part]:
         """A node that begins."""
         title = data.get("title") or data.get("node_type")
-        return self._line(("step", data.get("id")), f"Step: {title}", title)
+        return self._line(("step", data.get("id")), f"Step: {title}" if title else "")
 
-    def log(self, data: Json) -> _Thought:
+    def log(self, data: Json) -> list[Part]:
         """What an Agent node says of itself."""
-        label = data.get("label")
-        return self._line(("log", data.get("id")), str(label), label)
+        return self._line(("log", data.get("id")), str(data.get("label") or ""))
 
-    def _line(
-        self, block: tuple[str, object], line: str, is_certain: object
-    ) -> _Thought:
+    def _line(self, block: tuple[str, object], line: str) -> list[Part]:
         key = repr(block)
-        if not self._is_shown or not is_certain or key in self._told:
-            return block, ""
+        if not (self._is_shown and line) or key in self._told:
+            return []
         self._told[key] = line
-        return block, line
-
-
-_Thought = tuple[tuple[str, object], str]  # (its kind, its id), more of its text
+        return self._blocks.add(block, line)
 
 
 def _text_of_form(data: Json) -> str:

@@ -23,6 +23,7 @@ from opendify import (
     AppForm,
     AppInput,
     Attachment,
+    Blocks,
     Citations,
     DeltaReader,
     DifyRequest,
@@ -175,9 +176,9 @@ MARKER = "<!--dify-deepseek-reasoning-->"
 
 def split(*pieces: str) -> tuple[str, str]:
     """(reasoning, text) of an answer that comes in pieces."""
-    splitter = ReasoningSplitter()
-    numbered = [pair for piece in pieces for pair in splitter.feed(piece)]
-    parts = [part for _, part in numbered + splitter.close()]
+    splitter = ReasoningSplitter(Blocks())
+    parts = [part for piece in pieces for part in splitter.feed(piece)]
+    parts += splitter.close()
     return joined(parts, Reasoning), joined(parts, Text)
 
 
@@ -217,9 +218,9 @@ def test_reasoning_is_told_from_text_however_it_is_cut(
 
 
 def test_text_before_a_closing_tag_alone_was_reasoning() -> None:
-    splitter = ReasoningSplitter()
-    assert splitter.feed("I think so.</thi") == [(0, Text("I think so."))]
-    assert splitter.feed("nk>\n\nYes") == [(0, Recast(11)), (0, Text("Yes"))]
+    splitter = ReasoningSplitter(Blocks())
+    assert splitter.feed("I think so.</thi") == [Text("I think so.")]
+    assert splitter.feed("nk>\n\nYes") == [Recast(11), Text("Yes")]
 
 
 def test_a_closing_tag_with_nothing_before_it_says_nothing() -> None:
@@ -238,7 +239,7 @@ def test_many_tags_in_one_event_take_little_time() -> None:
 
 
 def test_nothing_longer_than_the_longest_tag_is_held_back() -> None:
-    splitter = ReasoningSplitter()
+    splitter = ReasoningSplitter(Blocks())
     given_, out = "", ""
     for piece in [
         "<",
@@ -253,7 +254,7 @@ def test_nothing_longer_than_the_longest_tag_is_held_back() -> None:
         DETAILS[:-1],
     ]:
         given_ += piece
-        parts = [part for _, part in splitter.feed(piece)]
+        parts = splitter.feed(piece)
         out += "".join(part.text for part in parts if isinstance(part, Text))
         assert len(given_) - len(out) < len(DETAILS)
         held = given_[len(out) :]
@@ -292,8 +293,8 @@ def test_any_cut_gives_the_same_parts(answer: str, data: Any) -> None:
 
 @given(st.lists(SCRAPS, max_size=12).map("".join))
 def test_no_character_is_lost_but_tags_and_their_newlines(answer: str) -> None:
-    splitter = ReasoningSplitter()
-    parts = [part for _, part in splitter.feed(answer) + splitter.close()]
+    splitter = ReasoningSplitter(Blocks())
+    parts = splitter.feed(answer) + splitter.close()
     kept = "".join(part.text for part in parts if isinstance(part, (Text, Reasoning)))
 
     def plain(text: str) -> str:
@@ -975,27 +976,27 @@ def test_text_is_replaced_where_it_begins_otherwise() -> None:
 
 
 def test_blocks_of_reasoning_stand_apart() -> None:
-    text = AnswerText()
-    assert text.reason(("step", "1"), "Step: A") == [Reasoning("Step: A")]
-    assert not text.has_thought  # the app did not
-    assert text.reason(("node", "1"), "b") == [Reasoning("\n\nb")]
-    assert text.reason(("node", "1"), "c") == [Reasoning("c")]
-    assert text.has_thought
+    blocks = Blocks()
+    assert blocks.add(("step", "1"), "Step: A") == [Reasoning("Step: A")]
+    assert not blocks.has_thought  # the app did not
+    assert blocks.add(("node", "1"), "b") == [Reasoning("\n\nb")]
+    assert blocks.add(("node", "1"), "c") == [Reasoning("c")]
+    assert blocks.has_thought
 
 
 def test_process_tells_each_line_once() -> None:
     row = {"id": "1", "title": "LLM"}
-    process = Process("workflow", is_shown=True)
-    assert process.step(row) == (("step", "1"), "Step: LLM")
-    assert process.log({"id": "1", "label": "ROUND 1"}) == (("log", "1"), "ROUND 1")
-    assert process.step(row) == (("step", "1"), "")
-    assert Process("workflow", is_shown=False).step(row) == (("step", "1"), "")
+    process = Process("workflow", Blocks(), is_shown=True)
+    assert process.step(row) == [Reasoning("Step: LLM")]
+    assert process.log({"id": "1", "label": "R 1"}) == [Reasoning("\n\nR 1")]
+    assert process.step(row) == []
+    assert Process("workflow", Blocks(), is_shown=False).step(row) == []
 
 
 def test_process_tells_what_is_new_of_a_thought() -> None:
-    process = Process("agent", is_shown=False)
+    process = Process("agent", Blocks(), is_shown=False)
     thoughts = [process.thought({"id": "1", "thought": text}) for text in ("a", "ab")]
-    assert thoughts == [(("thought", "1"), "a"), (("thought", "1"), "b")]
+    assert thoughts == [[Reasoning("a")], [Reasoning("b")]]
 
 
 def test_appendix_leaves_out_files_that_the_answer_has() -> None:
