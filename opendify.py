@@ -2754,6 +2754,7 @@ _STATES = {
         for tag in ("</think", "</details")
     },
 }
+_MORE_OF_TAG = re.compile(rf"(?:{_beginnings(_MARKER)})?\Z")  # newlines may come, too
 
 
 class Blocks:
@@ -2802,10 +2803,7 @@ class ReasoningSplitter:
         if not ("<" in text or self.is_busy):
             self.size += len(text)
             return [Text(text)]
-        split = [
-            self._split(self._held + piece, is_last=False) for piece in in_pieces(text)
-        ]
-        return [part for parts in split for part in parts]
+        return self._split(self._held + text, is_last=False)
 
     def close(self) -> list[Part]:
         """What is still held back; no more text will come."""
@@ -2819,19 +2817,18 @@ class ReasoningSplitter:
 
     def _split(self, text: str, *, is_last: bool) -> list[Part]:
         parts: list[Part] = []
-        self._held = ""
-        while text:
+        self._held, start = "", 0
+        while start < len(text):
             tags, begun = _STATES[self._closing]
-            tag = tags.search(text)
-            # More of its newlines may come, or the marker.
-            if tag and (is_last or not _MARKER.startswith(text[tag.end() :])):
-                self._take(parts, text[: tag.start()])
+            tag = tags.search(text, start)
+            if tag and (is_last or not _MORE_OF_TAG.match(text, tag.end())):
+                self._take(parts, text[start : tag.start()])
                 self._cross(parts, tag[0])
-                text = text[tag.end() :]
+                start = tag.end()
                 continue
-            held = None if is_last else tag or begun.search(text)
+            held = None if is_last else tag or begun.search(text, start)
             end = held.start() if held else len(text)
-            self._take(parts, text[:end])
+            self._take(parts, text[start:end])
             self._held = text[end:]
             break
         return parts
