@@ -3049,10 +3049,10 @@ class AnswerReader:
     # Text and reasoning...
 
     def _message(self, value: dict[str, Any]) -> list[Part]:
-        answer = value.get("answer")
+        answer = value.get("answer", value.get("text"))  # the latter in a workflow
         if not isinstance(answer, str):
             return []
-        if value["event"] == "agent_message":
+        if value.get("event") == "agent_message":
             self._has_rounds = self._has_rounds or bool(answer)
         elif self._mode == "agent" and self._has_rounds:
             # The New Agent closes with the whole of its last round.
@@ -3061,10 +3061,6 @@ class AnswerReader:
                 return []
             answer = "\n\n" + answer
         return self._text.add_from(value.get("from_variable_selector"), answer)
-
-    def _text_chunk(self, data: dict[str, Any]) -> list[Part]:
-        source, text = data.get("from_variable_selector"), data.get("text")
-        return self._text.add_from(source, text) if isinstance(text, str) else []
 
     def _message_replace(self, value: dict[str, Any]) -> list[Part]:
         answer = value.get("answer", value.get("text"))
@@ -3224,7 +3220,7 @@ def _as_sent(stored: str, sent: str) -> str:
 
 _Translators = Mapping[str, Callable[[AnswerReader, dict[str, Any]], list[Part]]]
 _OF_DATA: _Translators = {  # what a workflow's events say is in their `data`
-    "text_chunk": AnswerReader._text_chunk,
+    "text_chunk": AnswerReader._message,
     "text_replace": AnswerReader._message_replace,
     "reasoning_chunk": AnswerReader._reasoning_chunk,
     "node_started": AnswerReader._node_started,
