@@ -2637,7 +2637,7 @@ def error_from_dify(
         in_run: it came as an event: the request was accepted, its run failed.
     """
     code, whole = str(code or ""), str(message or "")
-    text = _innermost_message(whole) or code or f"status {status}"
+    text = _innermost_message(whole) or code or f"no reason is given ({status})"
     text = text.partition(" You have requested this URI")[0]
     if status in (401, 403) and not in_run:
         return ConfigurationFault(
@@ -3121,7 +3121,7 @@ class AnswerReader:
 
     def _workflow_finished(self, data: dict[str, Any]) -> list[Part]:
         if data.get("status") == "failed":
-            return self._error({"message": data.get("error") or "the workflow failed"})
+            return self._error(data)
         if data.get("status") in _NOT_ALL_SAID:
             self.reason = "length"
         self._appendix.add_run(data)
@@ -3140,9 +3140,9 @@ class AnswerReader:
         parts = [part for reason in lost for part in self._human_input(reason)]
         return parts + self._finish()
 
-    def _error(self, value: dict[str, Any]) -> list[Part]:
-        status = count_of(value.get("status")) or 500
-        code, message = value.get("code"), value.get("message")
+    def _error(self, value: Json) -> list[Part]:
+        status = count_of(value.get("status")) or 500  # a failed run has it in words
+        code, message = value.get("code"), value.get("message") or value.get("error")
         return self.fail(error_from_dify(status, code, message, in_run=True))
 
     def _finish(self) -> list[Part]:
@@ -3186,8 +3186,7 @@ class AnswerReader:
         if parts is None:
             return []
         if row.get("status") == "error":
-            error = row.get("error") or "the run failed"
-            return parts + self._error({"message": error})
+            return parts + self._error(row)
         files = objects_of(row.get("message_files"))
         made = [file for file in files if file.get("belongs_to") != "user"]
         prompt, completion = row.get("message_tokens"), row.get("answer_tokens")
