@@ -3095,8 +3095,7 @@ class AnswerReader:
     def _message_file(self, value: dict[str, Any]) -> list[Part]:
         if isinstance(value.get("answer"), str):  # text, by a bug of 1.11.2 and later
             return self._message(value)
-        if value.get("belongs_to") != "user":
-            self._appendix.add_file(value)
+        self._appendix.add_file(value)
         return []
 
     def _human_input(self, data: dict[str, Any]) -> list[Part]:
@@ -3108,7 +3107,7 @@ class AnswerReader:
 
     def _message_end(self, value: dict[str, Any]) -> list[Part]:
         metadata = object_of(value.get("metadata"))
-        self._appendix.add_message(_made_files(value, self._mode), metadata)
+        self._appendix.add_message(objects_of(value.get("files")), metadata)
         parts: list[Part] = []
         if not self._blocks.has_thought:
             for node, text in object_of(metadata.get("reasoning")).items():
@@ -3188,21 +3187,10 @@ class AnswerReader:
         if row.get("status") == "error":
             return parts + self._error(row)
         files = objects_of(row.get("message_files"))
-        made = [file for file in files if file.get("belongs_to") != "user"]
         prompt, completion = row.get("message_tokens"), row.get("answer_tokens")
         usage = {"prompt_tokens": prompt, "completion_tokens": completion}
-        self._appendix.add_message(made, {**row, "usage": usage})
+        self._appendix.add_message(files, {**row, "usage": usage})
         return parts + self._finish()
-
-
-def _made_files(message: Json, mode: str) -> list[dict[str, Any]]:
-    """The files that belong to an answer; newer releases list the user's own, too.
-
-    A chatflow may answer with those.
-    """
-    files = objects_of(message.get("files"))
-    users = () if mode == "advanced-chat" else ("local_file", "remote_url")
-    return [file for file in files if file.get("transfer_method") not in users]
 
 
 def _as_sent(stored: str, sent: str) -> str:
@@ -3369,12 +3357,22 @@ class Appendix:
     def add_file(self, value: Json) -> None:
         """A file that the app made: {"type", "url" or "remote_url", "filename"}."""
         url = value.get("url") or value.get("remote_url")
-        if not isinstance(url, str) or not url:
+        if not isinstance(url, str) or not url or self._is_users(value):
             return
         url, path = _resolved(self._base, url)
         name = value.get("filename") or urllib.parse.unquote(path.rpartition("/")[2])
         media = Media(str(value.get("type") or "custom"), url, str(name))
         self._files.setdefault(_SIGNATURE.sub("", url), (path, media))
+
+    def _is_users(self, file: Json) -> bool:
+        """Whether it came with the question: newer releases list such files, too.
+
+        A flow may answer with them.
+        """
+        if owner := file.get("belongs_to"):
+            return bool(owner == "user")
+        is_sent = file.get("transfer_method") in ("local_file", "remote_url")
+        return is_sent and self._mode not in ("advanced-chat", "workflow")
 
     def add_node(self, data: Json) -> None:
         """What a node has used and, in a workflow, found."""
