@@ -2504,27 +2504,25 @@ def upload_end(user: str, boundary: str) -> bytes:
     return end.encode("utf-8", "replace")
 
 
-# The subtypes that all releases take, and what they call others. Dify looks at nothing
-# else, and names whatever it is "temp.mp3" to the model.
+# Recordings by the subtype of their media type or by their extension, and the subtypes
+# that all releases take. Dify looks at nothing else, and names whatever it is
+# "temp.mp3" to the model.
 _SOUNDS = {
     **dict.fromkeys(("wav", "x-wav", "wave", "vnd.wave"), "wav"),
     **dict.fromkeys(("m4a", "mp4", "x-m4a"), "m4a"),
+    **dict.fromkeys(("mp3", "mpeg", "mpga", "aac", "flac"), "mp3"),
+    **dict.fromkeys(("ogg", "oga", "opus", "webm"), "mp3"),
     "amr": "amr",
 }
-_SOUND_EXTENSIONS = (
-    *("aac", "amr", "flac", "m4a", "mp3", "mp4", "mpeg", "mpga", "oga", "ogg", "opus"),
-    *("wav", "webm"),
-)
 
 
 def audio_type(file: Attachment) -> str:
     """The media type under which Dify takes a recording; another file's own."""
     family, _, subtype = file.media_type.partition("/")
-    if family not in ("audio", "video"):
-        if file.extension not in _SOUND_EXTENSIONS:
-            return file.media_type
-        subtype = file.extension
-    return f"audio/{_SOUNDS.get(subtype, 'mp3')}"
+    if family in ("audio", "video"):
+        return f"audio/{_SOUNDS.get(subtype, 'mp3')}"
+    sound = _SOUNDS.get(file.extension)
+    return f"audio/{sound}" if sound else file.media_type
 
 
 def file_kind(file: Attachment) -> str:
