@@ -3169,8 +3169,7 @@ class AnswerReader:
     @property
     def can_recover(self) -> bool:
         """Whether something came, of an answer that Dify stores."""
-        has_text = self._text.kept.size and self._text.kept.is_whole
-        return bool(has_text and self.conversation_id and self.message_id)
+        return bool(self._text.kept.size and self.conversation_id and self.message_id)
 
     def recover(self, row: Json) -> list[Part]:
         """The rest of a broken answer, by its row in Dify's store.
