@@ -3435,12 +3435,12 @@ def answer_from_outputs(outputs: Json, variable: str, mode: str) -> str:
     """The output of a run that is its answer, when none was streamed.
 
     The one that the operator named, if the run has it; else one of a usual name, not an
-    empty one if possible; else the only one; else all, as JSON. Files are left out:
-    they follow as links.
+    empty one if possible; else the only one; else all, as JSON. What is nothing but
+    files is left out: they follow as links.
     """
     if mode != "workflow":
         return str(outputs.get("answer") or "")
-    texts = object_of(_without_files(outputs))
+    texts = {name: out for name, out in outputs.items() if not _is_of_files(out)}
     if variable in outputs:
         texts = {variable: texts[variable]} if variable in texts else {}
     usual = [texts[name] for name in _OUTPUT_NAMES if isinstance(texts.get(name), str)]
@@ -3461,27 +3461,14 @@ def _files_in(value: Any) -> list[Json]:
     return [file for item in items for file in _files_in(item)]
 
 
-def _without_files(value: Any) -> Any:
-    """An output without its file objects, and without what held nothing else.
-
-    _NOTHING if nothing is left.
-    """
-    if _is_file(value):
-        return _NOTHING
-    kept = value
-    if isinstance(value, dict):
-        pairs = ((key, _without_files(item)) for key, item in value.items())
-        kept = {key: item for key, item in pairs if item is not _NOTHING}
-    elif isinstance(value, list):
-        kept = [item for item in map(_without_files, value) if item is not _NOTHING]
-    return _NOTHING if value and kept in ({}, []) else kept
+def _is_of_files(value: Any) -> bool:
+    """Whether an output is a file, or a list of them."""
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(map(_is_file, items))
 
 
 def _is_file(value: Any) -> bool:
     return object_of(value).get("dify_model_identity") == "__dify__file__"
-
-
-_NOTHING = object()
 
 
 def _usage(value: Any) -> Usage:

@@ -1103,6 +1103,7 @@ def test_workflow_without_text_input_is_refused_with_its_inputs() -> None:
 
 
 A_FILE = {"dify_model_identity": "__dify__file__", "url": "/f"}
+CAPTIONED = {"caption": "hi", "img": A_FILE}
 
 
 @pytest.mark.parametrize(
@@ -1117,9 +1118,9 @@ A_FILE = {"dify_model_identity": "__dify__file__", "url": "/f"}
         ({"text": "", "answer": "a"}, "", "a"),
         ({"text": "", "x": 1}, "", ""),
         ({"f": A_FILE}, "", ""),
-        ({"f": [A_FILE, {"f": A_FILE}], "x": "only"}, "", "only"),
-        ({"result": {"caption": "hi", "img": A_FILE}}, "", '{"caption": "hi"}'),
-        ({"x": [{}, None, 0, A_FILE], "y": []}, "", '{"x": [{}, null, 0], "y": []}'),
+        ({"f": [A_FILE, A_FILE], "x": "only"}, "", "only"),
+        ({"x": {"caption": "hi", "img": A_FILE}}, "", json.dumps(CAPTIONED)),
+        ({"x": [{}, None, 0], "y": []}, "", '{"x": [{}, null, 0], "y": []}'),
         ({"f": A_FILE, "x": 1}, "f", ""),
         ({"result": "r"}, "nope", "r"),
         ({}, "", ""),
