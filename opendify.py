@@ -2335,21 +2335,16 @@ def check_files(form: AppForm, files: Sequence[Attachment], given: Json) -> None
     Raises:
         BadRequest: it names the file, and the limit.
     """
-    has_fields = any(input_.type in _FILE_TYPES for input_ in form.inputs)
-    rules = _upload_rules(form)
-    limit = count_of(rules.get("number_limits"))
-    for index, file in enumerate(files):
-        reason = _size_problem(form, file)
-        if not has_fields and not rules:
-            reason = "the app takes no files; switch file upload on in Dify"
-        elif not has_fields and limit and index >= limit:
-            reason = f"the app takes {limit} files at a time"
-        elif not has_fields:
-            reason = reason or _kind_problem(rules, file)
-        if reason:
-            raise _refused_file(file, reason)
-    for file in () if rules else _left_over(form, files, given):
-        raise _refused_file(file, "the app has no file input left that takes it")
+    rules, beside = _upload_rules(form), _left_over(form, files, given)
+    limit = count_of(rules.get("number_limits")) or len(files)
+    problems = [(file, _problem_beside(rules, file)) for file in beside[:limit]]
+    too_many = f"the app takes {limit} files at a time"
+    problems += [(file, too_many) for file in beside[limit:]]
+    problems += [(file, _size_problem(form, file)) for file in files]
+    for file, problem in problems:
+        if problem:
+            message = f"The file {file.name!r} can't be sent: {problem}."
+            raise BadRequest(message, param="messages", code="invalid_value")
 
 
 def has_room(form: AppForm, files: Sequence[Attachment], given: Json) -> bool:
@@ -2380,7 +2375,7 @@ def describe_uploads(form: AppForm) -> str:
 def _left_over(
     form: AppForm, files: Sequence[Attachment], given: Json
 ) -> list[Attachment]:
-    """The files that no input takes."""
+    """The files that no input takes: they go beside the inputs."""
     numbered = [(file, str(index)) for index, file in enumerate(files)]
     rest = place_files(form, numbered, given)["files"]
     return [files[int(mapping["upload_file_id"])] for mapping in rest]
@@ -2400,7 +2395,13 @@ def _size_problem(form: AppForm, file: Attachment) -> str:
     return f"it has {size / (1 << 20):.1f} MB, the app takes {limit_mb} MB"
 
 
-def _kind_problem(rules: Json, file: Attachment) -> str:
+def _problem_beside(rules: Json, file: Attachment) -> str:
+    """Why a file can't go beside the inputs; "" if it can."""
+    if not rules:
+        return (
+            "the app takes no files beside its inputs, and has no file input left that "
+            "takes it; switch file upload on in Dify"
+        )
     kinds, extensions = _allowed(rules)
     kinds = kinds or ("image",)
     if not _kind_among(file, kinds, extensions):
@@ -2414,11 +2415,6 @@ def _kind_problem(rules: Json, file: Attachment) -> str:
     if not file.url and methods and "local_file" not in methods:
         return "the app takes URLs only"
     return ""
-
-
-def _refused_file(file: Attachment, reason: str) -> BadRequest:
-    message = f"The file {file.name!r} can't be sent: {reason}."
-    return BadRequest(message, param="messages", code="invalid_value")
 
 
 def file_mapping(file: Attachment, upload_id: str, kind: str) -> dict[str, str]:

@@ -1205,6 +1205,7 @@ def test_files_that_the_app_takes_pass(uploads: dict[str, Any]) -> None:
     opendify.check_files(AppForm((), uploads, {}), [PNG, PNG], {})
 
 
+ALL_KINDS = {"enabled": True, "allowed_file_types": ["image", "document"]}
 A_PICTURE = AppInput("pic", "file", kinds=("image",))
 A_DOCUMENT = AppInput("doc", "file", kinds=("document",))
 PICTURES = AppInput("pics", "file-list", kinds=("image",))
@@ -1226,7 +1227,7 @@ def test_files_without_an_input_are_refused_unless_they_go_beside(
     fields: list[AppInput], files: list[Attachment], refused: Attachment | None
 ) -> None:
     given = {"given": {"type": "document"}}
-    opendify.check_files(AppForm(tuple(fields), UPLOADS), files, given)
+    opendify.check_files(AppForm(tuple(fields), ALL_KINDS), files, given)
     if not refused:
         opendify.check_files(form(*fields), files, given)
         return
