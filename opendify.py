@@ -3266,11 +3266,8 @@ class DeltaReader:
         if not key:
             return
         before = data[: key.end()]
-        try:
-            after = data[_scan_string(data, len(before))[1] :]
-            parsed = json.loads(f'{before}\\u0000"{after}')
-        except ValueError:
-            return
+        after = data[_scan_string(data, len(before))[1] :]
+        parsed = json.loads(f'{before}\\u0000"{after}')
         if "\0" in (parsed.get("answer"), object_of(parsed.get("data")).get("text")):
             self._frame = (before, len(before), after)
 
