@@ -2335,7 +2335,7 @@ def check_files(form: AppForm, files: Sequence[Attachment], given: Json) -> None
     Raises:
         BadRequest: it names the file, and the limit.
     """
-    rules, beside = _upload_rules(form), _left_over(form, files, given)
+    rules, (_, beside) = _upload_rules(form), place_files(form, files, given)
     limit = count_of(rules.get("number_limits")) or len(files)
     problems = [(file, _problem_beside(rules, file)) for file in beside[:limit]]
     too_many = f"the app takes {limit} files at a time"
@@ -2352,7 +2352,8 @@ def has_room(form: AppForm, files: Sequence[Attachment], given: Json) -> bool:
     if rules := _upload_rules(form):
         return len(files) <= (count_of(rules.get("number_limits")) or 1)
     fields = sum(input_.type in _FILE_TYPES for input_ in form.inputs)
-    return len(files) <= fields and not _left_over(form, files, given)
+    _, beside = place_files(form, files, given)
+    return len(files) <= fields and not beside
 
 
 def _upload_rules(form: AppForm) -> dict[str, Any]:
@@ -2370,15 +2371,6 @@ def describe_uploads(form: AppForm) -> str:
     limit = count_of(rules.get("number_limits"))
     names = ", ".join((*(kinds or ("image",)), *extensions))
     return f"{names}; {limit} at a time" if limit else names
-
-
-def _left_over(
-    form: AppForm, files: Sequence[Attachment], given: Json
-) -> list[Attachment]:
-    """The files that no input takes: they go beside the inputs."""
-    numbered = [(file, str(index)) for index, file in enumerate(files)]
-    rest = place_files(form, numbered, given)["files"]
-    return [files[int(mapping["upload_file_id"])] for mapping in rest]
 
 
 def size_limit_mb(form: AppForm, file: Attachment) -> int:
@@ -2417,42 +2409,46 @@ def _problem_beside(rules: Json, file: Attachment) -> str:
     return ""
 
 
-def file_mapping(file: Attachment, upload_id: str, kind: str) -> dict[str, str]:
-    """A file as a request names it: by its upload, else by its URL."""
-    if upload_id:
-        where = {"transfer_method": "local_file", "upload_file_id": upload_id}
-    else:
-        where = {"transfer_method": "remote_url", "url": file.url}
-    return {"type": kind or file_kind(file), **where}
-
-
 def place_files(
-    form: AppForm, files: Iterable[tuple[Attachment, str]], given: Json
-) -> dict[str, Any]:
-    """Where files go in a request: the app's file inputs first, then `files`.
+    form: AppForm, files: Iterable[Attachment], given: Json
+) -> tuple[dict[str, Any], list[Attachment]]:
+    """Where files go in a request: the app's file inputs first.
 
     Args:
         form: the app's.
-        files: each with the id of its upload, "" for one that goes by its URL.
+        files: uploaded, or to go by their URL; of others the inputs are of no use.
         given: inputs that the request has already.
 
     Returns:
-        {"inputs": {**given, variable: mapping or list}, "files": [mapping, …]}
+        ({file input: mapping or list}, the files that no input takes)
     """
     rest = list(files)
-    inputs = dict(given)
+    inputs: dict[str, Any] = {}
     for input_ in form.inputs:
         if input_.type in _FILE_TYPES and input_.variable not in given:
-            kinds = [_kind_among(f, input_.kinds, input_.extensions) for f, _ in rest]
+            kinds = [_kind_among(f, input_.kinds, input_.extensions) for f in rest]
             fit = [n for n, kind in enumerate(kinds) if kind]
             fit = fit[:1] if input_.type == "file" else fit
-            placed, taken = [file_mapping(*rest[n], kinds[n]) for n in fit], set(fit)
-            rest = [pair for n, pair in enumerate(rest) if n not in taken]
+            placed, taken = [_file_mapping(rest[n], kinds[n]) for n in fit], set(fit)
+            rest = [file for n, file in enumerate(rest) if n not in taken]
             if placed:
                 inputs[input_.variable] = placed[0] if input_.type == "file" else placed
+    return inputs, rest
+
+
+def files_beside(form: AppForm, files: Iterable[Attachment]) -> list[Any]:
+    """The files that no input takes, as a request's `files`."""
     allowed = _allowed(_upload_rules(form))
-    beside = [file_mapping(*pair, _kind_among(pair[0], *allowed)) for pair in rest]
-    return {"inputs": inputs, "files": beside}
+    return [_file_mapping(file, _kind_among(file, *allowed)) for file in files]
+
+
+def _file_mapping(file: Attachment, kind: str) -> dict[str, str]:
+    """A file as a request names it: by its upload, else by its URL."""
+    if file.upload_id:
+        where = {"transfer_method": "local_file", "upload_file_id": file.upload_id}
+    else:
+        where = {"transfer_method": "remote_url", "url": file.url}
+    return {"type": kind or file_kind(file), **where}
 
 
 def _allowed(rules: Json) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -9031,7 +9027,7 @@ class Question:
     ask: Ask
     joins: bool  # whether it may continue a conversation, and be continued
     tail: Tail | None = None  # the conversation that it continues, once taken
-    uploads: dict[int, str] = field(default_factory=dict)  # by the id() of the file
+    uploads: dict[int, Attachment] = field(default_factory=dict)  # by the id() of each
     spent: Usage = Usage()  # by a first try
     is_asked: bool = False  # Dify may have got it
     is_accepted: bool = False  # Dify has begun to answer: it may remember the question
@@ -9252,21 +9248,23 @@ class Turns:
         common = {"inputs": inputs, "user": question.user, "trace_id": trace_id}
         if plan.files:
             check_files(form, plan.files, inputs)
-            ids = [await self._upload_id(question, file) for file in plan.files]
-            common.update(place_files(form, zip(plan.files, ids), inputs))
+            files = [await self._uploaded(question, file) for file in plan.files]
+            placed, beside = place_files(form, files, inputs)
+            common["inputs"] = {**inputs, **placed}
+            common["files"] = files_beside(form, beside)
         variable = query_variable(mode, form, app.query_variable)
         conversation_id = plan.tail.conversation_id
         return dify_request(
             mode, plan.query, common, variable=variable, conversation_id=conversation_id
         )
 
-    async def _upload_id(self, question: Question, file: Attachment) -> str:
-        """Data is uploaded, once a request; "" for a file that goes by its URL."""
+    async def _uploaded(self, question: Question, file: Attachment) -> Attachment:
+        """The file as Dify knows it: its data is uploaded, once a request."""
         if file.url or file.upload_id:
-            return file.upload_id
+            return file
         if id(file) not in question.uploads:
             upload_id = await self.dify.upload(question.app, file, question.user)
-            question.uploads[id(file)] = upload_id
+            question.uploads[id(file)] = replace(file, upload_id=upload_id)
         return question.uploads[id(file)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -1253,9 +1254,16 @@ def test_room_for_files(app: AppForm, files: list[Attachment], wanted: bool) -> 
     assert opendify.has_room(app, files, {}) == wanted
 
 
+def placed_files(form: AppForm, files: Sequence[Attachment]) -> dict[str, Any]:
+    """What a request has of files."""
+    inputs, beside = opendify.place_files(form, files, {})
+    return {"inputs": inputs, "files": opendify.files_beside(form, beside)}
+
+
 def test_files_go_to_file_inputs_first() -> None:
     fields = (AppInput("pic", "file", kinds=("image",)), AppInput("x", "text-input"))
-    placed = opendify.place_files(AppForm(fields), [(PDF, "u-2"), (PNG, "u-1")], {})
+    files = [replace(PDF, upload_id="u-2"), replace(PNG, upload_id="u-1")]
+    placed = placed_files(AppForm(fields), files)
     by_upload = {"transfer_method": "local_file", "upload_file_id": "u-1"}
     image = {"type": "image", **by_upload}
     document = {"type": "document", **by_upload, "upload_file_id": "u-2"}
@@ -1266,7 +1274,7 @@ def test_file_that_comes_twice_fills_two_fields() -> None:
     url = "https://x/cat.png"
     file = opendify.Attachment("cat.png", url=url)
     fields = (AppInput("first", "file"), AppInput("second", "file"))
-    placed = opendify.place_files(AppForm(fields), [(file, "")] * 3, {})
+    placed = placed_files(AppForm(fields), [file] * 3)
     image = {"type": "image", "transfer_method": "remote_url", "url": url}
     assert placed == {"inputs": {"first": image, "second": image}, "files": [image]}
 
@@ -1291,7 +1299,7 @@ def test_file_that_is_taken_for_its_extension_is_custom(
     """Dify refuses a document of an app that takes images and `.pdf` as custom."""
     app = opendify.parse_form(parameters)
     opendify.check_files(app, [PNG, PDF], {})
-    placed = opendify.place_files(app, [(PNG, "u"), (PDF, "u")], {})
+    placed = placed_files(app, [PNG, PDF])
     files = placed["files"] or placed["inputs"]["doc"]
     assert [row["type"] for row in files] == ["image", "custom"]
     with pytest.raises(opendify.BadRequest):
@@ -1300,12 +1308,12 @@ def test_file_that_is_taken_for_its_extension_is_custom(
 
 def test_many_files_take_little_time() -> None:
     songs, pictures = (
-        [(Attachment(name, url=str(n)), "") for n in range(9999)]
+        [Attachment(name, url=str(n)) for n in range(9999)]
         for name in ("a.mp3", "a.png")
     )
     fields = (AppInput("pics", "file-list", kinds=("image",)),)
     with at_most(80):
-        placed = opendify.place_files(AppForm(fields), [*songs, *pictures], {})
+        placed = placed_files(AppForm(fields), [*songs, *pictures])
         said = {
             kind: [
                 {"type": kind, "transfer_method": "remote_url", "url": str(n)}
