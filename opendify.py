@@ -2596,9 +2596,12 @@ class MissingInput(UpstreamRejected):
 
 _MAX_TOLD = 10_000  # characters of an error that are searched for what it means
 _WRONG_MODE = ("not_chat_app", "app_unavailable", "not_workflow_app")
-# What the words of providers' errors tell; Dify's code and status are 400 for all.
+# What only words tell: all of these are 400, and have one code of Dify's or another.
 _BY_WORDING: Mapping[str, type[ProxyError]] = {
-    r"\Aconversation not exists": ConversationGone,  # not by a node, of another app
+    # Said by this app, not by one that a node calls...
+    r"\Aconversation not exists": ConversationGone,
+    r"\A\S+ is required in input form": MissingInput,
+    # Said by the model's provider...
     r"insufficient.{0,3}(?:quota|balance)|quota.{0,20}exceeded|credit balance|余额不足"
     r"|欠费": QuotaExceeded,
     r"context.?(?:length|window)|(?:prompt|input) is too long|range of input length"
@@ -2634,8 +2637,6 @@ def error_from_dify(
             f"Dify refused the app key ({status} {code}: {text}). Check the key in "
             "MODEL_CONFIG or DIFY_API_KEYS, and that API access is on for the app."
         )
-    if re.fullmatch(r"\S+ is required in input form", whole):
-        return MissingInput(text, code=code)
     by_code = RateLimited if status == 429 else _BY_CODE.get(code)
     if by_code:
         return by_code(text)
@@ -2643,12 +2644,15 @@ def error_from_dify(
     excerpt = " ".join([whole[:_MAX_TOLD], whole[-_MAX_TOLD:], text[:_MAX_TOLD]])
     for wording, error in _BY_WORDING.items():
         if re.search(wording, excerpt, re.IGNORECASE):
-            return error(text)
-    if not in_run:
-        return _refusal(status, code, text)
-    is_late = re.search("timed? ?out|timeout", text, re.IGNORECASE)
-    failed = UpstreamFailed(text, code=code, retry=False)
-    return UpstreamTimeout(text) if is_late else failed
+            return error(text, code=error.code or code)
+    if in_run:
+        is_late = re.search("timed? ?out|timeout", text, re.IGNORECASE)
+        failed = UpstreamFailed(text, code=code, retry=False)
+        return UpstreamTimeout(text) if is_late else failed
+    if status >= 500:
+        return UpstreamFailed(f"Dify failed ({status}): {text}")
+    refusal = WrongMode if code in _WRONG_MODE else UpstreamRejected
+    return BodyTooLarge(text, code=code) if status == 413 else refusal(text, code=code)
 
 
 _GATEWAY_TIMEOUTS = (504, 522, 524)  # Dify says none of them; the last: Cloudflare's
@@ -2674,17 +2678,6 @@ def error_from_body(status: int, body: bytes) -> ProxyError:
         f"The base URL does not lead to Dify's API: the answer ({status}) is no JSON. "
         f"Check {BASE_SETTING}: it must be like https://host/v1."
     )
-
-
-def _refusal(status: int, code: str, text: str) -> ProxyError:
-    """A refusal before the run, by what can be done about it."""
-    if status >= 500:
-        return UpstreamFailed(f"Dify failed ({status}): {text}")
-    if code in _WRONG_MODE:
-        return WrongMode(text, code=code)
-    if status == 413:
-        return BodyTooLarge(text, code=code)
-    return UpstreamRejected(text, code=code)
 
 
 def _innermost_message(message: str) -> str:
