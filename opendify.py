@@ -3391,14 +3391,12 @@ class Appendix:
         return [*parts, self._final_usage()]
 
     def _final_usage(self) -> Usage:
-        """As message_end tells it, else the sum of the nodes if it adds up."""
+        """As message_end tells it, else of the nodes, whose sum the run may correct."""
         if self._usage.total_tokens:
             return self._usage
-        nodes, total = self._node_usage, self._total_tokens
-        if total and nodes.total_tokens != total:
-            completion = min(nodes.completion_tokens, total)
-            return Usage(total - completion, completion)
-        return nodes
+        total = self._total_tokens or self._node_usage.total_tokens
+        completion = min(self._node_usage.completion_tokens, total)
+        return Usage(total - completion, completion)
 
 
 _SIGNATURE = re.compile(r"[?&](?:timestamp|nonce|sign|as_attachment)=[^&]*")
