@@ -3426,9 +3426,7 @@ def answer_from_outputs(outputs: Json, variable: str, mode: str) -> str:
     usual = [texts[name] for name in _OUTPUT_NAMES if isinstance(texts.get(name), str)]
     if usual:
         return next(filter(None, usual), "")
-    if not texts:
-        return ""
-    value = next(iter(texts.values())) if len(texts) == 1 else texts
+    value = next(iter(texts.values()), "") if len(texts) < 2 else texts
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
