@@ -2348,12 +2348,14 @@ def check_files(form: AppForm, files: Sequence[Attachment], given: Json) -> None
 
 
 def has_room(form: AppForm, files: Sequence[Attachment], given: Json) -> bool:
-    """Whether the app surely takes so many files; the arguments of `check_files`."""
+    """Whether the app surely takes so many files; the arguments of `check_files`.
+
+    An input takes one, even if it is a list: Dify does not say how many.
+    """
     if rules := _upload_rules(form):
         return len(files) <= (count_of(rules.get("number_limits")) or 1)
-    fields = sum(input_.type in _FILE_TYPES for input_ in form.inputs)
-    _, beside = place_files(form, files, given)
-    return len(files) <= fields and not beside
+    inputs, beside = place_files(form, files, given)
+    return len(files) <= len(inputs) and not beside
 
 
 def _upload_rules(form: AppForm) -> dict[str, Any]:
