@@ -3312,15 +3312,13 @@ class Process:
 def _text_of_form(data: Json) -> str:
     """What a run that pauses asks the user for."""
     content = data.get("form_content") or data.get("message")
-    token = data.get("form_token")
-    actions = objects_of(data.get("actions"))
-    names = ", ".join(str(a.get("title") or a.get("id")) for a in actions)
-    lines = [
-        str(content or data.get("node_title") or "Input is needed."),
-        f"Actions: {names}" if actions else "",
-        f"Form: {token}" if token else "",
-    ]
-    return "\n\n".join(filter(None, lines))
+    text = str(content or data.get("node_title") or "Input is needed.")
+    if actions := objects_of(data.get("actions")):
+        names = ", ".join(str(a.get("title") or a.get("id")) for a in actions)
+        text += f"\n\nActions: {names}"
+    if token := data.get("form_token"):
+        text += f"\n\nForm: {token}"
+    return text
 
 
 class Appendix:
