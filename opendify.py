@@ -2614,8 +2614,6 @@ _BY_WORDING: Mapping[str, type[ProxyError]] = {
 }
 _BY_CODE: Mapping[str, type[ProxyError]] = {
     "provider_quota_exceeded": QuotaExceeded,
-    "too_many_requests": RateLimited,
-    "rate_limit_error": RateLimited,
     "conversation_completed": ConversationGone,
 }
 
