@@ -2403,12 +2403,11 @@ def _problem_beside(rules: Json, file: Attachment) -> str:
         return f"the app takes files of type {', '.join(kinds)}, not {kind}"
     methods = _texts(rules.get("allowed_file_upload_methods"))
     methods = methods or _texts(rules.get("transfer_methods"))
-    is_remote = bool(file.url and not file.upload_id)
-    if is_remote and methods and "remote_url" not in methods:
-        return "the app takes no URLs; send the file's data"
-    if not file.url and methods and "local_file" not in methods:
-        return "the app takes URLs only"
-    return ""
+    method = "remote_url" if file.url and not file.upload_id else "local_file"
+    if not methods or method in methods:
+        return ""
+    no_urls = "the app takes no URLs; send the file's data"
+    return no_urls if method == "remote_url" else "the app takes URLs only"
 
 
 def place_files(
