@@ -6438,9 +6438,9 @@ MAX_EXTENSION_BYTES = 1024  # of a chunk; nobody reads it
 _SIZE_LINE = rb"([0-9A-Fa-f]{1,15})[ \t]{0,64}(?:;[^\r\n]{0,%d})?" % MAX_EXTENSION_BYTES
 _CHUNK = re.compile(rb"\r\n" + _SIZE_LINE)
 _CHUNK_BEGUN = re.compile(rb"\r?\Z|\r\n(?:" + _SIZE_LINE + rb"\r?)?\Z")
+_TRAILERS = re.compile(rb"(?:\r\n[!#$%&'*+.^_`|~\w-]+:[^\r\n]*)*\r\n\r\n")
 _LAST_CHUNK = b"0\r\n\r\n"  # without trailers
 _BAD_CHUNK = "The size of a chunk is malformed, or its extension too long."
-_BAD_TRAILER = "A trailer field is malformed."
 
 
 class MalformedHTTP(BadRequest):
@@ -6467,7 +6467,6 @@ class BodyDecoder:
         # Of chunked coding: bytes that are not understood yet. The line end behind a
         # chunk is read with the next one; the body is taken as if the first had it.
         self._buffer = b"\r\n"
-        self._trailer_bytes = -1  # -1: the last chunk has not come
 
     def feed(self, data: bytes) -> bytes:
         """The bytes of the body in `data`, up to a `failure` if it leaves one."""
@@ -6499,9 +6498,9 @@ class BodyDecoder:
 
     def _feed_chunks(self, data: bytes, pieces: list[bytes]) -> None:
         """Take chunks one by one: those that are cut, and what is beside them."""
-        data = self._buffer + data if self._buffer else data
-        at, end, left = 0, len(data), self._left
-        while at < end and self._trailer_bytes < 0:
+        data = self._buffer + data
+        at, left = 0, self._left
+        while at < len(data):
             if not left:
                 line_end = data.find(b"\r\n", at + 2)
                 if line_end < 0:
@@ -6509,35 +6508,27 @@ class BodyDecoder:
                         raise MalformedHTTP(_BAD_CHUNK)
                     break
                 left = _chunk_size(data[at:line_end])
+                if not left:
+                    self._skip_trailers(data, line_end)
+                    break
                 at = line_end + 2
-                self._trailer_bytes = -1 if left else 0
             piece = data[at : at + left]
             pieces.append(piece)
             at += len(piece)
             left -= len(piece)
-        if self._trailer_bytes >= 0:
-            at = self._skip_trailers(data, at)
-        self._left = left
-        self._buffer = b"" if self.is_complete else data[at:]
+        self._left, self._buffer = left, data[at:]
 
-    def _skip_trailers(self, data: bytes, at: int) -> int:
-        """Pass the trailer fields; nobody here needs them."""
-        while True:
-            end = data.find(b"\r\n", at)
-            size = (end if end >= 0 else len(data)) - at
-            if size + self._trailer_bytes > MAX_HEAD_BYTES:
-                raise MalformedHTTP("The trailers are too long.")
-            if end < 0:
-                if b"\n" in data[at:] or b"\r" in data[at:-1]:
-                    raise MalformedHTTP(_BAD_TRAILER)
-                return at
-            line, at = data[at:end], end + 2
-            if not line:
-                self.is_complete, self.rest = True, data[at:]
-                return at
-            if not re.fullmatch(rb"[!#$%&'*+.^_`|~\w-]+:[^\r\n]*", line):
-                raise MalformedHTTP(_BAD_TRAILER)
-            self._trailer_bytes += len(line) + 2
+    def _skip_trailers(self, data: bytes, at: int) -> None:
+        """Pass the trailer fields, once all are here; nobody needs them."""
+        end = data.find(b"\r\n\r\n", at)
+        if (len(data) if end < 0 else end) - at > MAX_HEAD_BYTES:
+            raise MalformedHTTP("The trailers are too long.")
+        if end < 0:
+            check_line_ends(data[at:])
+        elif not _TRAILERS.fullmatch(data, at, end + 4):
+            raise MalformedHTTP("A trailer field is malformed.")
+        else:
+            self.is_complete, self.rest = True, data[end + 4 :]
 
 
 def _whole_chunks(data: bytes) -> bytes:
