@@ -6556,17 +6556,14 @@ def _chunk_size(line: bytes) -> int:
 
 # A form's parts in number, and the head of one: browsers send some 200 bytes.
 MAX_FORM_PARTS, MAX_PART_HEAD_BYTES = 256, 8 * 1024
-_BOUNDARY = re.compile(
-    r';\s*boundary=(?:"([^"]{1,200})"|([^\s";]{1,200}))', re.IGNORECASE
-)
 _AFTER_BOUNDARY = re.compile(rb"(--)|[ \t]{0,64}\r\n")
 _AFTER_BEGUN = re.compile(rb"-?\Z|[ \t]{0,64}\r?\Z")
+_PART_FIELD = re.compile(r"\r\n([\w-]+):([^\r\n\0]*)")
 _PARAMETER = re.compile(
-    r'\s*;\s*([\w*-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]+))', re.DOTALL
+    r';\s*([\w*-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]+))', re.DOTALL
 )
-_DISPOSITION = re.compile(
-    rf"form-data((?:{_PARAMETER.pattern})*)\s*;?\Z", re.DOTALL | re.IGNORECASE
-)
+
+Read = Callable[[], Awaitable[bytes]]  # more of a body, b"" at its end
 
 
 class FormPart(NamedTuple):
@@ -6577,113 +6574,110 @@ class FormPart(NamedTuple):
     media_type: str = ""
 
 
-class FormDecoder:
-    """Takes a form apart, however its bytes are cut: multipart/form-data, RFC 7578.
+class FormReader:
+    """Takes a form apart while it comes: multipart/form-data, RFC 7578.
 
-    What is read of a part's data is given out at once: no more is kept than the
-    beginning of a boundary, or of a part's head. Both methods raise BadRequest.
+    It keeps no more than what was read at once, and the beginning of a boundary or of a
+    part's head. Both methods raise BadRequest.
 
     Args:
         content_type: the request's, with the boundary.
+        read_body: gives more of the body.
     """
 
-    def __init__(self, content_type: str) -> None:
-        found = _BOUNDARY.search(content_type)
-        if not found:
+    def __init__(self, content_type: str, read_body: Read) -> None:
+        boundary = _parameters(content_type).get("boundary")
+        if not boundary:
             raise BadRequest("The Content-Type of the form names no boundary.")
-        self.is_complete = False  # the last boundary has come
-        self._delimiter = b"\r\n--" + (found[1] or found[2]).encode("latin-1")
+        self._delimiter = b"\r\n--" + boundary.encode("latin-1", "replace")
+        self._read_body = read_body
         # The line end before a boundary belongs to it, so data is read with the line
         # end before it, which is skipped; the whole body is taken as if it had one.
         self._buffer, self._skip = b"\r\n", 2
-        self._in_data = True
-        self._parts = 0  # 0: what is read comes before the first
+        self._parts = 0
 
-    def feed(self, data: bytes) -> list[FormPart | bytes]:
-        """What these bytes bring: heads of parts, each before its data, in pieces."""
-        events: list[FormPart | bytes] = []
-        if not self.is_complete:
-            self._buffer += data
-            while self._read_data(events) if self._in_data else self._read_head(events):
-                pass
-        return events
-
-    def feed_eof(self) -> None:
-        """The body is at its end."""
-        if not self.is_complete:
-            raise BadRequest("The form breaks off before its last boundary.")
-
-    def _read_data(self, events: list[FormPart | bytes]) -> bool:
-        """Data up to the next boundary; whether a part follows."""
-        data, size = self._buffer, len(self._delimiter)
-        end = found = data.find(self._delimiter)
-        if found < 0:
-            start = data.rfind(b"\r", max(0, len(data) - size + 1))
-            is_begun = start >= 0 and self._delimiter.startswith(data[start:])
-            end = start if is_begun else len(data)
-        if self._parts and end > self._skip:
-            events.append(data[self._skip : end])
-        self._buffer, self._skip = data[end:], max(0, self._skip - end)
-        return found >= 0 and self._read_boundary(size)
-
-    def _read_boundary(self, size: int) -> bool:
-        after = _AFTER_BOUNDARY.match(self._buffer, size)
-        if after and after[1]:
-            self.is_complete, self._buffer = True, b""
-        elif after:
-            self._in_data, self._buffer = False, self._buffer[after.end() - 2 :]
-            return True
-        elif not _AFTER_BEGUN.match(self._buffer, size):
-            raise BadRequest("A boundary of the form is malformed.")
-        return False
-
-    def _read_head(self, events: list[FormPart | bytes]) -> bool:
-        end = self._buffer.find(b"\r\n\r\n")
-        if (len(self._buffer) if end < 0 else end) > MAX_PART_HEAD_BYTES:
-            raise BadRequest("The head of a part of the form is too long.")
-        if end < 0:
-            return False
+    async def next_part(self) -> FormPart | None:
+        """The head of the next part, None after the last; passes what is before it."""
+        while await self.read():
+            pass
+        size = len(self._delimiter)
+        while not (after := _AFTER_BOUNDARY.match(self._buffer, size)):
+            if not _AFTER_BEGUN.match(self._buffer, size):
+                raise BadRequest("A boundary of the form is malformed.")
+            await self._read_more()
+        if after[1]:
+            return None
         self._parts += 1
         if self._parts > MAX_FORM_PARTS:
             raise BadRequest(f"The form has more than {MAX_FORM_PARTS} parts.")
-        events.append(_parse_part_head(self._buffer[2:end]))
-        self._in_data, self._buffer, self._skip = True, self._buffer[end + 2 :], 2
-        return True
+        self._buffer = self._buffer[after.end() - 2 :]
+        return _parse_part_head(await self._read_head())
+
+    async def read(self) -> bytes:
+        """More of the part's data; b"" at its end."""
+        while True:
+            data = self._buffer
+            found = data.find(self._delimiter)
+            end = found if found >= 0 else max(0, len(data) - len(self._delimiter) + 1)
+            piece = data[self._skip : end]
+            self._buffer, self._skip = data[end:], max(0, self._skip - end)
+            if piece or found >= 0:
+                return piece
+            await self._read_more()
+
+    async def _read_head(self) -> bytes:
+        """A part's head, each line behind its line end."""
+        most = MAX_PART_HEAD_BYTES
+        while (end := self._buffer.find(b"\r\n\r\n")) < 0 and len(self._buffer) <= most:
+            await self._read_more()
+        if not 0 <= end <= most:
+            raise BadRequest("The head of a part of the form is too long.")
+        head, self._buffer, self._skip = self._buffer[:end], self._buffer[end + 2 :], 2
+        return head
+
+    async def _read_more(self) -> None:
+        data = await self._read_body()
+        if not data:
+            raise BadRequest("The form breaks off before its last boundary.")
+        self._buffer += data
 
 
 def _parse_part_head(head: bytes) -> FormPart:
-    """The names of a part: raw UTF-8 (browsers, curl), or encoded (RFC 5987)."""
-    fields = {}
-    for line in head.decode("utf-8", "replace").split("\r\n") if head else ():
-        name, colon, value = line.partition(":")
-        if not re.fullmatch(r"[\w-]+:", name + colon) or re.search(r"[\r\n\0]", value):
-            raise BadRequest("The head of a part of the form is malformed.")
-        fields[name.lower()] = value.strip()
-    disposition = _DISPOSITION.match(fields.get("content-disposition", ""))
-    names = {
-        match[1].lower(): _parameter(match[1], match[2], match[3] or "")
-        for match in _PARAMETER.finditer(disposition[1] if disposition else "")
-    }
-    part_name = names.get("name*", names.get("name"))
-    if part_name is None:
+    text = head.decode("utf-8", "replace")
+    if _PART_FIELD.sub("", text):
+        raise BadRequest("The head of a part of the form is malformed.")
+    fields = {name.lower(): value.strip() for name, value in _PART_FIELD.findall(text)}
+    disposition = fields.get("content-disposition", "")
+    is_ours = disposition.partition(";")[0].strip().lower() == "form-data"
+    names = _parameters(disposition) if is_ours else {}
+    if "name" not in names:
         raise BadRequest("A part of the form has no name.")
     coding = fields.get("content-transfer-encoding", "binary").lower()
     if coding not in ("binary", "8bit", "7bit"):  # RFC 7578, section 4.7
         raise BadRequest(f"Content-Transfer-Encoding {coding!r} is not read in forms.")
-    filename = names.get("filename*", names.get("filename"))
-    return FormPart(part_name, filename, fields.get("content-type", ""))
+    media_type = fields.get("content-type", "")
+    return FormPart(names["name"], names.get("filename"), media_type)
 
 
-def _parameter(name: str, quoted: str | None, token: str) -> str:
-    """A parameter's value; for a quote, browsers write `%22`, curl a backslash too."""
-    if name.endswith("*"):
-        charset, _, rest = (token or quoted or "").partition("'")
-        encoding = "latin-1" if charset.lower() == "iso-8859-1" else "utf-8"
-        return urllib.parse.unquote(rest.partition("'")[2], encoding)
-    text = token if quoted is None else re.sub(r'\\(["\\])', r"\1", quoted)
-    return re.sub(
-        r"%(?:22|0[AaDd])", lambda match: urllib.parse.unquote(match[0]), text
-    )
+def _parameters(field: str) -> dict[str, str]:
+    """Those of a header field: as they are, or encoded (RFC 5987), which is preferred.
+
+    For a quote, browsers write `%22`, curl a backslash too.
+    """
+    parameters = {}
+    by_name = operator.itemgetter(0)
+    for name, quoted, token in sorted(_PARAMETER.findall(field), key=by_name):
+        if name.endswith("*"):
+            charset, _, rest = (quoted or token).partition("'")
+            encoding = "latin-1" if charset.lower() == "iso-8859-1" else "utf-8"
+            value = urllib.parse.unquote(rest.partition("'")[2], encoding)
+        else:
+            value = re.sub(r'\\(["\\])', r"\1", quoted or token)
+            value = re.sub(
+                r"%(?:22|0[AaDd])", lambda match: urllib.parse.unquote(match[0]), value
+            )
+        parameters[name.lower().rstrip("*")] = value
+    return parameters
 
 
 class Wire(asyncio.Protocol):
@@ -7287,7 +7281,6 @@ FORM_FRESH_S = 300.0  # what an app said of itself is asked again after this tim
 
 
 Connect = Callable[..., Awaitable[Wire]]
-Read = Callable[[], Awaitable[bytes]]  # more of a body, b"" at its end
 
 
 class Origin(NamedTuple):
@@ -9323,12 +9316,10 @@ class Form:
         self.start = b""  # of the file
         self.size = 0  # of the file, as far as read
         self._exchange = exchange
-        self._decoder: FormDecoder | None = None
-        self._events: deque[FormPart | bytes] = deque()
-        self._name = ""  # of the part that is being read
+        self._reader: FormReader | None = None  # None: all is read
         self._fields: dict[str, bytes] = {}
         self._field_bytes = 0
-        self._store: IO[bytes] | None = None  # of a file that is read already
+        self._store: IO[bytes] = io.BytesIO()  # of a file that is read already
         self._most_mb = 0  # 0: any size
 
     @property
@@ -9352,9 +9343,8 @@ class Form:
         """Read on to the file; raises BadRequest if there is none."""
         content_type = self._exchange.request.headers.get("content-type", "")
         if content_type.lower().startswith("multipart/form-data"):
-            self._decoder = FormDecoder(content_type)
-            while not self.file and (event := await self._next()):
-                self._take(event)
+            self._reader = FormReader(content_type, self._exchange.read)
+            await self._read_on(self._reader)
         elif "json" in content_type.lower() and self._exchange.route != "files":
             self._open_json(await read_whole(self._exchange))
         else:
@@ -9372,20 +9362,20 @@ class Form:
 
     async def read(self) -> bytes:
         """More of the file; b"" when it and the fields behind it are read."""
-        if self._store and not self._decoder:
+        if not self._reader:
             return self._store.read(READ_BUFFER_BYTES)
-        while event := await self._next():
-            if isinstance(event, bytes) and self._name == "file":
-                self.size += len(event)
-                self._check_size(self.size)
-                self.start += event[: _START_BYTES - len(self.start)]
-                return event
-            self._take(event)
-        return b""
+        data = await self._reader.read()
+        if data:
+            self.size += len(data)
+            self._check_size(self.size)
+            self.start += data[: _START_BYTES - len(self.start)]
+        else:
+            await self._read_on(self._reader)
+        return data
 
     async def hold(self) -> None:
         """Read all now, for the fields behind the file; a large one goes to disk."""
-        if self._decoder:
+        if self._reader:
             store = tempfile.SpooledTemporaryFile(MAX_HELD_BYTES)  # noqa: SIM115 - `close`
             self._store = cast("IO[bytes]", store)
             try:
@@ -9394,7 +9384,7 @@ class Form:
                 self._store.seek(0)
             except OSError as error:  # a full disk, or one that may not be written
                 raise Overloaded(_NO_ROOM % os.strerror(error.errno or 0)) from error
-            self._decoder = None  # all is read
+            self._reader = None  # all is read
 
     def limit(self, most_mb: int) -> None:
         """Refuse a file of more MB than that (0: any); at once, if its size is told."""
@@ -9404,36 +9394,26 @@ class Form:
 
     def close(self) -> None:
         """Let go of what is held."""
-        if self._store:
-            self._store.close()
+        self._store.close()
 
-    async def _next(self) -> FormPart | bytes:
-        """The next part's head, or more of its data; b"" at the end of the body."""
-        while self._decoder and not self._events:
-            data = await self._exchange.read()
-            if not data:
-                self._decoder.feed_eof()
-                return b""
-            self._events.extend(self._decoder.feed(data))
-        return self._events.popleft()
-
-    def _take(self, event: FormPart | bytes) -> None:
-        """Note a field, or begin the file."""
-        if isinstance(event, bytes):
-            self._field_bytes += len(event)
-            if self._field_bytes > MAX_FIELDS_BYTES:
-                raise BodyTooLarge(
-                    f"The fields of a form may have {MAX_FIELDS_BYTES >> 10} KiB."
-                )
-            self._fields[self._name] += event
-            return
-        self._name = event.name
-        if event.name != "file":
-            self._fields[event.name] = b""
-        elif self.file:
-            raise BadRequest("A form can bring one file at a time.", param="file")
-        else:
-            self.file = form_file(event.filename, event.media_type)
+    async def _read_on(self, reader: FormReader) -> None:
+        """Read fields: those before the file, or those behind it."""
+        while part := await reader.next_part():
+            if part.name == "file":
+                if self.file:
+                    raise BadRequest(
+                        "A form can bring one file at a time.", param="file"
+                    )
+                self.file = form_file(part.filename, part.media_type)
+                return
+            self._fields[part.name] = b""
+            while data := await reader.read():
+                self._field_bytes += len(data)
+                if self._field_bytes > MAX_FIELDS_BYTES:
+                    raise BodyTooLarge(
+                        f"The fields of a form may have {MAX_FIELDS_BYTES >> 10} KiB."
+                    )
+                self._fields[part.name] += data
 
     def _check_size(self, size: int) -> None:
         if self.file and self._most_mb and size > self._most_mb << 20:

@@ -13,10 +13,10 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 import pytest
@@ -36,7 +36,7 @@ from test_handlers import (
 )
 
 import opendify
-from opendify import BadRequest, FormDecoder, FormPart
+from opendify import BadRequest, FormPart, FormReader
 
 FORM_BODIES = int(os.environ.get("FORM_BODIES", "1000"))
 Parts = list[tuple[FormPart, bytes]]
@@ -44,23 +44,42 @@ CRLF = b"\r\n"
 
 
 # ------------------------------------------------------------------------------
-# The decoder of forms
+# The reader of forms
 # ------------------------------------------------------------------------------
+
+
+def reader_of(content_type: str, pieces: Iterable[bytes]) -> FormReader:
+    """Return the reader of a form that comes in pieces."""
+    coming = filter(None, pieces)
+
+    async def read() -> bytes:
+        return next(coming, b"")
+
+    return FormReader(content_type, read)
+
+
+async def read_parts(reader: FormReader) -> Parts:
+    parts = Parts()
+    while head := await reader.next_part():
+        data = b""
+        while piece := await reader.read():
+            data += piece
+        parts.append((head, data))
+    return parts
+
+
+def at_once(reading: Coroutine[Any, Any, Parts]) -> Parts:
+    """Return what is read; nothing has to be waited for."""
+    try:
+        reading.send(None)
+    except StopIteration as result:
+        return cast("Parts", result.value)
+    raise AssertionError("it waits")
 
 
 def decode(content_type: str, pieces: Iterable[bytes]) -> Parts:
     """Return the parts of a form that comes in pieces."""
-    decoder = FormDecoder(content_type)
-    parts: list[tuple[FormPart, list[bytes]]] = []
-    for piece in pieces:
-        for event in decoder.feed(piece):
-            if isinstance(event, FormPart):
-                parts.append((event, []))
-            else:
-                assert event
-                parts[-1][1].append(event)
-    decoder.feed_eof()
-    return [(head, b"".join(data)) for head, data in parts]
+    return at_once(read_parts(reader_of(content_type, pieces)))
 
 
 def outcome(content_type: str, pieces: Iterable[bytes]) -> Parts | str:
@@ -303,13 +322,21 @@ def test_forms_made_at_random_are_read_or_refused() -> None:
     assert FORM_BODIES / 10 < refused < FORM_BODIES
 
 
-def test_decoder_keeps_no_more_than_the_beginning_of_a_boundary() -> None:
-    decoder = FormDecoder(type_of("b"))
-    decoder.feed(part(FILE)[:-2])
-    for _ in range(100):
-        (data,) = decoder.feed(b"x" * 65536 + b"\r\n--")
-        assert len(data) >= 65536
-        assert decoder.feed(b"\r\n--") == [b"\r\n--"]
+async def test_reader_keeps_no_more_than_the_beginning_of_a_boundary() -> None:
+    head, came, given = [part(FILE)[:-2]], 0, 0
+
+    async def read() -> bytes:
+        nonlocal came
+        if head:
+            return head.pop()
+        assert came - given <= len(b"\r\n--")
+        came += 65536
+        return b"x" * 65532 + b"\r\n--"
+
+    reader = FormReader(type_of("b"), read)
+    assert await reader.next_part()
+    while given < 6_000_000:
+        given += len(await reader.read())
 
 
 # ------------------------------------------------------------------------------
