@@ -6758,6 +6758,8 @@ class Wire(asyncio.Protocol):
         if exc and not self._failure:
             self._failure = ConnectionBroken(str(exc))
         self._is_lost = True
+        if self._timer:
+            self._timer.cancel()
         self._end()
         self.resume_writing()
 
@@ -6809,21 +6811,22 @@ class Wire(asyncio.Protocol):
 
     def _check_deadline(self) -> None:
         self._timer = None
-        if not self._deadline:
+        if not self._deadline or self._is_lost:
             return
         if self._now() < self._deadline:
             self._arm()
             return
-        if self._room and self._unsent < self._was_unsent:
+        if self._unsent < self._was_unsent:
             self._allow_write()  # it reads, if slowly
             return
+        must_abort = bool(self._unsent or self._transport.is_closing())
         is_awaited = bool(self._reader and not self._reader.done())
-        if self._buffer and not (is_awaited or self._room or self._unsent):
+        if self._buffer and not (is_awaited or must_abort):
             self._deadline = 0.0  # we are late, not the peer
             return
         self._failure = self._failure or self._on_deadline()
         self.wake()
-        if self._unsent:
+        if must_abort:
             self._transport.abort()  # or `drain` would wait for ever
 
     # Reading...
@@ -6948,23 +6951,14 @@ class Wire(asyncio.Protocol):
 
     def close(self) -> None:
         """Close after what was written is sent; may be called twice."""
-        self.clear_deadline()
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
         if self._transport.is_closing():
             return
+        self.clear_deadline()
         self._transport.close()
         # A peer that reads nothing must not hold it for ever, nor one of TLS that does
         # not say goodbye in its turn.
         if self._unsent or self._transport.get_extra_info("sslcontext"):
-            self._loop.call_later(WRITE_TIMEOUT_S, self._close_at_last, self._unsent)
-
-    def _close_at_last(self, was_unsent: int) -> None:
-        if 0 < self._unsent < was_unsent:
-            self._loop.call_later(WRITE_TIMEOUT_S, self._close_at_last, self._unsent)
-        else:
-            self.abort()
+            self._allow_write()
 
     def abort(self) -> None:
         """Close now."""
