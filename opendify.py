@@ -7130,23 +7130,17 @@ def body_decoder(headers: Mapping[str, str], *, until_end: bool) -> BodyDecoder:
 def read_fields(fields: Collection[tuple[bytes, bytes]]) -> dict[str, str]:
     """Header fields by name; refuses what h11 lets pass and a strict reader must not.
 
-    Two framings, or one given twice, let two readers disagree about where a message
-    ends: request smuggling (RFC 9112, section 11.2).
+    Two framings let two readers disagree about where a message ends: request smuggling
+    (RFC 9112, section 11.2). That one is given twice h11 and `_LENIENT` see.
     """
     headers: dict[str, str] = {}
     for raw_name, raw_value in fields:
         name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
-        if name in headers:
-            if name in ("content-length", "transfer-encoding", "host"):
-                raise MalformedHTTP(f"The field {name} is given twice.")
-            value = f"{headers[name]}, {value}"
-        headers[name] = value
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if len(fields) > MAX_FIELDS:
         raise HeadTooLarge(f"There are more than {MAX_FIELDS} header fields.")
     if "transfer-encoding" in headers and "content-length" in headers:
         raise MalformedHTTP("Transfer-Encoding and Content-Length exclude each other.")
-    if len(headers.get("content-length", "")) > 18:
-        raise MalformedHTTP("The Content-Length is out of any range.")
     return headers
 
 
