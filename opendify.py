@@ -6667,15 +6667,13 @@ def _parameters(field: str) -> dict[str, str]:
     parameters = {}
     by_name = operator.itemgetter(0)
     for name, quoted, token in sorted(_PARAMETER.findall(field), key=by_name):
+        value = quoted or token
         if name.endswith("*"):
-            charset, _, rest = (quoted or token).partition("'")
+            charset, _, rest = value.partition("'")
             encoding = "latin-1" if charset.lower() == "iso-8859-1" else "utf-8"
             value = urllib.parse.unquote(rest.partition("'")[2], encoding)
         else:
-            value = re.sub(r'\\(["\\])', r"\1", quoted or token)
-            value = re.sub(
-                r"%(?:22|0[AaDd])", lambda match: urllib.parse.unquote(match[0]), value
-            )
+            value = re.sub(r'\\(["\\])', r"\1", value).replace("%22", '"')
         parameters[name.lower().rstrip("*")] = value
     return parameters
 
