@@ -8436,7 +8436,6 @@ class Metrics:
     """Counters and histograms, as Prometheus reads them (text format 0.0.4)."""
 
     def __init__(self) -> None:
-        self.in_flight = 0
         # Counters by name and labels; histograms by name, in two halves.
         self._counts: dict[tuple[Any, ...], int] = defaultdict(int)
         self._buckets: dict[str, list[int]] = defaultdict(_NO_COUNTS.copy)
@@ -8453,7 +8452,6 @@ class Metrics:
 
     def render(self, gauges: Mapping[str, float]) -> str:
         """All of them, and `gauges`, as text."""
-        gauges = {"opendify_requests_in_flight": self.in_flight, **gauges}
         lines, last = [], ""
         for (name, *labels), amount in sorted(self._counts.items(), key=repr):
             if name != last:
@@ -9691,6 +9689,7 @@ class Site:
         self.turns = Turns(dify, conversations, new_id, wall_clock)
         self.archive = Archive(dify, conversations, wall_clock)
         self.metrics = Metrics()
+        self.in_flight: set[Exchange] = set()
         self.created = int(wall_clock())  # the time of each model
         self.running: dict[ResponseStream, Exchange] = {}  # that are not complete
         self._key_failures: dict[str, list[float]] = {}  # times, by address
@@ -9890,7 +9889,10 @@ async def _any_of(awaitables: Iterable[Awaitable[Any]]) -> None:
 
 async def show_metrics(site: Site, exchange: Exchange) -> None:
     """`GET /metrics`, for Prometheus."""
-    gauges = {"opendify_conversations": len(site.conversations)}
+    gauges = {
+        "opendify_requests_in_flight": len(site.in_flight),
+        "opendify_conversations": len(site.conversations),
+    }
     fields = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]
     body = site.metrics.render(gauges).encode("utf-8", "replace")
     exchange.reply.send(Response(200, body, fields))
@@ -10883,7 +10885,6 @@ class Server(Listener):
         self.before_request: Callable[[], None] = lambda: None  # reads settings anew
         self._idle: set[Wire] = set()
         self._refused: set[Wire] = set()  # beyond MAX_CONNECTIONS, and as many at most
-        self._running: set[Exchange] = set()
         self._is_draining = False
         self.is_local = is_loopback(site.settings.server_host)
 
@@ -10892,7 +10893,7 @@ class Server(Listener):
         self._is_draining = True
         for wire in [wire for wire in self._idle if not wire.has_unread]:
             wire.close()
-        for exchange in self._running:
+        for exchange in self._site.in_flight:
             exchange.reply.must_close = True
         is_in_time = await self.stop(grace_s)
         await _settled(self._site.dify.background, CANCEL_S)
@@ -10929,7 +10930,7 @@ class Server(Listener):
             return False
         exchange = self._exchange(wire)
         wire.set_deadline(HEAD_TIMEOUT_S, _slow_request)
-        self._running.add(exchange)
+        self._site.in_flight.add(exchange)
         try:
             await self._answer(exchange, wire)
         except ConnectionBroken:
@@ -10944,7 +10945,7 @@ class Server(Listener):
             log.exception("a bug, in request %s", exchange.id)
             _refuse(exchange, ProxyError("OpenDify failed; its log says more."))
         finally:
-            self._running.discard(exchange)
+            self._site.in_flight.discard(exchange)
             wire.on_leave = None
             self._note(exchange)
             # They refer back to it: a long question would wait for garbage collection.
@@ -10987,12 +10988,8 @@ class Server(Listener):
         if exchange.route not in READING_ENDPOINTS:
             exchange.body = await read_whole(exchange)
             exchange.read = no_body
-        self._site.metrics.in_flight += 1
-        try:
-            await handler(self._site, exchange)
-            await reply.drain()  # it is over when the client has it
-        finally:
-            self._site.metrics.in_flight -= 1
+        await handler(self._site, exchange)
+        await reply.drain()  # it is over when the client has it
 
     def _note(self, exchange: Exchange) -> None:
         """What the log and the metrics say of a request."""
