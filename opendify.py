@@ -10810,14 +10810,10 @@ _APP_SCHEMES = (
 
 
 class Listener:
-    """Accepts connections, and serves each in a task of its own.
-
-    `is_local` if only this machine can reach it.
-    """
-
-    is_local = True  # until it listens elsewhere
+    """Accepts connections, and serves each in a task of its own."""
 
     def __init__(self) -> None:
+        self.is_local = True  # only this machine can reach it
         self._tasks: set[asyncio.Task[None]] = set()
         self._servers: list[asyncio.base_events.Server] = []
 
@@ -10886,7 +10882,6 @@ class Server(Listener):
         self._idle: set[Wire] = set()
         self._refused: set[Wire] = set()  # beyond MAX_CONNECTIONS, and as many at most
         self._is_draining = False
-        self.is_local = is_loopback(site.settings.server_host)
 
     async def drain(self, grace_s: float = DRAIN_S) -> bool:
         """Stop accepting, let running requests end; whether all of them did."""

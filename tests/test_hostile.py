@@ -49,6 +49,7 @@ from opendify import (
     Wire,
     find_endpoint,
     find_handler,
+    is_loopback,
     open_conversations,
     open_wire,
     parse_settings,
@@ -237,9 +238,9 @@ async def hosting(
     ids = itertools.count(1)
     site = Site(dify, conversations, lambda: str(next(ids)))
     server = Server(site, lambda: f"req_{next(ids)}")
-    is_local = server.is_local  # as if it listened where the settings say
     ((_, port),) = await server.listen("127.0.0.1", 0)
-    server.is_local = is_local
+    # As if it listened where the settings say.
+    server.is_local = is_loopback(settings.server_host)
     try:
         yield Host(server, port)
     finally:
