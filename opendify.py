@@ -10907,8 +10907,8 @@ class Server(Listener):
                 return
             while await self._serve_one(wire) and not self._is_draining:
                 pass
-        except (ConnectionBroken, MalformedHTTP):
-            pass
+        except (ConnectionBroken, ProxyError):
+            pass  # it was told before
         finally:
             self._refused.discard(wire)
             wire.close()
@@ -11052,24 +11052,16 @@ async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
         Whether the connection may go on.
     """
     reply, body = exchange.reply, exchange.decoder
+    exchange.error = None  # its traceback holds the exchange
     await reply.drain()
-    is_good = reply.is_complete and not reply.must_close
-    error, exchange.error = exchange.error, None  # its traceback holds the exchange
-    if isinstance(error, RequestTimeout):
-        return False  # nothing can be read after a deadline
-    if body and body.is_complete:
-        return is_good
-    wire.set_deadline(DISCARD_S, ConnectionBroken)
+    if not body or body.failure:
+        body = BodyDecoder(-1)  # nobody knows what belongs to it
+    if not body.is_complete:
+        wire.set_deadline(DISCARD_S, ConnectionBroken)
     size = 0
-    while size < DISCARD_BYTES:
-        if body and not body.failure:
-            data = await wire.read_body(body)
-        else:
-            data = await wire.read()
-        size += len(data)
-        if not data:
-            return is_good
-    return False
+    while not body.is_complete and size < DISCARD_BYTES:
+        size += len(await wire.read_body(body))
+    return size < DISCARD_BYTES and reply.is_complete and not reply.must_close
 
 
 def _body_reader(
