@@ -7148,11 +7148,11 @@ def _split_target(method: bytes, target: str) -> tuple[str, str]:
         return target, ""
     if target == "*" and method == b"OPTIONS":
         return "/", ""
-    match = re.match(r"https?://([^/?#@]+)([/?][^#]*)?\Z", target, re.IGNORECASE)
+    absolute = r"https?://([^/?#@]+)(?![^/?])/?([^#]*)\Z"
+    match = re.match(absolute, target, re.IGNORECASE)
     if not match:
         raise MalformedHTTP("The request target must be a path.")
-    path = match[2] or "/"
-    return path if path.startswith("/") else f"/{path}", match[1]
+    return f"/{match[2]}", match[1]
 
 
 @functools.lru_cache(maxsize=1)
@@ -7201,13 +7201,12 @@ class Reply:
         """The head; without a length the body is chunked, or ends at the close."""
         date = _http_date(int(time.time()))
         fields = [("Date", date), *headers, *self.headers]
-        if length is not None and status != 204:
+        self._is_chunked = length is None and not self._is_old
+        if self._is_chunked:
+            fields.append(("Transfer-Encoding", "chunked"))
+        elif length is not None and status != 204:
             fields.append(("Content-Length", str(length)))
-        elif length is None:
-            self._is_chunked = not self._is_old
-            self.must_close = self.must_close or self._is_old
-            fields += [("Transfer-Encoding", "chunked")] * self._is_chunked
-        if self.must_close:
+        if self.must_close:  # as always for HTTP/1.0
             fields.append(("Connection", "close"))
         start = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"
         self._head, self.status = encode_head(start, fields), status
