@@ -6841,9 +6841,8 @@ class Wire(asyncio.Protocol):
         return bool(self._buffer)
 
     def skip_empty_lines(self) -> bool:
-        """Drop those before a request (RFC 9112, section 2.2); whether more is here."""
-        if self._buffer.startswith(b"\r\n"):
-            self._buffer = re.sub(rb"\A(?:\r\n)+", b"", self._buffer)
+        """Drop those before a request; whether more is here."""
+        self._buffer = _without_empty_lines(self._buffer)
         return bool(self._buffer)
 
     async def wait_for_data(self) -> bool:
@@ -6888,9 +6887,7 @@ class Wire(asyncio.Protocol):
                 raise ConnectionBroken("closed in the middle of a head")
             if not more:
                 return b""
-            data += more
-            if data.startswith(b"\r\n"):  # RFC 9112, section 2.2
-                data = re.sub(rb"\A(?:\r\n)+", b"", data)
+            data = _without_empty_lines(data + more)
             end = data.find(b"\r\n\r\n", max(0, checked - 3))
             if (len(data) if end < 0 else end) > MAX_HEAD_BYTES:
                 raise HeadTooLarge(f"The head is over {MAX_HEAD_BYTES >> 10} KiB.")
@@ -6973,6 +6970,11 @@ async def open_wire(*address: Any, **options: Any) -> Wire:
 
 
 # Heads...
+
+
+def _without_empty_lines(data: bytes) -> bytes:
+    """Data without those that may stand before a head (RFC 9112, section 2.2)."""
+    return re.sub(rb"\A(?:\r\n)+", b"", data) if data.startswith(b"\r\n") else data
 
 
 def check_line_ends(data: bytes) -> None:
