@@ -6556,8 +6556,6 @@ def _chunk_size(line: bytes) -> int:
 
 # A form's parts in number, and the head of one: browsers send some 200 bytes.
 MAX_FORM_PARTS, MAX_PART_HEAD_BYTES = 256, 8 * 1024
-_AFTER_BOUNDARY = re.compile(rb"(--)|[ \t]{0,64}\r\n")
-_AFTER_BEGUN = re.compile(rb"-?\Z|[ \t]{0,64}\r?\Z")
 _PART_FIELD = re.compile(r"\r\n([\w-]+):([^\r\n\0]*)")
 _PARAMETER = re.compile(
     r';\s*([\w*-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]+))', re.DOTALL
@@ -6601,16 +6599,17 @@ class FormReader:
         while await self.read():
             pass
         size = len(self._delimiter)
-        while not (after := _AFTER_BOUNDARY.match(self._buffer, size)):
-            if not _AFTER_BEGUN.match(self._buffer, size):
-                raise BadRequest("A boundary of the form is malformed.")
+        while len(self._buffer) < size + 2:
             await self._read_more()
-        if after[1]:
+        after = self._buffer[size : size + 2]
+        if after == b"--":
             return None
+        if after != b"\r\n":
+            raise BadRequest("A boundary of the form is malformed.")
         self._parts += 1
         if self._parts > MAX_FORM_PARTS:
             raise BadRequest(f"The form has more than {MAX_FORM_PARTS} parts.")
-        self._buffer = self._buffer[after.end() - 2 :]
+        self._buffer = self._buffer[size:]
         return _parse_part_head(await self._read_head())
 
     async def read(self) -> bytes:

@@ -164,10 +164,10 @@ SAMPLES: dict[str, tuple[str, bytes, Parts]] = {
         + b"--bb--",
         [(FormPart("a"), b"\r\n--b\r\n\r--bb\n--bb\r\n-\r\n-bb--\r\r\n")],
     ),
-    "preamble-epilogue-padding": (
+    "preamble-epilogue": (
         type_of("b"),
         b"This is ignored.\r\n--c\r\n"
-        + part('name="a"', b"1").replace(b"--b\r\n", b"--b \t \r\n")
+        + part('name="a"', b"1")
         + b"--b--  and so\r\n--b\r\nis this",
         [(FormPart("a"), b"1")],
     ),
@@ -250,7 +250,7 @@ MALFORMED: dict[str, tuple[str, bytes, str]] = {
         "base64",
     ),
     "long-head": (type_of("b"), head_of("A: " + "x" * 9000), "too long"),
-    "long-padding": (type_of("b"), b"--b" + b" " * 100, "boundary"),
+    "padding": (type_of("b"), b"--b \r\n" + END, "boundary"),
     "many-parts": (type_of("b"), part('name="a"') * 257 + END, "256 parts"),
 }
 
