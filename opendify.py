@@ -6666,13 +6666,9 @@ def _parameters(field: str) -> dict[str, str]:
     parameters = {}
     by_name = operator.itemgetter(0)
     for name, quoted, token in sorted(_PARAMETER.findall(field), key=by_name):
-        value = quoted or token
-        if name.endswith("*"):
-            charset, _, rest = value.partition("'")
-            encoding = "latin-1" if charset.lower() == "iso-8859-1" else "utf-8"
-            value = urllib.parse.unquote(rest.partition("'")[2], encoding)
-        else:
-            value = re.sub(r'\\(["\\])', r"\1", value).replace("%22", '"')
+        value = re.sub(r'\\(["\\])', r"\1", quoted or token).replace("%22", '"')
+        if name.endswith("*"):  # UTF-8''%C3%BC.png
+            value = urllib.parse.unquote(value.split("'", 2)[-1])
         parameters[name.lower().rstrip("*")] = value
     return parameters
 

@@ -149,7 +149,7 @@ SAMPLES: dict[str, tuple[str, bytes, Parts]] = {
     "rfc-5987": (
         type_of("b"),
         part('name="file"; filename="a.txt"; filename*=UTF-8\'\'%e2%82%ac%20.txt')
-        + part("name=\"file\"; filename*=iso-8859-1'en'%A3.txt", b"y")
+        + part("name=\"file\"; filename*=utf-8'en'%C2%A3.txt", b"y")
         + END,
         [(FormPart("file", "€ .txt"), b""), (FormPart("file", "£.txt"), b"y")],
     ),
