@@ -6646,9 +6646,7 @@ def _parse_part_head(head: bytes) -> FormPart:
     if _PART_FIELD.sub("", text):
         raise BadRequest("The head of a part of the form is malformed.")
     fields = {name.lower(): value.strip() for name, value in _PART_FIELD.findall(text)}
-    disposition = fields.get("content-disposition", "")
-    is_ours = disposition.partition(";")[0].strip().lower() == "form-data"
-    names = _parameters(disposition) if is_ours else {}
+    names = _parameters(fields.get("content-disposition", ""))
     if "name" not in names:
         raise BadRequest("A part of the form has no name.")
     coding = fields.get("content-transfer-encoding", "binary").lower()

@@ -234,11 +234,6 @@ MALFORMED: dict[str, tuple[str, bytes, str]] = {
     "folded": (type_of("b"), head_of("Content-Disposition: f\r\n d"), "head of a part"),
     "no-disposition": (type_of("b"), head_of("A: 1"), "no name"),
     "no-head": (type_of("b"), b"--b\r\n\r\nx\r\n--b--", "no name"),
-    "attachment": (
-        type_of("b"),
-        head_of('Content-Disposition: attachment; name="a"'),
-        "no name",
-    ),
     "open-quote": (
         type_of("b"),
         head_of('Content-Disposition: form-data; name="a'),
