@@ -10880,8 +10880,8 @@ class Server(Listener):
     async def drain(self, grace_s: float = DRAIN_S) -> bool:
         """Stop accepting, let running requests end; whether all of them did."""
         self._is_draining = True
-        for wire in [wire for wire in self._idle if not wire.has_unread]:
-            wire.close()
+        for wire in self._idle:
+            wire.wake()
         for exchange in self._site.in_flight:
             exchange.reply.must_close = True
         is_in_time = await self.stop(grace_s)
