@@ -6874,12 +6874,7 @@ class Wire(asyncio.Protocol):
     async def read_head(self) -> bytes:
         """The next head, its blank line included; b"" if the peer closed before one."""
         data, checked = b"", 0
-        while True:
-            more = await self.read()
-            if not more and data:
-                raise ConnectionBroken("closed in the middle of a head")
-            if not more:
-                return b""
+        while more := await self.read():
             data = _without_empty_lines(data + more)
             end = data.find(b"\r\n\r\n", max(0, checked - 3))
             if (len(data) if end < 0 else end) > MAX_HEAD_BYTES:
@@ -6889,6 +6884,9 @@ class Wire(asyncio.Protocol):
                 return data[: end + 4]
             check_line_ends(data[max(0, checked - 1) :])
             checked = len(data)
+        if data:
+            raise ConnectionBroken("closed in the middle of a head")
+        return b""
 
     async def read_body(self, decoder: BodyDecoder) -> bytes:
         """The next bytes of a body; b"" when it is complete, or `wake` was called."""
