@@ -6998,11 +6998,6 @@ class Request(NamedTuple):
     http_version: str = "1.1"
 
     @property
-    def wants_close(self) -> bool:
-        """Whether the client will send nothing more on this connection."""
-        return is_last(self.headers, self.http_version)
-
-    @property
     def expects_continue(self) -> bool:
         """Whether the client waits for a 100 before it sends the body."""
         expect = self.headers.get("expect", "").lower()
@@ -7176,7 +7171,7 @@ class Reply:
 
     def suit(self, request: Request) -> None:
         """Be the reply to this request."""
-        self.must_close = request.wants_close
+        self.must_close = is_last(request.headers, request.http_version)
         self._is_bare = request.method == "HEAD"
         self._is_old = request.http_version == "1.0"
 

@@ -33,6 +33,7 @@ from opendify import (
     body_decoder,
     check_line_ends,
     encode_head,
+    is_last,
     parse_request_head,
     read_fields,
 )
@@ -745,7 +746,7 @@ def test_response_fields_are_read_as_strictly() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "version", "wants_close", "expects_continue"),
+    ("fields", "version", "is_the_last", "expects_continue"),
     [
         ({}, "1.1", False, False),
         ({"connection": "close"}, "1.1", True, False),
@@ -758,10 +759,10 @@ def test_response_fields_are_read_as_strictly() -> None:
     ],
 )
 def test_request_tells_how_to_go_on(
-    fields: dict[str, str], version: str, wants_close: bool, expects_continue: bool
+    fields: dict[str, str], version: str, is_the_last: bool, expects_continue: bool
 ) -> None:
     request = Request("GET", "/", "", fields, version)
-    assert request.wants_close is wants_close
+    assert is_last(fields, version) is is_the_last
     assert request.expects_continue is expects_continue
 
 
