@@ -10823,7 +10823,7 @@ class Listener:
             raise OSError("the system has no addresses of this kind")
         self._servers.append(server)
         addresses = [socket_.getsockname()[:2] for socket_ in server.sockets]
-        self.is_local = all(is_loopback(host) for host, _ in addresses)
+        self.is_local &= all(is_loopback(host) for host, _ in addresses)
         for socket_ in server.sockets:
             with socket.fromfd(socket_.fileno(), socket_.family, socket_.type) as twin:
                 twin.listen(BACKLOG)
