@@ -10785,8 +10785,7 @@ CANCEL_S = 2.0  # for what was cut to stop its runs in Dify, and for the backgro
 DRAIN_S = 30.0  # Kubernetes kills after 30 s by default
 _CORS_EXPOSED = (
     "x-request-id, retry-after, retry-after-ms, x-should-retry, openai-processing-ms, "
-    "x-dify-conversation-id, x-dify-message-id, "
-    "x-dify-workflow-run-id"
+    "x-dify-conversation-id, x-dify-message-id, x-dify-workflow-run-id"
 )
 # Desktop apps and editor or browser extensions: pages that the user has installed.
 _APP_PAGE = "file://"  # of Electron (Cherry Studio, Chatbox); in a browser it is "null"
@@ -10959,7 +10958,7 @@ class Server(Listener):
         reply.suit(request)
         reply.must_close = reply.must_close or self._is_draining
         check_host(request, settings, is_local=self.is_local)
-        reply.headers += cors_headers(request, settings)
+        reply.headers += cors_headers(request)
         if request.method == "OPTIONS":
             reply.send(Response(204, b"", _preflight(request)))
             return
@@ -11128,16 +11127,15 @@ def _is_allowed(origin: str, host: str, allowed: Sequence[str]) -> bool:
     return scheme in _APP_SCHEMES and bool(rest)
 
 
-def cors_headers(request: Request, settings: Settings) -> list[tuple[str, str]]:
-    """Headers that let a page read the response, errors included."""
+def cors_headers(request: Request) -> list[tuple[str, str]]:
+    """Headers that let a page read the response, errors included; it may call."""
     origin = request.headers.get("origin")
     if origin is None:
         return []
-    is_any = "*" in settings.allowed_origins
     return [
-        ("Access-Control-Allow-Origin", "*" if is_any else origin),
+        ("Access-Control-Allow-Origin", origin),
         ("Access-Control-Expose-Headers", _CORS_EXPOSED),
-        *([] if is_any else [("Vary", "Origin")]),
+        ("Vary", "Origin"),
     ]
 
 
