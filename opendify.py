@@ -1367,8 +1367,7 @@ def parse_tools(body: Json) -> tuple[tuple[Tool, ...], str]:
     if mode not in _MODES:
         problem = f"{mode!r} is none of auto, none, required, a tool, allowed_tools."
         raise bad_value(field_name, problem)
-    tools = [tool for value in given for tool in _parse_tool(value)]
-    tools = [tool for tool in tools if not names or tool.name in names]
+    tools = [tool for tool in _parse_tools(given) if not names or tool.name in names]
     if _MODES[mode] == "required" and not tools:
         problem = "it asks for a call of a function that is not in `tools`."
         raise bad_value(field_name, problem)
@@ -1377,26 +1376,25 @@ def parse_tools(body: Json) -> tuple[tuple[Tool, ...], str]:
     return (() if mode == "none" else tuple(tools)), _MODES[mode]
 
 
-def _function(tool: Any) -> dict[str, Any]:
+def _function(tool: Json) -> dict[str, Any]:
     """The function of a tool or a choice: nested (Chat) or flat (Responses, legacy)."""
-    tool = object_of(tool)
     nested = tool.get("function", tool.get("custom"))
-    return nested if isinstance(nested, dict) else tool
+    return nested if isinstance(nested, dict) else {**tool}
 
 
-def _parse_tool(tool: Any) -> list[Tool]:
-    """The tool as it is given, or [] if it is neither a function nor custom."""
-    function = _function(tool)
-    name, kind = function.get("name"), tool.get("type") if function else ""
-    is_function, is_custom = kind in (None, "function"), kind == "custom"
-    if not isinstance(name, str) or not name or not (is_function or is_custom):
-        return []
-    description = str(function.get("description") or "")
-    if is_custom:
-        parameters = _text_parameters(object_of(function.get("format")))
-    else:
-        parameters = object_of(function.get("parameters"))
-    return [Tool(name, description, parameters, is_custom)]
+def _parse_tools(given: list[Any]) -> Iterator[Tool]:
+    """The tools as they are given, but what is neither a function nor custom."""
+    for tool in objects_of(given):
+        function, kind = _function(tool), tool.get("type") or "function"
+        name, is_custom = function.get("name"), kind == "custom"
+        if not (name and isinstance(name, str) and kind in ("function", "custom")):
+            continue
+        description = str(function.get("description") or "")
+        if is_custom:
+            parameters = _text_parameters(object_of(function.get("format")))
+        else:
+            parameters = object_of(function.get("parameters"))
+        yield Tool(name, description, parameters, is_custom)
 
 
 def _text_parameters(form: Json) -> dict[str, Any]:
@@ -1415,10 +1413,8 @@ def _parse_choice(choice: Any) -> tuple[str, list[Any]]:
         return str(choice)[:80], []
     kind = choice.get("type")
     if kind == "allowed_tools":
-        allowed = choice.get("allowed_tools")
-        allowed = allowed if isinstance(allowed, dict) else choice
-        tools = allowed.get("tools")
-        tools = tools if isinstance(tools, list) else []
+        allowed = object_of(choice.get("allowed_tools")) or choice
+        tools = objects_of(allowed.get("tools"))
         names = [_function(tool).get("name") for tool in tools]
         return str(allowed.get("mode") or "auto")[:80], names
     name = _function(choice).get("name")
@@ -1472,8 +1468,8 @@ def told_tools(text: str) -> list[Tool]:
     _, opener, rest = text.rpartition(_TOOLS_TEXT.partition("{")[0])
     lines, closer, _ = rest.partition("\n</tools>\n")
     try:
-        values = map(parse_json_text, lines.split("\n") if opener and closer else ())
-        return [tool for value in values for tool in _parse_tool(value)]
+        texts = lines.split("\n") if opener and closer else []
+        return [*_parse_tools([parse_json_text(text) for text in texts])]
     except ValueError:
         return []
 
