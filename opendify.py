@@ -1628,10 +1628,15 @@ class CallReader:
             done.append(Text(text))
 
 
+class _Unfinished(Exception):
+    """More text must come before it is certain how this goes on."""
+
+
 class _Block:
     """Text that begins as calls do, read token by token as it grows.
 
-    `calls` are those certain so far, `taken` is how much of the text is theirs.
+    `calls` are those certain so far, `taken` is how much of the text is theirs. What
+    takes a token raises ValueError if it is no part of calls.
     """
 
     def __init__(self, tools: Mapping[str, Tool]) -> None:
@@ -1650,10 +1655,13 @@ class _Block:
     def read(self, text: str, *, is_last: bool) -> bool:
         """Go on with the whole text so far; whether the block is over."""
         self._text, self._is_last = text, is_last
-        while self._at < len(text):
-            step = self._step()
-            if not step:
-                return is_last or step is False
+        try:
+            while self._at < len(text):
+                self._take_token()
+        except _Unfinished:
+            return is_last
+        except ValueError:
+            return True
         if is_last:
             if self._given:
                 self._finish([(self._name, self._given)], self._at)
@@ -1667,50 +1675,50 @@ class _Block:
         """How far it has looked."""
         return max(self._at, self._sought, self._value.reach)
 
-    # Each step returns True for a token taken, None for one that needs more text, and
-    # False for what is no part of calls...
-
-    def _step(self) -> bool | None:
+    def _take_token(self) -> None:
         token = _TOKEN.match(self._text, self._at)
         if self._text[self._at : self._at + _LONGEST] in _BEGINNINGS:
             token = token if self._is_last else None
         elif not token and not _UNFINISHED.match(self._text, self._at):
-            return False
+            raise ValueError
         if not token:
-            return None
-        step: bool | None = getattr(self, f"_take_{token.lastgroup}")(token)
-        return step
+            raise _Unfinished
+        getattr(self, f"_take_{token.lastgroup}")(token)
 
-    def _take_space(self, token: re.Match[str]) -> bool:
+    def _take_space(self, token: re.Match[str]) -> None:
         self._at = token.end()
-        return True
 
-    def _take_opener(self, token: re.Match[str]) -> bool:
+    def _take_opener(self, token: re.Match[str]) -> None:
         if self._given and token["name"]:  # the call before it was not closed
             self._finish([(self._name, self._given)], self._at)
         self._is_tagged, self._is_open = not self._is_fenced, True
         self._name, self._at = token["name"] or self._name, token.end()
-        return not token["name"] or self._name in self._tools
+        if token["name"] and self._name not in self._tools:
+            raise ValueError
 
-    def _take_word(self, token: re.Match[str]) -> bool | None:
+    def _take_word(self, token: re.Match[str]) -> None:
         """The tool's name, bare: `functions.get_weather:0`."""
+        if not self._is_tagged or self._name:
+            raise ValueError
         word = token[0]
         name = re.sub(r"\Afunctions\.|:\d*\Z", "", word)
-        known = [*self._tools, "functions."]
-        if not self._is_tagged or self._name:
-            return False
         if token.end() == len(self._text) and not self._is_last:
-            return None if any(k.startswith((name, word)) for k in known) else False
+            known = [*self._tools, "functions."]
+            is_begun = any(k.startswith((name, word)) for k in known)
+            raise _Unfinished if is_begun else ValueError
         self._at = token.end()
         self._name = name if name in self._tools else ""
-        return bool(self._name) or word == "function"  # "function" leads DeepSeek's
+        if not self._name and word != "function":  # that leads DeepSeek's
+            raise ValueError
 
-    def _take_parameter(self, token: re.Match[str]) -> bool | None:
+    def _take_parameter(self, token: re.Match[str]) -> None:
+        if not self._name:
+            raise ValueError
         closer = f"</{token['tag'] or token['arg_tag']}>"
         end = self._text.find(closer, max(self._sought, token.end()))
-        if end < 0 or not self._name:
-            self._sought = len(self._text) - len(closer) + 1 if self._name else 0
-            return None if self._name else False
+        if end < 0:
+            self._sought = len(self._text) - len(closer) + 1
+            raise _Unfinished
         key, tool = token["key"] or token["arg_key"].strip(), self._tools[self._name]
         for other in _NEXT_PARAMETER.finditer(self._text, token.end(), end):
             if other["key"] in _properties(tool):  # the closer before it is missing
@@ -1719,70 +1727,64 @@ class _Block:
         text = re.sub(r"\A\n|\n\Z", "", self._text[token.end() : end])
         self._given[key] = _typed(tool, key, text)
         self._at, self._sought = end + len(closer), 0
-        return True
 
-    def _take_closer(self, token: re.Match[str]) -> bool:
+    def _take_closer(self, token: re.Match[str]) -> None:
         if self._name:
             self._finish([(self._name, self._given)], token.end())
         self._at = token.end()
         if self.taken and not self._is_open:
             self.taken = self._at
-        return True
 
-    def _take_fence(self, token: re.Match[str]) -> bool | None:
+    def _take_fence(self, token: re.Match[str]) -> None:
         if token.end() == len(self._text) and not self._is_last:
-            return None
+            raise _Unfinished
         language, start = token[0].strip("` \t").lower(), self._at
         self._at = token.end()
         if self._is_tagged or not start:
             self._is_fenced = not self._is_tagged
-            return language in _FENCES
-        if self._is_fenced and not language:
+            if language in _FENCES:
+                return
+        elif self._is_fenced and not language:
             self._commit()
-        return False
+        raise ValueError
 
-    def _take_json(self, _token: re.Match[str]) -> bool | None:
-        begins = bool(self._name) or self._is_tagged or self._begins_call()
-        if not begins:
-            return begins
+    def _take_json(self, _token: re.Match[str]) -> None:
+        if not (self._name or self._is_tagged):
+            self._expect_call()
         end = self._value.find(self._text, self._at)
         if not end and not self._is_last:
-            return None
+            raise _Unfinished
         end = end or len(self._text)
         if not self._is_tagged and not self._is_fenced:
-            stands = self._stands_alone(self._text[end : end + _MAX_BLANK])
-            if not stands:
-                return stands
-        try:
-            calls = self._calls_in(parse_sloppy_json(self._text[self._at : end]))
-        except ValueError:
-            return False
+            self._expect_end(self._text[end : end + _MAX_BLANK])
+        calls = self._calls_in(parse_sloppy_json(self._text[self._at : end]))
         self._finish(calls, end)
-        return True
 
-    def _begins_call(self) -> bool | None:
-        """Whether JSON begins as a call does, None while that is open."""
+    def _expect_call(self) -> None:
+        """JSON must begin as a call does."""
         head = cast("re.Match[str]", _HEAD.match(self._text, self._at))
         key, value = head["key"] or "", head["value"]
         is_open = head.end() == len(self._text)
         if not value:
-            is_open = is_open and any(known.startswith(key) for known in _FIRST_KEYS)
-            return None if is_open else False
-        if value in "[{":
-            return key in (*_INNER, "arguments")
+            is_begun = is_open and any(known.startswith(key) for known in _FIRST_KEYS)
+            raise _Unfinished if is_begun else ValueError
+        if value in "[{" and key in (*_INNER, "arguments"):
+            return
         values = _FIRST_VALUES.get(key, tuple(self._tools) if key in _NAMES else ())
         start = value[1:6] if key == "id" else value[1:].replace("functions.", "", 1)
         if start in values and (head["closed"] or key == "id"):
-            return True
-        is_open = is_open and not head["closed"]
-        known = (*values, "functions.")
-        return None if is_open and any(v.startswith(start) for v in known) else False
+            return
+        is_open = is_open and not head["closed"] and value not in "[{"
+        is_begun = any(v.startswith(start) for v in (*values, "functions."))
+        raise _Unfinished if is_open and is_begun else ValueError
 
-    def _stands_alone(self, rest: str) -> bool | None:
-        """Whether JSON followed by this is not part of other JSON, or of a sentence."""
-        if not rest.replace(";", "").strip():
-            return self._is_last or len(rest) == _MAX_BLANK or None
-        return bool(re.match(r"\s*(?:(?:;\s*)?[{\[<`]|\n\s*[^\s,\]}])", rest))
+    def _expect_end(self, rest: str) -> None:
+        """JSON followed by this must not be part of other JSON, or of a sentence."""
+        if rest.replace(";", "").strip():
+            if not re.match(r"\s*(?:(?:;\s*)?[{\[<`]|\n\s*[^\s,\]}])", rest):
+                raise ValueError
+        elif not self._is_last and len(rest) < _MAX_BLANK:
+            raise _Unfinished
 
     def _calls_in(self, value: Any) -> _Calls:
         """The calls that a value makes; raises ValueError if it is not only calls."""
