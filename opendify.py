@@ -1281,9 +1281,7 @@ _MARKERS = (
     *("<minimax:tool_call>", "<seed:tool_call>"),
     *("<|python_tag|>", "[TOOL_CALLS]", "```"),
 )
-_BEGINNINGS = {
-    marker[:size] for marker in (*_MARKERS, "[ARGS]") for size in range(1, len(marker))
-}
+_BEGINNINGS = {marker[:size] for marker in _MARKERS for size in range(1, len(marker))}
 _LONGEST = max(map(len, _MARKERS))
 _CONTEXT_CHARS = 80  # before JSON, that tell whether a call can stand there
 _MAX_PIECE_CHARS = 4096  # read at once: what follows a marker is copied for each
@@ -1308,6 +1306,7 @@ _TOKEN = re.compile(
 )
 _UNFINISHED = re.compile(  # tokens that may be whole when more text comes
     r"<[^<>]{0,200}\Z|<arg_key>[^<>]*(?:</?[^<>]*(?:>\s*)?){0,2}\Z"
+    r"|\[[A-Z_]{0,10}\Z|`{1,2}\Z"
 )
 _FENCES = ("", "json", "json5", "jsonc", "xml", "tool_call", "tool_calls", "tool_code")
 _QUOTES = ("`", '"', "'", "“", "‘", "「", "\\")
@@ -1676,13 +1675,11 @@ class _Block:
         return max(self._at, self._sought, self._value.reach)
 
     def _take_token(self) -> None:
-        token = _TOKEN.match(self._text, self._at)
-        if self._text[self._at : self._at + _LONGEST] in _BEGINNINGS:
-            token = token if self._is_last else None
-        elif not token and not _UNFINISHED.match(self._text, self._at):
-            raise ValueError
-        if not token:
+        if not self._is_last and _UNFINISHED.match(self._text, self._at):
             raise _Unfinished
+        token = _TOKEN.match(self._text, self._at)
+        if not token:
+            raise ValueError
         getattr(self, f"_take_{token.lastgroup}")(token)
 
     def _take_space(self, token: re.Match[str]) -> None:
