@@ -1594,14 +1594,14 @@ class CallReader:
 
     def _read_block(self, done: list[Part], block: _Block, is_last: bool) -> bool:
         is_over = block.read(self._text, is_last=is_last)
-        for name, arguments in block.calls:
+        while block.taken and block.calls:
+            name, arguments = block.calls.pop(0)
             text = json.dumps(arguments, ensure_ascii=False)
             done.append(
                 ToolCall(self._new_id(), name, text, self._tools[name].is_custom)
             )
             self.calls += 1
             self._tail = self._blank = ""
-        block.calls.clear()
         if is_over:
             self._block = None
             self._text = self._text[block.taken :]
@@ -1634,8 +1634,9 @@ class _Unfinished(Exception):
 class _Block:
     """Text that begins as calls do, read token by token as it grows.
 
-    `calls` are those certain so far, `taken` is how much of the text is theirs. What
-    takes a token raises ValueError if it is no part of calls.
+    `calls` are those found since they were last looked at. They are certain once there
+    is text that is `taken`, so much of it is theirs. What takes a token raises
+    ValueError if it is no part of calls.
     """
 
     def __init__(self, tools: Mapping[str, Tool]) -> None:
@@ -1645,7 +1646,6 @@ class _Block:
         self._text, self._at, self._is_last = "", 0, False
         self._is_tagged = self._is_fenced = False
         self._is_open = False  # something began after the last call
-        self._pending: _Calls = []  # of a code block that may hold other things
         self._name = ""
         self._given: dict[str, Any] = {}
         self._value = _ValueEnd()
@@ -1664,9 +1664,8 @@ class _Block:
         if is_last:
             if self._given:
                 self._finish([(self._name, self._given)], self._at)
-            self._commit()
-            if self.taken and not self._name:
-                self.taken = self._at  # markup without anything in it
+            if not self._name and (self.calls or self.taken):
+                self.taken = self._at  # markup without anything in it, too
         return is_last
 
     @property
@@ -1741,8 +1740,8 @@ class _Block:
             self._is_fenced = not self._is_tagged
             if language in _FENCES:
                 return
-        elif self._is_fenced and not language:
-            self._commit()
+        elif self._is_fenced and not language and self.calls:
+            self.taken = self._at
         raise ValueError
 
     def _take_json(self, _token: re.Match[str]) -> None:
@@ -1807,16 +1806,11 @@ class _Block:
         return [(name, _arguments(given[0], self._tools[name]))]
 
     def _finish(self, calls: _Calls, end: int) -> None:
-        self._pending += calls
+        self.calls += calls
         self._name, self._given, self._value = "", {}, _ValueEnd()
         self._at, self._is_open = end, False
-        if not self._is_fenced:
-            self._commit()
-
-    def _commit(self) -> None:
-        if self._pending:
-            self.calls += self._pending
-            self._pending, self.taken = [], self._at
+        if not self._is_fenced:  # it may still hold other things
+            self.taken = end
 
 
 def _arguments(given: Any, tool: Tool) -> dict[str, Any]:
