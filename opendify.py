@@ -1313,8 +1313,8 @@ _QUOTES = ("`", '"', "'", "“", "‘", "「", "\\")
 _LEADS = tuple(":.!?*：。！？")
 _QUOTED_MARKER = re.compile(r"[`\"'“‘「\\]<[^<>]{1,40}>\s*\Z")
 _HEAD = re.compile(  # of JSON: its first key, and how the value of that one begins
-    r"(?:\[\s{0,40})?(?:\{\s{0,40}[\"']?(?P<key>\w*)[\"']?\s{0,8}"
-    r"(?::\s{0,40}(?P<value>[\[{]|[\"'][^\"'\\]{0,99})?(?P<closed>[\"'])?)?)?"
+    r"(?:\[\s{0,40})?(?:\{\s{0,40}[\"']?(?P<key>\w{0,40})[\"']?\s{0,8}"
+    r"(?::\s{0,40}(?P<value>[\[{]|[\"'][^\"'\\]{0,99}[\"']?)?)?)?"
 )
 _NAMES = ("name", "tool", "tool_name", "function", "function_name", "recipient_name")
 _ARGUMENTS = ("arguments", "args", "parameters", "params", "input", "tool_input")
@@ -1323,11 +1323,11 @@ _INNER = (
     *("tool_call", "function_call", "function", "tool"),
 )
 _CALL_KEYS = {*_NAMES, *_ARGUMENTS, "id", "type", "call_id", "tool_call_id", "index"}
-_FIRST_VALUES = {
-    "type": ("function", "function_call", "tool_call", "tool_use"),
+_FIRST_VALUES = {  # by the first key of a call: how its value begins
+    **dict.fromkeys((*_INNER, "arguments"), ("{", "[")),
+    "type": ("function", "tool_"),
     "id": ("call_",),
 }
-_FIRST_KEYS = (*_NAMES, *_INNER, *_FIRST_VALUES, "arguments")
 _SIGN = re.compile(r"\\.|[\"'{}\[\]<`]", re.DOTALL)
 _DEPTHS = {"{": 1, "[": 1, "}": -1, "]": -1}
 _OBJECT = re.compile(r"\{\s{0,999}[\"}]")
@@ -1759,20 +1759,13 @@ class _Block:
     def _expect_call(self) -> None:
         """JSON must begin as a call does."""
         head = cast("re.Match[str]", _HEAD.match(self._text, self._at))
-        key, value = head["key"] or "", head["value"]
-        is_open = head.end() == len(self._text)
-        if not value:
-            is_begun = is_open and any(known.startswith(key) for known in _FIRST_KEYS)
-            raise _Unfinished if is_begun else ValueError
-        if value in "[{" and key in (*_INNER, "arguments"):
+        key, value = head["key"], (head["value"] or "").strip("\"'")
+        starts = (*_FIRST_VALUES.get(key, ()), *(self._tools if key in _NAMES else ()))
+        if value.removeprefix("functions.").startswith(starts):
             return
-        values = _FIRST_VALUES.get(key, tuple(self._tools) if key in _NAMES else ())
-        start = value[1:6] if key == "id" else value[1:].replace("functions.", "", 1)
-        if start in values and (head["closed"] or key == "id"):
-            return
-        is_open = is_open and not head["closed"] and value not in "[{"
-        is_begun = any(v.startswith(start) for v in (*values, "functions."))
-        raise _Unfinished if is_open and is_begun else ValueError
+        if head.end() < len(self._text) or (head["value"] and not starts):
+            raise ValueError
+        raise _Unfinished
 
     def _expect_end(self, rest: str) -> None:
         """JSON followed by this must not be part of other JSON, or of a sentence."""
