@@ -1301,7 +1301,7 @@ _TOKEN = re.compile(
         |invoke|message)>|<[|｜][^<>|｜]{1,40}[|｜]>)
     |(?P<fence>```[\w-]*[ \t]*)
     |(?P<json>[\[{])
-    |(?P<word>[\w.-]+(?::\d*)?)""",
+    |(?P<word>[\w.-]{1,200}(?::\d{0,9})?)""",
     re.VERBOSE,
 )
 _UNFINISHED = re.compile(  # tokens that may be whole when more text comes
@@ -1696,16 +1696,14 @@ class _Block:
         """The tool's name, bare: `functions.get_weather:0`."""
         if not self._is_tagged or self._name:
             raise ValueError
-        word = token[0]
-        name = re.sub(r"\Afunctions\.|:\d*\Z", "", word)
         if token.end() == len(self._text) and not self._is_last:
-            known = [*self._tools, "functions."]
-            is_begun = any(k.startswith((name, word)) for k in known)
-            raise _Unfinished if is_begun else ValueError
-        self._at = token.end()
-        self._name = name if name in self._tools else ""
-        if not self._name and word != "function":  # that leads DeepSeek's
+            raise _Unfinished
+        name = token[0].removeprefix("functions.").partition(":")[0]
+        if name in self._tools:
+            self._name = name
+        elif token[0] != "function":  # that leads DeepSeek's
             raise ValueError
+        self._at = token.end()
 
     def _take_parameter(self, token: re.Match[str]) -> None:
         if not self._name:
