@@ -1341,7 +1341,7 @@ _MAX_PROBLEMS, _MAX_RULE_CHARS = 5, 200  # are told to the app
 _NO_SENSE = (TypeError, AttributeError, ValueError, LookupError, ArithmeticError)
 _MAX_PATTERN_CHARS, _PATTERN_CHECKS = 100, 100  # what one may take, in checks
 
-_Calls = list[tuple[str, dict[str, Any]]]
+_Calls = list[tuple[Tool, dict[str, Any]]]
 
 
 # What is asked...
@@ -1595,11 +1595,9 @@ class CallReader:
     def _read_block(self, done: list[Part], block: _Block, is_last: bool) -> bool:
         is_over = block.read(self._text, is_last=is_last)
         while block.taken and block.calls:
-            name, arguments = block.calls.pop(0)
+            tool, arguments = block.calls.pop(0)
             text = json.dumps(arguments, ensure_ascii=False)
-            done.append(
-                ToolCall(self._new_id(), name, text, self._tools[name].is_custom)
-            )
+            done.append(ToolCall(self._new_id(), tool.name, text, tool.is_custom))
             self.calls += 1
             self._tail = self._blank = ""
         if is_over:
@@ -1636,7 +1634,7 @@ class _Block:
 
     `calls` are those found since they were last looked at. They are certain once there
     is text that is `taken`, so much of it is theirs. What takes a token raises
-    ValueError if it is no part of calls.
+    ValueError or LookupError if it is no part of calls.
     """
 
     def __init__(self, tools: Mapping[str, Tool]) -> None:
@@ -1646,7 +1644,7 @@ class _Block:
         self._text, self._at, self._is_last = "", 0, False
         self._is_tagged = self._is_fenced = False
         self._is_open = False  # something began after the last call
-        self._name = ""
+        self._tool: Tool | None = None  # whose call has begun
         self._given: dict[str, Any] = {}
         self._value = _ValueEnd()
         self._sought = 0  # how far there is no end of the parameter
@@ -1659,12 +1657,12 @@ class _Block:
                 self._take_token()
         except _Unfinished:
             return is_last
-        except ValueError:
+        except (ValueError, LookupError):
             return True
         if is_last:
-            if self._given:
-                self._finish([(self._name, self._given)], self._at)
-            if not self._name and (self.calls or self.taken):
+            if self._tool and self._given:
+                self._finish([(self._tool, self._given)], self._at)
+            if not self._tool and (self.calls or self.taken):
                 self.taken = self._at  # markup without anything in it, too
         return is_last
 
@@ -1685,35 +1683,34 @@ class _Block:
         self._at = token.end()
 
     def _take_opener(self, token: re.Match[str]) -> None:
-        if self._given and token["name"]:  # the call before it was not closed
-            self._finish([(self._name, self._given)], self._at)
+        if token["name"]:
+            if self._tool and self._given:  # that call was not closed
+                self._finish([(self._tool, self._given)], self._at)
+            self._tool = self._tools[token["name"]]
         self._is_tagged, self._is_open = not self._is_fenced, True
-        self._name, self._at = token["name"] or self._name, token.end()
-        if token["name"] and self._name not in self._tools:
-            raise ValueError
+        self._at = token.end()
 
     def _take_word(self, token: re.Match[str]) -> None:
         """The tool's name, bare: `functions.get_weather:0`."""
-        if not self._is_tagged or self._name:
+        if not self._is_tagged or self._tool:
             raise ValueError
         if token.end() == len(self._text) and not self._is_last:
             raise _Unfinished
-        name = token[0].removeprefix("functions.").partition(":")[0]
-        if name in self._tools:
-            self._name = name
-        elif token[0] != "function":  # that leads DeepSeek's
-            raise ValueError
+        if token[0] != "function":  # that leads DeepSeek's
+            name = token[0].removeprefix("functions.").partition(":")[0]
+            self._tool = self._tools[name]
         self._at = token.end()
 
     def _take_parameter(self, token: re.Match[str]) -> None:
-        if not self._name:
+        tool = self._tool
+        if not tool:
             raise ValueError
         closer = f"</{token['tag'] or token['arg_tag']}>"
         end = self._text.find(closer, max(self._sought, token.end()))
         if end < 0:
             self._sought = len(self._text) - len(closer) + 1
             raise _Unfinished
-        key, tool = token["key"] or token["arg_key"].strip(), self._tools[self._name]
+        key = token["key"] or token["arg_key"].strip()
         for other in _NEXT_PARAMETER.finditer(self._text, token.end(), end):
             if other["key"] in _properties(tool):  # the closer before it is missing
                 end, closer = other.start(), ""
@@ -1723,8 +1720,8 @@ class _Block:
         self._at, self._sought = end + len(closer), 0
 
     def _take_closer(self, token: re.Match[str]) -> None:
-        if self._name:
-            self._finish([(self._name, self._given)], token.end())
+        if self._tool:
+            self._finish([(self._tool, self._given)], token.end())
         self._at = token.end()
         if self.taken and not self._is_open:
             self.taken = self._at
@@ -1743,7 +1740,7 @@ class _Block:
         raise ValueError
 
     def _take_json(self, _token: re.Match[str]) -> None:
-        if not (self._name or self._is_tagged):
+        if not (self._tool or self._is_tagged):
             self._expect_call()
         end = self._value.find(self._text, self._at)
         if not end and not self._is_last:
@@ -1774,9 +1771,9 @@ class _Block:
             raise _Unfinished
 
     def _calls_in(self, value: Any) -> _Calls:
-        """The calls that a value makes; raises ValueError if it is not only calls."""
-        if self._name:
-            return [(self._name, _arguments(value, self._tools[self._name]))]
+        """The calls that a value makes; raises if it is not only calls of tools."""
+        if self._tool:
+            return [(self._tool, _arguments(value, self._tool))]
         if isinstance(value, list) and value:
             return [call for item in value for call in self._calls_in(item)]
         if not isinstance(value, dict):
@@ -1784,21 +1781,19 @@ class _Block:
         inner = [value[k] for k in _INNER if isinstance(value.get(k), (dict, list))]
         if inner:
             return self._calls_in(inner[0])
-        names = [value[key] for key in _NAMES if isinstance(value.get(key), str)]
-        name = names[0].rpartition("functions.")[2] if names else ""
-        given = [value[key] for key in _ARGUMENTS if key in value]
-        if not given and self._is_tagged:
-            given = [{}]
         # In a tag, what has arguments is no definition, and no data.
         is_call = self._is_tagged and "arguments" in value
-        is_call = is_call or not value.keys() - _CALL_KEYS
-        if name not in self._tools or not given or not is_call:
+        if not is_call and value.keys() - _CALL_KEYS:
             raise ValueError
-        return [(name, _arguments(given[0], self._tools[name]))]
+        names = [value[key] for key in _NAMES if isinstance(value.get(key), str)]
+        tool = self._tools[names[0].rpartition("functions.")[2]]
+        given = [value[key] for key in _ARGUMENTS if key in value]
+        given += [{}] if self._is_tagged else []
+        return [(tool, _arguments(given[0], tool))]
 
     def _finish(self, calls: _Calls, end: int) -> None:
         self.calls += calls
-        self._name, self._given, self._value = "", {}, _ValueEnd()
+        self._tool, self._given, self._value = None, {}, _ValueEnd()
         self._at, self._is_open = end, False
         if not self._is_fenced:  # it may still hold other things
             self.taken = end
