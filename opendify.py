@@ -1520,7 +1520,7 @@ class CallReader:
         self._new_id = new_id
         self._text = ""  # that is not given on yet
         self._block: _Block | None = None  # what the text begins with
-        self._is_code = False
+        self._is_code = False  # up to the next fence
         self._tail = ""  # of what was given on: the context of a marker
         self._blank: str | None = ""  # white space after a call; None after text
 
@@ -1552,19 +1552,21 @@ class CallReader:
         while self._text and step:
             if self._block:
                 step = self._read_block(done, self._block, is_last)
-            elif self._is_code:
-                step = self._read_code(done, is_last)
             else:
                 step = self._read_plain(done, is_last)
 
     def _read_plain(self, done: list[Part], is_last: bool) -> bool:
         """Give the text on up to a marker; whether there is more to do."""
         text = self._text
-        for found in re.finditer(r"[<\[{`]", text):
+        for found in re.finditer("`" if self._is_code else r"[<\[{`]", text):
             at = found.start()
             if text[at : at + _LONGEST] in _BEGINNINGS and not is_last:
                 self._give(done, at)
                 return False
+            if self._is_code and text.startswith("```", at):
+                self._is_code = False
+                self._give(done, at + 3)
+                return True
             if self._may_be_call(text, at):
                 self._give(done, at)
                 self._block = _Block(self._tools)
@@ -1582,15 +1584,6 @@ class CallReader:
         if text[at] not in "[{" or _QUOTED_MARKER.search(before):
             return False
         return not line or line.endswith(_LEADS)
-
-    def _read_code(self, done: list[Part], is_last: bool) -> bool:
-        """Give the text on up to the end of the code block."""
-        code, fence, _ = self._text.partition("```")
-        if not (fence or is_last):
-            code = code.rstrip("`")
-        self._give(done, len(code + fence))
-        self._is_code = not fence
-        return bool(fence)
 
     def _read_block(self, done: list[Part], block: _Block, is_last: bool) -> bool:
         is_over = block.read(self._text, is_last=is_last)
