@@ -1853,11 +1853,9 @@ class _ValueEnd:
         return 0
 
     def _is_last(self, sign: str) -> bool:
-        if self._quote:
-            self._quote = "" if sign == self._quote else self._quote
+        if self._quote or sign in "\"'":
+            self._quote = "" if sign == self._quote else self._quote or sign
             return False
-        if sign in "\"'":
-            self._quote = sign
         self._depth += _DEPTHS.get(sign, 0)
         return sign in "<`" or (sign in "}]" and self._depth <= 0)
 
@@ -1900,11 +1898,9 @@ class StopReader:
         found = [(text.find(stop), stop) for stop in self._stops]
         ends = [(at + len(stop), at) for at, stop in found if at >= 0]
         self.is_cut = bool(ends)
-        if ends:
-            size, self._held = min(ends)[1], ""
-        else:
-            size = min(_begun_at(text, stop) for stop in self._stops)
-            self._held = text[size:]
+        begun = (_begun_at(text, stop) for stop in self._stops)
+        size = min(ends)[1] if ends else min(begun)
+        self._held = "" if ends else text[size:]
         return [Text(text[:size])] if size else []
 
 
