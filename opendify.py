@@ -2008,13 +2008,11 @@ class _Checker:
 
     def check(self, value: Any, schema: Any, at: str) -> Iterator[tuple[str, str, Any]]:
         """(where, the keyword that is broken, its rule); "" if the schema is false."""
-        self._spend(1 + len(at) // 5000)
+        self._spend(1 + len(at) // 5000 + _size(schema) // 20)
         if schema is False:
             yield at, "", None
         if not isinstance(schema, dict) or (value is None and schema.get("nullable")):
             return
-        rules = [limit for keyword, limit in schema.items() if keyword in _HOLDS]
-        self._spend((_size(value) + len(schema) + sum(map(_size, rules))) // 20)
         for keyword, limit in schema.items():
             if not self._holds(keyword, limit, value, at):
                 yield at, keyword, limit
@@ -2051,6 +2049,7 @@ class _Checker:
         if keyword not in _HOLDS:
             return True
         kind, holds = _HOLDS[keyword]
+        self._spend((_size(value) + _size(limit)) // 20)
         if kind and (isinstance(limit, bool) or not _is_a(value, kind)):
             return True  # such as "exclusiveMinimum": true, of draft 4 and OpenAPI 3.0
         return holds(value, limit)
