@@ -1299,14 +1299,14 @@ _TOKEN = re.compile(
         |<arg_key>(?P<arg_key>[^<>]+)</arg_key>\s*<(?P<arg_tag>arg_value)>)
     |(?P<closer></(?:\w+:|｜DSML｜)?(?:tool_calls?|tools|tool_use|function_calls?|function
         |invoke|message)>|<[|｜][^<>|｜]{1,40}[|｜]>)
-    |(?P<fence>```[\w-]*[ \t]*)
+    |(?P<fence>```[\w-]{0,40}[ \t]*)
     |(?P<json>[\[{])
     |(?P<word>[\w.-]{1,200}(?::\d{0,9})?)""",
     re.VERBOSE,
 )
 _UNFINISHED = re.compile(  # tokens that may be whole when more text comes
     r"<[^<>]{0,200}\Z|<arg_key>[^<>]*(?:</?[^<>]*(?:>\s*)?){0,2}\Z"
-    r"|\[[A-Z_]{0,10}\Z|`{1,2}\Z"
+    r"|\[[A-Z_]{0,10}\Z|`{1,2}\Z|```[\w-]{0,40}[ \t]*\Z"
 )
 _FENCES = ("", "json", "json5", "jsonc", "xml", "tool_call", "tool_calls", "tool_code")
 _QUOTES = ("`", '"', "'", "“", "‘", "「", "\\")
@@ -1720,8 +1720,6 @@ class _Block:
             self.taken = self._at
 
     def _take_fence(self, token: re.Match[str]) -> None:
-        if token.end() == len(self._text) and not self._is_last:
-            raise _Unfinished
         language, start = token[0].strip("` \t").lower(), self._at
         self._at = token.end()
         if self._is_tagged or not start:
