@@ -1640,7 +1640,6 @@ class _Block:
         self._tool: Tool | None = None  # whose call has begun
         self._given: dict[str, Any] = {}
         self._value = _ValueEnd()
-        self._sought = 0  # how far there is no end of the parameter
 
     def read(self, text: str, *, is_last: bool) -> bool:
         """Go on with the whole text so far; whether the block is over."""
@@ -1662,7 +1661,7 @@ class _Block:
     @property
     def reach(self) -> int:
         """How far it has looked."""
-        return max(self._at, self._sought, self._value.reach)
+        return max(self._at, self._value.reach)
 
     def _take_token(self) -> None:
         if not self._is_last and _UNFINISHED.match(self._text, self._at):
@@ -1699,9 +1698,9 @@ class _Block:
         if not tool:
             raise ValueError
         closer = f"</{token['tag'] or token['arg_tag']}>"
-        end = self._text.find(closer, max(self._sought, token.end()))
+        end = self._text.find(closer, max(self._value.reach, token.end()))
         if end < 0:
-            self._sought = len(self._text) - len(closer) + 1
+            self._value.reach = len(self._text) - len(closer) + 1
             raise _Unfinished
         key = token["key"] or token["arg_key"].strip()
         for other in _NEXT_PARAMETER.finditer(self._text, token.end(), end):
@@ -1710,7 +1709,7 @@ class _Block:
                 break
         text = re.sub(r"\A\n|\n\Z", "", self._text[token.end() : end])
         self._given[key] = _typed(tool, key, text)
-        self._at, self._sought = end + len(closer), 0
+        self._at, self._value = end + len(closer), _ValueEnd()
 
     def _take_closer(self, token: re.Match[str]) -> None:
         if self._tool:
