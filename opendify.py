@@ -1486,10 +1486,10 @@ def describe_format(output: OutputFormat) -> str:
         return ""
     what = "one JSON object" if output.schema.get("type") == "object" else "one value"
     what += f" ({output.name})" if output.name else ""
-    if output.kind == "json_object":
-        return _FORMAT_TEXT.format(what=what)
-    schema = json.dumps(output.schema, ensure_ascii=False)
-    return _FORMAT_TEXT.format(what=what) + _SCHEMA_TEXT + schema
+    words = _FORMAT_TEXT.format(what=what)
+    if output.kind == "json_schema":
+        words += _SCHEMA_TEXT + json.dumps(output.schema, ensure_ascii=False)
+    return words
 
 
 def retry_text(kind: str, reason: str) -> str:
