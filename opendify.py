@@ -1234,11 +1234,7 @@ Part = Union[
 #     must hold calls alone, else it is text, whatever it holds.
 # (4) What is read does not depend on how the text was cut into parts.
 
-_MODES = {
-    "auto": "auto",
-    "none": "none",
-    **dict.fromkeys(("required", "any", "tool", "function"), "required"),
-}
+_MODES = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
 _TOOLS_TEXT = """\
 You can call the tools below. They are run for you: you only write the call.
 
@@ -1419,7 +1415,7 @@ def _parse_choice(choice: Any) -> tuple[str, list[Any]]:
     name = _function(choice).get("name")
     if kind in (None, "function", "tool", "custom") and name:
         return "required", [name]
-    return (kind if kind in [*_MODES] else "auto"), []  # else a hosted tool
+    return (kind if kind in [*_MODES] else "auto"), []  # a hosted tool, or none
 
 
 def parse_output_format(body: Json) -> OutputFormat:

@@ -1318,6 +1318,11 @@ BOTH = {"tools": [chat_tool("a"), chat_tool("b")]}
             id="no-sense",
         ),
         pytest.param(
+            {**BOTH, "tool_choice": {"type": "function"}},
+            ((A, B), "auto"),
+            id="no-name",
+        ),
+        pytest.param(
             {**BOTH, "tool_choice": {"type": "allowed_tools", "tools": 5}},
             ((A, B), "auto"),
             id="allowed-no-sense",
@@ -1460,6 +1465,12 @@ def test_tools_are_parsed(body: dict[str, Any], expected: Any) -> None:
             "function_call",
             "invalid_value",
             id="legacy",
+        ),
+        pytest.param(
+            {**BOTH, "tool_choice": "function"},
+            "tool_choice",
+            "invalid_value",
+            id="kind",
         ),
     ],
 )
