@@ -1277,6 +1277,7 @@ _MARKERS = (
     *("<minimax:tool_call>", "<seed:tool_call>"),
     *("<|python_tag|>", "[TOOL_CALLS]", "```"),
 )
+_FENCE, _SIGNS = re.compile("`{1,3}"), re.compile(r"```|[<\[{`]")  # in code; elsewhere
 _BEGINNINGS = {marker[:size] for marker in _MARKERS for size in range(1, len(marker))}
 _LONGEST = max(map(len, _MARKERS))
 _CONTEXT_CHARS = 80  # before JSON, that tell whether a call can stand there
@@ -1544,31 +1545,26 @@ class CallReader:
 
     def _read(self, done: list[Part], text: str, *, is_last: bool) -> None:
         self._text += text
-        step = True
-        while self._text and step:
-            if self._block:
-                step = self._read_block(done, self._block, is_last)
-            else:
-                step = self._read_plain(done, is_last)
+        while block := self._block or self._find_block(done, is_last):
+            if not self._read_block(done, block, is_last):
+                return
 
-    def _read_plain(self, done: list[Part], is_last: bool) -> bool:
-        """Give the text on up to a marker; whether there is more to do."""
-        text = self._text
-        for found in re.finditer("`" if self._is_code else r"[<\[{`]", text):
-            at = found.start()
+    def _find_block(self, done: list[Part], is_last: bool) -> _Block | None:
+        """Give the text on up to what begins as calls do; None if nothing does yet."""
+        text, end = self._text, 0
+        while found := (_FENCE if self._is_code else _SIGNS).search(text, end):
+            at, end = found.span()
             if text[at : at + _LONGEST] in _BEGINNINGS and not is_last:
                 self._give(done, at)
-                return False
-            if self._is_code and text.startswith("```", at):
-                self._is_code = False
-                self._give(done, at + 3)
-                return True
-            if self._may_be_call(text, at):
+                return None
+            if self._is_code:
+                self._is_code = found[0] != "```"
+            elif self._may_be_call(text, at):
                 self._give(done, at)
                 self._block = _Block(self._tools)
-                return True
+                return self._block
         self._give(done, len(text))
-        return False
+        return None
 
     def _may_be_call(self, text: str, at: int) -> bool:
         """Whether a marker or JSON stands here, where a call can stand."""
