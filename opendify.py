@@ -1661,10 +1661,9 @@ class _Block:
         token = _TOKEN.match(self._text, self._at)
         if not token:
             raise ValueError
-        getattr(self, f"_take_{token.lastgroup}")(token)
-
-    def _take_space(self, token: re.Match[str]) -> None:
-        self._at = token.end()
+        if token.lastgroup != "space":
+            getattr(self, f"_take_{token.lastgroup}")(token)
+        self._at = max(self._at, token.end())  # a value ends behind its first token
 
     def _take_opener(self, token: re.Match[str]) -> None:
         if token["name"]:
@@ -1672,7 +1671,6 @@ class _Block:
                 self._finish([(self._tool, self._given)], self._at)
             self._tool = self._tools[token["name"]]
         self._is_tagged, self._is_open = not self._is_fenced, True
-        self._at = token.end()
 
     def _take_word(self, token: re.Match[str]) -> None:
         """The tool's name, bare: `functions.get_weather:0`."""
@@ -1683,7 +1681,6 @@ class _Block:
         if token[0] != "function":  # that leads DeepSeek's
             name = token[0].removeprefix("functions.").partition(":")[0]
             self._tool = self._tools[name]
-        self._at = token.end()
 
     def _take_parameter(self, token: re.Match[str]) -> None:
         tool = self._tool
@@ -1706,19 +1703,17 @@ class _Block:
     def _take_closer(self, token: re.Match[str]) -> None:
         if self._tool:
             self._finish([(self._tool, self._given)], token.end())
-        self._at = token.end()
-        if self.taken and not self._is_open:
-            self.taken = self._at
+        elif self.taken and not self._is_open:
+            self.taken = token.end()
 
     def _take_fence(self, token: re.Match[str]) -> None:
-        language, start = token[0].strip("` \t").lower(), self._at
-        self._at = token.end()
-        if self._is_tagged or not start:
+        language = token[0].strip("` \t").lower()
+        if self._is_tagged or not self._at:
             self._is_fenced = not self._is_tagged
             if language in _FENCES:
                 return
         elif self._is_fenced and not language and self.calls:
-            self.taken = self._at
+            self.taken = token.end()
         raise ValueError
 
     def _take_json(self, _token: re.Match[str]) -> None:
