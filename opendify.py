@@ -1386,10 +1386,8 @@ def _parse_tools(given: list[Any]) -> Iterator[Tool]:
         if not (name and isinstance(name, str) and kind in ("function", "custom")):
             continue
         description = str(function.get("description") or "")
-        if is_custom:
-            parameters = _text_parameters(object_of(function.get("format")))
-        else:
-            parameters = object_of(function.get("parameters"))
+        form = object_of(function.get("format" if is_custom else "parameters"))
+        parameters = _text_parameters(form) if is_custom else form
         yield Tool(name, description, parameters, is_custom)
 
 
