@@ -3791,19 +3791,21 @@ def _parse_required(body: Json, name: str) -> str:
     return text
 
 
-def check_number(items: Sequence[Any], name: str) -> None:
-    """Refuse more messages than a history can have."""
-    if len(items) > MAX_MESSAGES:
+def parse_each(
+    given: Any, name: str, wanted: str, parse: Callable[[Any, str], Any]
+) -> list[Any]:
+    """What the elements of a list say: of messages, of items, of one's content."""
+    if not isinstance(given, list):
+        raise bad_type(name, wanted)
+    if len(given) > MAX_MESSAGES:
         raise bad_value(name, f"there may be {MAX_MESSAGES} at most.")
+    return [parse(value, f"{name}[{index}]") for index, value in enumerate(given)]
 
 
 def _parse_messages(given: Any) -> tuple[str, tuple[Message, ...]]:
     if given is None or given == []:
         raise missing_parameter("messages")
-    if not isinstance(given, list):
-        raise bad_type("messages", "an array")
-    check_number(given, "messages")
-    messages = [parse_message(value, f"messages[{i}]") for i, value in enumerate(given)]
+    messages = parse_each(given, "messages", "an array", parse_message)
     return split_system(with_tool_names(messages))
 
 
@@ -3938,31 +3940,28 @@ def parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...]
     """A message's text, its parts joined by newlines, and its files."""
     if content is None or isinstance(content, str):
         return content or "", ()
-    if not isinstance(content, list):
-        raise bad_type(where, "a string or an array of parts")
-    texts, files = [], []
-    for index, value in enumerate(content):
-        place = f"{where}[{index}]"
-        part = {"text": value} if isinstance(value, str) else value
-        if not isinstance(part, dict):
-            raise bad_type(place, "an object")
-        kind = str(part.get("type"))
-        if kind in _FILE_PARTS:
-            files.append(_FILE_PARTS[kind](part, place))
-        elif kind in _THOUGHT_PARTS:
-            continue
-        elif isinstance(text := part.get("text", part.get("refusal")), str):
-            texts.append(text)
-        else:
-            raise _bad_part(part, place)
+    parts = parse_each(content, where, "a string or an array of parts", _parse_part)
+    texts = [part for part in parts if isinstance(part, str)]
+    files = [part for part in parts if isinstance(part, Attachment)]
     return "\n".join(texts), tuple(files)
 
 
-def _bad_part(part: Json, where: str) -> BadRequest:
+def _parse_part(part: Any, where: str) -> str | Attachment | None:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise bad_type(where, "an object")
+    kind = str(part.get("type"))
+    if kind in _FILE_PARTS:
+        return _FILE_PARTS[kind](part, where)
+    if kind in _THOUGHT_PARTS:
+        return None
+    text = part.get("text", part.get("refusal"))
+    if isinstance(text, str):
+        return text
     if "text" in part:
-        return bad_type(f"{where}.text", "a string")
-    kind = part.get("type")
-    return bad_value(where, f"content of type {kind!r:.100} can't be sent to an app.")
+        raise bad_type(f"{where}.text", "a string")
+    raise bad_value(where, f"content of type {kind!r:.100} can't be sent to an app.")
 
 
 @dataclass(frozen=True)
@@ -4891,10 +4890,7 @@ def parse_items(value: Any) -> list[Item]:
     """The input in order, calls with the assistant's message that they follow."""
     if value is None or isinstance(value, str):
         return [Message("user", value)] if value else []
-    if not isinstance(value, list):
-        raise bad_type("input", "a string or an array of items")
-    check_number(value, "input")
-    parsed = [_parse_item(item, f"input[{index}]") for index, item in enumerate(value)]
+    parsed = parse_each(value, "input", "a string or an array of items", _parse_item)
     known = [item for item in parsed if item]
     items: list[Item] = []
     for role, run in itertools.groupby(known, lambda item: getattr(item, "role", "")):
