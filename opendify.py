@@ -3953,7 +3953,7 @@ def _parse_part(part: Any, where: str) -> str | Attachment | None:
         raise bad_type(where, "an object")
     kind = str(part.get("type"))
     if kind in _FILE_PARTS:
-        return _FILE_PARTS[kind](part, where)
+        return _parse_file(part, where)
     if kind in _THOUGHT_PARTS:
         return None
     text = part.get("text", part.get("refusal"))
@@ -4002,71 +4002,46 @@ def parse_completion_request(body: Json) -> CompletionRequest:
 # Files in requests...
 
 
-def _stored(*holders: Any) -> Attachment | None:
-    """A file that is named by its id, which may stand in the place of a URL."""
-    for holder in holders:
-        named = holder if isinstance(holder, dict) else {"url": holder}
-        id_ = named.get("file_id") or named.get("url")
-        if isinstance(id_, str) and id_.startswith("file-"):
-            return Attachment("file", file_id=id_)
-    return None
-
-
-def _parse_media(part: Json, where: str) -> Attachment:
-    """An image; or video or sound in its form, of clients of vLLM and OpenRouter."""
-    key = str(part["type"]).replace("input_image", "image_url")
-    stem, media = key.partition("_")[0], part.get(key)
-    if stored := _stored(part, media):
-        return stored
-    url = media.get("url") if isinstance(media, dict) else media
-    if not isinstance(url, str) or not url:
-        raise bad_value(where, f"{stem} needs `{key}.url`: an http(s) or data URL.")
-    return _attachment(url, "", stem, where)
-
-
-def _parse_audio(part: Json, where: str) -> Attachment:
-    audio = object_of(part.get("input_audio"))
-    data = audio.get("data")
-    if not isinstance(data, str) or not data:
-        problem = "audio needs `input_audio.data` in base64, and `format`."
-        raise bad_value(where, problem)
-    if data.startswith("data:"):
-        return _attachment(data, "", "audio", where)
-    extension = re.sub(r"\W", "", str(audio.get("format") or "wav")).lower()
-    media_type = _MEDIA_TYPE_BY_EXTENSION.get(extension, "")
-    if not media_type.startswith("audio/"):
-        media_type = f"audio/{extension}"
-    return Attachment(f"audio.{extension}", media_type, _decode_base64(data, where))
+# Of each kind of part that brings a file: the file's name where nothing tells one, the
+# key of what has it, and of the URL or the data in that. Clients of vLLM and OpenRouter
+# send video and sound in an image's form; Responses has no object around a file.
+_FILE_PARTS = {
+    "image_url": ("image", "image_url", "url"),
+    "input_image": ("image", "image_url", "url"),
+    "video_url": ("video", "video_url", "url"),
+    "audio_url": ("audio", "audio_url", "url"),
+    "input_audio": ("audio", "input_audio", "data"),
+    "file": ("file", "file", "file_data"),
+    "input_file": ("file", "file", "file_data"),
+}
 
 
 def _parse_file(part: Json, where: str) -> Attachment:
-    if stored := _stored(part, part.get("file")):
-        return stored
-    file = object_of(part.get("file", part))
+    """The file of a part; a stored one's id may stand in the place of a URL."""
+    stem, key, source_key = _FILE_PARTS[part["type"]]
+    given = part.get(key)
+    file = {**part, **(given if isinstance(given, dict) else {"url": given})}
+    id_ = file.get("file_id") or file.get("url")
+    if isinstance(id_, str) and id_.startswith("file-"):
+        return Attachment("file", file_id=id_)
+    source = file.get(source_key) or file.get("file_url")
+    if not isinstance(source, str) or not source:
+        problem = f"the {stem} needs `{key}.{source_key}`: a URL, or data in base64."
+        raise bad_value(where, problem)
     name = str(file.get("filename") or "")
-    data = file.get("file_data") or file.get("file_url")
-    if not isinstance(data, str) or not data:
-        raise bad_value(where, "a file needs `file.file_data` (base64 or a data URL).")
-    return _attachment(data, name, "file", where)
-
-
-_IMAGE_LIKE = ("image_url", "input_image", "video_url", "audio_url")
-_FILE_PARTS: Mapping[str, Callable[[Json, str], Attachment]] = {
-    **dict.fromkeys(_IMAGE_LIKE, _parse_media),
-    "input_audio": _parse_audio,
-    "file": _parse_file,
-    "input_file": _parse_file,
-}
+    if key != "input_audio":
+        return _attachment(source, name, stem, where)
+    if not source.startswith("data:"):
+        name = f"audio.{file.get('format') or 'wav'}".lower()
+    sound = _attachment(source, name, stem, where)
+    # By its name alone it could be a video.
+    return replace(sound, media_type=f"audio/{sound.media_type.partition('/')[2]}")
 
 
 def _attachment(source: str, name: str, stem: str, where: str) -> Attachment:
     """A file from an http(s) URL, a data URL or bare base64."""
-    if re.match(r"https?://", source, re.IGNORECASE):
-        try:
-            path = urllib.parse.urlsplit(source).path
-        except ValueError:
-            raise bad_value(where, "the URL is malformed.") from None
-        name = name or urllib.parse.unquote(path.rpartition("/")[2])
+    if url := re.match(r"https?://[^/?#]*([^?#]*)", source, re.IGNORECASE):
+        name = name or urllib.parse.unquote(url[1].rpartition("/")[2])
         family = "" if stem == "file" else f"{stem}/*"
         return Attachment(_plain_name(name or stem, ""), family, url=source)
     if source[:5].lower() == "data:":
@@ -4182,7 +4157,11 @@ def parse_audio_request(body: Json) -> tuple[dict[str, str], Attachment]:
         for name, value in body.items()
         if value is not None and name != "input_audio"
     }
-    return fields, _parse_audio(body, "input_audio")
+    part = {"type": "input_audio", "input_audio": body.get("input_audio")}
+    file = _parse_file(part, "input_audio")
+    if not file.data:
+        raise bad_value("input_audio", "`data` must be a recording in base64.")
+    return fields, file
 
 
 def _parse_voice(voice: Any, field_name: str) -> str:

@@ -744,6 +744,16 @@ def test_file_part(row: JSONObject, attachment: Attachment) -> None:
     assert ask.messages == (Message("user", "Look", attachments=(attachment,)),)
 
 
+@pytest.mark.parametrize(
+    "sound",
+    [None, {"format": "wav"}, {"data": "http://x/a.mp3"}, {"file_id": "file-1"}],
+)
+def test_recording_in_json_brings_its_data(sound: JSONObject | None) -> None:
+    with pytest.raises(BadRequest) as caught:
+        opendify.parse_audio_request({"model": "m", "input_audio": sound})
+    assert caught.value.param == "input_audio"
+
+
 def test_files_of_all_messages_are_kept_in_order() -> None:
     ask = parsed(content(image(BASE64), image(URL)), content(file(base64_of(PDF))))
     names = [[file.name for file in row.attachments] for row in ask.messages]
