@@ -3814,27 +3814,23 @@ def with_tool_names(messages: list[Message]) -> list[Message]:
 
     The app knows no ids: only the order tells apart the results of two calls of a tool.
     """
-    calls: dict[str, tuple[int, str]] = {}  # id: (which of all, the tool's name)
+    calls: dict[str, tuple[float, str]] = {}  # id: (which of all, the tool's name)
     ordered: list[Message] = []
     numbers = count()
+
+    def called(result: Message) -> tuple[float, str]:
+        unknown = (inf, result.name or result.call_id)
+        return calls.get(result.call_id or result.name, unknown)
+
     for is_result, run in itertools.groupby(messages, lambda m: m.role == "tool"):
         group = list(run)
-        group = _by_calls(group, calls) if is_result else group
+        if is_result:
+            group.sort(key=lambda result: called(result)[0])
+            group = [m._replace(name=called(m)[1], call_id="") for m in group]
         for call in (call for message in group for call in message.tool_calls):
             calls[call.id] = (next(numbers), call.name)  # ids may return
         ordered += group
     return ordered
-
-
-def _by_calls(
-    results: Sequence[Message], calls: Mapping[str, tuple[int, str]]
-) -> list[Message]:
-    numbered = []
-    for result in results:
-        unknown = (inf, result.name or result.call_id)
-        number, name = calls.get(result.call_id or result.name, unknown)
-        numbered.append((number, result._replace(name=name, call_id="")))
-    return [result for _, result in sorted(numbered, key=operator.itemgetter(0))]
 
 
 def _parse_stops(stop: Any) -> tuple[str, ...]:
