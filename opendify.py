@@ -3660,7 +3660,6 @@ _CHAT_ONLY = (
     *("tools", "tool_choice", "functions", "function_call", "response_format"),
     *("text", "modalities"),
 )
-_FINGERPRINT = "fp_opendify"
 _ROLES = {  # every other one is the user's
     "assistant": "assistant",
     **dict.fromkeys(("system", "developer"), "system"),
@@ -4328,7 +4327,8 @@ class Envelope(NamedTuple):
     def head(self, kind: str) -> dict[str, Any]:
         """The keys with which an object of this kind begins."""
         id_, created, model = self
-        return {"id": id_, "object": kind, "created": created, "model": model}
+        about = {"id": id_, "object": kind, "created": created, "model": model}
+        return {**about, "system_fingerprint": "fp_opendify"}
 
 
 class Answer:
@@ -4426,9 +4426,8 @@ def chat_completion(
         if spoken and answer.sounds:
             message |= _said_aloud(answer, spoken, ids)
         reason = _finish_reason(answer, is_legacy)
-        choices.append(_chat_choice(index, {"message": message}, reason))
-    head = {**envelope.head("chat.completion"), "system_fingerprint": _FINGERPRINT}
-    usage = _usage_object(sum((answer.usage for answer in answers), Usage()))
+        choices.append(_choice(index, {"message": message}, reason))
+    head, usage = envelope.head("chat.completion"), _usage_of(answers)
     return {**head, "choices": choices, "usage": usage, **dify_key(ids)}
 
 
@@ -4437,7 +4436,7 @@ def dify_key(ids: DifyIds) -> dict[str, Any]:
     return {"dify": dict(ids)} if ids else {}
 
 
-def _chat_choice(index: int, content: Json, reason: str | None) -> dict[str, Any]:
+def _choice(index: int, content: Json, reason: str | None) -> dict[str, Any]:
     return {"index": index, **content, "logprobs": None, "finish_reason": reason}
 
 
@@ -4503,17 +4502,30 @@ def encode_failure(error: ProxyError) -> bytes:
     return encode_event(json_bytes(error_body(error))) + _DONE
 
 
-class _ChunkStream:
-    """What chat and the legacy API have in common; `_choice` is their own."""
+class ChatStream:
+    """Writes the chunks of one choice of a streamed chat completion as SSE."""
 
     needs_ids = False
-    _choice: Callable[[Any, str | None], dict[str, Any]]
+    _kind, _key = "chat.completion.chunk", "delta"
+    _no_content: str | None = ""
 
-    def __init__(self, head: Json, *, include_usage: bool, index: int) -> None:
+    def __init__(
+        self,
+        envelope: Envelope,
+        *,
+        include_usage: bool,
+        index: int = 0,
+        is_legacy: bool = False,
+    ) -> None:
         self.summary = Answer()  # what is no text: calls, citations, usage, the end
-        self._head = head
+        self._head = envelope.head(self._kind)
         self._usage_key = {"usage": None} if include_usage else {}
         self._index = index
+        self._is_legacy = is_legacy
+        before, after = _around(self._chunk(_HERE))
+        self._text = (before + b'{"content":', b"}" + after)
+        self._reasoning = (before + b'{"reasoning_content":', b"}" + after)
+        self._chars = 0
 
     def heartbeat(self) -> bytes:
         """A comment, which every reader skips."""
@@ -4528,35 +4540,6 @@ class _ChunkStream:
     def fail(self, error: ProxyError) -> bytes:
         """The end of a stream that can't be finished: no finish_reason, ever."""
         return encode_failure(error)
-
-    def _chunk(self, content: Any, reason: str | None = None, **extra: Any) -> bytes:
-        """One chunk: some content of the choice, or None beside all choices."""
-        choices = [] if content is None else [self._choice(content, reason)]
-        chunk = {**self._head, "choices": choices, **self._usage_key, **extra}
-        return encode_event(json_bytes(chunk))
-
-
-class ChatStream(_ChunkStream):
-    """Writes the chunks of one choice of a streamed chat completion as SSE."""
-
-    _no_content: str | None = ""
-
-    def __init__(
-        self,
-        envelope: Envelope,
-        *,
-        include_usage: bool,
-        index: int = 0,
-        is_legacy: bool = False,
-    ) -> None:
-        head = envelope.head("chat.completion.chunk")
-        head["system_fingerprint"] = _FINGERPRINT
-        super().__init__(head, include_usage=include_usage, index=index)
-        self._is_legacy = is_legacy
-        before, after = _around(self._chunk(_HERE))
-        self._text = (before + b'{"content":', b"}" + after)
-        self._reasoning = (before + b'{"reasoning_content":', b"}" + after)
-        self._chars = 0
 
     def begin(self, ids: DifyIds) -> bytes:
         """The first chunk: the role, and Dify's ids."""
@@ -4592,8 +4575,12 @@ class ChatStream(_ChunkStream):
         entries = (about, {"index": index, kind: rest})
         return b"".join(self._chunk({"tool_calls": [entry]}) for entry in entries)
 
-    def _choice(self, delta: Any, reason: str | None) -> dict[str, Any]:
-        return _chat_choice(self._index, {"delta": delta}, reason)
+    def _chunk(self, content: Any, reason: str | None = None, **extra: Any) -> bytes:
+        """One chunk: some content of the choice, or None beside all choices."""
+        choice = _choice(self._index, {self._key: content}, reason)
+        choices = [] if content is None else [choice]
+        chunk = {**self._head, "choices": choices, **self._usage_key, **extra}
+        return encode_event(json_bytes(chunk))
 
 
 class SpokenStream(ChatStream):
@@ -4641,14 +4628,15 @@ class SpokenStream(ChatStream):
         return self._chunk({"audio": audio})
 
 
-class CompletionStream(_ChunkStream):
+class CompletionStream(ChatStream):
     """The same for a choice of the legacy API: `POST /completions`."""
+
+    _kind, _key = "text_completion", "text"
 
     def __init__(
         self, envelope: Envelope, *, include_usage: bool, index: int, echo: str
     ) -> None:
-        head = envelope.head("text_completion")
-        super().__init__(head, include_usage=include_usage, index=index)
+        super().__init__(envelope, include_usage=include_usage, index=index)
         self._echo = echo
         self._text = _around(self._chunk(_HERE))
 
@@ -4667,25 +4655,17 @@ class CompletionStream(_ChunkStream):
             self.summary.add(part)
         return b""
 
-    def _choice(self, text: Any, reason: str | None) -> dict[str, Any]:
-        return _completion_choice(self._index, text, reason)
-
 
 def text_completion(
     envelope: Envelope, answers: Sequence[Answer], echoes: Sequence[str], ids: DifyIds
 ) -> dict[str, Any]:
     """The whole object of a legacy completion."""
     choices = [
-        _completion_choice(index, echo + answer.text, answer.finish_reason)
+        _choice(index, {"text": echo + answer.text}, answer.finish_reason)
         for index, (answer, echo) in enumerate(zip(answers, echoes))
     ]
-    usage = _usage_object(sum((answer.usage for answer in answers), Usage()))
-    head = envelope.head("text_completion")
+    head, usage = envelope.head("text_completion"), _usage_of(answers)
     return {**head, "choices": choices, "usage": usage, **dify_key(ids)}
-
-
-def _completion_choice(index: int, text: str, reason: str | None) -> dict[str, Any]:
-    return {"text": text, "index": index, "logprobs": None, "finish_reason": reason}
 
 
 def models_list(models: Iterable[tuple[str, str]], created: int) -> dict[str, Any]:
@@ -4704,12 +4684,13 @@ def model_object(model: str, name: str, created: int) -> dict[str, Any]:
 _DONE = b"data: [DONE]\n\n"
 
 
+def _usage_of(answers: Iterable[Answer]) -> dict[str, Any]:
+    return _usage_object(sum((answer.usage for answer in answers), Usage()))
+
+
 def _usage_object(usage: Usage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.total_tokens,
-    }
+    keys = ("prompt_tokens", "completion_tokens", "total_tokens")
+    return {key: getattr(usage, key) for key in keys}
 
 
 def cite(resources: Sequence[Json], at: int) -> dict[str, Any]:
@@ -5384,7 +5365,7 @@ class ResponseStream:
 # each part, in order, then `end`; `fail` instead at any time. `heartbeat` may be sent
 # between any two of them. `begin` waits until Dify's ids are known if it `needs_ids`;
 # `summary` has the token counts, once they are known.
-AnswerStream = Union[ChatStream, CompletionStream, ResponseStream]
+AnswerStream = Union[ChatStream, ResponseStream]
 
 
 # ==============================================================================
