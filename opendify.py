@@ -4078,14 +4078,16 @@ def _decode_base64(text: str, where: str) -> bytes:
 
 def _guess_media_type(name: str, data: bytes) -> str:
     """For data of an unknown type: by the extension, else by the first bytes."""
-    extension = name.rpartition(".")[2].lower() if "." in name else ""
-    if extension in _MEDIA_TYPE_BY_EXTENSION:
-        return _MEDIA_TYPE_BY_EXTENSION[extension]
-    for magic, media_type in _MAGIC:
-        if re.match(magic, data, re.DOTALL):
-            return media_type
-    is_known = extension.isalnum() and not extension.isdecimal()
-    return f"application/{extension if is_known else 'octet-stream'}"
+    extension = _extension(name)
+    by_name = _MEDIA_TYPE_BY_EXTENSION.get(extension)
+    by_bytes = (kind for magic, kind in _MAGIC if re.match(magic, data, re.DOTALL))
+    return by_name or next(by_bytes, f"application/{extension or 'octet-stream'}")
+
+
+def _extension(name: str) -> str:
+    """What follows the last dot, in lower case; "" for a number: "Report v1.2"."""
+    match = re.search(r"\.(\d*[A-Za-z]\w{0,9})\Z", name, re.ASCII)
+    return match[1].lower() if match else ""
 
 
 _MAGIC = (
@@ -4102,8 +4104,7 @@ def _plain_name(name: str, media_type: str) -> str:
     """A file name that every Dify takes: no path, safe characters, an extension."""
     name = re.sub(r'[\\/:*?"<>|\x00-\x1f\ud800-\udfff]', "_", name)[-150:].strip(". ")
     name = name or "file"
-    has_extension = re.search(r"\.\d*[A-Za-z]\w{0,9}\Z", name)  # not "report v1.2"
-    if media_type and not has_extension:
+    if media_type and not _extension(name):
         subtype = re.sub(r"\Ax-|\W.*", "", media_type.partition("/")[2])
         name += "." + _EXTENSION_BY_MEDIA_TYPE.get(media_type, subtype or "bin")
     return name
