@@ -4179,12 +4179,9 @@ def _parse_spoken(body: Json, n: int) -> str | None:
         raise bad_type("audio", "an object")
     if n > 1:
         raise bad_value("n", "a spoken answer has one choice.")
-    wanted = audio.get("format")
-    if wanted == "pcm16":
-        problem = "Dify's speech is a file such as mp3 or WAV: ask for mp3 or wav."
+    if audio.get("format") not in (None, *_SOUND_FORMATS):
+        problem = "Dify's speech is a file of its own format: ask for mp3 or wav."
         raise bad_value("audio.format", problem)
-    if wanted not in (None, *_SOUND_FORMATS):
-        raise bad_value("audio.format", f"it can be {', '.join(_SOUND_FORMATS)}.")
     return _parse_voice(audio.get("voice"), "audio.voice")
 
 
