@@ -3665,27 +3665,25 @@ _ROLES = {  # every other one is the user's
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "function"), "tool"),
 }
-_EXTENSION_BY_MEDIA_TYPE = {
-    "image/jpeg": "jpg",
-    "image/svg+xml": "svg",
-    "audio/mpeg": "mp3",
-    "audio/x-wav": "wav",
-    "audio/mp4": "m4a",
-    "text/plain": "txt",
-    "text/markdown": "md",
-    "application/vnd.openxmlformats-officedocument.wordprocessingml.document": "docx",
-    "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet": "xlsx",
-    "application/vnd.openxmlformats-officedocument.presentationml.presentation": "pptx",
-    "application/msword": "doc",
-    "application/vnd.ms-excel": "xls",
-    "application/octet-stream": "bin",
-}
-_MEDIA_TYPE_BY_EXTENSION = {
-    **{extension: name for name, extension in _EXTENSION_BY_MEDIA_TYPE.items()},
+_MEDIA_TYPES = {  # by extension; a file without one gets the last of its type
     **{kind: f"image/{kind}" for kind in ("bmp", "gif", "jpeg", "png", "webp")},
     **{kind: f"video/{kind}" for kind in ("mp4", "mpeg", "webm")},
+    "jpg": "image/jpeg",
+    "svg": "image/svg+xml",
+    "mp3": "audio/mpeg",
+    "wav": "audio/x-wav",
+    "m4a": "audio/mp4",
     "mov": "video/quicktime",
+    "txt": "text/plain",
+    "md": "text/markdown",
+    "docx": "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
+    "xlsx": "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
+    "pptx": "application/vnd.openxmlformats-officedocument.presentationml.presentation",
+    "doc": "application/msword",
+    "xls": "application/vnd.ms-excel",
+    "bin": "application/octet-stream",
 }
+_EXTENSIONS = {media_type: extension for extension, media_type in _MEDIA_TYPES.items()}
 
 
 # Requests...
@@ -4079,7 +4077,7 @@ def _decode_base64(text: str, where: str) -> bytes:
 def _guess_media_type(name: str, data: bytes) -> str:
     """For data of an unknown type: by the extension, else by the first bytes."""
     extension = _extension(name)
-    by_name = _MEDIA_TYPE_BY_EXTENSION.get(extension)
+    by_name = _MEDIA_TYPES.get(extension)
     by_bytes = (kind for magic, kind in _MAGIC if re.match(magic, data, re.DOTALL))
     return by_name or next(by_bytes, f"application/{extension or 'octet-stream'}")
 
@@ -4106,7 +4104,7 @@ def _plain_name(name: str, media_type: str) -> str:
     name = name or "file"
     if media_type and not _extension(name):
         subtype = re.sub(r"\Ax-|\W.*", "", media_type.partition("/")[2])
-        name += "." + _EXTENSION_BY_MEDIA_TYPE.get(media_type, subtype or "bin")
+        name += "." + _EXTENSIONS.get(media_type, subtype or "bin")
     return name
 
 
