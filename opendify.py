@@ -4207,13 +4207,14 @@ def transcript_format(fields: Mapping[str, str]) -> str:
 
 
 def transcript(
-    text: str, wanted: str, task: str, language: str, seconds: float
+    text: str, fields: Mapping[str, str], task: str, seconds: float
 ) -> tuple[str, bytes]:
-    """(media type, body) of a transcript.
+    """(media type, body) of a transcript, as a form wants it.
 
     Dify tells no times: it is one segment, and one cue. `seconds` are 0 where they are
     not known; then a cue lasts as long as its words take to say.
     """
+    wanted = transcript_format(fields)
     if wanted == "stream":
         delta = {"type": "transcript.text.delta", "delta": text}
         done = {"type": "transcript.text.done", "text": text}
@@ -4229,7 +4230,8 @@ def transcript(
         return f"text/{kind}; charset=utf-8", f"{head}{cue}\n{lines}\n\n".encode()
     value: dict[str, Any] = {"text": text}
     if wanted == "verbose_json":
-        about = {"task": task, "language": language or "unknown", "duration": seconds}
+        language = fields.get("language") or "unknown"
+        about = {"task": task, "language": language, "duration": seconds}
         value = {**about, **value, "segments": _segments(text, seconds)}
     if seconds:
         value["usage"] = {"type": "duration", "seconds": seconds}
@@ -10263,13 +10265,8 @@ async def transcribe(site: Site, exchange: Exchange) -> None:
         file = replace(file, media_type=audio_type(file))
         answer = await _send_form(site, exchange, form, app, file)
     task = "translate" if exchange.route.endswith("translations") else "transcribe"
-    kind, body = transcript(
-        str(answer.get("text") or ""),
-        transcript_format(form.fields),
-        task,
-        form.fields.get("language", ""),
-        wav_seconds(form.start, form.size),
-    )
+    text, seconds = str(answer.get("text") or ""), wav_seconds(form.start, form.size)
+    kind, body = transcript(text, form.fields, task, seconds)
     exchange.reply.send(Response(200, body, [("Content-Type", kind)]))
 
 
