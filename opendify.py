@@ -5216,8 +5216,7 @@ class ResponseStream:
 
     def __init__(self, frame: ResponseFrame) -> None:
         self.response: dict[str, Any] = {}
-        self.user = frame.user
-        self._frame = frame
+        self.frame = frame
         self.summary = Answer()  # what is no text: calls, citations, usage, the end
         self._output: list[dict[str, Any]] = []
         self._open: dict[str, _OpenItem] = {}  # by prefix
@@ -5226,7 +5225,7 @@ class ResponseStream:
 
     def begin(self, ids: DifyIds) -> bytes:
         """The first events, which tell Dify's ids."""
-        self._frame = replace(self._frame, ids=ids)
+        self.frame = replace(self.frame, ids=ids)
         return self._lifecycle("in_progress", "created") + self.heartbeat()
 
     def heartbeat(self) -> bytes:
@@ -5242,7 +5241,7 @@ class ResponseStream:
         """The response with the output that it has by now."""
         for item in self._open.values():
             item.update(status if status == "in_progress" else "incomplete")
-        frame = self._frame
+        frame = self.frame
         return {
             "id": frame.id("resp_"),
             "object": "response",
@@ -5306,7 +5305,7 @@ class ResponseStream:
         at = len(self._output)
         # By its number among its kind: read again, reasoning comes before the text.
         number = next(self._item_numbers[form.prefix])
-        about = {"id": self._frame.id(form.prefix, number), "type": form.type}
+        about = {"id": self.frame.id(form.prefix, number), "type": form.type}
         item = {**about, **form.added, form.key: [] if form.part else "", **fields}
         self._output.append(item)
         self._open[form.prefix] = opened = _OpenItem(form, item, at)
@@ -9946,7 +9945,7 @@ def _running_as(site: Site, exchange: Exchange) -> tuple[ResponseStream, Turn] |
     for stream, other in site.running.items():
         response = stream.response
         is_it = response.get("id") == exchange.name_in_path
-        is_theirs = site.owner_of(other) == owner and user in ("", stream.user)
+        is_theirs = site.owner_of(other) == owner and user in ("", stream.frame.user)
         if is_it and is_theirs and other.turn and response["status"] == "in_progress":
             exchange.model = other.model
             return stream, other.turn
