@@ -4859,14 +4859,12 @@ def _joined(messages: Iterable[Message]) -> list[Message]:
     Two texts are not: agents that take turns leave several in a row.
     """
     answers: list[list[Message]] = []
-    goes_on = has_calls = False
+    is_said = False  # the last one has text, and calls nothing
     for message in messages:
-        if not (goes_on or (answers and message.tool_calls)):
+        if not answers or (is_said and not message.tool_calls):
             answers.append([])
-            goes_on, has_calls = True, False
         answers[-1].append(message)
-        has_calls = has_calls or bool(message.tool_calls)
-        goes_on = has_calls or (goes_on and not plain_text(message))
+        is_said = not message.tool_calls and bool(plain_text(message))
     return [
         answer[0]._replace(
             text="\n".join(m.text for m in answer if m.text),
