@@ -5108,13 +5108,11 @@ def _annotations(resources: Sequence[Json], at: int) -> list[Any]:
         for doc in resources
         if doc.get("document_id") and doc.get("document_name") and not url_of(doc)
     }
-    return [
-        *({"type": "url_citation", **page} for page in pages.values()),
-        *(
-            {"type": "file_citation", "file_id": id_, "filename": name, "index": index}
-            for index, (id_, name) in enumerate(files.items())
-        ),
+    documents = [
+        {"type": "file_citation", "file_id": id_, "filename": name, "index": index}
+        for index, (id_, name) in enumerate(files.items())
     ]
+    return [*({"type": "url_citation", **page} for page in pages.values()), *documents]
 
 
 def _usage_of_response(usage: Usage) -> dict[str, Any]:
