@@ -7365,8 +7365,7 @@ class Pool:
         self.settings = settings
         self._connect = connect
         self._idle: dict[Origin, deque[tuple[float, Wire]]] = {}
-        self._opening: dict[Origin, set[asyncio.Task[Wire]]] = {}
-        self._failed: dict[Origin, tuple[float, ProxyError]] = {}
+        self._faults: dict[Origin, asyncio.Future[ProxyError]] = {}
         self._tls: ssl.SSLContext | None = None
         self._reaper: asyncio.TimerHandle | None = None
         self.background: set[asyncio.Task[Any]] = set()
@@ -7378,8 +7377,7 @@ class Pool:
         again: it may lead through another proxy.
         """
         self._close_idle()
-        self.settings, self._tls = settings, None
-        self._failed, self._opening = {}, {}
+        self.settings, self._tls, self._faults = settings, None, {}
 
     def run_in_background(self, job: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run something that nobody waits for; `close` cancels it."""
@@ -7503,30 +7501,24 @@ class Pool:
         A server that can't be reached would else hold every request for the whole
         time to connect. For CIRCUIT_S nobody tries again.
         """
-        now, failed = asyncio.get_running_loop().time(), self._failed
-        failed_at, error = failed.get(origin, (-inf, None))
-        if error and now - failed_at < CIRCUIT_S:
-            raise copy.copy(error)
-        opening = self._opening.setdefault(origin, set())
-        opening.add(task := asyncio.ensure_future(self._open_in_time(origin)))
+        loop, faults = asyncio.get_running_loop(), self._faults
+        fault = faults.setdefault(origin, loop.create_future())
+        if fault.done():
+            raise copy.copy(fault.result())
+        opening = asyncio.ensure_future(self._open_in_time(origin))
         try:
-            await asyncio.wait({task})  # the task may miss that it is cancelled
-            return task.result()
-        except asyncio.CancelledError:
-            failed_at, error = failed.get(origin, (-inf, None))
-            if error and failed_at >= now and task.cancelled():
-                raise copy.copy(error) from None  # another attempt failed
-            task.cancel()
-            task.add_done_callback(_abort_made)
+            either: set[asyncio.Future[Any]] = {opening, fault}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if opening.done():
+                return opening.result()
+            raise copy.copy(fault.result())  # another attempt failed
+        except BaseException as error:
+            if isinstance(error, ProxyError) and not fault.done():
+                fault.set_result(copy.copy(error))  # without its frames
+                loop.call_later(CIRCUIT_S, faults.pop, origin, None)
+            opening.cancel()
+            opening.add_done_callback(_abort_made)  # it may miss that
             raise
-        except ProxyError as error:
-            failed_at = asyncio.get_running_loop().time()
-            failed[origin] = (failed_at, copy.copy(error))  # without its frames
-            for other in opening - {task}:
-                other.cancel()
-            raise
-        finally:
-            opening.discard(task)
 
     async def _open_in_time(self, origin: Origin) -> Wire:
         proxy = proxy_for(origin, self.settings)
