@@ -7253,7 +7253,7 @@ def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError
         # asyncio's own reset says nothing.
         text = f"No connection with {where} ({str(error) or 'it was closed'}); {cure}."
     else:
-        text = f"{where} does not answer in proper HTTP: {error}"
+        text = f"{where} does not answer in proper HTTP; {cure}. {error}"
     return UpstreamFailed(text)
 
 
@@ -7584,23 +7584,19 @@ async def _tunnel(
     wire: Wire, proxy: Proxy, origin: Origin, trust: ssl.SSLContext
 ) -> None:
     """TLS with the origin through a proxy, by CONNECT (RFC 9110, section 9.3.6)."""
-    where, head = _authority(origin), b""
+    where = _authority(origin)
     fields = [("Host", where), *proxy.headers]
     try:
         wire.write(encode_head(f"CONNECT {where} HTTP/1.1", fields))
-        while b"\r\n\r\n" not in head and len(head) < MAX_HEAD_BYTES:
-            data = await wire.read()  # TLS speaks only when spoken to
-            if not data:
-                break
-            head += data
+        head = await wire.read_head()
         if not re.match(rb"HTTP/1\.[01] 2\d\d[ \r]", head):
             answer = head.partition(b"\r\n")[0].decode("latin-1") or "nothing"
             raise ConfigurationFault(
                 f"The proxy {proxy.host}:{proxy.port} refuses {where}: {answer}. Check "
                 "HTTPS_PROXY and NO_PROXY."
             )
-        # Whatever else it says would be taken for the origin's, and asyncio does not
-        # tell that TLS begins on a lost connection.
+        # TLS speaks only when spoken to: whatever else came would be taken for the
+        # origin's. Nor does asyncio tell that TLS begins on a lost connection.
         if wire.is_stale:
             raise ConnectionBroken("the proxy left, or says more than its answer")
         await wire.start_tls(trust, origin.host)

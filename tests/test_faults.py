@@ -1013,6 +1013,7 @@ async def test_proxy_that_leaves_after_its_answer_is_not_waited_for() -> None:
         pytest.param(b"HTTP/1.1 403 Forbidden\r\n\r\n<html>", "403", id="403"),
         pytest.param(b"SSH-2.0-OpenSSH_9.6\r\n\r\n", "SSH", id="no-proxy"),
         pytest.param(b"HTTP/1.1 503 \xe9\r\n\r\n", "503", id="latin-1"),
+        pytest.param(b"220 mail\n\n", "Lines must end with CR LF.", id="smtp"),
     ],
 )
 async def test_proxy_that_refuses_is_named(answer: bytes, words: str) -> None:
