@@ -7127,7 +7127,7 @@ class Reply:
 # once without a byte of an answer (Dify closes idle ones after 2 s: a common race).
 
 # Dify's default server has ten connections in all, idle ones included.
-IDLE_CONNECTION_S = 15.0
+IDLE_CONNECTION_S, REAP_S = 15.0, 4.0
 MAX_IDLE_CONNECTIONS = 64
 GRACE_S = 1.0  # for message_end after a chatflow's workflow_finished
 CALL_TIMEOUT_S = 30.0  # for the head of a small call's answer
@@ -7364,7 +7364,7 @@ class Pool:
     def __init__(self, connect: Connect, settings: Settings) -> None:
         self.settings = settings
         self._connect = connect
-        self._idle: dict[Origin, deque[tuple[float, Wire]]] = {}
+        self._idle: dict[Origin, deque[Wire]] = defaultdict(deque)
         self._faults: dict[Origin, asyncio.Future[ProxyError]] = {}
         self._tls: ssl.SSLContext | None = None
         self._reaper: asyncio.TimerHandle | None = None
@@ -7446,14 +7446,13 @@ class Pool:
 
     def give_back(self, origin: Origin, wire: Wire) -> None:
         """Keep a connection whose last response was read to its end."""
-        loop = asyncio.get_running_loop()
-        wire.clear_deadline()
-        idle = self._idle.setdefault(origin, deque())
-        idle.append((loop.time(), wire))
+        wire.set_deadline(IDLE_CONNECTION_S, ConnectionBroken)  # it is stale then
+        idle = self._idle[origin]
+        idle.append(wire)
         if len(idle) > MAX_IDLE_CONNECTIONS:
-            idle.popleft()[1].close()
+            idle.popleft().close()
         if not self._reaper:
-            self._reaper = loop.call_later(IDLE_CONNECTION_S, self._reap)
+            self._reap()
 
     def close(self) -> None:
         """End what runs in the background, and close all idle connections."""
@@ -7465,29 +7464,24 @@ class Pool:
         self._close_idle()
 
     def _close_idle(self) -> None:
-        for _, wire in itertools.chain.from_iterable(self._idle.values()):
+        for wire in itertools.chain.from_iterable(self._idle.values()):
             wire.close()
         self._idle.clear()
 
     def _reap(self) -> None:
-        """Close what was idle for too long, or was closed by Dify."""
-        self._reaper = None
+        """Close what was idle for too long, or was closed by Dify; now and then."""
+        for idle in self._idle.values():
+            for wire in [wire for wire in idle if wire.is_stale]:
+                wire.close()
+                idle.remove(wire)
         loop = asyncio.get_running_loop()
-        now = loop.time()
-        for origin, idle in list(self._idle.items()):
-            for since, wire in list(idle):
-                if wire.is_stale or now - since >= IDLE_CONNECTION_S:
-                    wire.close()
-                    idle.remove((since, wire))
-            if not idle:
-                del self._idle[origin]
-        if self._idle:
-            self._reaper = loop.call_later(IDLE_CONNECTION_S / 4, self._reap)
+        is_used = any(self._idle.values())
+        self._reaper = loop.call_later(REAP_S, self._reap) if is_used else None
 
     def _take_idle(self, origin: Origin) -> Wire | None:
-        idle = self._idle.get(origin)
+        idle = self._idle[origin]
         while idle:
-            _, wire = idle.pop()  # the newest: it lives most likely
+            wire = idle.pop()  # the newest: it lives most likely
             if not wire.is_stale:
                 return wire
             wire.close()
