@@ -7310,16 +7310,15 @@ class UpstreamResponse:
 
     async def read_all(self, limit: int) -> bytes:
         """The whole body; raises UpstreamFailed if it has more bytes than that."""
-        pieces, size = [], 0
+        content = bytearray()
         try:
             while data := await self.read():
-                pieces.append(data)
-                size += len(data)
-                if size > limit:
+                content += data
+                if len(content) > limit:
                     raise UpstreamFailed(f"Dify's answer is over {limit >> 10} KiB.")
         finally:
             self.close()
-        return b"".join(pieces)
+        return bytes(content)
 
     def close(self) -> None:
         """Let the connection go: to the pool if the body is complete, else for good.
@@ -7396,10 +7395,8 @@ class Pool:
         """
         kept = self._take_idle(origin)
         if kept:
-            try:
+            with contextlib.suppress(NoAnswer):
                 return await self._exchange(origin, kept, request, timeout_s)
-            except NoAnswer:
-                pass
         try:
             wire = await self._open(origin)
         except ProxyError as error:
