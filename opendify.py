@@ -7824,15 +7824,6 @@ def without_key(error: ProxyError, app: AppSettings) -> ProxyError:
     return error
 
 
-def parse_answer(status: int, content: bytes) -> dict[str, Any]:
-    """The JSON object that a call is answered with; raises UpstreamFailed if none."""
-    if (value := read_json_object(content)) is not None:
-        return value
-    if content.lstrip()[:1] in (b"", b"{"):
-        raise UpstreamFailed("Dify's answer is empty, or it broke off.")
-    raise error_from_body(status, content)
-
-
 class Api:
     """Requests to Dify's API, each with an app's key, and what answers them."""
 
@@ -7925,7 +7916,11 @@ class Api:
         content = await response.read_all(MAX_JSON_BYTES)
         if or_nothing and not content:
             return {}
-        return parse_answer(response.status, content)
+        if (value := read_json_object(content)) is not None:
+            return value
+        if content.lstrip()[:1] in (b"", b"{"):
+            raise UpstreamFailed("Dify's answer is empty, or it broke off.")
+        raise error_from_body(response.status, content)
 
 
 async def _redirected(response: UpstreamResponse, app: AppSettings, path: str) -> str:
