@@ -7941,25 +7941,24 @@ async def _redirected(response: UpstreamResponse, app: AppSettings, path: str) -
 async def _refusal_in(response: UpstreamResponse, app: AppSettings) -> ProxyError:
     """What Dify, or what stands before it, says where no answer came."""
     content = await response.read_all(MAX_ERROR_BYTES)
-    if response.status == 407:
-        return ConfigurationFault(
+    status, headers = response.status, response.headers
+    error = error_from_body(status, content)
+    if status == 407:
+        error = ConfigurationFault(
             "The proxy on the way to Dify wants other credentials (407). Check "
             "HTTP_PROXY and NO_PROXY."
         )
-    if 300 <= response.status < 400:
-        redirect = ConfigurationFault(
-            f"Dify redirects ({response.status}) to "
-            f"{response.headers.get('location', 'nowhere')!r}; say in "
-            f"{BASE_SETTING} where the API really is."
+    elif status < 300:
+        error = ConfigurationFault(
+            f"What the base URL leads to answers {status}, but without an event "
+            f"stream. Check {BASE_SETTING}: it must be like https://host/v1."
         )
-        return without_key(redirect, app)
-    if response.status < 300:
-        return ConfigurationFault(
-            f"What the base URL leads to answers {response.status}, but without an "
-            f"event stream. Check {BASE_SETTING}: it must be like https://host/v1."
+    elif status < 400:
+        error = ConfigurationFault(
+            f"Dify redirects ({status}) to {headers.get('location', 'nowhere')!r}; "
+            f"say in {BASE_SETTING} where the API really is."
         )
-    error = error_from_body(response.status, content)
-    wait_s = response.headers.get("retry-after", "")
+    wait_s = headers.get("retry-after", "")
     if isinstance(error, RateLimited) and wait_s.isdecimal():
         error.headers.append(("Retry-After", wait_s))  # a gateway's
     return without_key(error, app)
