@@ -7345,11 +7345,9 @@ class UpstreamResponse:
             task.add_done_callback(lambda _: self.close())
 
     async def _linger(self) -> None:
-        try:
-            self.set_deadline(LINGER_S, _Silence)
+        self.set_deadline(LINGER_S, _Silence)
+        with contextlib.suppress(ProxyError, _Silence):  # it was not worth the wait
             await self.read_all(MAX_ERROR_BYTES)
-        except (ProxyError, _Silence):
-            pass  # it was not worth the wait
 
 
 class Pool:
