@@ -70,6 +70,7 @@ import unicodedata
 import urllib.parse
 from collections import defaultdict, deque
 from collections.abc import (
+    AsyncIterator,
     Awaitable,
     Collection,
     Coroutine,
@@ -8141,17 +8142,15 @@ class Dify:
             user: gives the end user; asked when the file is through.
         """
         boundary = secrets.token_hex(16)
-        head, is_through = [upload_head(file, boundary)], False
 
-        async def read_form() -> bytes:
-            nonlocal is_through
-            if head or is_through:
-                return head.pop() if head else b""
-            data = await read()
-            is_through = not data
-            return data or upload_end(user(), boundary)
+        async def form() -> AsyncIterator[bytes]:
+            yield upload_head(file, boundary)
+            while data := await read():
+                yield data
+            yield upload_end(user(), boundary)
+            yield b""
 
-        response = await self._send_form(app, path, read_form, boundary)
+        response = await self._send_form(app, path, form().__anext__, boundary)
         if response.status < 300:
             return await self.api.read_object(response, app)
         error = await _refusal_in(response, app)
