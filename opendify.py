@@ -8059,6 +8059,7 @@ class Dify:
 
     def __init__(self, settings: Settings, connect: Connect) -> None:
         self._pool = Pool(connect, settings)
+        self.use, self.close = self._pool.use, self._pool.close
         self.background = self._pool.background
         self.run_in_background = self._pool.run_in_background
         self.api = Api(self._pool)
@@ -8068,14 +8069,6 @@ class Dify:
     def settings(self) -> Settings:
         """The configuration as it is now."""
         return self._pool.settings
-
-    def use(self, settings: Settings) -> None:
-        """Go on with other settings."""
-        self._pool.use(settings)
-
-    def close(self) -> None:
-        """End what runs in the background, and close the connections that are kept."""
-        self._pool.close()
 
     # Turns...
 
