@@ -7145,6 +7145,7 @@ FORM_FRESH_S = 300.0  # what an app said of itself is asked again after this tim
 
 
 Connect = Callable[..., Awaitable[Wire]]
+RunInBackground = Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]
 
 
 class Origin(NamedTuple):
@@ -7271,8 +7272,7 @@ class UpstreamResponse:
         self, pool: Pool, origin: Origin, wire: Wire, head: ResponseHead
     ) -> None:
         self.status, self.headers = head.status, head.headers
-        self._pool, self._settings = pool, pool.settings
-        self._origin, self._wire = origin, wire
+        self._pool, self._origin, self._wire = pool, origin, wire
         self._body = body_decoder(self.headers, until_end=True)
         if self.status in (204, 304):
             self._body = BodyDecoder(0)
@@ -7330,9 +7330,8 @@ class UpstreamResponse:
             return
         self._is_released = True
         self._wire.on_data = None
-        is_as_set = self._pool.settings is self._settings
-        is_good = self._body.is_complete and self.can_reuse and is_as_set
-        if is_good and not self._wire.is_stale:
+        is_good = self._body.is_complete and self.can_reuse
+        if is_good and not (self._wire.is_stale or self._pool.is_closed):
             self._pool.give_back(self._origin, self._wire)
         else:
             self._wire.abort()
@@ -7354,35 +7353,24 @@ class UpstreamResponse:
 class Pool:
     """Keeps connections to Dify for the next request, and knows how to open them.
 
+    It is given up with its settings. With others no connection is used again, since it
+    may lead through another proxy, and what failed may work.
+
     Args:
         connect: opens a connection as `open_wire` does.
         settings: the time to connect, proxies, authorities to trust.
+        run_in_background: runs what nobody waits for.
     """
 
-    def __init__(self, connect: Connect, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(
+        self, connect: Connect, settings: Settings, run_in_background: RunInBackground
+    ) -> None:
+        self.settings, self.run_in_background = settings, run_in_background
+        self.is_closed = False
         self._connect = connect
         self._idle: dict[Origin, deque[Wire]] = defaultdict(deque)
         self._faults: dict[Origin, asyncio.Future[ProxyError]] = {}
-        self._tls: ssl.SSLContext | None = None
         self._reaper: asyncio.TimerHandle | None = None
-        self.background: set[asyncio.Task[Any]] = set()
-
-    def use(self, settings: Settings) -> None:
-        """Go on with other settings: what failed may work now.
-
-        Attempts that still run share only their own failures. No connection is used
-        again: it may lead through another proxy.
-        """
-        self._close_idle()
-        self.settings, self._tls, self._faults = settings, None, {}
-
-    def run_in_background(self, job: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run something that nobody waits for; `close` cancels it."""
-        task = asyncio.ensure_future(job)
-        self.background.add(task)
-        task.add_done_callback(self.background.discard)
-        return task
 
     async def request(
         self, origin: Origin, request: bytes, timeout_s: float
@@ -7451,18 +7439,12 @@ class Pool:
             self._reap()
 
     def close(self) -> None:
-        """End what runs in the background, and close all idle connections."""
-        for task in self.background:
-            task.cancel()
+        """Close all idle connections, and keep none any more."""
+        self.is_closed = True
         if self._reaper:
             self._reaper.cancel()
-            self._reaper = None
-        self._close_idle()
-
-    def _close_idle(self) -> None:
         for wire in itertools.chain.from_iterable(self._idle.values()):
             wire.close()
-        self._idle.clear()
 
     def _reap(self) -> None:
         """Close what was idle for too long, or was closed by Dify; now and then."""
@@ -7521,7 +7503,7 @@ class Pool:
             raise _proxy_error(origin, error, cure) from error
 
     async def _connect_to(self, origin: Origin, proxy: Proxy | None) -> Wire:
-        trust = self._trust() if origin.scheme == "https" else None
+        trust = self._trust if origin.scheme == "https" else None
         peer, options = proxy or origin, dict[str, Any]()
         if trust and not proxy:
             options.update(ssl=trust, server_hostname=origin.host)
@@ -7532,21 +7514,20 @@ class Pool:
             await _tunnel(wire, proxy, origin, trust)
         return wire
 
+    @functools.cached_property
     def _trust(self) -> ssl.SSLContext:
         """The system's authorities and the operator's; verification is always on."""
-        if self._tls is None:
-            context = ssl.create_default_context()
-            for name in ("dify_ca_file", "ssl_cert_file"):
-                path = getattr(self.settings, name)
-                try:
-                    if path:
-                        context.load_verify_locations(path)
-                except (OSError, ssl.SSLError) as error:
-                    raise ConfigurationFault(
-                        f"{name.upper()}: {path} can't be read as PEM ({error})."
-                    ) from error
-            self._tls = context
-        return self._tls
+        context = ssl.create_default_context()
+        for name in ("dify_ca_file", "ssl_cert_file"):
+            path = getattr(self.settings, name)
+            try:
+                if path:
+                    context.load_verify_locations(path)
+            except (OSError, ssl.SSLError) as error:
+                raise ConfigurationFault(
+                    f"{name.upper()}: {path} can't be read as PEM ({error})."
+                ) from error
+        return context
 
     async def _exchange(
         self, origin: Origin, wire: Wire, request: bytes, timeout_s: float
@@ -7827,7 +7808,7 @@ class Api:
     """Requests to Dify's API, each with an app's key, and what answers them."""
 
     def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+        self.pool = pool
         self._answered_at = -inf
 
     @property
@@ -7886,15 +7867,15 @@ class Api:
                 fields.append(("Content-Length", str(len(body))))
             else:
                 fields.append(("Transfer-Encoding", "chunked"))
-        proxy = proxy_for(origin, self._pool.settings)
+        proxy = proxy_for(origin, self.pool.settings)
         if proxy and origin.scheme == "http":  # RFC 9112, section 3.2.2
             target = f"http://{host}{target}"
             fields += proxy.headers
         head = encode_head(f"{method} {target} HTTP/1.1", fields)
         if isinstance(body, bytes):
-            response = await self._pool.request(origin, head + body, timeout_s)
+            response = await self.pool.request(origin, head + body, timeout_s)
         else:
-            response = await self._pool.send(origin, head, body, timeout_s)
+            response = await self.pool.send(origin, head, body, timeout_s)
         if COMPRESSED.search(response.headers.get("content-encoding", "")):
             response.close()
             raise UpstreamFailed(  # perhaps after a run
@@ -8058,17 +8039,33 @@ class Dify:
     """
 
     def __init__(self, settings: Settings, connect: Connect) -> None:
-        self._pool = Pool(connect, settings)
-        self.use, self.close = self._pool.use, self._pool.close
-        self.background = self._pool.background
-        self.run_in_background = self._pool.run_in_background
-        self.api = Api(self._pool)
+        self._connect = connect
+        self.background: set[asyncio.Task[Any]] = set()
+        self.api = Api(Pool(connect, settings, self.run_in_background))
         self.facts = Facts(self.api)
 
     @property
     def settings(self) -> Settings:
         """The configuration as it is now."""
-        return self._pool.settings
+        return self.api.pool.settings
+
+    def use(self, settings: Settings) -> None:
+        """Go on with other settings."""
+        self.api.pool.close()
+        self.api.pool = Pool(self._connect, settings, self.run_in_background)
+
+    def close(self) -> None:
+        """End what runs in the background, and close the connections that are kept."""
+        for task in self.background:
+            task.cancel()
+        self.api.pool.close()
+
+    def run_in_background(self, job: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run something that nobody waits for; `close` cancels it."""
+        task = asyncio.ensure_future(job)
+        self.background.add(task)
+        task.add_done_callback(self.background.discard)
+        return task
 
     # Turns...
 
