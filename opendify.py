@@ -7167,12 +7167,8 @@ class Proxy(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def is_loopback(host: str) -> bool:
     """Whether a host name or address is this machine's own."""
-    host = host.strip("[]").lower()
-    return (
-        host in ("localhost", "::1")
-        or host.endswith(".localhost")
-        or (re.fullmatch(r"127(?:\.\d{1,3}){3}", host) is not None)
-    )
+    own = r"(?:.*\.)?localhost|\[?::1\]?|127(?:\.\d{1,3}){3}"
+    return re.fullmatch(own, host, re.IGNORECASE) is not None
 
 
 def is_address(host: str) -> bool:
