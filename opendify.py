@@ -7182,9 +7182,8 @@ def proxy_for(origin: Origin, settings: Settings) -> Proxy | None:
     url = settings.https_proxy if is_tls else settings.http_proxy
     if not url or is_loopback(origin.host):
         return None
-    direct = [name.strip().lower() for name in settings.no_proxy.split(",")]
     names = (origin.host, _authority(origin), _authority(origin, origin.port))
-    for suffix in filter(None, direct):
+    for suffix in re.findall(r"[^\s,]+", settings.no_proxy.lower()):
         plain = suffix.lstrip("*").lstrip(".")
         if not plain or any(f".{name}".endswith(f".{plain}") for name in names):
             return None
