@@ -2600,6 +2600,12 @@ def error_from_dify(
     return BodyTooLarge(text, code=code) if status == 413 else refusal(text, code=code)
 
 
+def without_key(error: ProxyError, app: AppSettings) -> ProxyError:
+    """The error with the app's key masked, should Dify's message hold it."""
+    error.message = error.message.replace(app.key, mask_key(app.key))
+    return error
+
+
 _GATEWAY_TIMEOUTS = (504, 522, 524)  # Dify says none of them; the last: Cloudflare's
 
 
@@ -2906,25 +2912,19 @@ class AnswerReader:
     task_id = conversation_id = message_id = workflow_run_id = ""
 
     def __init__(
-        self,
-        mode: str,
-        base: str,
-        *,
-        output_variable: str = "",
-        show_process: bool = False,
+        self, mode: str, app: AppSettings, *, show_process: bool = False
     ) -> None:
         own = "workflow_run_id" if mode == "workflow" else "conversation_id message_id"
         self._unknown_ids = f"task_id {own}".split()
         self.is_finished = False
         self.is_stored = False  # as Dify says itself
         self.is_closing = False
-        self._mode = mode
-        self._output_variable = output_variable
+        self._mode, self._app = mode, app
         self._deltas = DeltaReader()
         self._text = AnswerText()
         self._blocks = self._text.blocks
         self._process = Process(mode, self._blocks, is_shown=show_process)
-        self._appendix = Appendix(mode, base)
+        self._appendix = Appendix(mode, app.base)
         self._has_rounds = False  # an agent_message had text
         self._has_asked = False  # the user, for what the run pauses for
         self.reason = "stop"  # why the app says no more
@@ -3055,7 +3055,8 @@ class AnswerReader:
         parts: list[Part] = []
         if not self._text.has_come:
             outputs = object_of(data.get("outputs"))
-            text = answer_from_outputs(outputs, self._output_variable, self._mode)
+            variable = self._app.output_variable
+            text = answer_from_outputs(outputs, variable, self._mode)
             parts = self._text.add(text)
         if self._mode == "workflow" or self.is_closing:
             return parts + self._finish()
@@ -3081,7 +3082,7 @@ class AnswerReader:
     def fail(self, error: ProxyError) -> list[Part]:
         """End the answer with an error."""
         self.is_finished = True
-        return [*self._text.close(), Failure(error)]
+        return [*self._text.close(), Failure(without_key(error, self._app))]
 
     def end(self) -> list[Part]:
         """The parts that are left when no more events come."""
@@ -3438,7 +3439,7 @@ class StoredTurn:
         return {"conversation_id": self.conversation_id, "message_id": self.message_id}
 
 
-def stored_turn(row: Json, base: str, history_variable: str = "") -> StoredTurn:
+def stored_turn(row: Json, app: AppSettings) -> StoredTurn:
     """A row as parts, by the same reader as a stream.
 
     {"id", "conversation_id", "inputs", "query", "answer", "message_files", "status",
@@ -3448,21 +3449,19 @@ def stored_turn(row: Json, base: str, history_variable: str = "") -> StoredTurn:
     inputs, query = object_of(row.get("inputs")), str(row.get("query") or "")
     files = objects_of(row.get("message_files"))
     attached = [f for f in files if f.get("belongs_to") == "user" and f.get("url")]
-    attachments = tuple(_stored_file(file, base) for file in attached)
+    attachments = tuple(_stored_file(file, app.base) for file in attached)
     return StoredTurn(
         str(row.get("conversation_id") or ""),
         str(row.get("id") or ""),
         count_of(row.get("created_at")),
         Message("user", query, attachments=attachments),
-        AnswerReader("chat", base).recover(row),
+        AnswerReader("chat", app).recover(row),
         _tools_in([*inputs.values(), query]),
-        past=str(inputs.get(history_variable) or ""),
+        past=str(inputs.get(app.history_variable) or ""),
     )
 
 
-def stored_run(
-    run: Json, base: str, variables: Iterable[str], output_variable: str
-) -> StoredTurn:
+def stored_run(run: Json, app: AppSettings, query: str) -> StoredTurn:
     """A workflow's run as parts, by the same reader as a stream.
 
     {"id", "inputs", "outputs", "status", "error", "total_tokens", "created_at"}; the
@@ -3470,14 +3469,14 @@ def stored_run(
 
     Args:
         run: of Dify's store.
-        base: of the app's API.
-        variables: the inputs that make up the question.
-        output_variable: the output that is the answer, "" for a usual one.
+        app: the workflow.
+        query: the input that takes the user's text.
     """
     inputs, outputs = (_unpacked(run.get(name)) for name in ("inputs", "outputs"))
-    texts = (inputs[name] for name in variables if isinstance(inputs.get(name), str))
-    question = Message("user", "\n\n".join(filter(None, texts)))
-    reader = AnswerReader("workflow", base, output_variable=output_variable)
+    given = (inputs.get(name) for name in (app.history_variable, query))
+    texts = [text for text in given if text and isinstance(text, str)]
+    question = Message("user", "\n\n".join(texts))
+    reader = AnswerReader("workflow", app)
     parts = reader._workflow_finished({**run, "outputs": outputs})
     id_, created = str(run.get("id") or ""), count_of(run.get("created_at"))
     tools = _tools_in(inputs.values())
@@ -7640,12 +7639,7 @@ class TurnStream:
         response: UpstreamResponse,
     ) -> None:
         settings = dify.settings
-        self.reader = AnswerReader(
-            mode,
-            app.base,
-            output_variable=app.output_variable,
-            show_process=settings.show_process,
-        )
+        self.reader = AnswerReader(mode, app, show_process=settings.show_process)
         self._dify, self._app, self._mode, self._user = dify, app, mode, user
         self._response = response
         self._idle_timeout_s = settings.dify_idle_timeout
@@ -7717,8 +7711,6 @@ class TurnStream:
         except SSEOverflow as error:
             return self._give_up(UpstreamFailed(f"Dify sent {error}.", retry=False))
         parts = self.reader.read(events)
-        if parts and isinstance(parts[-1], Failure):
-            without_key(parts[-1].error, self._app)
         if self._is_draining:
             return parts
         if self.reader.is_closing:
@@ -7791,12 +7783,6 @@ def _too_late() -> ProxyError:
         "Dify accepted the request, but its run did not begin in time "
         "(DIFY_FIRST_EVENT_TIMEOUT)."
     )
-
-
-def without_key(error: ProxyError, app: AppSettings) -> ProxyError:
-    """The error with the app's key masked, should Dify's message hold it."""
-    error.message = error.message.replace(app.key, mask_key(app.key))
-    return error
 
 
 class Api:
@@ -8195,20 +8181,14 @@ class Dify:
             most: how many, 100 at most.
             first_id: only those before this message, "" for the newest.
         """
-        page: dict[str, Any] = {}
         if await self.facts.mode_of(app) == "workflow":
-            turns = await self._run(app, place.conversation_id)
-        else:
-            more = {"limit": most, **({"first_id": first_id} if first_id else {})}
-            with contextlib.suppress(ConversationGone):
-                page = await self._messages(
-                    app, place.conversation_id, place.user, **more
-                )
-            data, past = objects_of(page.get("data")), app.history_variable
-            turns = [stored_turn(row, app.base, past) for row in data]
-        for part in (part for turn in turns for part in turn.parts[-1:]):
-            if isinstance(part, Failure):
-                without_key(part.error, app)
+            return await self._run(app, place.conversation_id), False
+        more = {"limit": most, **({"first_id": first_id} if first_id else {})}
+        try:
+            page = await self._messages(app, place.conversation_id, place.user, **more)
+        except ConversationGone:
+            return [], False
+        turns = [stored_turn(row, app) for row in objects_of(page.get("data"))]
         return turns, page.get("has_more") is True
 
     async def _run(self, app: AppSettings, id_: str) -> list[StoredTurn]:
@@ -8220,9 +8200,9 @@ class Dify:
         if run.get("id") != id_:
             return []
         form = NO_FORM if app.query_variable else await self.facts.form_of(app)
-        query = query_variable("workflow", form, app.query_variable)
-        variables = (app.history_variable, query)
-        return [stored_run(run, app.base, variables, app.output_variable)]
+        return [
+            stored_run(run, app, query_variable("workflow", form, app.query_variable))
+        ]
 
     async def _messages(
         self, app: AppSettings, conversation_id: str, user: str, **more: object

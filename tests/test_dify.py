@@ -23,6 +23,7 @@ from opendify import (
     Appendix,
     AppForm,
     AppInput,
+    AppSettings,
     Attachment,
     Blocks,
     Citations,
@@ -44,6 +45,7 @@ from opendify import (
 )
 
 BASE = "http://dify.example/v1"
+APP = AppSettings("app-key-of-the-tests", BASE)
 
 
 def row_id(row: Expected) -> str:
@@ -55,7 +57,7 @@ def parts_of(row: Expected) -> tuple[list[Part], AnswerReader]:
     status, fields = replay.status_and_headers(row.file, row.exchange)
     headers = {name.lower(): value for name, value in fields}
     body = replay.stream_bytes(row.file, row.exchange)
-    reader = AnswerReader(row.mode, BASE)
+    reader = AnswerReader(row.mode, APP)
     if status != 200 or not headers["content-type"].startswith("text/event-stream"):
         return [Failure(opendify.error_from_body(status, body))], reader
     parts = reader.read(SSEDecoder().feed(body))
@@ -158,7 +160,7 @@ def test_answer_is_the_same_when_cut_at_every_byte(
         event for at in range(len(body)) for event in decoder.feed(body[at : at + 1])
     ]
     assert singly == whole
-    reader = AnswerReader(row.mode, BASE)
+    reader = AnswerReader(row.mode, APP)
     assert [part for event in whole for part in reader.read([event])] == parts_of(row)[
         0
     ]
@@ -225,9 +227,7 @@ def test_text_before_a_closing_tag_alone_was_reasoning() -> None:
 
 
 def test_a_closing_tag_with_nothing_before_it_says_nothing() -> None:
-    parts = AnswerReader("chat", BASE).read(
-        [event(event="message", answer="</think>A")]
-    )
+    parts = AnswerReader("chat", APP).read([event(event="message", answer="</think>A")])
     assert parts == [Text("A")]
 
 
@@ -235,7 +235,7 @@ def test_many_tags_in_one_event_take_little_time() -> None:
     """An app that repeats its question says so much at once."""
     text = "<think>a</think>" * 60_000
     with at_most(160):
-        parts = AnswerReader("chat", BASE).read([event(event="message", answer=text)])
+        parts = AnswerReader("chat", APP).read([event(event="message", answer=text)])
         assert joined(parts, Reasoning).count("a") == 60_000
 
 
@@ -318,8 +318,8 @@ def event(**fields: Any) -> str:
 
 
 def read(mode: str, *events: str, **options: Any) -> list[Part]:
-    whole = AnswerReader(mode, BASE, **options).read(events)
-    reader = AnswerReader(mode, BASE, **options)
+    whole = AnswerReader(mode, APP, **options).read(events)
+    reader = AnswerReader(mode, APP, **options)
     assert [part for one in events for part in reader.read([one])] == whole
     return whole
 
@@ -367,7 +367,7 @@ def test_deltas_are_read_alike_one_by_one_and_in_a_row(
 def test_deltas_that_are_alike_are_not_parsed(
     mode: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = AnswerReader(mode, BASE)
+    reader = AnswerReader(mode, APP)
     reader.read([text_event(kind, "a", "llm")])
     monkeypatch.setattr(opendify, "read_json", None)
     rows = [text_event(kind, text, "llm") for text in ("b", "c")]
@@ -707,11 +707,11 @@ def test_a_half_that_stays_alone_becomes_a_replacement_character() -> None:
     ["", "ping", "null", "[]", "7", '{"event":null}', '{"event":"unknown_event"}'],
 )
 def test_events_that_say_nothing_add_nothing(data: str) -> None:
-    assert AnswerReader("chat", BASE).read([data]) == []
+    assert AnswerReader("chat", APP).read([data]) == []
 
 
 def test_an_event_that_is_not_json_is_a_failure() -> None:
-    (failure,) = AnswerReader("chat", BASE).read(['{"event":"mess'])
+    (failure,) = AnswerReader("chat", APP).read(['{"event":"mess'])
     assert isinstance(failure, Failure)
     assert failure.error.code == "upstream_error"
 
@@ -752,7 +752,7 @@ def test_megabytes_that_nobody_reads_are_not_parsed() -> None:
     data = (
         '{"event":"loop_completed","data":' + "x" * 5000
     )  # would fail if it were parsed
-    assert AnswerReader("workflow", BASE).read([data]) == []
+    assert AnswerReader("workflow", APP).read([data]) == []
 
 
 @given(
@@ -782,7 +782,7 @@ def test_no_event_of_wrong_types_raises(fields: Any, name: str, mode: str) -> No
         **(fields if isinstance(fields, dict) else {"data": fields}),
         "event": name,
     }
-    reader = AnswerReader(mode, BASE, show_process=True)
+    reader = AnswerReader(mode, APP, show_process=True)
     parts = reader.read([json.dumps(value)])
     assert all(isinstance(part, opendify.Part.__args__) for part in parts)  # type: ignore[attr-defined]
 
@@ -818,7 +818,7 @@ def test_reasoning_told_at_the_end_joins_the_process_lines(has_chunk: bool) -> N
 
 
 def test_ids_are_learnt_from_the_first_event_that_has_them() -> None:
-    reader = AnswerReader("chat", BASE)
+    reader = AnswerReader("chat", APP)
     ids = {"task_id": "t", "conversation_id": "c"}
     reader.read([event(event="agent_thought", **ids)])
     reader.read([event(event="message", answer="a", message_id="m", **ids)])
@@ -826,7 +826,7 @@ def test_ids_are_learnt_from_the_first_event_that_has_them() -> None:
 
 
 def test_recovery_joins_a_surrogate_pair_that_broke_apart() -> None:
-    reader = AnswerReader("chat", BASE)
+    reader = AnswerReader("chat", APP)
     half = event(
         event="message", answer="A \ud83d", conversation_id="c", message_id="m"
     )
@@ -835,7 +835,7 @@ def test_recovery_joins_a_surrogate_pair_that_broke_apart() -> None:
 
 
 def test_recovery_adds_the_rest_only_to_what_was_sent() -> None:
-    reader = AnswerReader("chat", BASE)
+    reader = AnswerReader("chat", APP)
     begun = event(event="message", answer="Hel", conversation_id="c", message_id="m")
     reader.read([begun])
     assert reader.can_recover
@@ -858,14 +858,14 @@ def test_recovery_adds_the_rest_only_to_what_was_sent() -> None:
 def test_recovery_is_not_misled_by_white_space(
     pieces: list[str], stored: str, rest: str | None
 ) -> None:
-    reader = AnswerReader("agent-chat", BASE)
+    reader = AnswerReader("agent-chat", APP)
     reader.read([event(event="agent_message", answer=piece) for piece in pieces])
     parts = reader.recover({"answer": stored})
     assert (joined(parts, Text) if parts else None) == rest
 
 
 def test_recovery_has_what_goes_with_the_text() -> None:
-    reader = AnswerReader("chat", BASE)
+    reader = AnswerReader("chat", APP)
     begun = event(event="message", answer="Hel", conversation_id="c", message_id="m")
     image = {"type": "image", "url": "/files/a.png?sign=1", "belongs_to": "assistant"}
     seen = event(event="message_file", **image)
@@ -902,7 +902,7 @@ def test_chatflow_whose_text_was_lost_is_answered_by_its_outputs(is_new: bool) -
 
 
 def test_chatflow_without_a_word_ends_when_nothing_more_comes() -> None:
-    reader = AnswerReader("advanced-chat", BASE)
+    reader = AnswerReader("advanced-chat", APP)
     assert reader.read([event(event="message_end")]) == []
     assert reader.is_closing
     assert reader.end() == [Usage(), Finish("stop")]
@@ -1480,7 +1480,7 @@ def test_error_of_a_provider_is_told_by_what_stands_around_its_message(
 ) -> None:
     data = {"status": "failed", "error": message}
     told = {"code": "c", "status": 400, "message": message, "data": data}
-    parts = AnswerReader("chat", BASE).read([event(event=event_name, **told)])
+    parts = AnswerReader("chat", APP).read([event(event=event_name, **told)])
     error = only(parts, Failure).error
     is_flow = status == 502 and event_name == "workflow_finished"  # it has no code
     wanted = "upstream_error" if is_flow else code

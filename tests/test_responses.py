@@ -18,6 +18,7 @@ import opendify
 from opendify import (
     Answer,
     AppForm,
+    AppSettings,
     Ask,
     Attachment,
     BadRequest,
@@ -64,6 +65,7 @@ CONVERSATION = "3f88b6bc-86a9-4c8f-80f8-adf2225ba207"
 MESSAGE = "e1202ab8-4a0c-47fc-94d9-6a5b1f00c2d3"
 IDS = {"conversation_id": CONVERSATION, "message_id": MESSAGE}
 KEY = "app-1"
+APP = AppSettings(KEY, "http://dify/v1")
 SEALER = IdSealer(KEY)
 
 
@@ -1031,7 +1033,7 @@ ROW: JSONObject = {
 
 
 def test_stored_turn() -> None:
-    turn = stored_turn(ROW, "http://dify/v1")
+    turn = stored_turn(ROW, APP)
     assert (turn.conversation_id, turn.message_id) == (CONVERSATION, MESSAGE)
     assert turn.created == 1795419289
     image = Attachment("a.png", "image/png", url="http://x/a.png")
@@ -1056,7 +1058,7 @@ def test_stored_turn() -> None:
 )
 def test_stored_file_of_the_user_has_a_whole_url(url: str, wanted: str) -> None:
     files = [{"belongs_to": "user", "type": "image", "url": url}]
-    turn = stored_turn({**ROW, "message_files": files}, "http://dify/v1")
+    turn = stored_turn({**ROW, "message_files": files}, APP)
     assert [file.url for file in turn.question.attachments] == [wanted]
 
 
@@ -1064,7 +1066,7 @@ def test_stored_upload_is_named_by_its_upload() -> None:
     upload = "7bee7308-8ba2-4781-955a-f98e5e3f6fbb"
     file = {"type": "image", "filename": "a.png", "belongs_to": "user"}
     files = [{**file, "url": f"/files/{upload}/file-preview?timestamp=1&sign=2"}]
-    turn = stored_turn({**ROW, "message_files": files}, "http://dify/v1")
+    turn = stored_turn({**ROW, "message_files": files}, APP)
     (found,) = turn.question.attachments
     assert found.upload_id == upload and found.url.startswith("http://dify/files/")
     uploads = {"enabled": True, "allowed_file_upload_methods": ["local_file"]}
@@ -1073,14 +1075,14 @@ def test_stored_upload_is_named_by_its_upload() -> None:
 
 def test_stored_turn_of_an_old_release() -> None:
     row = {"id": "m", "conversation_id": "c", "query": "q", "answer": "a"}
-    turn = stored_turn(row, "http://dify/v1")
+    turn = stored_turn(row, APP)
     assert turn.question == Message("user", "q")
     assert turn.parts == [Text("a"), Usage(), Finish()]
 
 
 def test_stored_turn_that_failed() -> None:
     row = {**ROW, "answer": "A", "status": "error", "error": "no model"}
-    *text, failure = stored_turn(row, "http://dify/v1").parts
+    *text, failure = stored_turn(row, APP).parts
     assert text == [Text("A")]
     assert isinstance(failure, Failure)
     assert "no model" in failure.error.message
@@ -1090,7 +1092,7 @@ def test_stored_response_is_the_same_as_when_it_was_streamed() -> None:
     """Ids too: what a client remembers of a stream it finds again."""
     parts = (Reasoning("Hm"), Text("A cat."), Citations((URL,)), Usage(3, 4), Finish())
     _, end = streamed(*parts)
-    turn = stored_turn({**ROW, "message_files": []}, "http://dify/v1")
+    turn = stored_turn({**ROW, "message_files": []}, APP)
     assert whole(*turn.parts) == end
 
 
