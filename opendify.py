@@ -7230,27 +7230,31 @@ _UNKNOWN_AUTHORITY = (
 )
 
 
-def _proxy_error(origin: Origin, error: Exception, cure: str = "") -> ProxyError:
-    """What to do about an error of sockets, TLS or HTTP."""
-    cure = cure or f"check {BASE_SETTING}"
-    where = f"{origin.scheme}://{_authority(origin)}"
+def _proxy_error(
+    origin: Origin, error: Exception, proxy: Proxy | None = None
+) -> ProxyError:
+    """What to do about an error of sockets, TLS or HTTP, on the way to a proxy too."""
+    where, setting = f"{origin.scheme}://{_authority(origin)}", BASE_SETTING
+    if proxy:
+        setting = f"{origin.scheme.upper()}_PROXY: {proxy.host}:{proxy.port}"
     if isinstance(error, ssl.SSLCertVerificationError):
         cure = _CERTIFICATE_CURES.get(error.verify_code, _UNKNOWN_AUTHORITY)
         reason = error.verify_message.rstrip(".")
         return ConfigurationFault(f"The certificate of {where} fails: {reason}. {cure}")
     if isinstance(error, asyncio.TimeoutError):
-        return UpstreamTimeout(f"{where} accepts no connection in time; {cure}.")
+        text = f"{where} accepts no connection in time; check {setting}."
+        return UpstreamTimeout(text)
     if isinstance(error, ssl.SSLError):
-        cure = f"check scheme and port in {BASE_SETTING}"
-        text = f"TLS with {where} failed ({error.reason or error}); {cure}."
+        setting = f"scheme and port in {BASE_SETTING}"
+        text = f"TLS with {where} failed ({error.reason or error})"
     elif isinstance(error, (socket.gaierror, UnicodeError)):  # the latter: no such name
-        text = f"The host name {origin.host!r} can't be resolved; {cure}."
+        text = f"The host name {(proxy or origin).host!r} can't be resolved"
     elif isinstance(error, (OSError, ConnectionBroken)):
         # asyncio's own reset says nothing.
-        text = f"No connection with {where} ({str(error) or 'it was closed'}); {cure}."
+        text = f"No connection with {where} ({str(error) or 'it was closed'})"
     else:
-        text = f"{where} does not answer in proper HTTP; {cure}. {error}"
-    return UpstreamFailed(text)
+        text = f"{where} does not answer in proper HTTP ({str(error).rstrip('.')})"
+    return UpstreamFailed(f"{text}; check {setting}.")
 
 
 _WIRE_ERRORS = (
@@ -7488,13 +7492,11 @@ class Pool:
 
     async def _open_in_time(self, origin: Origin) -> Wire:
         proxy = proxy_for(origin, self.settings)
-        name = f"{origin.scheme.upper()}_PROXY"
-        cure = f"check {name}: {proxy.host}:{proxy.port}" if proxy else ""
         opening = self._connect_to(origin, proxy)
         try:
             return await asyncio.wait_for(opening, self.settings.dify_connect_timeout)
         except _WIRE_ERRORS as error:
-            raise _proxy_error(origin, error, cure) from error
+            raise _proxy_error(origin, error, proxy) from error
 
     async def _connect_to(self, origin: Origin, proxy: Proxy | None) -> Wire:
         trust = self._trust if origin.scheme == "https" else None

@@ -1013,7 +1013,7 @@ async def test_proxy_that_leaves_after_its_answer_is_not_waited_for() -> None:
         pytest.param(b"HTTP/1.1 403 Forbidden\r\n\r\n<html>", "403", id="403"),
         pytest.param(b"SSH-2.0-OpenSSH_9.6\r\n\r\n", "SSH", id="no-proxy"),
         pytest.param(b"HTTP/1.1 503 \xe9\r\n\r\n", "503", id="latin-1"),
-        pytest.param(b"220 mail\n\n", "Lines must end with CR LF.", id="smtp"),
+        pytest.param(b"220 mail\n\n", "(Lines must end with CR LF)", id="smtp"),
     ],
 )
 async def test_proxy_that_refuses_is_named(answer: bytes, words: str) -> None:
@@ -1087,6 +1087,19 @@ async def test_proxy_that_is_not_there_is_named() -> None:
         asked = await front.ask(stream=False)
     assert asked.outcome == REFUSED
     assert "HTTPS_PROXY" in asked.message
+
+
+async def test_proxy_whose_name_is_unknown_is_named() -> None:
+    connect = raising(socket.gaierror(socket.EAI_NONAME, "Name or service not known"))
+    variables = {"HTTP_PROXY": "http://proxy.example:3128"}
+    base = "http://dify.example/v1"
+    async with proxying(base, connect, variables=variables) as front:
+        asked = await front.ask(stream=False)
+    assert asked.outcome == REFUSED
+    assert asked.message.endswith(
+        "The host name 'proxy.example' can't be resolved; check HTTP_PROXY: "
+        "proxy.example:3128."
+    )
 
 
 @pytest.mark.parametrize("user", ["me:p%40ss%3Awo%25rd@", ""], ids=["user", "no-user"])
