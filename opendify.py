@@ -7696,12 +7696,11 @@ class TurnStream:
     async def _recover(self) -> list[Part]:
         """The stream broke: the rest of the answer, if Dify has stored it."""
         reader, parts = self.reader, list[Part]()
-        if reader.is_closing:
-            return reader.end()
-        if reader.can_recover:
+        if reader.can_recover and not reader.is_closing:
             row = await self._dify.stored_row(self._app, reader, self._user)
             parts = reader.recover(row)
-        return parts or self._give_up(UpstreamFailed(BROKEN_OFF, retry=False))
+        self.is_given_up = not (parts or reader.is_closing)
+        return parts or reader.end()
 
     def _give_up(self, error: ProxyError) -> list[Part]:
         self.is_given_up = True
