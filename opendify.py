@@ -7343,8 +7343,8 @@ class UpstreamResponse:
             task.add_done_callback(lambda _: self.close())
 
     async def _linger(self) -> None:
-        self.set_deadline(LINGER_S, _Silence)
-        with contextlib.suppress(ProxyError, _Silence):  # it was not worth the wait
+        self.set_deadline(LINGER_S, _too_silent)
+        with contextlib.suppress(ProxyError):  # it was not worth the wait
             await self.read_all(MAX_ERROR_BYTES)
 
 
@@ -7662,8 +7662,6 @@ class TurnStream:
             data = b""
             try:
                 data = await self._response.read()
-            except _Silence:
-                self._parts += self.reader.end()
             except UpstreamTimeout as error:
                 self._parts += self._give_up(error)
             except ProxyError:
@@ -7703,6 +7701,8 @@ class TurnStream:
         return parts or reader.end()
 
     def _give_up(self, error: ProxyError) -> list[Part]:
+        if self.reader.is_closing:  # all but the last event has come
+            return self.reader.end()
         self.is_given_up = True
         return self.reader.fail(error)
 
@@ -7715,7 +7715,7 @@ class TurnStream:
         if self._is_draining:
             return parts
         if self.reader.is_closing:
-            self._response.set_deadline(GRACE_S, _Silence)
+            self._response.set_deadline(GRACE_S, _too_silent)
         elif not _SILENT.issuperset(events):
             self._response.set_deadline(self._idle_timeout_s, _too_silent)
         return parts
@@ -7752,7 +7752,7 @@ class TurnStream:
 
     async def drain(self) -> bool:
         """Read on until Dify has ended the answer; whether more text came."""
-        self._response.set_deadline(STOP_DRAIN_S, _Silence)
+        self._response.set_deadline(STOP_DRAIN_S, _too_silent)
         self._is_draining, self._carry = True, None
         has_text = False
         while parts := await self.read():
@@ -7762,10 +7762,6 @@ class TurnStream:
 
 _FLOWING = frozenset((Text, Reasoning))
 _SILENT = frozenset(("", "ping"))  # events that are no sign of life of a run
-
-
-class _Silence(Exception):
-    """Nothing came for so long that nothing will."""
 
 
 def _too_silent() -> ProxyError:
