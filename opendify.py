@@ -7948,11 +7948,8 @@ class Facts:
         return facts.name
 
     async def mode_of(self, app: AppSettings) -> str:
-        """The app's mode: as configured, else as `ask_mode` found it."""
-        facts = self.of(app)
-        if not facts.mode:
-            facts.mode = app.mode or await self.ask_mode(app)
-        return facts.mode
+        """The app's mode: as `ask_mode` found it, else as configured; else asked."""
+        return self.of(app).mode or app.mode or await self.ask_mode(app)
 
     async def confirmed_mode(self, app: AppSettings) -> str:
         """The app's mode, asked anew; a ProxyError if the configured one is wrong.
