@@ -8155,13 +8155,11 @@ class Dify:
         self, app: AppSettings, reader: AnswerReader, user: str
     ) -> dict[str, Any]:
         """The row of an answer in Dify's store, {} if it has none, or failed."""
-        try:
+        with contextlib.suppress(ProxyError):
             page = await self._messages(app, reader.conversation_id, user, limit=5)
-        except ProxyError:
-            return {}
-        for row in objects_of(page.get("data")):
-            if row.get("id") == reader.message_id and row.get("status") != "error":
-                return row
+            for row in objects_of(page.get("data")):
+                if row.get("id") == reader.message_id and row.get("status") != "error":
+                    return row
         return {}
 
     async def messages(
