@@ -2914,12 +2914,12 @@ class AnswerReader:
     def __init__(
         self, mode: str, app: AppSettings, *, show_process: bool = False
     ) -> None:
+        self.mode, self.app = mode, app
         own = "workflow_run_id" if mode == "workflow" else "conversation_id message_id"
         self._unknown_ids = f"task_id {own}".split()
         self.is_finished = False
         self.is_stored = False  # as Dify says itself
         self.is_closing = False
-        self._mode, self._app = mode, app
         self._deltas = DeltaReader()
         self._text = AnswerText()
         self._blocks = self._text.blocks
@@ -2964,7 +2964,7 @@ class AnswerReader:
             self._learn_ids(value)
         name = str(value.get("event"))
         translate = _TRANSLATORS.get(name)
-        if name in _DELTAS and self._mode != "agent":
+        if name in _DELTAS and self.mode != "agent":
             self._deltas.example = data
         payload = object_of(value.get("data")) if name in _OF_DATA else value
         return translate(self, payload) if translate else []
@@ -2982,7 +2982,7 @@ class AnswerReader:
             return []
         if value.get("event") == "agent_message":
             self._has_rounds = self._has_rounds or bool(answer)
-        elif self._mode == "agent" and self._has_rounds:
+        elif self.mode == "agent" and self._has_rounds:
             # The New Agent closes with the whole of its last round.
             kept = self._text.kept.text.rstrip()
             if not self._text.kept.is_whole or kept.endswith(answer.strip()):
@@ -3002,7 +3002,7 @@ class AnswerReader:
     # What happens beside the text...
 
     def _thought(self, value: dict[str, Any]) -> list[Part]:
-        ended = self._text.end_block() if self._mode != "agent" else []
+        ended = self._text.end_block() if self.mode != "agent" else []
         return ended + self._process.thought(value)
 
     def _node_started(self, data: dict[str, Any]) -> list[Part]:
@@ -3041,7 +3041,7 @@ class AnswerReader:
             for node, text in object_of(metadata.get("reasoning")).items():
                 parts += self._blocks.add(("node", node), str(text or ""))
         is_answered = self._text.has_come or self.is_closing
-        if self._mode == "advanced-chat" and not is_answered:
+        if self.mode == "advanced-chat" and not is_answered:
             self.is_closing = True  # the outputs may have it
             return parts
         return parts + self._finish()
@@ -3055,10 +3055,9 @@ class AnswerReader:
         parts: list[Part] = []
         if not self._text.has_come:
             outputs = object_of(data.get("outputs"))
-            variable = self._app.output_variable
-            text = answer_from_outputs(outputs, variable, self._mode)
+            text = answer_from_outputs(outputs, self.app.output_variable, self.mode)
             parts = self._text.add(text)
-        if self._mode == "workflow" or self.is_closing:
+        if self.mode == "workflow" or self.is_closing:
             return parts + self._finish()
         self.is_closing = True
         return parts
@@ -3082,7 +3081,7 @@ class AnswerReader:
     def fail(self, error: ProxyError) -> list[Part]:
         """End the answer with an error."""
         self.is_finished = True
-        return [*self._text.close(), Failure(without_key(error, self._app))]
+        return [*self._text.close(), Failure(without_key(error, self.app))]
 
     def end(self) -> list[Part]:
         """The parts that are left when no more events come."""
@@ -7626,25 +7625,17 @@ class TurnStream:
 
     Args:
         dify: the client that opened it.
-        app: that answers, in this mode.
-        mode: of the app.
+        reader: what its events go to.
         user: who asks.
         response: the stream.
     """
 
     def __init__(
-        self,
-        dify: Dify,
-        app: AppSettings,
-        mode: str,
-        user: str,
-        response: UpstreamResponse,
+        self, dify: Dify, reader: AnswerReader, user: str, response: UpstreamResponse
     ) -> None:
-        settings = dify.settings
-        self.reader = AnswerReader(mode, app, show_process=settings.show_process)
-        self._dify, self._app, self._mode, self._user = dify, app, mode, user
-        self._response = response
-        self._idle_timeout_s = settings.dify_idle_timeout
+        self.reader = reader
+        self._dify, self._user, self._response = dify, user, response
+        self._idle_timeout_s = dify.settings.dify_idle_timeout
         self._decoder = SSEDecoder()
         self._parts: list[Part] = []  # that `read` is to return
         self._carry: Callable[[list[Part]], bool] | None = None
@@ -7695,7 +7686,7 @@ class TurnStream:
         """The stream broke: the rest of the answer, if Dify has stored it."""
         reader, parts = self.reader, list[Part]()
         if reader.can_recover and not reader.is_closing:
-            row = await self._dify.stored_row(self._app, reader, self._user)
+            row = await self._dify.stored_row(reader, self._user)
             parts = reader.recover(row)
         self.is_given_up = not (parts or reader.is_closing)
         return parts or reader.end()
@@ -7731,11 +7722,12 @@ class TurnStream:
 
     async def stop(self) -> None:
         """Have Dify end the run, if it may still go on."""
-        may_go_on = self.is_given_up or not self.reader.is_finished
+        reader = self.reader
+        may_go_on = self.is_given_up or not reader.is_finished
         self.is_given_up = False  # it is stopped, as well as can be
-        if may_go_on and (task_id := self.reader.task_id):
-            self.reader.reason = "length"  # not all is said
-            await self._dify.stop(self._app, self._mode, task_id, self._user)
+        if may_go_on and (task_id := reader.task_id):
+            reader.reason = "length"  # not all is said
+            await self._dify.stop(reader.app, reader.mode, task_id, self._user)
 
     async def end(self) -> bool:
         """Stop the run, read on so that Dify stores what it has, and close.
@@ -8065,7 +8057,8 @@ class Dify:
                 error = ConversationGone("Dify does not know this conversation.")
             raise error
         response.set_deadline(max(0, until - loop.time()), _too_late)
-        return TurnStream(self, app, mode, str(request.body["user"]), response)
+        reader = AnswerReader(mode, app, show_process=self.settings.show_process)
+        return TurnStream(self, reader, str(request.body["user"]), response)
 
     async def stop(self, app: AppSettings, mode: str, task_id: str, user: str) -> None:
         """Ask Dify to stop a run, as well as it can."""
@@ -8151,12 +8144,11 @@ class Dify:
 
     # What Dify has stored...
 
-    async def stored_row(
-        self, app: AppSettings, reader: AnswerReader, user: str
-    ) -> dict[str, Any]:
+    async def stored_row(self, reader: AnswerReader, user: str) -> dict[str, Any]:
         """The row of an answer in Dify's store, {} if it has none, or failed."""
         with contextlib.suppress(ProxyError):
-            page = await self._messages(app, reader.conversation_id, user, limit=5)
+            id_ = reader.conversation_id
+            page = await self._messages(reader.app, id_, user, limit=5)
             for row in objects_of(page.get("data")):
                 if row.get("id") == reader.message_id and row.get("status") != "error":
                     return row
