@@ -7735,21 +7735,17 @@ class TurnStream:
         Returns:
             Whether Dify has ended the answer with not a word more than was read before.
         """
+        has_more = False
         try:
             await self.stop()
-            return not await self.drain() and self.reader.is_as_sent
+            self._response.set_deadline(STOP_DRAIN_S, _too_silent)
+            self._is_draining, self._carry = True, None
+            while parts := await self.read():
+                has_more = has_more or any(isinstance(part, Text) for part in parts)
         finally:
             self.is_given_up = False  # whatever came meanwhile
             self.close()
-
-    async def drain(self) -> bool:
-        """Read on until Dify has ended the answer; whether more text came."""
-        self._response.set_deadline(STOP_DRAIN_S, _too_silent)
-        self._is_draining, self._carry = True, None
-        has_text = False
-        while parts := await self.read():
-            has_text = has_text or any(isinstance(part, Text) for part in parts)
-        return has_text
+        return self.reader.is_as_sent and not has_more
 
 
 _FLOWING = frozenset((Text, Reasoning))

@@ -1303,9 +1303,7 @@ async def test_stop_ends_the_run_and_the_answer_is_stored(mode: str) -> None:
         fake.app(KEY, mode=mode, script=script)
         stream = await dify.open_turn(app, mode, question(mode))
         assert await stream.read() == [Text("Hello")]
-        await dify.stop(app, mode, stream.reader.task_id, USER)
-        assert not await stream.drain()
-        stream.close()
+        assert await stream.end()
         (stop,) = fake.stops
         path = "completion" if mode == "completion" else "chat"
         assert stop == fake_dify.Stop(
@@ -1322,18 +1320,21 @@ async def test_stop_ends_the_run_and_the_answer_is_stored(mode: str) -> None:
 
 
 @pytest.mark.parametrize("is_carried", [False, True])
-async def test_drain_tells_whether_more_text_came(is_carried: bool) -> None:
+@pytest.mark.parametrize("has_more", [False, True])
+async def test_end_tells_whether_more_text_came(
+    is_carried: bool, has_more: bool
+) -> None:
     async with FakeDify() as fake, client(fake.base) as (dify, app):
         gate = asyncio.Event()
-        more = [message("lo"), Sleep(1), message_end()]
-        fake.app(KEY, script=[message("Hel"), Wait(gate), *more])
+        more = [message("lo" if has_more else ""), Sleep(1), message_end()]
+        script = [message("Hel"), Wait(gate), *more]
+        fake.app(KEY, script=script, stoppable=False)
         stream = await dify.open_turn(app, "chat", question())
         assert await stream.read() == [Text("Hel")]
         if is_carried:
             stream.carry_by(lambda parts: True)
         gate.set()
-        assert await stream.drain()
-        stream.close()
+        assert await stream.end() is not has_more
 
 
 @pytest.mark.parametrize(
@@ -1351,14 +1352,12 @@ async def test_drain_tells_whether_more_text_came(is_carried: bool) -> None:
         ),
     ],
 )
-async def test_drain_is_brief_when_the_run_does_not_stop(script: list[Step]) -> None:
+async def test_end_is_brief_when_the_run_does_not_stop(script: list[Step]) -> None:
     async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
         fake.app(KEY, script=script, stoppable=False)
         stream = await dify.open_turn(app, "chat", question())
         assert await stream.read() == [Text("Hello")]
-        await dify.stop(app, "chat", stream.reader.task_id, USER)
-        await stream.drain()
-        stream.close()
+        assert not await stream.end()
         assert now() <= STOP_DRAIN_S
 
 
