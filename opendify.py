@@ -7176,8 +7176,7 @@ def is_address(host: str) -> bool:
 
 def proxy_for(origin: Origin, settings: Settings) -> Proxy | None:
     """The proxy on the way to an origin; loopback and NO_PROXY's hosts need none."""
-    is_tls = origin.scheme == "https"
-    url = settings.https_proxy if is_tls else settings.http_proxy
+    url = settings.https_proxy if origin.scheme == "https" else settings.http_proxy
     if not url or is_loopback(origin.host):
         return None
     names = (origin.host, _authority(origin), _authority(origin, origin.port))
