@@ -17,37 +17,34 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 248,
-    "Errors": 90,
-    "SSE": 65,
+    "Settings": 236,
+    "Errors": 88,
+    "SSE": 61,
     "JSON": 88,
     "Turn": 144,
-    "Calls": 724,
-    "Dify": 972,
-    "Ids": 75,
-    "OpenAI": 781,
-    "Responses": 445,
-    "Conversations": 446,
-    "Pacer": 133,
-    "Wire": 577,
-    "Upstream": 836,
-    "Answers": 625,
-    "Handlers": 1124,
-    "Server": 311,
-    "Page": 260,
-    "Command line": 480,
+    "Calls": 671,
+    "Dify": 896,
+    "Ids": 69,
+    "OpenAI": 740,
+    "Responses": 437,
+    "Conversations": 431,
+    "Pacer": 130,
+    "Wire": 532,
+    "Upstream": 761,
+    "Answers": 616,
+    "Handlers": 1067,
+    "Server": 295,
+    "Page": 258,
+    "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8477
+WHOLE_BUDGET = 8033
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
-    "AnswerReader": 175,
-    "Outlet": 185,
-    "Pool": 170,
+    "AnswerReader": 161,
     "Turns": 167,
-    "Wire": 210,
-    "_Block": 160,
+    "Wire": 196,
 }
 
 PURE = set(list(BUDGETS)[: list(BUDGETS).index("Wire")])
