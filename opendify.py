@@ -5382,8 +5382,8 @@ AnswerStream = Union[ChatStream, ResponseStream]
 #     order is unknown, and the conversation is found by its id only from then on.
 # (4) App key and user go into every hash: nobody reaches a conversation of others, and
 #     the table tells nothing to anyone without the key. It holds no text and no key.
-# (5) Reasoning, white space and system messages make no difference to a match. A system
-#     text is told to Dify when it differs from the one told last.
+# (5) Reasoning, white space, text beside calls and system messages make no difference
+#     to a match. A system text is told to Dify when it differs from the one told last.
 # (6) Of transcripts with the same messages one of a turn with the same inputs matches,
 #     rather with the same system text.
 # (7) A question's context goes into `chain` only: a client that shows the question
@@ -5535,8 +5535,13 @@ def message_digest(scope: bytes, message: Message) -> bytes:
             for file in message.attachments
         ],
     ]
-    content = f"{about!a}\0{plain_text(message)}"
+    content = f"{about!a}\0{_told_text(message)}"
     return _hash(scope, content.encode(), _DIGEST_BYTES)
+
+
+def _told_text(message: Message) -> str:
+    """Text that clients show again; that beside calls is dropped by some."""
+    return "" if message.tool_calls else plain_text(message)
 
 
 def _hash(scope: bytes, data: bytes, size: int) -> bytes:
@@ -6017,7 +6022,7 @@ def _is_clear(history: Sequence[Message]) -> bool:
     """
     if any(map(context_of, history)):
         return False
-    answers = [plain_text(m) for m in history if m.role == "assistant"]
+    answers = [_told_text(m) for m in history if m.role == "assistant"]
     return len(answers) > 1 or len(answers[0].encode()) >= _CLEAR_BYTES
 
 

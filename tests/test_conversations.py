@@ -221,6 +221,11 @@ def test_a_task_as_such_is_no_side_request() -> None:
             id="call written otherwise",
         ),
         pytest.param(
+            answer("Let me see.", ToolCall("1", "f", "{}")),
+            answer("", ToolCall("1", "f", "{}")),
+            id="text beside a call",
+        ),
+        pytest.param(
             answer("x\ud83dy"), answer("x\ufffdy"), id="half a surrogate pair"
         ),
         pytest.param(
@@ -343,6 +348,14 @@ def test_another_history_does_not(
     record(store, "c", *chat(*transcript))
     assert found(store, ask_of(*request_)) == ""
     assert found(store, ask_of(*transcript, "and on")) == "c"
+
+
+def test_text_beside_a_call_makes_no_window_clear(store: Conversations) -> None:
+    call = answer(LONG, ToolCall("1", "time", "{}"))
+    result = Message("tool", "12:00")
+    record(store, "c", user("x"), answer("OK"), user("y"), call)
+    assert found(store, ask(user("y"), call, result)) == ""
+    assert found(store, ask(*chat("x", "OK", "y"), call, result)) == "c"
 
 
 def test_a_window_that_ends_two_transcripts_continues_neither(

@@ -221,7 +221,7 @@ def test_example_of_model_config_is_a_good_one() -> None:
 
 def test_every_block_says_what_it_is() -> None:
     known = {"sh", "text", "python", "json", "ini", "js", "yaml", "toml"}
-    known |= {"nginx", "caddy", "systemd"}
+    known |= {"nginx", "caddy", "systemd", "elisp", "ruby"}
     assert [block for block in BLOCKS if block.language not in known] == []
     assert README.count("\n```") == 2 * len(BLOCKS)
 

@@ -27,7 +27,7 @@ BUDGETS = {
     "Ids": 69,
     "OpenAI": 740,
     "Responses": 437,
-    "Conversations": 431,
+    "Conversations": 433,
     "Pacer": 130,
     "Wire": 532,
     "Upstream": 761,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8033
+WHOLE_BUDGET = 8035
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

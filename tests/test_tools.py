@@ -511,6 +511,16 @@ async def test_result_continues_the_conversation(stream: bool) -> None:
     assert (query(served, 1), query(served, 2)) == (SUNNY, "Sure?")
 
 
+@WHOLE_OR_STREAMED
+async def test_client_that_keeps_no_text_beside_a_call_goes_on(stream: bool) -> None:
+    async with proxy(says(f"Let me see.\n\n{OSLO}", "Sunny."), memory=True) as served:
+        message = {**await call_once(served, stream), "content": None}
+        messages = history_of(message, result_of(message["tool_calls"][0], "Sunny"))
+        await served.chat(tools=TOOLS, messages=messages, stream=stream)
+    assert len(served.dify.conversations) == 1
+    assert query(served, 1) == SUNNY
+
+
 async def test_results_of_several_calls_go_together() -> None:
     both = f"{OSLO}\n{called('get_time', zone='Europe/Oslo')}"
     async with proxy(says(both, "Sunny, noon."), memory=True) as served:
