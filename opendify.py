@@ -4032,8 +4032,12 @@ def _parse_file(part: Json, where: str) -> Attachment:
 
 def _attachment(source: str, name: str, stem: str, where: str) -> Attachment:
     """A file from an http(s) URL, a data URL or bare base64."""
-    if url := re.match(r"https?://[^/?#]*([^?#]*)", source, re.IGNORECASE):
-        name = name or urllib.parse.unquote(url[1].rpartition("/")[2])
+    if re.match(r"https?://", source, re.IGNORECASE):
+        try:
+            path = urllib.parse.urlsplit(source).path
+        except ValueError:
+            raise bad_value(where, "the URL is malformed.") from None
+        name = name or urllib.parse.unquote(path.rpartition("/")[2])
         family = "" if stem == "file" else f"{stem}/*"
         return Attachment(_plain_name(name or stem, ""), family, url=source)
     if source[:5].lower() == "data:":

@@ -25,7 +25,7 @@ BUDGETS = {
     "Calls": 671,
     "Dify": 896,
     "Ids": 69,
-    "OpenAI": 740,
+    "OpenAI": 744,
     "Responses": 437,
     "Conversations": 433,
     "Pacer": 130,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8035
+WHOLE_BUDGET = 8039
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
