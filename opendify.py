@@ -5620,7 +5620,8 @@ def plan_turn(
         inputs[system_variable] = ask.system
     if history_variable and elsewhere:
         inputs[history_variable] = fold(elsewhere, carried)
-    query = _query(ask, context, new, carried) if ask.messages else ask.system
+    alone = ask.system if is_new or ask.system.strip() else _NEXT
+    query = _query(ask, context, new, carried) if ask.messages else alone
     # Nobody can tell how a client shows an answer that was continued, or a title.
     if not new or is_side_request(ask):
         tail = tail._replace(is_known=False)
@@ -9617,8 +9618,9 @@ def send_json(
     reply.send(Response(status, json_bytes(value), fields))
 
 
-def _not_found(kind: str, id_: str) -> NotFound:
-    return NotFound(f"{kind} with id {_shown(id_)} not found.", code="not_found")
+def _not_found(kind: str, id_: str) -> BadRequest:
+    message = f"{kind} with id {_shown(id_)} not found."
+    return BadRequest(message, param="id", status=404)
 
 
 def _shown(id_: str) -> str:
@@ -11111,7 +11113,7 @@ async function load() {
   }
 }
 const showApps = (apps) => $("apps").replaceChildren(...apps.map((app) => {
-  const { id, name, mode, error } = app, className = error ? "bad" : mode && "good";
+  const { id, name, mode, error } = app, className = error ? "bad" : mode ? "good" : "";
   const is = mode ? say("ready", "正常") : say("checking…", "检查中…");
   const facts = error || [name !== id && name, mode, is].filter(Boolean).join(" · ");
   return make("li", [make("b", id), make("small", facts)], { className });

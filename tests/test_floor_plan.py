@@ -27,18 +27,18 @@ BUDGETS = {
     "Ids": 69,
     "OpenAI": 744,
     "Responses": 437,
-    "Conversations": 433,
+    "Conversations": 434,
     "Pacer": 130,
     "Wire": 532,
     "Upstream": 761,
     "Answers": 616,
-    "Handlers": 1067,
+    "Handlers": 1068,
     "Server": 295,
     "Page": 258,
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8039
+WHOLE_BUDGET = 8041
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

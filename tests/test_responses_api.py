@@ -175,6 +175,14 @@ async def test_second_turn_on_another_replica_goes_into_the_conversation(
     assert len(ids) == 1
 
 
+@pytest.mark.parametrize("question", [[], "", [reference({"id": "msg_other"})]])
+async def test_nothing_new_asks_for_the_next_message(question: Any) -> None:
+    async with replicas() as (first, _):
+        one = await answer(first, "Hi")
+        await answer(first, question, previous_response_id=one["id"])
+        assert told(first) == [["Hi", "Write the assistant's next message."]]
+
+
 @WAYS
 async def test_instructions_are_told_once_when_the_turns_go_on(way: str) -> None:
     async with replicas() as (first, _):
@@ -940,7 +948,11 @@ async def test_conversation_is_bound_by_its_first_turn() -> None:
     assert [item["role"] for item in items] == ["user", "assistant"] * 2
     assert (items[1], items[3]) == (one["output"][0], two["output"][0])
     assert gone == {"id": made["id"], "object": "conversation.deleted", "deleted": True}
-    assert (after.status, after.error["code"]) == (404, "not_found")
+    assert (after.status, after.error["param"], after.error["code"]) == (
+        404,
+        "id",
+        None,
+    )
 
 
 async def test_items_of_a_conversation_go_with_its_first_turn() -> None:
@@ -1147,7 +1159,7 @@ async def test_item_that_awaits_a_turn_is_deleted() -> None:
         more = (await post(served, path, {"items": [user("Three")]})).json["data"]
         left = (await served.get(f"{path}?order=asc")).json["data"]
     assert got.json == made
-    assert (gone.status, again.status, again.error["code"]) == (404, 404, "not_found")
+    assert (gone.status, again.status, again.error["code"]) == (404, 404, None)
     assert left == [one, *more]
     assert len({row["id"] for row in (one, two, *more)}) == 3
 
