@@ -9531,7 +9531,7 @@ class Site:
         if not is_loopback(peer):
             if len(self._key_failures) > MAX_ADDRESSES:
                 self._key_failures.clear()
-            self._key_failures[peer] = [*failures, now]
+            self._key_failures[peer] = [*failures, now][-MAX_KEY_FAILURES:]
         raise Unauthorized(
             "Incorrect API key provided: it is none of this server's VALID_API_KEYS.",
             code="invalid_api_key",

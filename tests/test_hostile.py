@@ -20,6 +20,7 @@ import socket
 import struct
 import sys
 from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple, Union
 
 import pytest
@@ -1077,6 +1078,19 @@ async def test_address_that_guesses_keys_has_to_wait() -> None:
         assert [ask("wrong", "::1") for _ in range(30)] == [401] * 30
         await asyncio.sleep(KEY_FAILURES_S + 1)
         assert ask("key-one") == 200
+
+
+async def test_key_that_is_withdrawn_fails_without_being_counted_for_ever() -> None:
+    async with hosting(**KEYED) as host:
+        site: Site = host.server._site
+        site.check_key("key-one", "203.0.113.7")
+        site.dify.use(replace(site.settings, valid_api_keys=("key-two",)))
+        for _ in range(3 * MAX_KEY_FAILURES):  # it came from there: never a 429
+            with pytest.raises(Unauthorized):
+                site.check_key("key-one", "203.0.113.7")
+        assert len(site._key_failures["203.0.113.7"]) == MAX_KEY_FAILURES
+        with pytest.raises(RateLimited):
+            site.check_key("wrong", "203.0.113.7")
 
 
 async def test_wrong_keys_from_loopback_are_never_too_many() -> None:
