@@ -7284,13 +7284,17 @@ class UpstreamResponse:
             self._body = BodyDecoder(0)
         self.can_reuse = not is_last(self.headers, head.http_version)
         self._is_released = self._is_lingering = False
-        self.set_deadline = wire.set_deadline  # for what is read from now on
         self.wake = wire.wake  # let `read` return b"" before the body's end
 
     @property
     def content_type(self) -> str:
         """What the body is; if it is not said, anything."""
         return self.headers.get("content-type", "application/octet-stream")
+
+    def set_deadline(self, seconds: float, error: Callable[[], Exception]) -> None:
+        """What is read from now on may take `seconds`; then it raises `error()`."""
+        if not self._is_released:  # else it would be the next one's
+            self._wire.set_deadline(seconds, error)
 
     async def read(self) -> bytes:
         """The next bytes of the body; b"" at its end."""

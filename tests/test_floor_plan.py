@@ -30,7 +30,7 @@ BUDGETS = {
     "Conversations": 434,
     "Pacer": 130,
     "Wire": 532,
-    "Upstream": 761,
+    "Upstream": 763,
     "Answers": 616,
     "Handlers": 1068,
     "Server": 295,

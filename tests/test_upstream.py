@@ -502,6 +502,32 @@ async def test_idle_connections_are_closed_after_some_time() -> None:
         assert fake.open_connections == 0
 
 
+async def test_age_of_an_idle_connection_is_not_that_of_its_last_answer() -> None:
+    """The answer came at once with its end: its deadline is none of the pool's."""
+    whole = plain(f"Content-Length: {len(HELLO + END)}\r\n", HELLO + END)
+    async with FakeDify(keep_alive_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=[whole])
+        assert await turn(dify, app) == FINE
+        assert fake.open_connections == 1
+        await asyncio.sleep(IDLE_CONNECTION_S * 1.5)
+        assert fake.open_connections == 0
+
+
+async def test_end_of_a_whole_answer_is_none_of_the_next_one() -> None:
+    """Which has the connection by then, and may be silent for longer."""
+    whole = plain(f"Content-Length: {len(HELLO + END)}\r\n", HELLO + END)
+    slow = [Raw(HEAD), Sleep(2 * STOP_DRAIN_S), Raw(chunk(HELLO + END) + b"0\r\n\r\n")]
+    async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=[whole])
+        first = await dify.open_turn(app, "chat", question())
+        await first.read()
+        fake.app(KEY, script=slow)
+        second = await dify.open_turn(app, "chat", question())
+        assert fake.connections == 1
+        assert await first.end()
+        assert await read_turn(second) == FINE
+
+
 async def test_idle_connections_are_limited_in_number() -> None:
     async with FakeDify(keep_alive_s=NEVER) as fake, client(fake.base) as (dify, app):
         fake.app(KEY)
