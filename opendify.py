@@ -6706,7 +6706,7 @@ class Wire(asyncio.Protocol):
         if self._now() < self._deadline:
             self._arm()
             return
-        if self._unsent < self._was_unsent:
+        if 0 < self._unsent < self._was_unsent:
             self._allow_write()  # it reads, if slowly
             return
         must_abort = bool(self._unsent or self._transport.is_closing())

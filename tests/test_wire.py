@@ -1091,6 +1091,21 @@ async def test_slow_reader_has_no_more_time_to_answer() -> None:
         assert now() == 5
 
 
+async def test_write_that_is_not_waited_for_gives_no_more_time_to_answer() -> None:
+    async with wired() as (wire, far):
+        wire.write(MUCH)
+        writing = asyncio.ensure_future(wire.drain())
+        await asyncio.sleep(0)
+        writing.cancel()
+        left = len(MUCH)
+        while left:
+            left -= len(await asyncio.get_running_loop().sock_recv(far, left))
+        wire.set_deadline(5, TooLate)
+        with pytest.raises(TooLate):
+            await wire.read()
+        assert now() == 5
+
+
 async def test_drain_waits_for_a_peer_that_reads_late() -> None:
     async with wired() as (wire, far):
         loop = asyncio.get_running_loop()
