@@ -9047,7 +9047,9 @@ async def _with_past(dify: Dify, question: Question, plan: Plan) -> Json:
     if not (name and here.conversation_id and is_named) or name in plan.inputs:
         return plan.inputs
     turns, _ = await dify.messages(question.app, here, most=1)
-    past = turns[-1].past if turns else ""
+    if not turns:  # some chatflows would meet the question with silence
+        raise ConversationGone("Dify does not know this conversation.")
+    past = turns[-1].past
     return {**plan.inputs, name: past} if past else plan.inputs
 
 
