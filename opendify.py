@@ -10853,15 +10853,15 @@ async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
     Returns:
         Whether the connection may go on.
     """
-    reply, body = exchange.reply, exchange.decoder
+    reply, body = exchange.reply, exchange.decoder or BodyDecoder(-1)
     exchange.error = None  # its traceback holds the exchange
     await reply.drain()
-    if not body or body.failure:
-        body = BodyDecoder(-1)  # nobody knows what belongs to it
     if not body.is_complete:
         wire.set_deadline(DISCARD_S, ConnectionBroken)
     size = 0
     while not body.is_complete and size < DISCARD_BYTES:
+        if body.failure:
+            body = BodyDecoder(-1)  # nobody knows what belongs to it
         size += len(await wire.read_body(body))
     return size < DISCARD_BYTES and reply.is_complete and not reply.must_close
 

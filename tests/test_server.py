@@ -770,6 +770,19 @@ async def test_client_of_one_connection_too_many_can_send_its_request(
             assert now() == DISCARD_S
 
 
+async def test_client_that_is_refused_can_send_a_malformed_body(
+    serving: Serving,
+) -> None:
+    """It would lose the response, if it met a reset while it still sends."""
+    async with serving() as world:
+        client = await world.connect()
+        head = request("/nowhere", "Transfer-Encoding: chunked", method="POST")
+        client.send(head + b"1\r\nx\r\nzz\r\n")
+        assert (await client.read()).status == 404
+        assert await client.is_closed()
+        assert now() == DISCARD_S
+
+
 # ------------------------------------------------------------------------------
 # Malformed requests
 # ------------------------------------------------------------------------------
