@@ -31,14 +31,14 @@ BUDGETS = {
     "Pacer": 130,
     "Wire": 532,
     "Upstream": 763,
-    "Answers": 616,
+    "Answers": 618,
     "Handlers": 1068,
     "Server": 295,
     "Page": 258,
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8041
+WHOLE_BUDGET = 8045
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
