@@ -2732,6 +2732,12 @@ class ReasoningSplitter:
         """Whether text that holds no tag is more than text."""
         return bool(self._held or self._closing)
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether a block of reasoning is open, or will be after what is held back."""
+        tag = _STATES[self._closing][0].match(self._held)
+        return not (self._closing or tag[0][1] == "/") if tag else bool(self._closing)
+
     def feed(self, text: str) -> list[Part]:
         """The parts that are certain now."""
         if not ("<" in text or self.is_busy):
@@ -2839,7 +2845,7 @@ class AnswerText:
         if source == self._source:
             return self.add(text)
         is_framed = _texts(self._source)[1:] == ("answer",)  # by an Answer node's words
-        if is_framed and self._splitter.is_busy:
+        if is_framed and self._splitter.is_inside:
             return self.add(text)
         self._source = source
         return self.end_block() + self.add(text)

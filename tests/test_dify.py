@@ -632,6 +632,19 @@ CHUNK = {"from_variable_selector": ["llm", "text"]}
             "Yes",
             id="tags-of-the-template",
         ),
+        pytest.param(
+            "advanced-chat",
+            [
+                said("answer", "<think>", "answer"),
+                said("plan", "a plan"),
+                said("answer", "</think>\n", "answer"),
+                CUT_THOUGHT,
+                said("answer", "Sorry.", "answer"),
+            ],
+            "a plan\n\nlet me",
+            "Sorry.",
+            id="node-behind-the-tags-of-the-template",
+        ),
     ],
 )
 def test_a_block_of_reasoning_ends_with_its_node_or_round(
