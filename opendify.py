@@ -1730,8 +1730,10 @@ class _Block:
     def _expect_call(self) -> None:
         """JSON must begin as a call does."""
         head = cast("re.Match[str]", _HEAD.match(self._text, self._at))
-        key, value = head["key"], (head["value"] or "").strip("\"'")
-        starts = (*_FIRST_VALUES.get(key, ()), *(self._tools if key in _NAMES else ()))
+        key, value = head["key"], (head["value"] or "").lstrip("\"'")
+        tools = self._tools if key in _NAMES else ()
+        names = (name + quote for name in tools for quote in "\"'")  # whole ones
+        starts = (*_FIRST_VALUES.get(key, ()), *names)
         if value.removeprefix("functions.").startswith(starts):
             return
         if head.end() < len(self._text) or (head["value"] and not starts):

@@ -687,6 +687,11 @@ def test_plain_text_goes_on_at_once(text: str) -> None:
         assert calls.feed([Text(character)]) == [Text(character)]
 
 
+def test_a_name_that_only_begins_as_a_tools_holds_nothing_back() -> None:
+    text = '{"name": "searching", "about": "what was'
+    assert reader().feed([Text(text)]) == [Text(text)]
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(
