@@ -3366,12 +3366,12 @@ def answer_from_outputs(outputs: Json, variable: str, mode: str) -> str:
     """The output of a run that is its answer, when none was streamed.
 
     The one that the operator named, if the run has it; else one of a usual name, not an
-    empty one if possible; else the only one; else all, as JSON. What is nothing but
-    files is left out: they follow as links.
+    empty one if possible; else the only one; else all, as JSON. Files are left out:
+    they follow as links.
     """
     if mode != "workflow":
         return str(outputs.get("answer") or "")
-    texts = {name: out for name, out in outputs.items() if not _is_of_files(out)}
+    texts = {key: x for key, item in outputs.items() for x in _without_files(item)}
     if variable in outputs:
         texts = {variable: texts[variable]} if variable in texts else {}
     usual = [texts[name] for name in _OUTPUT_NAMES if isinstance(texts.get(name), str)]
@@ -3390,10 +3390,16 @@ def _files_in(value: Any) -> list[Json]:
     return [file for item in items for file in _files_in(item)]
 
 
-def _is_of_files(value: Any) -> bool:
-    """Whether an output is a file, or a list of them."""
-    items = value if isinstance(value, list) else [value]
-    return bool(items) and all(map(_is_file, items))
+def _without_files(value: Any) -> list[Any]:
+    """[an output without the files in it], or [] if it held nothing else."""
+    if _is_file(value):
+        return []
+    kept = value
+    if isinstance(value, dict):
+        kept = {key: x for key, item in value.items() for x in _without_files(item)}
+    elif isinstance(value, list):
+        kept = [x for item in value for x in _without_files(item)]
+    return [kept] if kept or not value else []
 
 
 def _is_file(value: Any) -> bool:

@@ -1117,7 +1117,6 @@ def test_workflow_without_text_input_is_refused_with_its_inputs() -> None:
 
 
 A_FILE = {"dify_model_identity": "__dify__file__", "url": "/f"}
-CAPTIONED = {"caption": "hi", "img": A_FILE}
 
 
 @pytest.mark.parametrize(
@@ -1132,9 +1131,9 @@ CAPTIONED = {"caption": "hi", "img": A_FILE}
         ({"text": "", "answer": "a"}, "", "a"),
         ({"text": "", "x": 1}, "", ""),
         ({"f": A_FILE}, "", ""),
-        ({"f": [A_FILE, A_FILE], "x": "only"}, "", "only"),
-        ({"x": {"caption": "hi", "img": A_FILE}}, "", json.dumps(CAPTIONED)),
-        ({"x": [{}, None, 0], "y": []}, "", '{"x": [{}, null, 0], "y": []}'),
+        ({"f": [A_FILE, {"f": A_FILE}], "x": "only"}, "", "only"),
+        ({"result": {"caption": "hi", "img": A_FILE}}, "", '{"caption": "hi"}'),
+        ({"x": [{}, None, 0, A_FILE], "y": []}, "", '{"x": [{}, null, 0], "y": []}'),
         ({"f": A_FILE, "x": 1}, "f", ""),
         ({"result": "r"}, "nope", "r"),
         ({}, "", ""),
@@ -1144,6 +1143,14 @@ def test_output_that_is_the_answer(
     outputs: dict[str, Any], variable: str, text: str
 ) -> None:
     assert opendify.answer_from_outputs(outputs, variable, "workflow") == text
+
+
+def test_a_file_within_an_output_follows_as_a_link() -> None:
+    outputs = {"result": {"caption": "hi", "img": {**A_FILE, "type": "image"}}}
+    data = {"status": "succeeded", "outputs": outputs}
+    parts = read("workflow", event(event="workflow_finished", data=data))
+    media = Media("image", "http://dify.example/f", "f")
+    assert parts[:2] == [Text('{"caption": "hi"}'), media]
 
 
 @pytest.mark.parametrize(
