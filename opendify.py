@@ -1993,7 +1993,7 @@ class _Checker:
 
     def check(self, value: Any, schema: Any, at: str) -> Iterator[tuple[str, str, Any]]:
         """(where, the keyword that is broken, its rule); "" if the schema is false."""
-        self._spend(1 + len(at) // 5000 + _size(schema) // 20)
+        self._spend(1 + len(at) // 5000 + _size(schema) // 5)
         if schema is False:
             yield at, "", None
         if not isinstance(schema, dict) or (value is None and schema.get("nullable")):

@@ -1257,6 +1257,17 @@ DESCRIBED = {"type": "string", "description": "a" * 500}
 DATE = {"type": "string", "pattern": r"^\d{4}-\d\d-\d\d$"}
 
 
+def test_validator_pays_for_many_rules() -> None:
+    """Each takes its time, though what it is compared with is small."""
+    lists = {"enum": [0.5] * 17 + [1], "required": ["a"] * 18}
+    small = {**lists, "type": ["array"] * 17 + ["integer"]}
+    sizes = {f"{end}{of}": 1 for end in ("min", "max") for of in ("Length", "Items")}
+    limits = {"minimum": 0, "maximum": 1, "exclusiveMinimum": 0, "exclusiveMaximum": 2}
+    rules = {**small, **sizes, **limits, "const": 1, "multipleOf": 1}
+    assert schema_problems([1] * 9_000 + [2], {"items": rules})
+    assert not schema_problems([1] * 18_000 + [2], {"items": rules})
+
+
 @pytest.mark.parametrize(
     ("rows", "wrong", "schema"),
     [
