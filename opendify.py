@@ -1409,8 +1409,9 @@ def _parse_choice(choice: Any) -> tuple[str, list[Any]]:
     kind = choice.get("type")
     if kind == "allowed_tools":
         allowed = object_of(choice.get("allowed_tools")) or choice
-        tools = objects_of(allowed.get("tools"))
-        names = [_function(tool).get("name") for tool in tools]
+        tools = allowed.get("tools")
+        tools = tools if isinstance(tools, list) else []
+        names = [_function(object_of(tool)).get("name") for tool in tools]
         return str(allowed.get("mode") or "auto")[:80], names
     name = _function(choice).get("name")
     if kind in (None, "function", "tool", "custom") and name:

@@ -1344,6 +1344,11 @@ BOTH = {"tools": [chat_tool("a"), chat_tool("b")]}
             id="allowed-no-sense",
         ),
         pytest.param(
+            {**BOTH, "tool_choice": {"type": "allowed_tools", "tools": ["a"]}},
+            ((), "auto"),
+            id="allowed-no-object",
+        ),
+        pytest.param(
             {**BOTH, "tool_choice": {"type": "custom", "name": "b"}},
             ((B,), "required"),
             id="custom",

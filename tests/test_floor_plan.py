@@ -22,8 +22,8 @@ BUDGETS = {
     "SSE": 61,
     "JSON": 88,
     "Turn": 144,
-    "Calls": 671,
-    "Dify": 896,
+    "Calls": 674,
+    "Dify": 906,
     "Ids": 69,
     "OpenAI": 744,
     "Responses": 437,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8045
+WHOLE_BUDGET = 8058
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
