@@ -5554,12 +5554,12 @@ def message_digest(scope: bytes, message: Message) -> bytes:
             for file in message.attachments
         ],
     ]
-    content = f"{about!a}\0{_told_text(message)}"
+    content = f"{about!a}\0{_matched_text(message)}"
     return _hash(scope, content.encode(), _DIGEST_BYTES)
 
 
-def _told_text(message: Message) -> str:
-    """Text that clients show again; that beside calls is dropped by some."""
+def _matched_text(message: Message) -> str:
+    """Text that a match looks at; some clients drop that beside calls."""
     return "" if message.tool_calls else plain_text(message)
 
 
@@ -6042,7 +6042,7 @@ def _is_clear(history: Sequence[Message]) -> bool:
     """
     if any(map(context_of, history)):
         return False
-    answers = [_told_text(m) for m in history if m.role == "assistant"]
+    answers = [_matched_text(m) for m in history if m.role == "assistant"]
     return len(answers) > 1 or len(answers[0].encode()) >= _CLEAR_BYTES
 
 
