@@ -456,8 +456,7 @@ class ProxyError(Exception):
     Args:
         message: for the client's user: what is wrong and what to do.
         param: the request's field at fault.
-        status: where it differs from the class's.
-        code: likewise: OpenAI's or Dify's.
+        code: where it differs from the class's: OpenAI's or Dify's.
         retry: whether repeating the request can help; None leaves it to the client.
         headers: further response headers, (name, value).
     """
@@ -474,7 +473,6 @@ class ProxyError(Exception):
         message: str,
         *,
         param: str | None = None,
-        status: int = 0,
         code: str | None = None,
         retry: bool | None = None,
         headers: Sequence[tuple[str, str]] = (),
@@ -482,7 +480,6 @@ class ProxyError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param or self.param
-        self.status = status or self.status
         self.code = code or self.code
         self.retry = self.retry if retry is None else retry
         self.headers = list(headers)
@@ -514,6 +511,12 @@ class NotFound(BadRequest):
     """Nothing is served at this path."""
 
     status, code = 404, "unknown_url"
+
+
+class IdNotFound(BadRequest):
+    """An id leads to nothing that this client may have."""
+
+    status, param = 404, "id"
 
 
 class ModelNotFound(BadRequest):
@@ -4320,8 +4323,7 @@ def open_file(id_: str, sealer: IdSealer) -> StoredFile | None:
 
 def file_not_found(name: str, reason: str) -> BadRequest:
     """The error for a file, or its content, that can't be had."""
-    message = f"No such File object: {name:.80}. {reason}"
-    return BadRequest(message, param="id", status=404)
+    return IdNotFound(f"No such File object: {name:.80}. {reason}")
 
 
 def form_file(filename: str | None, media_type: str) -> Attachment:
@@ -9640,8 +9642,7 @@ def send_json(
 
 
 def _not_found(kind: str, id_: str) -> BadRequest:
-    message = f"{kind} with id {_shown(id_)} not found."
-    return BadRequest(message, param="id", status=404)
+    return IdNotFound(f"{kind} with id {_shown(id_)} not found.")
 
 
 def _shown(id_: str) -> str:

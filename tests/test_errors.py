@@ -35,6 +35,7 @@ TABLE = [
     ),
     Row(opendify.Forbidden, 403, INVALID, "permission_denied"),
     Row(opendify.NotFound, 404, INVALID, "unknown_url"),
+    Row(opendify.IdNotFound, 404, INVALID, None),
     Row(opendify.ModelNotFound, 404, INVALID, "model_not_found"),
     Row(opendify.MethodNotAllowed, 405, INVALID, "method_not_supported"),
     Row(opendify.RequestTimeout, 408, INVALID, None),

@@ -25,20 +25,20 @@ BUDGETS = {
     "Calls": 674,
     "Dify": 906,
     "Ids": 69,
-    "OpenAI": 744,
+    "OpenAI": 743,
     "Responses": 437,
     "Conversations": 434,
     "Pacer": 130,
     "Wire": 532,
     "Upstream": 763,
     "Answers": 618,
-    "Handlers": 1068,
+    "Handlers": 1067,
     "Server": 295,
     "Page": 258,
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8058
+WHOLE_BUDGET = 8056
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
