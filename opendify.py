@@ -10666,6 +10666,12 @@ class Listener:
 
     async def stop(self, grace_s: float) -> bool:
         """Stop accepting, let connections end; whether all of them did in time."""
+        for socket_ in [each for server in self._servers for each in server.sockets]:
+            # asyncio makes an accepted connection's transport in the next round, and
+            # fails if its server is closed then (CPython's issue 109564).
+            with contextlib.suppress(NotImplementedError):  # Windows
+                asyncio.get_running_loop().remove_reader(socket_.fileno())
+        await asyncio.sleep(0)
         for server in self._servers:
             server.close()
         late = await _settled(self._tasks, grace_s)

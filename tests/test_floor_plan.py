@@ -33,12 +33,12 @@ BUDGETS = {
     "Upstream": 763,
     "Answers": 618,
     "Handlers": 1067,
-    "Server": 295,
+    "Server": 299,
     "Page": 258,
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8056
+WHOLE_BUDGET = 8060
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

@@ -1119,10 +1119,6 @@ async def test_drain_closes_idle_connections_at_once(serving: Serving) -> None:
 
 
 @pytest.mark.real_clock
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings(
-    "ignore::ResourceWarning"
-)  # asyncio's, as it stops accepting
 @pytest.mark.parametrize("turns", range(8))
 async def test_drain_closes_who_has_just_come(serving: Serving, turns: int) -> None:
     async with serving() as world:
