@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).resolve().parent.parent / "opendify.py"
-START_LIMIT_S = 20
-STOP_LIMIT_S = 20
+START_LIMIT_S = 60
+STOP_LIMIT_S = 60
 
 
 def dependencies() -> list[str]:
@@ -48,7 +48,7 @@ def fetch(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     headers = {"Content-Type": "application/json", "Authorization": "Bearer any"}
     request = urllib.request.Request(url, data, headers)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with direct.open(request, timeout=10) as response:
+    with direct.open(request, timeout=START_LIMIT_S) as response:
         answer: dict[str, Any] = json.load(response)
         return answer
 

@@ -3,7 +3,7 @@
 An `async def` test runs on a `VirtualClockLoop`; with `@pytest.mark.real_clock` on an
 ordinary loop. It fails if tasks are still running at its end, if an exception reached
 the loop instead of a caller, or if a coroutine, a socket or a file was forgotten (all
-warnings are errors). Every test has 30 s of real time.
+warnings are errors). Every test has 120 s of real time.
 
 `openai_python("0.28.1")` gives the path of a Python that has that release of OpenAI's
 client, for end-to-end tests with clients of several generations.
@@ -40,8 +40,9 @@ import clients  # noqa: E402
 import hypothesis  # noqa: E402
 from clock import VirtualClockLoop  # noqa: E402
 
-# Real seconds for one test. Nothing here should take a tenth of it; it ends hangs.
-TIME_LIMIT_S = 30
+# Real seconds for one test. It ends hangs, and nothing else: where several programs
+# share the machine, some tests have needed more than 30.
+TIME_LIMIT_S = 120
 
 # Once that is over: real seconds for the clean-up, and for each further attempt.
 CLEAN_UP_LIMIT_S = 5

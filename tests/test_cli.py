@@ -1163,11 +1163,11 @@ def test_demo_serves_until_a_signal_and_ends_with_0(
     )
     assert told, line
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with direct.open(f"{told[1]}/models", timeout=10) as response:
+    with direct.open(f"{told[1]}/models") as response:
         models = json.load(response)["data"]
     assert [model["id"] for model in models] == ["demo"]
     demo.send_signal(signal.SIGTERM)
-    out, err = demo.communicate(timeout=10)
+    out, err = demo.communicate()
     assert (demo.returncode, out) == (0, "")
     assert " GET /v1/models 200 " in err
     assert "Traceback" not in err
@@ -1181,7 +1181,7 @@ def test_demo_says_that_it_takes_no_files(demo: subprocess.Popen[str]) -> None:
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with pytest.raises(urllib.error.HTTPError) as caught:
-        direct.open(urllib.request.Request(url, body, headers), timeout=10)
+        direct.open(urllib.request.Request(url, body, headers))
     with caught.value as refused:
         message = json.load(refused)["error"]["message"]
     told = "The file 'a.txt' was refused: The demo app takes no files."

@@ -38,6 +38,7 @@ from test_faults import understand
 from test_upstream import HEAD, chunk, event, free_port, raw_server, read_request
 
 from opendify import (
+    DRAIN_S,
     Dify,
     Metrics,
     Server,
@@ -72,7 +73,7 @@ async def talk(port: int, data: bytes, *, ends: bool = False) -> bytes:
         writer.write(data)
         if ends:
             writer.write_eof()
-        return await asyncio.wait_for(reader.read(), 20)
+        return await reader.read()
     finally:
         writer.close()
         with contextlib.suppress(OSError):
@@ -430,7 +431,7 @@ class Process:
                 if words in line:
                     return line
             self.changed.clear()
-            await asyncio.wait_for(self.changed.wait(), 10)
+            await self.changed.wait()
 
     async def end(self, number: int | None = signal.SIGTERM) -> int:
         """Send a signal, and wait for the end; returns the status."""
@@ -439,7 +440,7 @@ class Process:
         assert self.process.stdout
         self.output += await self.process.stdout.read()
         await self._reading
-        return await asyncio.wait_for(self.process.wait(), 15)
+        return await self.process.wait()
 
     def write_env(self, **variables: str) -> None:
         """Replace .env, as editors do."""
@@ -524,7 +525,7 @@ async def test_second_signal_ends_at_once(tmp_path: Path, number: int) -> None:
             await dify.until(lambda: dify.running)
             server.process.send_signal(number)
             await server.until_logged("stopping")
-            assert await asyncio.wait_for(server.end(number), 2) == 1
+            assert await asyncio.wait_for(server.end(number), DRAIN_S / 2) == 1
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
             assert not [line for line in server.log if "Traceback" in line]

@@ -139,13 +139,13 @@ class Answer:
     async def until(self, words: bytes) -> None:
         """Read until these words are there."""
         while words not in self.data:
-            piece = await asyncio.wait_for(self._reader.read(65_536), 10)
+            piece = await self._reader.read(65_536)
             assert piece, self.data
             self.data += piece
 
     async def rest(self) -> bytes:
         """All there is, to the end."""
-        while piece := await asyncio.wait_for(self._reader.read(65_536), 20):
+        while piece := await self._reader.read(65_536):
             self.data += piece
         await self.close()
         return self.data

@@ -35,7 +35,7 @@ from fake_dify import FakeDify
 import opendify
 
 JSONObject = dict[str, Any]
-PATIENCE_MS = 10_000
+PATIENCE_MS = 60_000
 MOST_BYTES = 16_000  # loads at once over any line
 CLIENT_KEY = "sk-client"
 PICTURE = "https://files.example/cat.png"
