@@ -1456,9 +1456,12 @@ def describe_tools(tools: Sequence[Tool], mode: str) -> str:
     """The words for the app, "" if there is nothing to say; from `parse_tools`."""
     if not tools:
         return _NO_TOOLS_TEXT if mode == "none" else ""
-    fields = ("name", "description", "parameters")
-    told = [{name: getattr(tool, name) for name in fields} for tool in tools]
-    lines = [json.dumps(tool, ensure_ascii=False) for tool in told]
+    lines = []
+    for tool in tools:
+        kind = {"type": "custom"} if tool.is_custom else {}  # for `told_tools`
+        fields = ("name", "description", "parameters")
+        about = {**kind, **{name: getattr(tool, name) for name in fields}}
+        lines.append(json.dumps(about, ensure_ascii=False))
     return _TOOLS_TEXT.format(tools="\n".join(lines)) + _RULES[mode]
 
 

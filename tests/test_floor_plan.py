@@ -22,7 +22,7 @@ BUDGETS = {
     "SSE": 61,
     "JSON": 88,
     "Turn": 144,
-    "Calls": 674,
+    "Calls": 677,
     "Dify": 906,
     "Ids": 69,
     "OpenAI": 743,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8060
+WHOLE_BUDGET = 8063
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

@@ -409,6 +409,15 @@ async def test_stored_calls_are_those_of_tools_that_were_told_in_an_input(
     assert '<message role="tool" name="get_weather">\nsun\n' in query
 
 
+async def test_stored_call_of_a_custom_tool_is_one_of_it() -> None:
+    call = '<tool_call>\n{"name": "grep", "input": "a b"}\n</tool_call>'
+    async with proxy(fake.chat_answer(call)) as served:
+        one = await answer(served, tools=[{"type": "custom", "name": "grep"}])
+        kept = response_of(await served.get(f"{PATH}/{one['id']}"))
+    assert [item["type"] for item in one["output"]] == ["custom_tool_call"]
+    assert kept["output"] == one["output"]
+
+
 async def test_unstored_response_can_not_be_found() -> None:
     async with proxy() as served:
         one = await answer(served, store=False)

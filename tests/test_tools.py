@@ -399,7 +399,7 @@ async def test_custom_tool_is_called_with_a_text(stream: bool) -> None:
     assert finish == "tool_calls"
     text = {"type": "string"}
     schema = {"type": "object", "properties": {"input": text}, "required": ["input"]}
-    told = {"function": {**GREP["custom"], "parameters": schema}}
+    told = {"function": {"type": "custom", **GREP["custom"], "parameters": schema}}
     assert query(served, 0) == with_system(words_about([told]), "Hi")
     assert query(served, 1) == '<message role="tool" name="grep">\n3 lines\n</message>'
 
