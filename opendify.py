@@ -1255,9 +1255,10 @@ JSON object that fits the tool's parameters:
 
 For several calls write several blocks. Stop after the last one: the results come in \
 the next message. Never make up a result, and call no tool that is not listed. """
+MUST_CALL = "This time you must call a tool: write nothing but the blocks."
 _RULES = {
     "auto": "If you need no tool, answer as usual, without such a block.",
-    "required": "This time you must call a tool: write nothing but the blocks.",
+    "required": MUST_CALL,
 }
 _NO_TOOLS_TEXT = "Write no <tool_call> block this time: answer without one."
 _FORMAT_TEXT = """\
@@ -5633,7 +5634,7 @@ def plan_turn(
         part = _WITHIN if system_variable else _SYSTEM
         is_told = _told_hashes(scope, ask, history)[part] == tail.told[part]
         told = opening + [m for m in history if m.role == "system"]
-        context = [*([] if is_told else told), *added]
+        context = [*(_said_again(opening) if is_told else told), *added]
     carried, files = _with_room(history if is_new else added, new, has_room)
     inputs = dict(ask.inputs)
     if system_variable and ask.system.strip():
@@ -5650,6 +5651,11 @@ def plan_turn(
 
 def _opening(system: str) -> list[Message]:
     return [Message("system", system)] if system.strip() else []
+
+
+def _said_again(opening: list[Message]) -> list[Message]:
+    """Of a system text that was told before, what holds "this time"."""
+    return _opening(MUST_CALL) if any(MUST_CALL in m.text for m in opening) else []
 
 
 def _with_room(

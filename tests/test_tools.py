@@ -756,6 +756,17 @@ async def test_conversation_goes_on_after_a_second_try() -> None:
     assert OSLO in query(served) and SUNNY in query(served)
 
 
+async def test_app_is_told_in_each_turn_that_it_must_call() -> None:
+    async with proxy(says(OSLO, OSLO), memory=True) as served:
+        fields: JSONObject = {"tools": TOOLS, "tool_choice": "required"}
+        first = await served.chat(**fields)
+        result = result_of(first.message["tool_calls"][0], "Sunny")
+        await served.chat(messages=history_of(first.message, result), **fields)
+    told = f'<message role="system">\n{REQUIRED}\n</message>\n{SUNNY}'
+    assert query(served) == told
+    assert served.turns[-1].json["conversation_id"]
+
+
 async def test_second_try_is_stopped_when_the_client_leaves() -> None:
     answers: list[list[fake.Step]] = [
         fake.chat_answer("No."),
