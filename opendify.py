@@ -6487,6 +6487,7 @@ _PARAMETER = re.compile(
 )
 
 Read = Callable[[], Awaitable[bytes]]  # more of a body, b"" at its end
+Fault = Callable[[], Exception]  # makes what is raised
 
 
 class FormPart(NamedTuple):
@@ -6627,7 +6628,7 @@ class Wire(asyncio.Protocol):
         self._room: asyncio.Event | None = None  # to write; None: there is some
         self._was_unsent = 0  # when the deadline of a write was set
         self._deadline = 0.0  # 0: none
-        self._on_deadline: Callable[[], Exception] = ConnectionBroken
+        self._on_deadline: Fault = ConnectionBroken
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -6708,8 +6709,14 @@ class Wire(asyncio.Protocol):
 
     # Deadlines...
 
-    def set_deadline(self, seconds: float, error: Callable[[], Exception]) -> None:
-        """What is awaited from now on may take `seconds`; then it raises `error()`."""
+    def set_deadline(
+        self, seconds: float, error: Fault, *, sends: bool = False
+    ) -> None:
+        """What is awaited from now on may take `seconds`; then it raises `error()`.
+
+        With `sends` it moves on as long as the peer takes what was written before.
+        """
+        self._was_unsent = self._unsent if sends else 0
         self._deadline = self._now() + seconds
         self._on_deadline = error
         if self._timer is None or self._timer.when() > self._deadline:
@@ -6732,8 +6739,8 @@ class Wire(asyncio.Protocol):
         if self._now() < self._deadline:
             self._arm()
             return
-        if 0 < self._unsent < self._was_unsent:
-            self._allow_write()  # it reads, if slowly
+        if self._unsent < self._was_unsent:  # it reads, if slowly
+            self.set_deadline(WRITE_TIMEOUT_S, self._on_deadline, sends=True)
             return
         must_abort = bool(self._unsent or self._transport.is_closing())
         is_awaited = bool(self._reader and not self._reader.done())
@@ -6849,16 +6856,11 @@ class Wire(asyncio.Protocol):
     async def drain(self) -> None:
         """Wait until the peer has taken most of what was written."""
         if self._room:
-            self._allow_write()
+            self.set_deadline(WRITE_TIMEOUT_S, ConnectionBroken, sends=True)
             await self._room.wait()
-            self._was_unsent = 0  # the next deadline may be that of an answer
             self.clear_deadline()
         if self._transport.is_closing():
             raise self._failure or ConnectionBroken("closed")
-
-    def _allow_write(self) -> None:
-        self._was_unsent = self._unsent
-        self.set_deadline(WRITE_TIMEOUT_S, ConnectionBroken)
 
     def close(self) -> None:
         """Close after what was written is sent; may be called twice."""
@@ -6869,7 +6871,7 @@ class Wire(asyncio.Protocol):
         # A peer that reads nothing must not hold it for ever, nor one of TLS that does
         # not say goodbye in its turn.
         if self._unsent or self._transport.get_extra_info("sslcontext"):
-            self._allow_write()
+            self.set_deadline(WRITE_TIMEOUT_S, ConnectionBroken, sends=True)
 
     def abort(self) -> None:
         """Close now."""
@@ -7317,7 +7319,7 @@ class UpstreamResponse:
         """What the body is; if it is not said, anything."""
         return self.headers.get("content-type", "application/octet-stream")
 
-    def set_deadline(self, seconds: float, error: Callable[[], Exception]) -> None:
+    def set_deadline(self, seconds: float, error: Fault) -> None:
         """What is read from now on may take `seconds`; then it raises `error()`."""
         if not self._is_released:  # else it would be the next one's
             self._wire.set_deadline(seconds, error)
@@ -7568,8 +7570,8 @@ class Pool:
     ) -> UpstreamResponse:
         """Write a request, read the head of its response; NoAnswer if none comes."""
         try:
-            wire.set_deadline(timeout_s, _no_answer)
             wire.write(request)
+            wire.set_deadline(timeout_s, _no_answer, sends=True)
             answer = await _read_response_head(wire)
             return UpstreamResponse(self, origin, wire, answer)
         except BaseException as error:

@@ -42,6 +42,7 @@ from opendify import (
     RACE_S,
     RETRY_AFTER_S,
     STOP_DRAIN_S,
+    UPLOAD_TIMEOUT_S,
     WRITE_TIMEOUT_S,
     AppSettings,
     Attachment,
@@ -1432,6 +1433,21 @@ async def test_upload_arrives_byte_for_byte() -> None:
         assert fake.uploads == {
             id_: fake_dify.Upload(id_, KEY, "üser", "image.png", "image/png", data)
         }
+
+
+async def test_upload_over_a_slow_line_has_the_time_that_it_needs() -> None:
+    data = bytes(24_000_000)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        size = 0
+        while size < len(data):
+            await asyncio.sleep(1)
+            size += len(await reader.read(120_000))
+        writer.write(json_answer({"id": "f"}))
+
+    async with raw_server(serve) as base, client(base) as (dify, app):
+        assert await dify.upload(app, Attachment("a.png", "", data), USER) == "f"
+        assert now() > 1.5 * UPLOAD_TIMEOUT_S
 
 
 async def test_nobody_can_write_a_part_of_an_upload() -> None:
