@@ -7040,6 +7040,14 @@ def body_decoder(headers: Mapping[str, str], *, until_end: bool) -> BodyDecoder:
     return BodyDecoder(-1 if until_end else 0)
 
 
+async def read_whole(read: Read) -> bytes:
+    """A body in one piece."""
+    pieces: list[bytes] = []
+    while data := await read():
+        pieces.append(data)
+    return b"".join(pieces)  # of one piece it makes no copy
+
+
 def read_fields(fields: Collection[tuple[bytes, bytes]]) -> dict[str, str]:
     """Header fields by name; refuses what h11 lets pass and a strict reader must not.
 
@@ -8308,11 +8316,6 @@ def _label(value: object) -> str:
     return str(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-async def no_body() -> bytes:
-    """What reads more of a body that was read before: nothing."""
-    return b""
-
-
 def client_key(headers: Mapping[str, str]) -> str:
     """The key that a client presents, in any of the usual places; "" if none."""
     scheme, _, token = headers.get("authorization", "").strip().partition(" ")
@@ -8330,6 +8333,7 @@ class Exchange:
 
     request: Request = Request("-", "-", "", {})  # until one is understood
     decoder: BodyDecoder | None = None  # of the request's body
+    read: Read  # more of it, where it is not read before as `body`
     body: bytes = b""
     fail: Callable[[ProxyError], bytes] | None = None
     has_left: bool = False
@@ -8344,7 +8348,6 @@ class Exchange:
 
     def __init__(self, reply: Reply, id_: str, peer: str = "") -> None:
         self.reply, self.id, self.peer = reply, id_, peer
-        self.read: Read = no_body  # more of the body, where `body` is not read before
         self.waiting: set[asyncio.Task[Any]] = set()
         self.outlets: list[Outlet] = []  # that its answers, if streamed, go through
         self.started_at = asyncio.get_running_loop().time()
@@ -9111,14 +9114,6 @@ _START_BYTES = 64  # of a recording: the head of a WAV file
 # Requests that bring a file...
 
 
-async def read_whole(exchange: Exchange) -> bytes:
-    """The request's body in one piece."""
-    pieces: list[bytes] = []
-    while exchange.decoder and not exchange.decoder.is_complete:
-        pieces.append(await exchange.read())
-    return b"".join(pieces)  # of one piece it makes no copy
-
-
 class Form:
     """A request that brings a file: its fields, and the file piece by piece.
 
@@ -9165,7 +9160,7 @@ class Form:
             self._reader = FormReader(content_type, self._exchange.read)
             await self._read_on(self._reader)
         elif "json" in content_type.lower() and self._exchange.route != "files":
-            self._open_json(await read_whole(self._exchange))
+            self._open_json(await read_whole(self._exchange.read))
         else:
             raise BadRequest("A file must come as multipart/form-data.")
         if not self.file:
@@ -10816,8 +10811,7 @@ class Server(Listener):
         wire.on_leave = exchange.leave
         exchange.read = _body_reader(exchange, wire, decoder, limit)
         if exchange.route not in READING_ENDPOINTS:
-            exchange.body = await read_whole(exchange)
-            exchange.read = no_body
+            exchange.body = await read_whole(exchange.read)
         await handler(self._site, exchange)
         await reply.drain()  # it is over when the client has it
 
@@ -11838,10 +11832,8 @@ class DemoApp(Listener):
         with contextlib.closing(wire), contextlib.suppress(ConnectionBroken):
             while head := await wire.read_head():
                 request = parse_request_head(head)
-                body = b""
                 decoder = body_decoder(request.headers, until_end=False)
-                while data := await wire.read_body(decoder):
-                    body += data
+                body = await read_whole(functools.partial(wire.read_body, decoder))
                 await self._reply(Reply(wire, request), request, body)
 
     async def _reply(self, reply: Reply, request: Request, body: bytes) -> None:
