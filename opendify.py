@@ -8832,6 +8832,13 @@ class Question:
         """What its conversations are found in."""
         return scope_of(self.app.key, self.user)
 
+    def has_not_run(self, error: BaseException) -> bool:
+        """Whether after this error its conversation is as it was before."""
+        is_gone = isinstance(error, ConversationGone)
+        is_refused = isinstance(error, _REFUSALS) and not is_gone
+        is_unsent = not self.is_asked or getattr(error, "is_unsent", False)
+        return (is_refused or is_unsent) and not self.is_accepted
+
 
 @dataclass
 class Turn:
@@ -8889,10 +8896,19 @@ class Turns:
         if reading.problem:
             raise unsatisfied(ask, reading.problem)
 
-    def give_back(self, tail: Tail | None) -> None:
-        """A conversation that was taken, and in which nothing ran."""
-        if tail:
-            self.conversations.put(tail, self.wall_clock())
+    @contextlib.contextmanager
+    def holding(self, question: Question) -> Iterator[None]:
+        """What fails inside lets go of the conversation that was taken for it."""
+        try:
+            yield
+        except BaseException as error:
+            tail, question.tail = question.tail, None
+            if tail and question.has_not_run(error):
+                self.conversations.put(tail, self.wall_clock())
+            else:
+                is_gone = isinstance(error, ConversationGone)
+                self.conversations.forget(tail, is_gone=is_gone)
+            raise
 
     async def _run_once(self, question: Question, sink: Outlet | Collector) -> Reading:
         """Ask, and carry the answer to the sink; the reading says if it will do."""
@@ -8959,11 +8975,9 @@ class Turns:
     async def _open_turn(self, question: Question) -> Turn:
         """Send the question to Dify, until it begins to answer."""
         try:
-            return await self._ask(question)
-        except BaseException as error:
-            self._let_go(question, error)
-            if not isinstance(error, MissingInput):
-                raise
+            with self.holding(question):
+                return await self._ask(question)
+        except MissingInput as error:
             form = await self.dify.facts.form_of(question.app, anew=True)
             message = f"{error.message}. {describe_inputs(form)}"
             raise BadRequest(message, param="inputs") from error
@@ -8990,16 +9004,6 @@ class Turns:
                     raise
                 mode = corrected
         raise UpstreamFailed("Dify contradicts itself about this app's mode.")
-
-    def _let_go(self, question: Question, error: BaseException) -> None:
-        """The turn did not begin: its conversation stays as it was, if nothing ran."""
-        is_gone = isinstance(error, ConversationGone)
-        is_refused = isinstance(error, _REFUSALS) and not is_gone
-        is_unsent = not question.is_asked or getattr(error, "is_unsent", False)
-        if (is_refused or is_unsent) and not question.is_accepted:
-            self.give_back(question.tail)
-        else:
-            self.conversations.forget(question.tail, is_gone=is_gone)
 
     async def _try_turn(self, question: Question, mode: str) -> Turn:
         """One attempt; raises what Dify says before its first word."""
@@ -9255,15 +9259,15 @@ class Archive:
     conversations: Conversations
     wall_clock: Callable[[], float]
 
-    async def continued(
-        self, app: AppSettings, request: ResponsesRequest, sealer: IdSealer, user: str
-    ) -> tuple[Ask, Tail | None]:
-        """The question, and the conversation that it continues, taken.
+    async def join(
+        self, question: Question, request: ResponsesRequest, sealer: IdSealer
+    ) -> None:
+        """Ask what the request asks, in the conversation that it continues, taken.
 
         An answer that is named is continued where it stands, if Dify's conversation
         ends with it and nobody else has a turn there. Else its history is folded.
         """
-        previous = request.previous_response_id
+        app, user, previous = question.app, question.user, request.previous_response_id
         ids = [id_ for id_ in dict.fromkeys(request.references) if id_ != previous]
         places = {
             id_: place
@@ -9273,22 +9277,19 @@ class Archive:
         if previous and not (previous in places and previous.startswith("resp_")):
             raise _no_previous(previous)
         if not places:
-            return await self._continue_named(app, request, user), None
+            question.ask = await self._continue_named(app, request, user)
+            return
         *_, anchor = places.values()
-        here, scope = anchor.conversation_id, scope_of(app.key, user)
+        here, table, now = anchor.conversation_id, self.conversations, self.wall_clock()
         # It may name another, or one that is yet to be bound to its own.
         is_here = (request.ask.conversation_id or request.conversation) in ("", here)
-        tail = None
         if is_here and not anchor.is_run:
-            tail = self.conversations.take_alone(scope, here, self.wall_clock())
-        goes_on = False
-        try:
-            ask = await self._continue_at(app, request, places, tail is not None)
-            goes_on = ask.conversation_id == here
-        finally:
-            if tail and not goes_on:
-                self.conversations.put(tail, self.wall_clock())
-        return ask, tail if goes_on else None
+            question.tail = table.take_alone(question.scope, here, now)
+        is_free = question.tail is not None
+        question.ask = await self._continue_at(app, request, places, is_free)
+        if question.tail and question.ask.conversation_id != here:
+            table.put(question.tail, self.wall_clock())
+            question.tail = None
 
     async def _continue_named(
         self, app: AppSettings, request: ResponsesRequest, user: str
@@ -9736,7 +9737,8 @@ async def create_chat_completion(site: Site, exchange: Exchange) -> None:
     chat = parse_chat_request(_body_of(exchange))
     app = await site.find_app(exchange, chat.ask.model)
     envelope = _envelope(site, "chatcmpl", exchange.model)
-    ask, spoken = await _with_speech(site, exchange, app, chat.ask, envelope.created)
+    ask = await _prepared(site, exchange, app, chat.ask)
+    ask, spoken = await _with_speech(site, exchange, app, ask, envelope.created)
     make: Callable[..., ChatStream] = ChatStream
     if spoken:
         make = functools.partial(SpokenStream, spoken=spoken)
@@ -9797,13 +9799,14 @@ async def create_response(site: Site, exchange: Exchange) -> None:
     def whole(answers: Sequence[Answer], ids: DifyIds) -> dict[str, Any]:
         return response_object(replace(frame, ids=ids), answers[0])
 
-    if named:
-        await _check_place(site, app, user, named)
-    ask, tail = await site.archive.continued(app, request, sealer, user)
-    questions = [Question(exchange, app, ask, True, tail)]
+    await _check_place(site, app, user, named)
+    question = Question(exchange, app, ask, True)
+    with site.turns.holding(question):
+        await site.archive.join(question, request, sealer)
+        question.ask = await _prepared(site, exchange, app, question.ask)
     site.running[running] = exchange
     try:
-        await _answer_all(site, questions, [running] if request.stream else [], whole)
+        await _answer_all(site, [question], [running] if request.stream else [], whole)
     finally:
         del site.running[running]
         if named and exchange.turn:
@@ -9824,9 +9827,11 @@ def _in_conversation(
 
 
 async def _check_place(
-    site: Site, app: AppSettings, user: str, named: NamedConversation
+    site: Site, app: AppSettings, user: str, named: NamedConversation | None
 ) -> None:
     """Refuse a turn of an app or a user that the conversation can't have."""
+    if not named:
+        return
     mode = await site.dify.facts.mode_of(app)
     if mode not in CHAT_MODES:
         problem = f"a {mode} app keeps none; send the history as `input`."
@@ -10155,15 +10160,14 @@ def _outlet(site: Site, question: Question, stream: AnswerStream) -> Outlet:
 
 async def _run_turn(site: Site, question: Question, sink: Outlet | Collector) -> None:
     """One turn, said aloud if that is wanted."""
-    try:
-        ask = with_words(question.ask, question.app.tools)
-        question.ask = await _with_stored_files(site, question.exchange, ask)
-    except BaseException:
-        site.turns.give_back(question.tail)
-        raise
     await site.turns.run(question, sink)
     if question.ask.voice is not None:
         await _say(site, question, sink)
+
+
+async def _prepared(site: Site, exchange: Exchange, app: AppSettings, ask: Ask) -> Ask:
+    """The question with words about tools and format, and with its stored files."""
+    return await _with_stored_files(site, exchange, with_words(ask, app.tools))
 
 
 def with_words(ask: Ask, place: str) -> Ask:
@@ -10280,7 +10284,6 @@ async def _with_speech(
         return ask, None
     if is_spoken and not (await site.dify.facts.form_of(app)).speaks:
         raise _switched_off("Text to speech", exchange.model, "modalities")
-    ask = await _with_stored_files(site, exchange, ask)  # they may name the user
     user, sealer = exchange.user_of(ask.user), site.sealer(exchange, app)
     ask = await site.archive.with_spoken(app, ask, sealer, user)
     frame = ResponseFrame(now, exchange.model, echo_of({}), sealer, user, site.new_id())
