@@ -8252,7 +8252,7 @@ class Dify:
 #     plan -> open -> (read -> put -> drain)* -> settle
 #     the client leaves -> stop, read on, then settle or forget
 
-MAX_TRIES = 4  # of one turn: a lost conversation and a wrong mode, each corrected
+MAX_TRIES = 3  # of one turn: the mode that Dify told may be wrong, too
 HEAD_AFTER_S = 5.0  # the status line waits for Dify's first event, this long at most
 MAX_HELD_CHARS = 128 * 1024  # by the pacer: nobody reads so fast that it would show
 KEEP_ALIVE_S = 15.0  # nginx closes after 60 s of silence, Node's fetch after 300 s
@@ -8974,36 +8974,36 @@ class Turns:
 
     async def _open_turn(self, question: Question) -> Turn:
         """Send the question to Dify, until it begins to answer."""
-        try:
-            with self.holding(question):
-                return await self._ask(question)
-        except MissingInput as error:
-            form = await self.dify.facts.form_of(question.app, anew=True)
-            message = f"{error.message}. {describe_inputs(form)}"
-            raise BadRequest(message, param="inputs") from error
+        facts, app = self.dify.facts, question.app
+        for _ in range(MAX_TRIES):
+            try:
+                with self.holding(question):
+                    mode = await facts.mode_of(app)
+                    return await self._ask(question, mode)
+            except WrongMode:
+                if await facts.ask_mode(app) == mode:
+                    raise
+            except MissingInput as error:
+                form = await facts.form_of(app, anew=True)
+                message = f"{error.message}. {describe_inputs(form)}"
+                raise BadRequest(message, param="inputs") from error
+        raise UpstreamFailed("Dify contradicts itself about this app's mode.")
 
-    async def _ask(self, question: Question) -> Turn:
-        """Ask, and again where Dify shows that a conversation or a mode is wrong."""
-        mode = await self.dify.facts.mode_of(question.app)
+    async def _ask(self, question: Question, mode: str) -> Turn:
+        """Ask an app of this mode, and anew if the conversation is lost."""
         if mode in CHAT_MODES and question.joins and not question.tail:
             now = self.wall_clock()
             question.tail = self.conversations.take(question.ask, question.scope, now)
-        for _ in range(MAX_TRIES):
-            try:
-                return await self._try_turn(question, mode)
-            except (ConversationGone, NoFirstEvent) as error:
-                # Chatflows from 1.13 on met a lost conversation with silence.
-                is_lost = isinstance(error, ConversationGone) or mode == "advanced-chat"
-                if question.ask.conversation_id or not (question.tail and is_lost):
-                    raise
-                self.conversations.forget(question.tail, is_gone=True)
-                question.tail = None
-            except WrongMode:
-                corrected = await self.dify.facts.ask_mode(question.app)
-                if corrected == mode:
-                    raise
-                mode = corrected
-        raise UpstreamFailed("Dify contradicts itself about this app's mode.")
+        try:
+            return await self._try_turn(question, mode)
+        except (ConversationGone, NoFirstEvent) as error:
+            # Chatflows from 1.13 on met a lost conversation with silence.
+            is_lost = isinstance(error, ConversationGone) or mode == "advanced-chat"
+            if question.ask.conversation_id or not (question.tail and is_lost):
+                raise
+        self.conversations.forget(question.tail, is_gone=True)
+        question.tail = None
+        return await self._try_turn(question, mode)
 
     async def _try_turn(self, question: Question, mode: str) -> Turn:
         """One attempt; raises what Dify says before its first word."""

@@ -819,6 +819,26 @@ async def test_named_conversation_is_used_and_its_tail_moves(
         assert await whole.chat("four", "five") == [brief.conversation] * 2
 
 
+@pytest.mark.parametrize("believed", ["workflow", "completion"])
+async def test_named_conversation_is_used_if_the_mode_was_wrong(believed: str) -> None:
+    async with FakeDify() as dify:
+        served = Site(dify, "chat")
+        client = Client(served)
+        async with served.serve(settings_of(dify, "chat")):
+            await client.chat("one")
+        async with served.serve(settings_of(dify, believed)):
+            await client.chat("two", conversation_id=client.conversation)
+        assert len(dify.conversations) == 1
+
+
+async def test_name_hides_no_history_from_an_app_without_memory() -> None:
+    """The app was taken for one that has conversations."""
+    async with site("completion", config={"mode": "chat"}) as served:
+        client = Client(served, talk("one", "Answer 1."))
+        await client.say("two", conversation_id=NOBODY)
+        client.check()
+
+
 async def test_whole_history_with_a_name_is_not_told_twice() -> None:
     async with site() as served:
         client = Client(served)
