@@ -1368,7 +1368,8 @@ def parse_tools(body: Json) -> tuple[tuple[Tool, ...], str]:
     if mode not in _MODES:
         problem = f"{mode!r} is none of auto, none, required, a tool, allowed_tools."
         raise bad_value(field_name, problem)
-    tools = [tool for tool in _parse_tools(given) if not names or tool.name in names]
+    known = _parse_tools(given, "" if body.get("tools") else "function")
+    tools = [tool for tool in known if not names or tool.name in names]
     if _MODES[mode] == "required" and not tools:
         problem = "it asks for a call of a function that is not in `tools`."
         raise bad_value(field_name, problem)
@@ -1383,10 +1384,13 @@ def _function(tool: Json) -> dict[str, Any]:
     return nested if isinstance(nested, dict) else {**tool}
 
 
-def _parse_tools(given: list[Any]) -> Iterator[Tool]:
-    """The tools as they are given, but what is neither a function nor custom."""
+def _parse_tools(given: list[Any], all_are: str = "") -> Iterator[Tool]:
+    """The tools as they are given, but what is neither a function nor custom.
+
+    All are of one type where a list knows no other, whatever they say.
+    """
     for tool in objects_of(given):
-        function, kind = _function(tool), tool.get("type") or "function"
+        function, kind = _function(tool), all_are or tool.get("type") or "function"
         name, is_custom = function.get("name"), kind == "custom"
         if not (name and isinstance(name, str) and kind in ("function", "custom")):
             continue

@@ -437,6 +437,16 @@ async def test_function_is_called(choice: Any, words: str, stream: bool) -> None
     assert b"tool_calls" not in got.body
 
 
+@WHOLE_OR_STREAMED
+async def test_legacy_function_is_no_custom_tool(stream: bool) -> None:
+    """Not even one that says so: a `function_call` has no other form."""
+    functions = [{**row, "type": "custom"} for row in FUNCTIONS]
+    async with proxy(says(OSLO)) as served:
+        got = await served.chat(functions=functions, stream=stream)
+    assert choices_of(got) == [OSLO_CALL._replace(finish="function_call")]
+    assert query(served) == with_system(words_about(TOOLS), "Hi")
+
+
 async def test_function_is_not_called_when_none_is_to_be() -> None:
     async with proxy(says(OSLO)) as served:
         got = await served.chat(functions=FUNCTIONS, function_call="none")
