@@ -1226,6 +1226,9 @@ Part = Union[
 #
 #     <tool_call>\n{"name": "f", "arguments": {…}}\n</tool_call>  ->  ToolCall(…)
 #
+# CallReader, StopReader and JsonReader stand one behind the other: each takes the parts
+# of an answer as they come (`feed`), and gives on those that are certain.
+#
 # One way to write calls is asked for; every other one that models fall into is read:
 #
 # (1) A call names a tool of the request, and its arguments are an object, or a custom
@@ -1238,115 +1241,10 @@ Part = Union[
 #     must hold calls alone, else it is text, whatever it holds.
 # (4) What is read does not depend on how the text was cut into parts.
 
-_MODES = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
-_TOOLS_TEXT = """\
-You can call the tools below. They are run for you: you only write the call.
-
-<tools>
-{tools}
-</tools>
-
-To call a tool, write a block like this, with the tool's name and its arguments, a \
-JSON object that fits the tool's parameters:
-
-<tool_call>
-{{"name": "<name>", "arguments": {{<arguments>}}}}
-</tool_call>
-
-For several calls write several blocks. Stop after the last one: the results come in \
-the next message. Never make up a result, and call no tool that is not listed. """
-MUST_CALL = "This time you must call a tool: write nothing but the blocks."
-_RULES = {
-    "auto": "If you need no tool, answer as usual, without such a block.",
-    "required": MUST_CALL,
-}
-_NO_TOOLS_TEXT = "Write no <tool_call> block this time: answer without one."
-_FORMAT_TEXT = """\
-Write your final answer as JSON and nothing else: {what}, without an introduction, an \
-explanation or a code fence."""
-_SCHEMA_TEXT = " It must be valid against this JSON Schema:\n\n"
-_RETRY_TEXTS = {
-    "tool_choice": "Your last answer calls no tool, but it must. {reason} Write the "
-    "<tool_call> block and nothing else.",
-    "response_format": "Your last answer is not the JSON that was asked for: {reason}. "
-    "Write the whole JSON again, corrected, and nothing else.",
-}
-
-# How calls are written: our way (Hermes', Qwen's), then Anthropic's, DeepSeek's, GLM's,
-# MiniMax's, Seed's, Mistral's, Llama's, Kimi's, and that of a history that was folded
-# into a query.
-_MARKERS = (
-    *("<tool_call", "<tools>", "<tool_use>", "<function_call"),
-    *("<function=", "<function ", "<invoke ", "<antml:"),
-    *("<｜DSML｜", "<｜tool▁call", "<|tool▁call", "<|tool_call", "<message "),
-    *("<minimax:tool_call>", "<seed:tool_call>"),
-    *("<|python_tag|>", "[TOOL_CALLS]", "```"),
-)
-_FENCE, _SIGNS = re.compile("`{1,3}"), re.compile(r"```|[<\[{`]")  # in code; elsewhere
-_BEGINNINGS = {marker[:size] for marker in _MARKERS for size in range(1, len(marker))}
-_LONGEST = max(map(len, _MARKERS))
-_CONTEXT_CHARS = 80  # before JSON, that tell whether a call can stand there
-_MAX_PIECE_CHARS = 4096  # read at once: what follows a marker is copied for each
-_MAX_BLANK = 1000  # that is looked through; a model that is stuck writes more
-_MAX_REREAD = 16_384  # of what turns out to be no block; the rest is text then
-_TOKEN = re.compile(
-    r"""(?P<space>[\s;,}\]]+)
-    |(?P<opener><(?:\w+:|｜DSML｜)?(?:tool_calls?|tools|tool_use|function_calls?)>
-        |<[|｜](?!/)[^<>|｜]{1,40}(?<!end)(?<!_id)[|｜]>|\[TOOL_CALLS\]|\[ARGS\]
-        |<(?:(?:antml:|｜DSML｜)?(?:invoke|function|tool_call)(?:=|\ +name\ *=\ *)["']?
-        |message\s[^<>]*?\btool_call=")(?P<name>[\w.-]+)(?![\w.-])[^<>]*>)
-    |(?P<parameter>
-        <(?P<tag>(?:antml:|｜DSML｜)?parameter)(?:=|\ +name\ *=\ *)
-            ["']?(?P<key>[\w.-]+)(?![\w.-])[^<>]*>
-        |<arg_key>(?P<arg_key>[^<>]+)</arg_key>\s*<(?P<arg_tag>arg_value)>)
-    |(?P<closer></(?:\w+:|｜DSML｜)?(?:tool_calls?|tools|tool_use|function_calls?|function
-        |invoke|message)>|<[|｜][^<>|｜]{1,40}[|｜]>)
-    |(?P<fence>```[\w-]{0,40}[ \t]*)
-    |(?P<json>[\[{])
-    |(?P<word>[\w.-]{1,200}(?::\d{0,9})?)""",
-    re.VERBOSE,
-)
-_UNFINISHED = re.compile(  # tokens that may be whole when more text comes
-    r"<[^<>]{0,200}\Z|<arg_key>[^<>]*(?:</?[^<>]*(?:>\s*)?){0,2}\Z"
-    r"|\[[A-Z_]{0,10}\Z|`{1,2}\Z|```[\w-]{0,40}[ \t]*\Z"
-)
-_FENCES = ("", "json", "json5", "jsonc", "xml", "tool_call", "tool_calls", "tool_code")
-_QUOTES = ("`", '"', "'", "“", "‘", "「", "\\")
-_LEADS = tuple(":.!?*：。！？")
-_QUOTED_MARKER = re.compile(r"[`\"'“‘「\\]<[^<>]{1,40}>\s*\Z")
-_HEAD = re.compile(  # of JSON: its first key, and how the value of that one begins
-    r"(?:\[\s{0,40})?(?:\{\s{0,40}[\"']?(?P<key>\w{0,40})[\"']?\s{0,8}"
-    r"(?::\s{0,40}(?P<value>[\[{]|[\"'][^\"'\\]{0,99}[\"']?)?)?)?"
-)
-_NAMES = ("name", "tool", "tool_name", "function", "function_name", "recipient_name")
-_ARGUMENTS = ("arguments", "args", "parameters", "params", "input", "tool_input")
-_INNER = (
-    *("tool_calls", "function_calls", "tool_uses", "calls"),
-    *("tool_call", "function_call", "function", "tool"),
-)
-_CALL_KEYS = {*_NAMES, *_ARGUMENTS, "id", "type", "call_id", "tool_call_id", "index"}
-_FIRST_VALUES = {  # by the first key of a call: how its value begins
-    **dict.fromkeys((*_INNER, "arguments"), ("{", "[")),
-    "type": ("function", "tool_"),
-    "id": ("call_",),
-}
-_SIGN = re.compile(r"\\.|[\"'{}\[\]<`]", re.DOTALL)
-_DEPTHS = {"{": 1, "[": 1, "}": -1, "]": -1}
-_OBJECT = re.compile(r"\{\s{0,999}[\"}]")
-_OBJECT_OR_ARRAY = re.compile(r"\{\s{0,999}[\"}]|\[\s{0,999}[\"{\[\]\dtfn-]")
-_MAYBE_JSON = re.compile(r"[\[{]\s{0,999}\Z")
-_NEXT_PARAMETER = re.compile(
-    r"\n<(?:antml:|｜DSML｜)?parameter(?:=|\ +name\ *=\ *)[\"']?(?P<key>[\w.-]+)"
-)
-_MAX_CHECKS = 50_000  # of one answer, a third of a second; what is left passes
-_MAX_PROBLEMS, _MAX_RULE_CHARS = 5, 200  # are told to the app
-_NO_SENSE = (TypeError, AttributeError, ValueError, LookupError, ArithmeticError)
-_MAX_PATTERN_CHARS, _PATTERN_CHECKS = 100, 100  # what one may take, in checks
-
-_Calls = list[tuple[Tool, dict[str, Any]]]
-
 
 # What is asked...
+
+_MODES = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
 
 
 def parse_tools(body: Json) -> tuple[tuple[Tool, ...], str]:
@@ -1456,6 +1354,39 @@ def parse_output_format(body: Json) -> OutputFormat:
 
 # What the app is told...
 
+_TOOLS_TEXT = """\
+You can call the tools below. They are run for you: you only write the call.
+
+<tools>
+{tools}
+</tools>
+
+To call a tool, write a block like this, with the tool's name and its arguments, a \
+JSON object that fits the tool's parameters:
+
+<tool_call>
+{{"name": "<name>", "arguments": {{<arguments>}}}}
+</tool_call>
+
+For several calls write several blocks. Stop after the last one: the results come in \
+the next message. Never make up a result, and call no tool that is not listed. """
+MUST_CALL = "This time you must call a tool: write nothing but the blocks."
+_RULES = {
+    "auto": "If you need no tool, answer as usual, without such a block.",
+    "required": MUST_CALL,
+}
+_NO_TOOLS_TEXT = "Write no <tool_call> block this time: answer without one."
+_FORMAT_TEXT = """\
+Write your final answer as JSON and nothing else: {what}, without an introduction, an \
+explanation or a code fence."""
+_SCHEMA_TEXT = " It must be valid against this JSON Schema:\n\n"
+_RETRY_TEXTS = {
+    "tool_choice": "Your last answer calls no tool, but it must. {reason} Write the "
+    "<tool_call> block and nothing else.",
+    "response_format": "Your last answer is not the JSON that was asked for: {reason}. "
+    "Write the whole JSON again, corrected, and nothing else.",
+}
+
 
 def describe_tools(tools: Sequence[Tool], mode: str) -> str:
     """The words for the app, "" if there is nothing to say; from `parse_tools`."""
@@ -1506,6 +1437,70 @@ def retry_text(kind: str, reason: str) -> str:
 
 
 # What it answers: calls...
+
+# How calls are written: our way (Hermes', Qwen's), then Anthropic's, DeepSeek's, GLM's,
+# MiniMax's, Seed's, Mistral's, Llama's, Kimi's, and that of a history that was folded
+# into a query.
+_MARKERS = (
+    *("<tool_call", "<tools>", "<tool_use>", "<function_call"),
+    *("<function=", "<function ", "<invoke ", "<antml:"),
+    *("<｜DSML｜", "<｜tool▁call", "<|tool▁call", "<|tool_call", "<message "),
+    *("<minimax:tool_call>", "<seed:tool_call>"),
+    *("<|python_tag|>", "[TOOL_CALLS]", "```"),
+)
+_FENCE, _SIGNS = re.compile("`{1,3}"), re.compile(r"```|[<\[{`]")  # in code; elsewhere
+_BEGINNINGS = {marker[:size] for marker in _MARKERS for size in range(1, len(marker))}
+_LONGEST = max(map(len, _MARKERS))
+_CONTEXT_CHARS = 80  # before JSON, that tell whether a call can stand there
+_MAX_PIECE_CHARS = 4096  # read at once: what follows a marker is copied for each
+_MAX_BLANK = 1000  # that is looked through; a model that is stuck writes more
+_MAX_REREAD = 16_384  # of what turns out to be no block; the rest is text then
+_TOKEN = re.compile(
+    r"""(?P<space>[\s;,}\]]+)
+    |(?P<opener><(?:\w+:|｜DSML｜)?(?:tool_calls?|tools|tool_use|function_calls?)>
+        |<[|｜](?!/)[^<>|｜]{1,40}(?<!end)(?<!_id)[|｜]>|\[TOOL_CALLS\]|\[ARGS\]
+        |<(?:(?:antml:|｜DSML｜)?(?:invoke|function|tool_call)(?:=|\ +name\ *=\ *)["']?
+        |message\s[^<>]*?\btool_call=")(?P<name>[\w.-]+)(?![\w.-])[^<>]*>)
+    |(?P<parameter>
+        <(?P<tag>(?:antml:|｜DSML｜)?parameter)(?:=|\ +name\ *=\ *)
+            ["']?(?P<key>[\w.-]+)(?![\w.-])[^<>]*>
+        |<arg_key>(?P<arg_key>[^<>]+)</arg_key>\s*<(?P<arg_tag>arg_value)>)
+    |(?P<closer></(?:\w+:|｜DSML｜)?(?:tool_calls?|tools|tool_use|function_calls?|function
+        |invoke|message)>|<[|｜][^<>|｜]{1,40}[|｜]>)
+    |(?P<fence>```[\w-]{0,40}[ \t]*)
+    |(?P<json>[\[{])
+    |(?P<word>[\w.-]{1,200}(?::\d{0,9})?)""",
+    re.VERBOSE,
+)
+_UNFINISHED = re.compile(  # tokens that may be whole when more text comes
+    r"<[^<>]{0,200}\Z|<arg_key>[^<>]*(?:</?[^<>]*(?:>\s*)?){0,2}\Z"
+    r"|\[[A-Z_]{0,10}\Z|`{1,2}\Z|```[\w-]{0,40}[ \t]*\Z"
+)
+_FENCES = ("", "json", "json5", "jsonc", "xml", "tool_call", "tool_calls", "tool_code")
+_QUOTES = ("`", '"', "'", "“", "‘", "「", "\\")
+_LEADS = tuple(":.!?*：。！？")
+_QUOTED_MARKER = re.compile(r"[`\"'“‘「\\]<[^<>]{1,40}>\s*\Z")
+_HEAD = re.compile(  # of JSON: its first key, and how the value of that one begins
+    r"(?:\[\s{0,40})?(?:\{\s{0,40}[\"']?(?P<key>\w{0,40})[\"']?\s{0,8}"
+    r"(?::\s{0,40}(?P<value>[\[{]|[\"'][^\"'\\]{0,99}[\"']?)?)?)?"
+)
+_NAMES = ("name", "tool", "tool_name", "function", "function_name", "recipient_name")
+_ARGUMENTS = ("arguments", "args", "parameters", "params", "input", "tool_input")
+_INNER = (
+    *("tool_calls", "function_calls", "tool_uses", "calls"),
+    *("tool_call", "function_call", "function", "tool"),
+)
+_CALL_KEYS = {*_NAMES, *_ARGUMENTS, "id", "type", "call_id", "tool_call_id", "index"}
+_FIRST_VALUES = {  # by the first key of a call: how its value begins
+    **dict.fromkeys((*_INNER, "arguments"), ("{", "[")),
+    "type": ("function", "tool_"),
+    "id": ("call_",),
+}
+_NEXT_PARAMETER = re.compile(
+    r"\n<(?:antml:|｜DSML｜)?parameter(?:=|\ +name\ *=\ *)[\"']?(?P<key>[\w.-]+)"
+)
+
+_Calls = list[tuple[Tool, dict[str, Any]]]
 
 
 def in_pieces(text: str) -> Iterator[str]:
@@ -1825,6 +1820,9 @@ def _typed(tool: Tool, key: str, text: str) -> Any:
 
 # ... where a JSON value ends in it...
 
+_VALUE_SIGN = re.compile(r"\\.|[\"'{}\[\]<`]", re.DOTALL)
+_DEPTHS = {"{": 1, "[": 1, "}": -1, "]": -1}
+
 
 class _ValueEnd:
     """Finds the end of a JSON value, sloppy ones included, in text that grows.
@@ -1840,7 +1838,7 @@ class _ValueEnd:
         """Where the value that begins at `start` ends, 0 for not yet."""
         if self._end:
             return self._end
-        for sign in _SIGN.finditer(text, max(self.reach, start)):
+        for sign in _VALUE_SIGN.finditer(text, max(self.reach, start)):
             self.reach = sign.end()
             if self._is_last(sign[0]):
                 # A tag or a fence where JSON has none: braces are missing.
@@ -1909,6 +1907,10 @@ def _begun_at(text: str, stop: str) -> int:
 
 
 # ... and JSON...
+
+_OBJECT = re.compile(r"\{\s{0,999}[\"}]")
+_OBJECT_OR_ARRAY = re.compile(r"\{\s{0,999}[\"}]|\[\s{0,999}[\"{\[\]\dtfn-]")
+_MAYBE_JSON = re.compile(r"[\[{]\s{0,999}\Z")
 
 
 class JsonReader:
@@ -1981,6 +1983,14 @@ def json_problem(text: str, output: OutputFormat) -> str:
     except ValueError as error:
         return f"it is not valid JSON, {error}"
     return "; ".join(schema_problems(value, output.schema))
+
+
+# ... that keeps to a schema...
+
+_MAX_CHECKS = 50_000  # of one answer, a third of a second; what is left passes
+_MAX_PROBLEMS, _MAX_RULE_CHARS = 5, 200  # are told to the app
+_NO_SENSE = (TypeError, AttributeError, ValueError, LookupError, ArithmeticError)
+_MAX_PATTERN_CHARS, _PATTERN_CHECKS = 100, 100  # what one may take, in checks
 
 
 def schema_problems(value: Any, schema: Json) -> list[str]:
