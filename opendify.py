@@ -986,14 +986,14 @@ class Message(NamedTuple):
 # What Open WebUI puts before a question where it has found something: texts of files
 # or of the web, up to the end of their tag.
 CONTEXT_BEGINS = "### Task:\nRespond to the user query"
-_MOST_CONTEXT = 16384  # characters; Dify is not to remember longer ones beside new ones
+_MAX_CONTEXT_CHARS = 16384  # Dify is not to remember longer ones beside new ones
 
 
 def context_of(message: Message) -> str:
     """The context before a question, which its client shows in its own turn only."""
     if message.role != "user" or not message.text.startswith(CONTEXT_BEGINS):
         return ""
-    return "".join(message.text[:_MOST_CONTEXT].rpartition("</context>")[:2])
+    return "".join(message.text[:_MAX_CONTEXT_CHARS].rpartition("</context>")[:2])
 
 
 def plain_text(message: Message) -> str:
@@ -5097,7 +5097,7 @@ def stored_item(value: Any, id_: str, taken: Collection[str]) -> dict[str, Any]:
 def _complete(part: Any) -> Any:
     """A part of a message; clients count on the lists that an answer's text has."""
     is_answer = isinstance(part, dict) and part.get("type") == "output_text"
-    return {**_MESSAGE_FORM.part, **part} if is_answer else part
+    return {**_MESSAGE_SHAPE.part, **part} if is_answer else part
 
 
 def list_page(items: Sequence[Json], query: Mapping[str, str]) -> Any:
@@ -5178,7 +5178,7 @@ def _failure_code(error: ProxyError) -> str:
 # Streams...
 
 
-class _Form(NamedTuple):
+class _Shape(NamedTuple):
     """How items of a kind are written: their keys, their part, their events."""
 
     prefix: str
@@ -5191,45 +5191,45 @@ class _Form(NamedTuple):
     more: Mapping[str, Any] = {}  # further keys of the events of the text
 
 
-_MESSAGE_FORM = _Form(
+_MESSAGE_SHAPE = _Shape(
     *("msg_", "message", "content", "output_text"),
     {"status": "in_progress", "role": "assistant"},
     "content_part",
     {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
     {"logprobs": []},
 )
-_REASONING_FORM = _Form(
+_REASONING_SHAPE = _Shape(
     *("rs_", "reasoning", "summary", "reasoning_summary_text"),
     {},
     "reasoning_summary_part",
     {"type": "summary_text", "text": ""},
 )
-_CALL_FORM = _Form("fc_", "function_call", "arguments", "function_call_arguments")
-_CUSTOM_CALL_FORM = _Form("ctc_", "custom_tool_call", "input", "custom_tool_call_input")
+_CALL_SHAPE = _Shape("fc_", "function_call", "arguments", "function_call_arguments")
+_CUSTOM_SHAPE = _Shape("ctc_", "custom_tool_call", "input", "custom_tool_call_input")
 _CAUSES = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
 class _OpenItem:
     """An item that is being written."""
 
-    def __init__(self, form: _Form, item: dict[str, Any], at: int) -> None:
-        self.form = form
+    def __init__(self, shape: _Shape, item: dict[str, Any], at: int) -> None:
+        self.shape = shape
         self.item = item
         self.texts: list[str] = []
         self.place = {"item_id": item["id"], "output_index": at}
-        if form.part:
-            self.place[f"{form.key}_index"] = 0
-        kind = f"response.{form.text_event}.delta"
-        fields = json_bytes({"type": kind, **self.place, **form.more})[:-1]
+        if shape.part:
+            self.place[f"{shape.key}_index"] = 0
+        kind = f"response.{shape.text_event}.delta"
+        fields = json_bytes({"type": kind, **self.place, **shape.more})[:-1]
         self.head = encode_event(fields + b',"sequence_number":', kind).rstrip()
 
     def update(self, status: str, annotations: Sequence[Any] = ()) -> str:
         """Bring the item to where its text is."""
         text = "".join(self.texts)
-        part = {**self.form.part, "text": text}
-        if self.form is _MESSAGE_FORM:
+        part = {**self.shape.part, "text": text}
+        if self.shape is _MESSAGE_SHAPE:
             part["annotations"] = list(annotations)
-        self.item[self.form.key] = [part] if self.form.part else text
+        self.item[self.shape.key] = [part] if self.shape.part else text
         if "status" in self.item:
             self.item["status"] = status
         return text
@@ -5293,8 +5293,8 @@ class ResponseStream:
     def encode(self, part: Part) -> bytes:
         """The events that a part becomes; b"" for one that is kept for the end."""
         if isinstance(part, (Text, Reasoning)):
-            form = _MESSAGE_FORM if isinstance(part, Text) else _REASONING_FORM
-            return self._write(form, part.text) if part.text else b""
+            shape = _MESSAGE_SHAPE if isinstance(part, Text) else _REASONING_SHAPE
+            return self._write(shape, part.text) if part.text else b""
         self.summary.add(part)
         return self._finish() if isinstance(part, Finish) else b""
 
@@ -5313,7 +5313,7 @@ class ResponseStream:
         status = "incomplete" if cause else "completed"
         # Not even an empty answer is without its message, unless there are calls.
         events = self._close("rs_")
-        events += self._write(_MESSAGE_FORM, "") if not self.summary.calls else b""
+        events += self._write(_MESSAGE_SHAPE, "") if not self.summary.calls else b""
         events += self._close("msg_", status)
         events += b"".join(self._call(call) for call in self.summary.calls)
         usage = _usage_of_response(self.summary.usage)
@@ -5322,12 +5322,12 @@ class ResponseStream:
 
     # Items...
 
-    def _write(self, form: _Form, text: str, **fields: str) -> bytes:
+    def _write(self, shape: _Shape, text: str, **fields: str) -> bytes:
         """More text of an item, which is opened if it isn't yet."""
-        events = self._close("rs_") if form is not _REASONING_FORM else b""
-        if form.prefix not in self._open:
-            events += self._add_item(form, fields)
-        item = self._open[form.prefix]
+        events = self._close("rs_") if shape is not _REASONING_SHAPE else b""
+        if shape.prefix not in self._open:
+            events += self._add_item(shape, fields)
+        item = self._open[shape.prefix]
         if text:
             # From a template: `dumps` of a whole delta costs ten times as much.
             number = next(self._numbers)
@@ -5335,18 +5335,18 @@ class ResponseStream:
             item.texts.append(text)
         return events
 
-    def _add_item(self, form: _Form, fields: Mapping[str, str]) -> bytes:
+    def _add_item(self, shape: _Shape, fields: Mapping[str, str]) -> bytes:
         at = len(self._output)
         # By its number among its kind: read again, reasoning comes before the text.
-        number = next(self._item_numbers[form.prefix])
-        about = {"id": self.frame.id(form.prefix, number), "type": form.type}
-        item = {**about, **form.added, form.key: [] if form.part else "", **fields}
+        number = next(self._item_numbers[shape.prefix])
+        about = {"id": self.frame.id(shape.prefix, number), "type": shape.type}
+        item = {**about, **shape.added, shape.key: [] if shape.part else "", **fields}
         self._output.append(item)
-        self._open[form.prefix] = opened = _OpenItem(form, item, at)
+        self._open[shape.prefix] = opened = _OpenItem(shape, item, at)
         added = self._event("output_item.added", output_index=at, item=item)
-        if form.part:
-            name = f"{form.part_event}.added"
-            added += self._event(name, **opened.place, part=form.part)
+        if shape.part:
+            name = f"{shape.part_event}.added"
+            added += self._event(name, **opened.place, part=shape.part)
         return added
 
     def _close(self, prefix: str, status: str = "completed") -> bytes:
@@ -5354,30 +5354,30 @@ class ResponseStream:
         opened = self._open.pop(prefix, None)
         if not opened:
             return b""
-        form, item, place = opened.form, opened.item, opened.place
-        cited = self.summary.citations if form is _MESSAGE_FORM else ()
+        shape, item, place = opened.shape, opened.item, opened.place
+        cited = self.summary.citations if shape is _MESSAGE_SHAPE else ()
         annotations = _annotations(cited, sum(map(len, opened.texts)))
         text = opened.update(status, annotations)
         events = b""
         for index, annotation in enumerate(annotations):
             fields = {"annotation_index": index, "annotation": annotation}
             events += self._event("output_text.annotation.added", **place, **fields)
-        done = {"text" if form.part else form.key: text, **form.more}
-        if form is _CALL_FORM:
+        done = {"text" if shape.part else shape.key: text, **shape.more}
+        if shape is _CALL_SHAPE:
             done["name"] = item["name"]
-        events += self._event(f"{form.text_event}.done", **place, **done)
-        if form.part:
-            part = item[form.key][0]
-            events += self._event(f"{form.part_event}.done", **place, part=part)
+        events += self._event(f"{shape.text_event}.done", **place, **done)
+        if shape.part:
+            part = item[shape.key][0]
+            events += self._event(f"{shape.part_event}.done", **place, part=part)
         at = place["output_index"]
         return events + self._event("output_item.done", output_index=at, item=item)
 
     def _call(self, call: ToolCall) -> bytes:
-        form, text = _CALL_FORM, call.arguments
+        shape, text = _CALL_SHAPE, call.arguments
         if call.is_custom:
-            form, text = _CUSTOM_CALL_FORM, call.input
-        written = self._write(form, text, call_id=call.id, name=call.name)
-        return written + self._close(form.prefix)
+            shape, text = _CUSTOM_SHAPE, call.input
+        written = self._write(shape, text, call_id=call.id, name=call.name)
+        return written + self._close(shape.prefix)
 
     # Events...
 
@@ -5450,9 +5450,9 @@ _CLEAR_BYTES = 200  # no greeting or other stock phrase is that long
 _BUSY_TIMEOUT_S = 0.05  # the event loop waits meanwhile
 _OPEN_TIMEOUT_S = 1.0  # other processes may be opening it too
 _MAX_CANDIDATES = 64  # with the same last answer; with more it is a stock phrase
-_MOST_WAITING = 64  # rows for a table in memory
+_MAX_WAITING = 64  # rows for a table in memory
 _SWEEP_EVERY = 100  # new tails, and named ones: a sweep takes milliseconds
-_SWEEP_MOST = 200  # old tails
+_MAX_SWEPT = 200  # old tails
 _NEXT = "Write the assistant's next message."
 _GO_ON = "Continue your last message exactly where it ends, without repeating it."
 _SIDE_REQUESTS = (
@@ -5794,7 +5794,7 @@ UPDATE OR REPLACE opendify_tails SET state = {_LOST}, id = ?, conversation_id = 
 WHERE id = ? AND state != {_LOST}"""
 _SWEEP = f"""
 DELETE FROM opendify_tails WHERE id IN (
-SELECT id FROM opendify_tails ORDER BY used LIMIT MIN({_SWEEP_MOST}, MAX(0,
+SELECT id FROM opendify_tails ORDER BY used LIMIT MIN({_MAX_SWEPT}, MAX(0,
 (SELECT COUNT(*) FROM opendify_tails) - ?,
 (SELECT COUNT(*) FROM opendify_tails WHERE used < ?))))"""
 _NAMED = "SELECT state FROM opendify_named WHERE id = ? AND owner = ? AND used >= ?"
@@ -5851,7 +5851,7 @@ class Conversations:
         self._ttl_s, self._most, self._puts = ttl_s, most, 0
         self._not_swept = inf  # named ones since a sweep, in bytes; none was yet
         self._waiting: list[Sequence[Any]] = []  # rows for _PUT, not in the table yet
-        self._most_waiting = _MOST_WAITING if path == ":memory:" else 1
+        self._max_waiting = _MAX_WAITING if path == ":memory:" else 1
         self._db = sqlite3.connect(
             path, timeout=_OPEN_TIMEOUT_S, isolation_level=None, check_same_thread=False
         )
@@ -5880,13 +5880,13 @@ class Conversations:
         if is_side_request(ask):
             return None
         if ask.conversation_id:
-            tail = self.take_alone(scope, ask.conversation_id, now)
+            tail = self.take_by_id(scope, ask.conversation_id, now)
             return tail or self._lose(_unknown(scope, ask.conversation_id), now)
         may_go_on = history and new and not ask.is_all_new
         tail = self._find(scope, ask, history, now) if may_go_on else None
         return self._mark(tail, now) if tail else None
 
-    def take_alone(self, scope: bytes, conversation_id: str, now: float) -> Tail | None:
+    def take_by_id(self, scope: bytes, conversation_id: str, now: float) -> Tail | None:
         """The conversation of this id; None while others may have a turn there."""
         tail = _unknown(scope, conversation_id)
         rows, _ = self._run(f"{_SELECT} WHERE id = ?", _id(tail))
@@ -5999,7 +5999,7 @@ class Conversations:
         last = tail.digests[-_DIGEST_BYTES:]
         row = tail[1:7]  # as _SELECT reads it
         self._waiting.append([key, key, state, now, last, *row])
-        if len(self._waiting) >= self._most_waiting:
+        if len(self._waiting) >= self._max_waiting:
             self._put_waiting()
         self._puts += 1
         if self._puts % min(_SWEEP_EVERY, 1 + self._most // 100) == 0:
@@ -6920,7 +6920,7 @@ def check_line_ends(data: bytes) -> None:
         raise MalformedHTTP(cure if is_tls else "Lines must end with CR LF.")
 
 
-def is_last(headers: Mapping[str, str], version: str) -> bool:
+def ends_connection(headers: Mapping[str, str], version: str) -> bool:
     """Whether nothing follows on the connection, by a head (RFC 9112, section 9.3)."""
     options = headers.get("connection", "").lower().replace(" ", "").split(",")
     return "close" in options or version != "1.1"
@@ -7120,7 +7120,7 @@ class Reply:
 
     def suit(self, request: Request) -> None:
         """Be the reply to this request."""
-        self.must_close = is_last(request.headers, request.http_version)
+        self.must_close = ends_connection(request.headers, request.http_version)
         self._is_bare = request.method == "HEAD"
         self._is_old = request.http_version == "1.0"
 
@@ -7332,7 +7332,7 @@ class UpstreamResponse:
         self._body = body_decoder(self.headers, until_end=True)
         if self.status in (204, 304):
             self._body = BodyDecoder(0)
-        self.can_reuse = not is_last(self.headers, head.http_version)
+        self.can_reuse = not ends_connection(self.headers, head.http_version)
         self._is_released = self._is_lingering = False
         self.wake = wire.wake  # let `read` return b"" before the body's end
 
@@ -9298,7 +9298,7 @@ class Archive:
         # It may name another, or one that is yet to be bound to its own.
         is_here = (request.ask.conversation_id or request.conversation) in ("", here)
         if is_here and not anchor.is_run:
-            question.tail = table.take_alone(question.scope, here, now)
+            question.tail = table.take_by_id(question.scope, here, now)
         is_free = question.tail is not None
         question.ask = await self._continue_at(app, request, places, is_free)
         if question.tail and question.ask.conversation_id != here:
@@ -9868,7 +9868,7 @@ def _bind(site: Site, exchange: Exchange, named: NamedConversation, turn: Turn) 
         bound = latest.bind(scope, named.items, **about, conversation_id=id_)
         _keep(site, exchange, bound)
         # No chat with the same words may go on in it.
-        if tail := site.conversations.take_alone(scope, id_, now):
+        if tail := site.conversations.take_by_id(scope, id_, now):
             site.conversations.put(tail._replace(digests=b""), now)
 
 
@@ -10216,7 +10216,7 @@ def with_words(ask: Ask, place: str) -> Ask:
 
 _NO_SOUND = "Dify made no sound of this text."
 _UNSPOKEN = "The app has answered, but its speech failed: "
-_LOUD = f"It is over {MAX_SOUND_BYTES >> 20} MB; a streamed answer may be longer."
+_LONG_SOUND = f"It is over {MAX_SOUND_BYTES >> 20} MB; a streamed answer may be longer."
 
 
 async def transcribe(site: Site, exchange: Exchange) -> None:
@@ -10328,7 +10328,7 @@ async def _say(site: Site, question: Question, sink: Outlet | Collector) -> None
                 while data := await site.dify.read_file(response):
                     size += len(data)
                     if isinstance(sink, Collector) and size > MAX_SOUND_BYTES:
-                        raise UpstreamFailed(_LOUD)
+                        raise UpstreamFailed(_LONG_SOUND)
                     sink.put([Sound(data)])
                     await exchange.reply.drain()
         if not size:

@@ -33,7 +33,7 @@ from opendify import (
     body_decoder,
     check_line_ends,
     encode_head,
-    is_last,
+    ends_connection,
     parse_request_head,
     read_fields,
 )
@@ -762,7 +762,7 @@ def test_request_tells_how_to_go_on(
     fields: dict[str, str], version: str, is_the_last: bool, expects_continue: bool
 ) -> None:
     request = Request("GET", "/", "", fields, version)
-    assert is_last(fields, version) is is_the_last
+    assert ends_connection(fields, version) is is_the_last
     assert request.expects_continue is expects_continue
 
 
