@@ -2957,7 +2957,7 @@ class AnswerReader:
         self._appendix = Appendix(mode, app.base)
         self._has_rounds = False  # an agent_message had text
         self._has_asked = False  # the user, for what the run pauses for
-        self.reason = "stop"  # why the app says no more
+        self.finish_reason = "stop"  # why the app says no more
 
     def read(self, events: Iterable[str]) -> list[Part]:
         """The parts that these events add; one part for each delta of text.
@@ -2982,7 +2982,7 @@ class AnswerReader:
 
     def _read(self, data: str) -> list[Part]:
         """The parts that one event adds; [] for one that adds none."""
-        if _is_idle(data):
+        if _can_skip(data):
             return []
         try:
             value = read_json(data)
@@ -3080,7 +3080,7 @@ class AnswerReader:
         if data.get("status") == "failed":
             return self._error(data)
         if data.get("status") in _NOT_ALL_SAID:
-            self.reason = "length"
+            self.finish_reason = "length"
         self._appendix.add_run(data)
         parts: list[Part] = []
         if not self._text.has_come:
@@ -3104,7 +3104,7 @@ class AnswerReader:
 
     def _finish(self) -> list[Part]:
         self.is_finished = self.is_stored = True
-        reason = "content_filter" if self._text.is_replaced else self.reason
+        reason = "content_filter" if self._text.is_replaced else self.finish_reason
         appendix = self._appendix.parts(self._text.kept.text)
         return [*self._text.close(), *appendix, Finish(reason)]
 
@@ -3191,7 +3191,7 @@ _LONG_EVENT = 4096  # characters; a text delta is shorter
 _EVENT_NAME = re.compile(r'\{"event": ?"(\w+)"')
 
 
-def _is_idle(data: str) -> bool:
+def _can_skip(data: str) -> bool:
     """Whether an event says nothing, or is long and of a kind that nobody reads."""
     if len(data) <= _LONG_EVENT:
         return not data or data == "ping"
@@ -5441,7 +5441,7 @@ MAX_NAMED = 10_000  # that clients named; these hold texts until their next turn
 MAX_NAMED_ITEMS = 2000  # of one, that no turn has taken yet
 MAX_NAMED_BYTES = 16 << 20  # of one
 MAX_ALL_NAMED_BYTES = 256 << 20
-_MAX_ID_CHARS = 100  # of a conversation: a longer id is none of Dify's, which have 36
+_MAX_CONVERSATION_ID_CHARS = 100  # Dify's ids have 36
 _KEPT_MESSAGES = 128  # a transcript's last ones, and so the longest window: 1 KiB
 _DIGEST_BYTES = 8
 # The hashes in `told`: of all system text, of inputs, of system text between messages.
@@ -5993,7 +5993,7 @@ class Conversations:
         return tail._replace(is_known=False)
 
     def _put(self, tail: Tail, now: float) -> None:
-        if len(tail.conversation_id) > _MAX_ID_CHARS:
+        if len(tail.conversation_id) > _MAX_CONVERSATION_ID_CHARS:
             return
         key, state = _id(tail), _TAKEN if tail.is_taken else None
         last = tail.digests[-_DIGEST_BYTES:]
@@ -7177,7 +7177,7 @@ class Reply:
 # The way to Dify: connections that are kept and reused, TLS that is always verified,
 # the Dify client (`Api` sends a call, `Facts` knows the apps), and one turn's stream of
 # answer parts. Every error of sockets, TLS and HTTP becomes a ProxyError in
-# `_proxy_error`, and nowhere else.
+# `_error_from_wire`, and nowhere else.
 #
 # A connection:  none -> open -> sent -> head -> body -> idle -> sent …
 #                [_open, _exchange, read, close]; anything unexpected -> closed
@@ -7288,7 +7288,7 @@ _UNKNOWN_AUTHORITY = (
 )
 
 
-def _proxy_error(
+def _error_from_wire(
     origin: Origin, error: Exception, proxy: Proxy | None = None
 ) -> ProxyError:
     """What to do about an error of sockets, TLS or HTTP, on the way to a proxy too."""
@@ -7351,7 +7351,7 @@ class UpstreamResponse:
         try:
             data = await self._wire.read_body(self._body)
         except _WIRE_ERRORS as error:
-            raise _proxy_error(self._origin, error) from error
+            raise _error_from_wire(self._origin, error) from error
         if self._body.is_complete:
             self.close()
         return data
@@ -7479,7 +7479,7 @@ class Pool:
                 is_sent = not data
                 with contextlib.suppress(ConnectionBroken):  # `answering` knows why
                     await wire.drain()
-                wire.set_deadline(timeout_s, _no_answer)
+                wire.set_deadline(timeout_s, _too_slow)
             response = await answering
             response.can_reuse = response.can_reuse and is_sent
             return response
@@ -7558,7 +7558,7 @@ class Pool:
         try:
             return await asyncio.wait_for(opening, self.settings.dify_connect_timeout)
         except _WIRE_ERRORS as error:
-            raise _proxy_error(origin, error, proxy) from error
+            raise _error_from_wire(origin, error, proxy) from error
 
     async def _connect_to(self, origin: Origin, proxy: Proxy | None) -> Wire:
         trust = self._trust if origin.scheme == "https" else None
@@ -7593,13 +7593,13 @@ class Pool:
         """Write a request, read the head of its response; NoAnswer if none comes."""
         try:
             wire.write(request)
-            wire.set_deadline(timeout_s, _no_answer, sends=True)
+            wire.set_deadline(timeout_s, _too_slow, sends=True)
             answer = await _read_response_head(wire)
             return UpstreamResponse(self, origin, wire, answer)
         except BaseException as error:
             wire.abort()
             if isinstance(error, _WIRE_ERRORS):
-                raise _proxy_error(origin, error) from error
+                raise _error_from_wire(origin, error) from error
             raise
 
 
@@ -7634,7 +7634,7 @@ async def _tunnel(
         raise
 
 
-def _no_answer() -> ProxyError:
+def _too_slow() -> ProxyError:
     return UpstreamTimeout("Dify does not answer in time.")
 
 
@@ -7789,7 +7789,7 @@ class TurnStream:
         may_go_on = self.is_given_up or not reader.is_finished
         self.is_given_up = False  # it is stopped, as well as can be
         if may_go_on and (task_id := reader.task_id):
-            reader.reason = "length"  # not all is said
+            reader.finish_reason = "length"  # not all is said
             await self._dify.stop(reader.app, reader.mode, task_id, self._user)
 
     async def end(self) -> bool:
@@ -11842,7 +11842,7 @@ class DemoApp(Listener):
     def __init__(self) -> None:
         super().__init__()
         self._stopped: set[str] = set()  # tasks of Dify's
-        self._told: deque[dict[str, Any]] = deque(maxlen=200)  # rows of `GET /messages`
+        self._rows: deque[dict[str, Any]] = deque(maxlen=200)  # of `GET /messages`
 
     async def serve(self, wire: Wire) -> None:
         """One connection of the client of Dify."""
@@ -11859,7 +11859,7 @@ class DemoApp(Listener):
         elif request.path.endswith("/messages"):
             query = query_of(request)
             id_, most = query["conversation_id"], int(query["limit"])
-            rows = [row for row in self._told if row["conversation_id"] == id_]
+            rows = [row for row in self._rows if row["conversation_id"] == id_]
             send_json(reply, {"data": rows[-most:], "has_more": False})
         elif "/files/" in request.path:
             send_json(reply, {"message": "The demo app takes no files."}, status=400)
@@ -11890,7 +11890,7 @@ class DemoApp(Listener):
             await reply.drain()
             row["answer"] += burst
             await asyncio.sleep(len(burst) / 160)
-        self._told.append(row)
+        self._rows.append(row)
         words = len(text.split())
         usage = {"prompt_tokens": 0, "completion_tokens": words, "total_tokens": words}
         end = {"event": "message_end", **ids, "metadata": {"usage": usage}}
