@@ -5937,7 +5937,8 @@ class Conversations:
     def keep(self, named: NamedConversation, owner: str, now: float) -> bool:
         """Record it, with the texts that it has, and drop old ones; False if too long.
 
-        What is beyond the limits in all goes now and then, since a sweep counts all.
+        What is beyond the limits in all goes now and then, since a sweep counts all:
+        after so many, or after as many bytes as one may have.
         """
         # Bytes, whose length SQLite knows without reading them.
         state = json.dumps(dataclasses.asdict(named)).encode()
@@ -5946,9 +5947,8 @@ class Conversations:
         sql = "INSERT OR REPLACE INTO opendify_named VALUES (?, ?, ?, ?)"
         self._run(sql, named.id, _owner(owner), now, state)
         self._run("DELETE FROM opendify_named WHERE used < ?", now - self._ttl_s)
-        most = MAX_ALL_NAMED_BYTES // 16
-        self._not_swept += max(len(state), most // _SWEEP_EVERY)
-        if self._not_swept > most:
+        self._not_swept += max(len(state), MAX_NAMED_BYTES // _SWEEP_EVERY)
+        if self._not_swept > MAX_NAMED_BYTES:
             self._sweep_named()
         return True
 
