@@ -104,6 +104,7 @@ __version__ = "0.1.0"
 log = logging.getLogger("opendify")
 
 Json = Mapping[str, Any]  # an object of JSON, to be read; what is made is a dict
+UnixTime = int  # seconds since 1970, as Dify and OpenAI tell a time
 
 # ==============================================================================
 # 1. Settings
@@ -940,7 +941,7 @@ class Attachment:
     url: str = field(default="", repr=False)
     file_id: str = ""  # of a stored file, as the client names it
     upload_id: str = ""  # of a stored file, as Dify names it
-    size: int = 0  # of a stored file
+    size: int = 0  # of a stored file, in bytes
 
     @property
     def extension(self) -> str:
@@ -3460,7 +3461,7 @@ class StoredTurn:
 
     conversation_id: str
     message_id: str
-    created: int
+    created: UnixTime
     question: Message
     parts: Sequence[Part]
     tools: Sequence[Tool] = ()
@@ -4309,8 +4310,8 @@ class StoredFile(NamedTuple):
     user: str
     name: str
     media_type: str
-    size: str
-    created: str
+    size: str  # in bytes; an id holds texts
+    created: str  # a UnixTime
     purpose: str
 
     @property
@@ -4357,7 +4358,7 @@ class Envelope(NamedTuple):
     """What all chunks of an answer, or the whole one, say of themselves."""
 
     id: str
-    created: int
+    created: UnixTime
     model: str
 
     def head(self, kind: str) -> dict[str, Any]:
@@ -4444,7 +4445,7 @@ class Spoken(NamedTuple):
     """
 
     id_of: Callable[[DifyIds], str]
-    expires_at: int
+    expires_at: UnixTime
 
 
 def chat_completion(
@@ -4704,13 +4705,13 @@ def text_completion(
     return {**head, "choices": choices, "usage": usage, **dify_key(ids)}
 
 
-def models_list(models: Iterable[tuple[str, str]], created: int) -> dict[str, Any]:
+def models_list(models: Iterable[tuple[str, str]], created: UnixTime) -> dict[str, Any]:
     """`GET /models`: from (model, name of its app or "")."""
     data = [model_object(model, name, created) for model, name in models]
     return {"object": "list", "data": data}
 
 
-def model_object(model: str, name: str, created: int) -> dict[str, Any]:
+def model_object(model: str, name: str, created: UnixTime) -> dict[str, Any]:
     """One model; the app's name goes along where it is known and another."""
     named = {"name": name} if name and name != model else {}
     about = {"id": model, "object": "model", "created": created}
@@ -5029,7 +5030,7 @@ class ResponseFrame:
     they are made of `fresh` and lead nowhere.
     """
 
-    created: int
+    created: UnixTime
     model: str
     echo: Json
     sealer: IdSealer
@@ -5125,7 +5126,7 @@ def list_page(items: Sequence[Json], query: Mapping[str, str]) -> Any:
     }
 
 
-def conversation_object(id_: str, created: int, metadata: Any) -> dict[str, Any]:
+def conversation_object(id_: str, created: UnixTime, metadata: Any) -> dict[str, Any]:
     """A conversation (`conv_…`)."""
     about = {"id": id_, "object": "conversation", "created_at": created}
     return {**about, "metadata": _ECHOED["metadata"](metadata)}
@@ -5812,7 +5813,7 @@ class NamedConversation:
     """
 
     id: str
-    created: int
+    created: UnixTime
     metadata: Json = field(default_factory=dict)
     items: Sequence[Any] = ()
     model: str = ""
@@ -7981,7 +7982,7 @@ class AppFacts:
     name: str = ""
     version: str = ""  # of Dify
     form: AppForm = NO_FORM
-    asked_at: float = -inf  # for the form
+    asked_at: float = -inf  # for the form, by the loop's clock
 
 
 class Facts:
@@ -8352,12 +8353,12 @@ class Exchange:
     fail: Callable[[ProxyError], bytes] | None = None
     has_left: bool = False
     error: ProxyError | None = None  # that it ended with
-    body_bytes: int = 0
+    body_bytes: int = 0  # of the request, as far as read
     name_in_path: str = ""
     turn: Turn | None = None  # that Dify answers, or has answered last
     route: str = "-"  # the endpoint, for the metrics
     model: str = ""  # for the log and the metrics: only one that is known here
-    first_text_at: float | None = None
+    first_text_at: float | None = None  # by the loop's clock
     text_chars: int = 0
 
     def __init__(self, reply: Reply, id_: str, peer: str = "") -> None:
@@ -10287,7 +10288,7 @@ async def _open_speech(
 
 
 async def _with_speech(
-    site: Site, exchange: Exchange, app: AppSettings, ask: Ask, now: int
+    site: Site, exchange: Exchange, app: AppSettings, ask: Ask, now: UnixTime
 ) -> tuple[Ask, Spoken | None]:
     """(the question with the spoken answers that it names, how its own is named).
 
