@@ -6367,7 +6367,7 @@ def _ends_in_half_a_flag(text: str) -> bool:
 
 # nginx and Node allow 32 and 16 KiB; cookies of a shared host can be large.
 MAX_HEAD_BYTES = 32 * 1024
-MAX_FIELDS = 200
+MAX_FIELDS = 200  # Apache and Python's http.client allow 100
 # What a stream may hold unread before its socket is paused.
 READ_BUFFER_BYTES = 64 * 1024
 WRITE_TIMEOUT_S = 60.0  # for a peer that reads nothing
@@ -7188,16 +7188,16 @@ class Reply:
 
 # Dify's default server has ten connections in all, idle ones included.
 IDLE_CONNECTION_S, REAP_S = 15.0, 4.0
-MAX_IDLE_CONNECTIONS = 64
-GRACE_S = 1.0  # for message_end after a chatflow's workflow_finished
+MAX_IDLE_CONNECTIONS = 64  # to one origin
+GRACE_S = 1.0  # for a chatflow's last event, once `AnswerReader.is_closing`
 CALL_TIMEOUT_S = 30.0  # for the head of a small call's answer
-UPLOAD_TIMEOUT_S = 120.0
+UPLOAD_TIMEOUT_S = 120.0  # until Dify has stored a file, or heard a recording
 CIRCUIT_S = 1.0  # in which nobody tries an origin that could not be reached
 RACE_S = 2.0  # in which an idle connection is known to be closed; later, a run broke
 MAX_INTERIM_RESPONSES = 10  # 1xx before the final response
 STOP_DRAIN_S = 10.0  # reading on after a stop, so that Dify stores what it has
-MAX_ERROR_BYTES = 256 * 1024
-MAX_JSON_BYTES = 16 * 1024 * 1024
+MAX_ERROR_BYTES = 256 * 1024  # gateways send whole pages
+MAX_JSON_BYTES = 16 * 1024 * 1024  # a page of 100 stored messages
 LINGER_S = 2.0  # for the end of a body after its last event
 LATELY_S = 300.0  # what `GET /ready` takes as proof
 FORM_FRESH_S = 300.0  # what an app said of itself is asked again after this time
