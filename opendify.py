@@ -1073,10 +1073,10 @@ class Ask(NamedTuple):
     voice: str | None = None  # to say the answer in, "" for the app's; None: in writing
 
 
-# The parts of an answer, in the order in which they come: reasoning and text mixed,
-# then files, citations and usage, then exactly one Finish or Failure. Where the answer
-# is spoken, Sounds follow. They are plain classes with slots because thousands of Texts
-# are made a second.
+# The parts of an answer, in the order in which they come: reasoning, text and calls
+# mixed, then files, citations and usage, then exactly one Finish or Failure. Where the
+# answer is spoken, Sounds follow. Text and Reasoning have slots, and are not frozen,
+# since thousands of them are made a second.
 
 
 @dataclass
@@ -2007,7 +2007,10 @@ def schema_problems(value: Any, schema: Json) -> list[str]:
 
 
 class _Checker:
-    """Checks values against a JSON Schema: what OpenAI's strict mode knows of it."""
+    """Checks values against a JSON Schema: what OpenAI's strict mode knows, and more.
+
+    A keyword that is not known forbids nothing.
+    """
 
     def __init__(self, root: Json) -> None:
         self._root = root
@@ -2245,7 +2248,7 @@ def parse_form(parameters: Json) -> AppForm:
 
 
 def mode_from_probe(conversations: str, completion_stop: str) -> str:
-    """The mode of an app older than 1.4, whose `/info` does not tell it.
+    """The mode of an app where Dify is older than 1.4, whose `/info` does not tell it.
 
     Args:
         conversations: code of the error that `GET /conversations` gave, "" if none.
@@ -2631,7 +2634,7 @@ def without_key(error: ProxyError, app: AppSettings) -> ProxyError:
     return error
 
 
-_GATEWAY_TIMEOUTS = (504, 522, 524)  # Dify says none of them; the last: Cloudflare's
+_GATEWAY_TIMEOUTS = (504, 522, 524)  # never Dify's own; the last two: Cloudflare's
 
 
 def error_from_body(status: int, body: bytes) -> ProxyError:
@@ -5785,6 +5788,7 @@ _SELECT = """
 SELECT conversation_id, chain, length, digests, system, folded FROM opendify_tails"""
 _MATCH = f"""{_SELECT}
 WHERE last = ? AND state IN ({_FREE}, {_TAKEN}, {_LOST}) AND used >= ?"""
+# The columns are named as in older files: `system` holds a tail's `told`.
 _PUT = f"""
 INSERT OR REPLACE INTO opendify_tails
 SELECT ?, CASE WHEN (SELECT state FROM opendify_tails WHERE id = ?) IS ?
@@ -5836,7 +5840,7 @@ class NamedConversation:
 
 
 class Conversations:
-    """The table of tails: an SQLite file, or ":memory:".
+    """The table of tails, and of named conversations: an SQLite file, or ":memory:".
 
     Args:
         path: of the file.
@@ -11313,7 +11317,7 @@ MAX_DESCRIPTORS = 65_536
 REOPEN_S = 0.2  # until a port that was lost is opened again
 CHECKS_AT_ONCE = 4  # Dify's default server has ten connections in all
 ASK_S = 300.0  # that an app may take to answer one word
-_AT_START = ("server_", "log_", "conversation_")  # settings that are taken once
+_AT_START = ("server_", "log_", "conversation_")  # begin settings that are read once
 _NOTHING_CONFIGURED = """\
 No Dify app is configured. Either
 
