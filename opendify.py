@@ -1054,9 +1054,9 @@ class Ask(NamedTuple):
 
     `messages` is the whole visible history in order, the new message(s) last, without
     the system text that opens it: that is `system`. `conversation_id` is the explicit
-    one, "" where the client named none. With `is_all_new` that conversation has none of
-    the messages, else all up to the last answer; and where none is named, none is
-    looked for that has them.
+    one, "" where the client named none: then one that has the history is looked for.
+    That conversation has all messages up to the last answer, unless `is_all_new`: then
+    it has none of them, and none is looked for.
     """
 
     model: str
@@ -1284,9 +1284,9 @@ def _function(tool: Json) -> dict[str, Any]:
 
 
 def _parse_tools(given: list[Any], all_are: str = "") -> Iterator[Tool]:
-    """The tools as they are given, but what is neither a function nor custom.
+    """The functions and custom tools of a list, others left out.
 
-    All are of one type where a list knows no other, whatever they say.
+    All are of the type `all_are`, whatever they say, if the list knows no other.
     """
     for tool in objects_of(given):
         function, kind = _function(tool), all_are or tool.get("type") or "function"
@@ -3457,9 +3457,9 @@ def _texts(value: Any) -> tuple[str, ...]:
 class StoredTurn:
     """A stored message or run: a question, and the parts of its answer.
 
-    `tools` are those that the app was told of in it or, where all turns before it were
-    read, knew then. A workflow's run is a conversation by itself: its id stands for
-    both.
+    `tools` are those that the app was told of in this turn or, if the turns before it
+    were read too, in the last of them that told any. A workflow's run is a conversation
+    by itself: its id stands for both.
     """
 
     conversation_id: str
@@ -3830,7 +3830,11 @@ def _parse_required(body: Json, name: str) -> str:
 def parse_each(
     given: Any, name: str, wanted: str, parse: Callable[[Any, str], Any]
 ) -> list[Any]:
-    """What the elements of a list say: of messages, of items, of one's content."""
+    """Each element of a list, parsed with its place: messages, items, parts of one.
+
+    Raises:
+        BadRequest: it is no list, as `wanted` says that it must be, or too long.
+    """
     if not isinstance(given, list):
         raise bad_type(name, wanted)
     if len(given) > MAX_MESSAGES:
@@ -4834,7 +4838,7 @@ def parse_responses_request(body: Json) -> ResponsesRequest:
 
 
 def echo_of(body: Json) -> dict[str, Any]:
-    """What a response repeats of its request; what it says without one, for {}."""
+    """The fields that a response repeats of its request; of {}, their defaults."""
     return {name: valid(body.get(name)) for name, valid in _ECHOED.items()}
 
 
@@ -5784,11 +5788,11 @@ CREATE TABLE IF NOT EXISTS opendify_named (
 CREATE INDEX IF NOT EXISTS opendify_named_age ON opendify_named (used);
 DELETE FROM opendify_tails WHERE used < 0;  -- fails if the file can't be written
 """
+# The columns are named as in older files: `system` holds a tail's `told`.
 _SELECT = """
 SELECT conversation_id, chain, length, digests, system, folded FROM opendify_tails"""
 _MATCH = f"""{_SELECT}
 WHERE last = ? AND state IN ({_FREE}, {_TAKEN}, {_LOST}) AND used >= ?"""
-# The columns are named as in older files: `system` holds a tail's `told`.
 _PUT = f"""
 INSERT OR REPLACE INTO opendify_tails
 SELECT ?, CASE WHEN (SELECT state FROM opendify_tails WHERE id = ?) IS ?
