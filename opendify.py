@@ -8274,6 +8274,11 @@ class Dify:
 #
 #     plan -> open -> (read -> put -> drain)* -> settle
 #     the client leaves -> stop, read on, then settle or forget
+#
+# An Exchange is one request and its reply. Turns puts its Question to Dify; the parts
+# that the TurnStream reads go through a Reading, which looks for calls, stops and JSON,
+# into an Outlet, which paces and writes a streamed answer, or into a Collector, which
+# keeps a whole one.
 
 MAX_TRIES = 3  # of one turn: the mode that Dify told may be wrong, too
 HEAD_AFTER_S = 5.0  # the status line waits for Dify's first event, this long at most
@@ -9115,11 +9120,11 @@ async def _with_past(dify: Dify, question: Question, plan: Plan) -> Json:
 # 16. Handlers
 # ==============================================================================
 #
-# The routes, one coroutine each: a request in, a reply out. They stand by API, the
-# table of all behind them; before them the Form, which reads the requests that bring a
-# file, the Archive, which reads what Dify keeps of earlier turns, and the Site, which
-# all are given. Catches nothing that the error boundary of room 17 can answer. Never
-# touches sockets or h11.
+# The routes, one coroutine each: a request in, a reply out. First comes what they
+# share: Form reads a request that brings a file, Archive reads what Dify keeps of
+# earlier turns, and Site has the rest; each handler is given it. Then come the
+# handlers, API by API, then ROUTES, the table of all. Catches nothing that the error
+# boundary of room 17 can answer. Never touches sockets or h11.
 
 MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
 MAX_ADDRESSES = 10_000  # that are remembered for it
