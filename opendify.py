@@ -2619,7 +2619,7 @@ def error_from_dify(
         if re.search(wording, excerpt, re.IGNORECASE):
             return error(text, code=error.code or code)
     if in_run:
-        is_late = re.search("timed? ?out|timeout", text, re.IGNORECASE)
+        is_late = re.search("timed? ?out", text, re.IGNORECASE)
         failed = UpstreamFailed(text, code=code, retry=False)
         return UpstreamTimeout(text) if is_late else failed
     if status >= 500:
@@ -3692,7 +3692,7 @@ def open_place(
 # sockets or keys.
 
 MAX_USER_CHARS = 200  # Dify keeps the end user's name in a column of 255
-MAX_STOPS, MAX_STOP_CHARS, MAX_CHOICES = 4, 1000, 8
+MAX_STOPS, MAX_STOP_CHARS, MAX_CHOICES = 4, 1000, 8  # the first is OpenAI's own
 # No model reads more. A body has room for 20 million: minutes of work, and gigabytes.
 MAX_MESSAGES = 20_000
 _CHAT_ONLY = (
@@ -4157,7 +4157,7 @@ def _plain_name(name: str, media_type: str) -> str:
 
 # Audio...
 
-MAX_SPEECH_CHARS = 4096
+MAX_SPEECH_CHARS = 4096  # OpenAI's own
 # OpenAI's own; they mean nothing to the model of another provider.
 _VOICES = (
     *("alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova"),
