@@ -3172,6 +3172,8 @@ _OF_DATA: _Translators = {  # what a workflow's events say is in their `data`
     "text_replace": AnswerReader._message_replace,
     "reasoning_chunk": AnswerReader._reasoning_chunk,
     "node_started": AnswerReader._node_started,
+    "iteration_started": AnswerReader._node_started,  # in the place of node_started
+    "loop_started": AnswerReader._node_started,  # likewise
     "node_finished": AnswerReader._node_finished,
     "node_retry": AnswerReader._node_over,
     "agent_log": AnswerReader._agent_log,
@@ -10082,15 +10084,13 @@ def _named(site: Site, exchange: Exchange, id_: str = "") -> NamedConversation:
     """The client's conversation of this id, or of the one in the path."""
     id_ = id_ or exchange.name_in_path.partition("/")[0]
     owner, now = site.owner_of(exchange), site.wall_clock()
-    named = site.conversations.named(id_, owner, now)
-    if not named:
+    if not (named := site.conversations.named(id_, owner, now)):
         raise _not_found("Conversation", id_)
     return named
 
 
 def _keep(site: Site, exchange: Exchange, named: NamedConversation) -> None:
-    owner, now = site.owner_of(exchange), site.wall_clock()
-    if not site.conversations.keep(named, owner, now):
+    if not site.conversations.keep(named, site.owner_of(exchange), site.wall_clock()):
         most = f"{MAX_NAMED_BYTES >> 20} MiB"
         raise BodyTooLarge(
             f"Items of a conversation that await a turn may have {most}."

@@ -816,6 +816,23 @@ def test_process_lines_are_reasoning_when_wanted() -> None:
     assert read("advanced-chat", *events) == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [
+        ("iteration", "Start, Code, Iteration, Variable Assigner, Code 2, Answer"),
+        ("loop", "Start, Loop, Variable Assigner, Answer 2"),
+    ],
+)
+def test_steps_of_a_run_include_those_that_repeat_others(kind: str, steps: str) -> None:
+    """Dify tells of an iteration or a loop by an event of its own kind."""
+    reader = AnswerReader("advanced-chat", APP, show_process=True)
+    data = replay.stream_bytes(f"dify-1.12.1/advanced-{kind}-with-answer.json")
+    parts = reader.read(SSEDecoder().feed(data))
+    lines = "".join(part.text for part in parts if isinstance(part, Reasoning))
+    told = [line.removeprefix("Step: ") for line in lines.split("\n\n")]
+    assert ", ".join(dict.fromkeys(told)) == steps
+
+
 @pytest.mark.parametrize("has_chunk", [True, False])
 def test_reasoning_told_at_the_end_joins_the_process_lines(has_chunk: bool) -> None:
     chunk = event(event="reasoning_chunk", data={"reasoning": "Hm", "node_id": "llm"})
