@@ -22,23 +22,23 @@ BUDGETS = {
     "SSE": 61,
     "JSON": 88,
     "Turn": 144,
-    "Calls": 677,
-    "Dify": 906,
+    "Calls": 679,
+    "Dify": 908,
     "Ids": 69,
     "OpenAI": 743,
     "Responses": 437,
-    "Conversations": 434,
+    "Conversations": 435,
     "Pacer": 130,
-    "Wire": 532,
+    "Wire": 537,
     "Upstream": 763,
-    "Answers": 622,
-    "Handlers": 1063,
-    "Server": 299,
+    "Answers": 620,
+    "Handlers": 1056,
+    "Server": 298,
     "Page": 258,
-    "Command line": 451,
+    "Command line": 449,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8063
+WHOLE_BUDGET = 8062
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
