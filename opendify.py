@@ -1712,6 +1712,7 @@ class _Block:
             self._finish([(self._tool, self._given)], token.end())
         elif self.taken and not self._is_open:
             self.taken = token.end()
+        self._is_tagged = False
 
     def _take_fence(self, token: re.Match[str]) -> None:
         language = token[0].strip("` \t").lower()

@@ -548,6 +548,22 @@ def test_call_after_call_is_read(name: str) -> None:
     assert read(f"{first}\n{text}") == parts_of([*PARIS_CALL, *lead(expected)])
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"```json\n{CALL}\n```\nDone.", [*PARIS_CALL, "\nDone."]),
+        ('get_weather\n\n{"days": 1}', ['get_weather\n\n{"days": 1}']),
+    ],
+    ids=["fence", "name"],
+)
+def test_what_stands_behind_a_tag_is_not_in_it(
+    text: str, expected: list[Expected]
+) -> None:
+    call = f"<tool_call>{CALL}</tool_call>"
+    wanted = [*PARIS_CALL, *lead(expected), "\n", *PARIS_CALL]
+    assert read(f"{call}\n{text}\n{call}") == joined(parts_of(wanted))
+
+
 def lead(expected: list[Expected]) -> list[Expected]:
     """After a call the line break before text belongs to the text."""
     first = expected[0]
