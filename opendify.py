@@ -1673,9 +1673,9 @@ class _Block:
         self._at = max(self._at, token.end())  # a value ends behind its first token
 
     def _take_opener(self, token: re.Match[str]) -> None:
+        if self._tool and self._given:  # that call was not closed
+            self._finish([(self._tool, self._given)], self._at)
         if token["name"]:
-            if self._tool and self._given:  # that call was not closed
-                self._finish([(self._tool, self._given)], self._at)
             self._tool = self._tools[token["name"]]
         self._is_tagged, self._is_open = not self._is_fenced, True
 

@@ -443,6 +443,11 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
         '<invoke name="get_weather">\n<parameter name="city">Paris</parameter>',
         [("search", {"query": "a"}), *PARIS_CALL],
     ),
+    "invoke-not-closed-before-tag": (
+        '<invoke name="search"><parameter name="query">a</parameter>\n'
+        f"<tool_call>{CALL}</tool_call>",
+        [("search", {"query": "a"}), *PARIS_CALL],
+    ),
     "granite": (f"<|tool_call|>[{CALL}]", PARIS_CALL),
     "phi": (f"<|tool_call|>[{CALL}]<|/tool_call|>\nSoon.", [*PARIS_CALL, "\nSoon."]),
 }
