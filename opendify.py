@@ -6644,7 +6644,8 @@ class Wire(asyncio.Protocol):
         self.on_data: Callable[[], None] | None = None  # called while a task waits
         self._loop = asyncio.get_running_loop()
         self._now = self._loop.time
-        self._transport = cast(asyncio.Transport, None)  # until it is connected
+        # Until it is connected; and the one that stands under TLS.
+        self._transport = self._plain = cast(asyncio.Transport, None)
         self._buffer = b""  # read, and not used yet
         self._is_paused = False  # reading, since too much is unused
         self._is_at_end = False  # the peer sends nothing more
@@ -6665,9 +6666,10 @@ class Wire(asyncio.Protocol):
 
     @property
     def _unsent(self) -> int:
-        """Bytes that the socket has not taken yet."""
+        """Bytes that the socket has not taken yet; those under TLS may count twice."""
         try:
-            return self._transport.get_write_buffer_size()
+            under = self._plain.get_write_buffer_size()
+            return under + self._transport.get_write_buffer_size()
         except AttributeError:
             return 0  # a TLS transport whose connection is lost, in some Pythons
 
@@ -6675,7 +6677,7 @@ class Wire(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The connection is open."""
-        self._transport = cast(asyncio.Transport, transport)
+        self._transport = self._plain = cast(asyncio.Transport, transport)
         if self._on_open:
             self._on_open(self)
 
@@ -6729,15 +6731,16 @@ class Wire(asyncio.Protocol):
 
     async def start_tls(self, trust: ssl.SSLContext, host: str) -> None:
         """Go on in TLS, as its client; raises OSError (an ssl.SSLError is one)."""
-        start = self._loop.start_tls
-        secured = await start(self._transport, self, trust, server_hostname=host)
-        self._transport = cast(asyncio.Transport, secured)
+        # TLS speaks only when spoken to: what came would be taken for the peer's.
+        # Nor does asyncio tell that TLS begins on a lost connection.
+        if self.is_stale:
+            raise ConnectionBroken("it was closed, or spoke before TLS began")
+        start: Any = self._loop.start_tls
+        self._transport = await start(self._plain, self, trust, server_hostname=host)
 
     # Deadlines...
 
-    def set_deadline(
-        self, seconds: float, error: Fault, *, sends: bool = False
-    ) -> None:
+    def set_deadline(self, seconds: float, error: Fault, sends: bool = False) -> None:
         """What is awaited from now on may take `seconds`; then it raises `error()`.
 
         With `sends` it moves on as long as the peer takes what was written before.
@@ -7575,14 +7578,18 @@ class Pool:
     async def _connect_to(self, origin: Origin, proxy: Proxy | None) -> Wire:
         trust = self._trust if origin.scheme == "https" else None
         peer, options = proxy or origin, dict[str, Any]()
-        if trust and not proxy:
-            options.update(ssl=trust, server_hostname=origin.host)
         if not is_address(peer.host):  # the race of addresses costs 0.1 ms
             options["happy_eyeballs_delay"] = 0.25
         wire = await self._connect(peer.host, peer.port, **options)
-        if trust and proxy:
-            await _tunnel(wire, proxy, origin, trust)
-        return wire
+        try:
+            if trust and proxy:
+                await _tunnel(wire, proxy, origin)
+            if trust:
+                await wire.start_tls(trust, origin.host)
+            return wire
+        except BaseException:
+            wire.abort()
+            raise
 
     @functools.cached_property
     def _trust(self) -> ssl.SSLContext:
@@ -7621,29 +7628,18 @@ def _abort_made(opening: asyncio.Task[Wire]) -> None:
         opening.result().abort()
 
 
-async def _tunnel(
-    wire: Wire, proxy: Proxy, origin: Origin, trust: ssl.SSLContext
-) -> None:
-    """TLS with the origin through a proxy, by CONNECT (RFC 9110, section 9.3.6)."""
+async def _tunnel(wire: Wire, proxy: Proxy, origin: Origin) -> None:
+    """A way to the origin through a proxy, by CONNECT (RFC 9110, section 9.3.6)."""
     where = _authority(origin)
     fields = [("Host", where), *proxy.headers]
-    try:
-        wire.write(encode_head(f"CONNECT {where} HTTP/1.1", fields))
-        head = await wire.read_head()
-        if not re.match(rb"HTTP/1\.[01] 2\d\d[ \r]", head):
-            answer = head.partition(b"\r\n")[0].decode("latin-1") or "nothing"
-            raise ConfigurationFault(
-                f"The proxy {proxy.host}:{proxy.port} refuses {where}: {answer}. Check "
-                "HTTPS_PROXY and NO_PROXY."
-            )
-        # TLS speaks only when spoken to: whatever else came would be taken for the
-        # origin's. Nor does asyncio tell that TLS begins on a lost connection.
-        if wire.is_stale:
-            raise ConnectionBroken("the proxy left, or says more than its answer")
-        await wire.start_tls(trust, origin.host)
-    except BaseException:
-        wire.abort()
-        raise
+    wire.write(encode_head(f"CONNECT {where} HTTP/1.1", fields))
+    head = await wire.read_head()
+    if not re.match(rb"HTTP/1\.[01] 2\d\d[ \r]", head):
+        answer = head.partition(b"\r\n")[0].decode("latin-1") or "nothing"
+        raise ConfigurationFault(
+            f"The proxy {proxy.host}:{proxy.port} refuses {where}: {answer}. Check "
+            "HTTPS_PROXY and NO_PROXY."
+        )
 
 
 def _too_slow() -> ProxyError:

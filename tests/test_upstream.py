@@ -177,6 +177,8 @@ async def raw_server(
         try:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                 await serve(reader, writer)
+        except asyncio.CancelledError:
+            writer.transport.abort()
         finally:
             writer.close()
         with contextlib.suppress(OSError):
@@ -353,7 +355,11 @@ async def test_connection_is_not_kept_when_a_file_is_refused_before_its_end() ->
     assert len(seen) == 2
 
 
-async def test_connection_is_not_kept_while_its_request_is_not_taken() -> None:
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("is_tls", [False, True])
+async def test_connection_is_not_kept_while_its_request_is_not_taken(
+    is_tls: bool,
+) -> None:
     """An early refusal leaves megabytes of the upload unsent."""
     seen: list[bytes] = []
 
@@ -362,7 +368,8 @@ async def test_connection_is_not_kept_while_its_request_is_not_taken() -> None:
 
     file = Attachment("a.bin", "image/png", b"x" * 20_000_000)
     serve = refusing(seen, read_nothing)
-    async with raw_server(serve) as base, client(base) as (dify, app):
+    tls = tls_context("localhost") if is_tls else None
+    async with raw_server(serve, tls) as base, client(base) as (dify, app):
         with pytest.raises(ProxyError) as caught:
             await dify.upload(app, file, USER)
         assert caught.value.status == 413
@@ -1435,7 +1442,9 @@ async def test_upload_arrives_byte_for_byte() -> None:
         }
 
 
-async def test_upload_over_a_slow_line_has_the_time_that_it_needs() -> None:
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("is_tls", [False, True])
+async def test_upload_over_a_slow_line_has_the_time_that_it_needs(is_tls: bool) -> None:
     data = bytes(24_000_000)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -1445,7 +1454,8 @@ async def test_upload_over_a_slow_line_has_the_time_that_it_needs() -> None:
             size += len(await reader.read(120_000))
         writer.write(json_answer({"id": "f"}))
 
-    async with raw_server(serve) as base, client(base) as (dify, app):
+    tls = tls_context("localhost") if is_tls else None
+    async with raw_server(serve, tls) as base, client(base) as (dify, app):
         assert await dify.upload(app, Attachment("a.png", "", data), USER) == "f"
         assert now() > 1.5 * UPLOAD_TIMEOUT_S
 
