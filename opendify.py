@@ -5501,8 +5501,6 @@ class Tail(NamedTuple):
 
     def extend(self, messages: Sequence[Message]) -> Tail:
         """The tail with these messages behind it."""
-        if not messages:
-            return self
         chain = self.chain
         said = [m for m in messages if m.role != "system"]
         new = [message_digest(self.scope, m) for m in said]
@@ -5516,10 +5514,8 @@ class Tail(NamedTuple):
     def ends(self, longer: Tail) -> bool:
         """Whether this window ends that transcript, and stands nowhere else in it."""
         window, digests = self.digests, longer.digests
-        starts = range(0, len(digests), _DIGEST_BYTES)
-        found = [at for at in starts if digests.startswith(window, at)]
         is_whole = len(window) == self.length * _DIGEST_BYTES
-        return is_whole and found == [len(digests) - len(window)]
+        return is_whole and digests.find(window) == len(digests) - len(window)
 
 
 class Plan(NamedTuple):
