@@ -9042,7 +9042,8 @@ class Turns:
             history_variable=app.history_variable,
             has_room=lambda files: has_room(form, files, ask.inputs),
         )
-        request = await self._request_for(question, plan, mode, form)
+        with while_present(question.exchange):
+            request = await self._request_for(question, plan, mode, form)
         question.is_asked = True
         stream = await self.dify.open_turn(app, mode, request)
         question.is_accepted = True

@@ -1374,6 +1374,25 @@ async def test_conversation_goes_on_if_its_question_did_not_get_to_dify(
         assert client.conversation == own
 
 
+@pytest.mark.parametrize("path", ["/files/upload", "/parameters"])
+async def test_nothing_is_asked_if_the_client_leaves_before(path: str) -> None:
+    gate = asyncio.Event()
+    late: list[Step] = [fake.Wait(gate), Status(200, {**VISION, "id": NOBODY})]
+    async with site(parameters=VISION) as served:
+        client = Client(served)
+        await client.chat("one")
+        served.answers(overrides={path: late})
+        call = await client.copy([*client.messages, picture("two")]).begin()
+        await served.dify.until(lambda: served.dify.requests[-1].path == path)
+        await call.leave()
+        gate.set()
+        await served.quiet()
+        assert len(served.turns) == 1
+        served.answers()
+        assert await client.chat("two") == [client.conversation]
+        assert len(served.dify.conversations) == 1
+
+
 async def test_tool_messages_are_folded_and_continued() -> None:
     call = {"name": "weather", "arguments": '{"at":"Rome"}'}
     tool_calls = [{"id": "call_1", "type": "function", "function": call}]
