@@ -3849,7 +3849,54 @@ def _parse_messages(given: Any) -> tuple[str, tuple[Message, ...]]:
     if given is None or given == []:
         raise missing_parameter("messages")
     messages = parse_each(given, "messages", "an array", parse_message)
-    return split_system(with_tool_names(messages))
+    return split_system(with_tool_names(in_rounds(messages)))
+
+
+def call_ids(message_id: str) -> Iterator[str]:
+    """The ids of an answer's calls, in their order."""
+    data = message_id.encode("utf-8", "replace")
+    answer = hashlib.blake2b(data, digest_size=12).hexdigest()
+    return (f"call_{answer}_{number}" for number in count())
+
+
+def calling_answer(call_id: str) -> str:
+    """What all ids of an answer's calls begin with; "" if this is none of ours."""
+    return call_id[:29] if re.fullmatch(r"call_[0-9a-f]{24}_\d+", call_id) else ""
+
+
+def in_rounds(messages: Iterable[Message]) -> list[Message]:
+    """The messages, calls with those of the same answer, and results behind them.
+
+    Some clients show the calls of several answers as one's, others one's as several.
+    """
+    runs = itertools.groupby(messages, lambda m: bool(m.tool_calls or m.call_id))
+    return [m for are, run in runs for m in (_by_answer([*run]) if are else run)]
+
+
+def _by_answer(messages: list[Message]) -> list[Message]:
+    """Calls and results, as the app wrote and read them; as they are if it did not."""
+    rounds: dict[str, tuple[list[Message], list[Message]]] = {}
+    for message in messages:
+        said = message
+        for call in message.tool_calls:
+            calls, _ = rounds.setdefault(calling_answer(call.id), ([], []))
+            calls.append(said._replace(tool_calls=(call,)))
+            said = Message("assistant", "")  # its text goes with its first call
+        if message.call_id:
+            rounds.setdefault(calling_answer(message.call_id), ([], []))[1].append(said)
+    if "" in rounds or not all(calls for calls, _ in rounds.values()):
+        return messages
+    pairs = rounds.values()
+    return [m for calls, results in pairs for m in (joined(calls), *results)]
+
+
+def joined(answer: Sequence[Message]) -> Message:
+    """The messages of one answer as one."""
+    return answer[0]._replace(
+        text="\n".join(m.text for m in answer if m.text),
+        attachments=tuple(file for m in answer for file in m.attachments),
+        tool_calls=tuple(call for m in answer for call in m.tool_calls),
+    )
 
 
 def with_tool_names(messages: list[Message]) -> list[Message]:
@@ -4873,7 +4920,7 @@ def ask_of(
         elif item.id in found and found[item.id] != named:
             named = found[item.id]
             messages.append(named)
-    messages = with_tool_names([*told, *messages])[len(told) :]
+    messages = with_tool_names([*told, *in_rounds(messages)])[len(told) :]
     return request.ask._replace(messages=tuple(messages))
 
 
@@ -4914,14 +4961,7 @@ def _joined(messages: Iterable[Message]) -> list[Message]:
             answers.append([])
         answers[-1].append(message)
         is_said = not message.tool_calls and bool(plain_text(message))
-    return [
-        answer[0]._replace(
-            text="\n".join(m.text for m in answer if m.text),
-            attachments=tuple(file for m in answer for file in m.attachments),
-            tool_calls=tuple(call for m in answer for call in m.tool_calls),
-        )
-        for answer in answers
-    ]
+    return [joined(answer) for answer in answers]
 
 
 def _parse_item(item: Any, where: str) -> Item | None:
@@ -8723,8 +8763,7 @@ class Reading:
         self._ask = ask
         self._calls: CallReader | None = None
         if ask.tools:
-            ids = (_call_id(f"{message_id} {n}") for n in count())
-            self._calls = CallReader(ask.tools, ids.__next__)
+            self._calls = CallReader(ask.tools, call_ids(message_id).__next__)
         self._is_json = ask.output.kind != "text"
         # Cut in half, JSON is none; and what stands around it never reaches the client.
         stops = () if self._is_json else ask.stops
@@ -8805,11 +8844,6 @@ class Reading:
             rest = [part for part in self._held if not isinstance(part, kinds)]
             self._held = [Reasoning(answer.reasoning), Text(text or "")]
             self._held += [*answer.calls, *rest]
-
-
-def _call_id(seed: str) -> str:
-    data = seed.encode("utf-8", "replace")
-    return f"call_{hashlib.blake2b(data, digest_size=12).hexdigest()}"
 
 
 def unsatisfied(ask: Ask, reason: str) -> Unsatisfied:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import json
 import re
 import uuid
@@ -23,7 +24,7 @@ from schemas import FILE, check_chat_stream, validate
 from test_handlers import HI, KEY, MODES, Got, Proxy, answer, form_of, proxy
 from work import at_most
 
-from opendify import Message, ToolCall, with_tool_names
+from opendify import Message, ToolCall, call_ids, in_rounds, with_tool_names
 
 JSONObject = dict[str, Any]
 WHOLE_OR_STREAMED = pytest.mark.parametrize(
@@ -1034,6 +1035,37 @@ async def test_results_are_told_in_the_order_of_their_calls(
         await served.chat(messages=messages)
     told = re.findall(r'name="(\w+)">\n(\w+)', query(served))
     assert told == [("f", "first"), ("f", "second")]
+
+
+@pytest.mark.parametrize("shown", ["as one answer's", "each by itself"])
+async def test_conversation_goes_on_however_its_calls_are_shown(shown: str) -> None:
+    """Mastra puts those of several answers together, multi-llm-ts takes them apart."""
+    async with proxy(says(OSLO, OSLO + OSLO, "Dry."), memory=True) as served:
+        first = (await served.chat(tools=TOOLS)).message
+        results = [result_of(first["tool_calls"][0], "Sunny")]
+        messages = history_of(first, *results)
+        second = (await served.chat(tools=TOOLS, messages=messages)).message
+        results += [result_of(call, "Rain") for call in second["tool_calls"]]
+        calls = [*first["tool_calls"], *second["tool_calls"]]
+        answers: Any = [{"role": "assistant", "tool_calls": [call]} for call in calls]
+        rows = [row for pair in zip(answers, results) for row in pair]
+        if shown == "as one answer's":
+            rows = [{"role": "assistant", "tool_calls": calls}, *results]
+        await served.chat(tools=TOOLS, messages=[*HI, *rows])
+    rain = SUNNY.replace("Sunny", "Rain")
+    assert query(served) == f"{rain}\n{rain}"
+    assert served.turns[-1].json["conversation_id"]
+
+
+def test_calls_of_nobody_s_stay_as_they_are() -> None:
+    def call(id_: str) -> Message:
+        return Message("assistant", id_, tool_calls=(ToolCall(id_, "f", "{}"),))
+
+    ours, other = itertools.islice(call_ids("m"), 2)
+    rows = [call(ours), call(other), Message("tool", "x", call_id=ours), call("call_1")]
+    assert in_rounds(rows) == rows
+    rows = [call(ours), Message("tool", "x", call_id=next(call_ids("n")))]
+    assert in_rounds(rows) == rows
 
 
 def test_many_results_take_little_time() -> None:
