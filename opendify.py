@@ -1068,6 +1068,7 @@ class Ask(NamedTuple):
     is_all_new: bool = False
     tools: tuple[Tool, ...] = ()  # that may be called
     tool_mode: str = "auto"  # or "none" or "required"
+    is_serial: bool = False  # an answer may hold one call only
     output: OutputFormat = OutputFormat()
     stops: tuple[str, ...] = ()
     voice: str | None = None  # to say the answer in, "" for the app's; None: in writing
@@ -1369,8 +1370,11 @@ JSON object that fits the tool's parameters:
 {{"name": "<name>", "arguments": {{<arguments>}}}}
 </tool_call>
 
+{number} Never make up a result, and call no tool that is not listed. """
+_SEVERAL = """\
 For several calls write several blocks. Stop after the last one: the results come in \
-the next message. Never make up a result, and call no tool that is not listed. """
+the next message."""
+_ONE = "Write one block only. Stop after it: the result comes in the next message."
 MUST_CALL = "This time you must call a tool: write nothing but the blocks."
 _RULES = {
     "auto": "If you need no tool, answer as usual, without such a block.",
@@ -1389,7 +1393,7 @@ _RETRY_TEXTS = {
 }
 
 
-def describe_tools(tools: Sequence[Tool], mode: str) -> str:
+def describe_tools(tools: Sequence[Tool], mode: str, *, is_serial: bool = False) -> str:
     """The words for the app, "" if there is nothing to say; from `parse_tools`."""
     if not tools:
         return _NO_TOOLS_TEXT if mode == "none" else ""
@@ -1399,7 +1403,8 @@ def describe_tools(tools: Sequence[Tool], mode: str) -> str:
         fields = ("name", "description", "parameters")
         about = {**kind, **{name: getattr(tool, name) for name in fields}}
         lines.append(json.dumps(about, ensure_ascii=False))
-    return _TOOLS_TEXT.format(tools="\n".join(lines)) + _RULES[mode]
+    number = _ONE if is_serial else _SEVERAL
+    return _TOOLS_TEXT.format(tools="\n".join(lines), number=number) + _RULES[mode]
 
 
 def told_tools(text: str) -> list[Tool]:
@@ -1514,12 +1519,16 @@ class CallReader:
     """Finds the tool calls in an answer; other parts go through, in order.
 
     Call `feed` with parts as they come, then `close`, which may be called again.
-    `calls` counts the calls so far. White space before the first call, between calls
-    and after the last one is dropped where no text stands beside it.
+    `calls` counts the calls so far; those beyond `most` are dropped. White space before
+    the first call, between calls and after the last one is dropped where no text stands
+    beside it.
     """
 
-    def __init__(self, tools: Iterable[Tool], new_id: Callable[[], str]) -> None:
+    def __init__(
+        self, tools: Iterable[Tool], new_id: Callable[[], str], most: float = inf
+    ) -> None:
         self.calls = 0
+        self.most = most
         self._tools = {tool.name: tool for tool in tools}
         self._new_id = new_id
         self._text = ""  # that is not given on yet
@@ -1588,10 +1597,11 @@ class CallReader:
         is_over = block.read(self._text, is_last=is_last)
         while block.taken and block.calls:
             tool, arguments = block.calls.pop(0)
-            text = json.dumps(arguments, ensure_ascii=False)
-            done.append(ToolCall(self._new_id(), tool.name, text, tool.is_custom))
             self.calls += 1
             self._tail = self._blank = ""
+            if self.calls <= self.most:
+                text = json.dumps(arguments, ensure_ascii=False)
+                done.append(ToolCall(self._new_id(), tool.name, text, tool.is_custom))
         if is_over:
             self._block = None
             self._text = self._text[block.taken :]
@@ -3789,6 +3799,7 @@ def parse_ask(body: Json) -> Ask:
     """What all requests say alike: everything but the messages."""
     model = _parse_required(body, "model")
     tools, tool_mode = parse_tools(body)
+    is_serial = body.get("parallel_tool_calls") is False
     metadata = object_of(body.get("metadata"))
     conversation_id = body.get("conversation_id") or metadata.get("conversation_id")
     return Ask(
@@ -3799,6 +3810,7 @@ def parse_ask(body: Json) -> Ask:
         conversation_id=conversation_id if isinstance(conversation_id, str) else "",
         tools=tools,
         tool_mode=tool_mode,
+        is_serial=is_serial or bool(body.get("functions")),
         output=parse_output_format(body),
     )
 
@@ -8763,7 +8775,8 @@ class Reading:
         self._ask = ask
         self._calls: CallReader | None = None
         if ask.tools:
-            self._calls = CallReader(ask.tools, call_ids(message_id).__next__)
+            most = 1 if ask.is_serial else inf
+            self._calls = CallReader(ask.tools, call_ids(message_id).__next__, most)
         self._is_json = ask.output.kind != "text"
         # Cut in half, JSON is none; and what stands around it never reaches the client.
         stops = () if self._is_json else ask.stops
@@ -8778,6 +8791,12 @@ class Reading:
         self._said: list[str] = []
         self._has_given = False  # text, that can't be taken back
         self._has_call = False  # that no stop has cut off
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the client lacks what the app wrote: the end, or further calls."""
+        has_all = not self._calls or self._calls.calls <= self._calls.most
+        return self.is_cut or not has_all
 
     @property
     def said(self) -> str:
@@ -8979,7 +8998,7 @@ class Turns:
         try:
             with while_present(exchange):
                 await self._pass_on(exchange, turn, sink, reading)
-            will_do = not (reading.problem or reading.is_cut or sink.is_behind)
+            will_do = not (reading.problem or reading.is_short or sink.is_behind)
             is_stored = reader.is_as_sent and joins and will_do
         except (asyncio.CancelledError, ConnectionBroken):
             sink.close()  # nobody reads any more
@@ -10243,7 +10262,8 @@ def with_words(ask: Ask, place: str) -> Ask:
         ask = ask._replace(tools=())
     has_called = any(m.tool_calls or m.role == "tool" for m in ask.messages)
     mode = "none" if has_called and not ask.tools else ask.tool_mode
-    tools = describe_tools(ask.tools, mode) if place != "off" else ""
+    tools = describe_tools(ask.tools, mode, is_serial=ask.is_serial)
+    tools = tools if place != "off" else ""
     words = [tools, describe_format(ask.output)]
     if place == "inputs" and tools:
         ask = ask._replace(inputs={**ask.inputs, "tools": tools})

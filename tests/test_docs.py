@@ -327,9 +327,10 @@ WEATHER = {
 }
 
 
-def words_for_tools(choice: str) -> str:
+def words_for_tools(choice: str, *, is_serial: bool = False) -> str:
     tools = [{"type": "function", "function": WEATHER}]
-    return describe_tools(*parse_tools({"tools": tools, "tool_choice": choice}))
+    parsed = parse_tools({"tools": tools, "tool_choice": choice})
+    return describe_tools(*parsed, is_serial=is_serial)
 
 
 def words_for_format(**format_: object) -> str:
@@ -338,6 +339,7 @@ def words_for_format(**format_: object) -> str:
 
 def test_words_are_those_that_are_sent() -> None:
     common = words_for_tools("auto").rpartition("If you need")[0]
+    number = words_for_tools("auto", is_serial=True).partition("</tool_call>\n\n")[2]
     reason = "Call get_weather."
     row = {"name": "city", "schema": SCHEMA}
     shown = [block for block in fenced_blocks(TOOLS) if block.language != "python"]
@@ -345,6 +347,7 @@ def test_words_are_those_that_are_sent() -> None:
         words_for_tools("auto"),
         words_for_tools("required").partition(common)[2],
         words_for_tools("none"),
+        number.partition(" Never")[0],
         retry_text("tool_choice", reason),
         words_for_format(type="json_object"),
         words_for_format(type="json_schema", json_schema=row),
@@ -417,6 +420,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "n": ({}, {"n": 2}),
     "tools": ({}, CALLED),
     "tool_choice": (CALLED, {**CALLED, "tool_choice": "required"}),
+    "parallel_tool_calls": (CALLED, {**CALLED, "parallel_tool_calls": False}),
     "functions": ({}, LEGACY),
     "function_call": (LEGACY, {**LEGACY, "function_call": {"name": "get_weather"}}),
     "response_format": ({}, {"response_format": {"type": "json_object"}}),

@@ -153,7 +153,16 @@ AUTO, REQUIRED = (
 NONE = "Write no <tool_call> block this time: answer without one."
 
 
-def words_about(tools: Sequence[JSONObject], rule: str = AUTO) -> str:
+SEVERAL, ONE = (
+    "For several calls write several blocks. Stop after the last one: the results come "
+    "in the next message.",
+    "Write one block only. Stop after it: the result comes in the next message.",
+)
+
+
+def words_about(
+    tools: Sequence[JSONObject], rule: str = AUTO, number: str = SEVERAL
+) -> str:
     """Return what the app is told about tools, as the README has it."""
     rows = [
         json.dumps({key: row["function"][key] for key in row["function"]})
@@ -174,8 +183,7 @@ JSON object that fits the tool's parameters:
 {{"name": "<name>", "arguments": {{<arguments>}}}}
 </tool_call>
 
-For several calls write several blocks. Stop after the last one: the results come in \
-the next message. Never make up a result, and call no tool that is not listed. {rule}"""
+{number} Never make up a result, and call no tool that is not listed. {rule}"""
 
 
 TWICE = Choice(
@@ -414,9 +422,9 @@ FUNCTIONS = [row["function"] for row in TOOLS]
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
-        (None, words_about(TOOLS)),
-        ("auto", words_about(TOOLS)),
-        ({"name": "get_weather"}, words_about(TOOLS[:1], REQUIRED)),
+        (None, words_about(TOOLS, AUTO, ONE)),
+        ("auto", words_about(TOOLS, AUTO, ONE)),
+        ({"name": "get_weather"}, words_about(TOOLS[:1], REQUIRED, ONE)),
     ],
 )
 async def test_function_is_called(choice: Any, words: str, stream: bool) -> None:
@@ -776,6 +784,16 @@ async def test_app_is_told_in_each_turn_that_it_must_call() -> None:
     told = f'<message role="system">\n{REQUIRED}\n</message>\n{SUNNY}'
     assert query(served) == told
     assert served.turns[-1].json["conversation_id"]
+
+
+async def test_call_that_the_client_does_not_take_is_forgotten() -> None:
+    fields: JSONObject = {"tools": TOOLS, "parallel_tool_calls": False}
+    async with proxy(says(OSLO + called(city="Rome"), "Dry."), memory=True) as served:
+        first = (await served.chat(**fields)).message
+        result = result_of(first["tool_calls"][0], "Sunny")
+        await served.chat(messages=history_of(first, result), **fields)
+    assert OSLO in query(served) and "Rome" not in query(served)
+    assert "conversation_id" not in served.turns[-1].json
 
 
 async def test_second_try_is_stopped_when_the_client_leaves() -> None:
@@ -1785,7 +1803,6 @@ IGNORED: JSONObject = {
     "prediction": {"type": "content", "content": "Hello"},
     "moderation": {"model": "omni-moderation-latest"},
     "web_search_options": {},
-    "parallel_tool_calls": False,
     "logprobs": True,
     "top_logprobs": 3,
     "modalities": ["text"],
@@ -1831,9 +1848,14 @@ ANSWERED: dict[str, tuple[JSONObject, str, list[Choice]]] = {
         OSLO,
         [Choice(OSLO, [], "stop")],
     ),
+    "parallel_tool_calls": (
+        {"tools": TOOLS, "parallel_tool_calls": False},
+        OSLO + OSLO,
+        [OSLO_CALL],
+    ),
     "functions": (
         {"functions": FUNCTIONS},
-        OSLO,
+        OSLO + OSLO,
         [OSLO_CALL._replace(finish="function_call")],
     ),
     "function_call": (
