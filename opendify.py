@@ -1394,7 +1394,7 @@ _RETRY_TEXTS = {
 
 
 def describe_tools(tools: Sequence[Tool], mode: str, *, is_serial: bool = False) -> str:
-    """The words for the app, "" if there is nothing to say; from `parse_tools`."""
+    """The words for the app, "" if there are none, about what `parse_tools` gives."""
     if not tools:
         return _NO_TOOLS_TEXT if mode == "none" else ""
     lines = []
@@ -1408,7 +1408,7 @@ def describe_tools(tools: Sequence[Tool], mode: str, *, is_serial: bool = False)
 
 
 def told_tools(text: str) -> list[Tool]:
-    """The tools that a text tells of, last of all, in the words of `describe_tools`."""
+    """The tools that a text lists in the words of `describe_tools`; its last list."""
     _, opener, rest = text.rpartition(_TOOLS_TEXT.partition("{")[0])
     lines, closer, _ = rest.partition("\n</tools>\n")
     try:
@@ -1437,9 +1437,14 @@ def describe_format(output: OutputFormat) -> str:
     return words
 
 
-def retry_text(kind: str, reason: str) -> str:
-    """The words of the one further try; `kind` is the request's field not satisfied."""
-    return _RETRY_TEXTS[kind].format(reason=reason)
+def retry_text(demand: str, reason: str) -> str:
+    """The words of the one further try.
+
+    Args:
+        demand: the field that was not satisfied: "tool_choice" or "response_format".
+        reason: what is wrong with the last answer.
+    """
+    return _RETRY_TEXTS[demand].format(reason=reason)
 
 
 # What it answers: calls...
@@ -4293,7 +4298,10 @@ def _parse_spoken(body: Json, n: int) -> str | None:
 
 
 def voice_for(voice: str, own: str) -> str:
-    """The voice to ask the app for: OpenAI's names do where its own is one of them."""
+    """The voice to ask the app for: its `own` in the place of one of OpenAI's names.
+
+    These mean nothing to another provider's model, unless its own is one of them.
+    """
     return own if own and own not in _VOICES and voice in _VOICES else voice
 
 
@@ -4800,7 +4808,10 @@ def _usage_object(usage: Usage) -> dict[str, Any]:
 
 
 def cite(resources: Sequence[Json], at: int) -> dict[str, Any]:
-    """Citations as OpenAI's annotations, where they have a URL, and complete."""
+    """Citations as OpenAI's annotations, where they have a URL, and complete.
+
+    Dify does not tell what they are for: they are put to all text, up to `at`.
+    """
     annotations = []
     for resource in resources:
         if url := url_of(resource):
@@ -7920,7 +7931,10 @@ class Api:
         timeout_s: float = CALL_TIMEOUT_S,
         content_type: str = "application/json",
     ) -> UpstreamResponse:
-        """GET a path, or POST a body; one redirect within the origin is followed."""
+        """GET a path, or POST a body; one redirect within the origin is followed.
+
+        The head of the answer must be here after `timeout_s`.
+        """
         target = urllib.parse.urlsplit(app.base).path.rstrip("/") + path
         response = await self._send(app, target, body, timeout_s, content_type)
         # A body that came piece by piece is gone.
@@ -8243,7 +8257,10 @@ class Dify:
         missing: ProxyError | None = None,
         value: Any = None,
     ) -> UpstreamResponse:
-        """A file that a call gives, not read yet; raises `missing` if there is none."""
+        """A file that a call gives, not read yet; raises `missing` if there is none.
+
+        The call is a GET, or a POST of `value`.
+        """
         body = b"" if value is None else json_bytes(value)
         timeout_s = self.settings.dify_first_event_timeout
         response = await self.api.request(app, path, body, timeout_s)
@@ -8960,8 +8977,8 @@ class Turns:
         reading = await self._run_once(question, sink)
         if not reading.problem:
             return
-        kind = "tool_choice" if ask.tool_mode == "required" else "response_format"
-        words = Message("user", retry_text(kind, reading.problem))
+        demand = "tool_choice" if ask.tool_mode == "required" else "response_format"
+        words = Message("user", retry_text(demand, reading.problem))
         # What came before in a conversation that is named, Dify alone knows.
         goes_on = bool(ask.conversation_id and question.tail)
         before = () if goes_on else (*ask.messages, Message("assistant", reading.said))
