@@ -1241,7 +1241,8 @@ Part = Union[
 # (3) JSON without a marker is a call only where one can stand: at the start of a line
 #     or after ":", "." and the like, not quoted, not within other JSON. A code block
 #     must hold calls alone, else it is text, whatever it holds.
-# (4) What is read does not depend on how the text was cut into parts.
+# (4) What is read does not depend on how the text was cut into parts, nor on what is
+#     reasoned beside it: that goes on at once, before what is held back.
 
 
 # What is asked...
@@ -1342,8 +1343,7 @@ def parse_output_format(body: Json) -> OutputFormat:
     if kind == "json_object":
         return OutputFormat(kind, schema={"type": "object"}, param=where)
     if kind != "json_schema" or not isinstance(spec, dict):
-        problem = "it must be text, json_object or json_schema."
-        raise bad_value(f"{where}.type", problem)
+        raise bad_value(f"{where}.type", "it must be text, json_object or json_schema.")
     spec = object_of(spec.get("json_schema") or spec)
     schema = spec.get("schema")
     if not isinstance(schema, dict):
@@ -1521,7 +1521,7 @@ def in_pieces(text: str) -> Iterator[str]:
 
 
 class CallReader:
-    """Finds the tool calls in an answer; other parts go through, in order.
+    """Finds the tool calls in an answer; other parts go through, and end what is held.
 
     Call `feed` with parts as they come, then `close`, which may be called again.
     `calls` counts the calls so far; those beyond `most` are dropped. White space before
@@ -1550,7 +1550,8 @@ class CallReader:
                 for piece in in_pieces(part.text):
                     self._read(done, piece, is_last=False)
             else:
-                done += [*self.close(), part]
+                held = [] if isinstance(part, Reasoning) else self.close()
+                done += [*held, part]
             if isinstance(part, (Replace, Recast)):  # what comes follows other text
                 self._is_code, self._tail = False, ""
         return done
@@ -1895,7 +1896,8 @@ class StopReader:
             if isinstance(part, Text):
                 done += self._cut(part.text)
             elif not self.is_cut or isinstance(part, (Citations, Usage)):
-                done += [*self.close(), part]
+                held = [] if isinstance(part, Reasoning) else self.close()
+                done += [*held, part]
         return done
 
     def close(self) -> list[Part]:

@@ -21,6 +21,7 @@ from opendify import (
     Failure,
     Finish,
     JsonReader,
+    Media,
     OutputFormat,
     Part,
     Reasoning,
@@ -577,22 +578,40 @@ def lead(expected: list[Expected]) -> list[Expected]:
 
 def test_other_parts_keep_their_order_and_end_what_is_held() -> None:
     calls = reader()
+    picture = Media("image", "https://dify.example.com/a.png", "a.png")
     parts: list[Part] = [
         Reasoning("hm"),
         Text("a <tool_"),
-        Reasoning("hm"),
+        picture,
         Text(CALL[:-1]),
         Usage(1, 2),
         Finish(),
     ]
     got = calls.feed(parts) + calls.close()
-    wanted = [Reasoning("hm"), Text("a <tool_"), Reasoning("hm"), Text(CALL[:-1])]
+    wanted = [Reasoning("hm"), Text("a <tool_"), picture, Text(CALL[:-1])]
     assert joined(got) == [*wanted, Usage(1, 2), Finish()]
     assert calls.calls == 0
     got = calls.feed([Reasoning("hm"), Text(f"\n{CALL[:-1]}"), Usage(1, 2), Finish()])
     call = ToolCall("call_1", "get_weather", '{"city": "Paris"}')
     assert joined(got) == [Reasoning("hm"), Text("\n"), call, Usage(1, 2), Finish()]
     assert calls.calls == 1
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20, 40])
+def test_reasoning_beside_a_call_does_not_end_it(cut: int) -> None:
+    """Such as the step of another branch: it is told while the call is written."""
+    text = f"<tool_call>\n{CALL}\n</tool_call>"
+    calls = reader()
+    got = calls.feed([Text(text[:cut]), Reasoning("Step: Log"), Text(text[cut:])])
+    call = ToolCall("call_1", "get_weather", '{"city": "Paris"}')
+    assert got + calls.close() == [Reasoning("Step: Log"), call]
+
+
+def test_reasoning_beside_a_stop_does_not_part_it() -> None:
+    stop = StopReader(["END"])
+    got = stop.feed([Text("a E"), Reasoning("Step: Log"), Text("ND b")])
+    assert got == [Text("a "), Reasoning("Step: Log")]
+    assert stop.is_cut
 
 
 def test_call_comes_with_its_last_character() -> None:
