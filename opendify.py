@@ -2186,24 +2186,6 @@ _HOLDS: Mapping[str, tuple[str, Callable[[Any, Any], bool]]] = {
 # The end of the body ends nothing, and pings prove nothing. The reader knows the
 # events; AnswerText, Process and Appendix know what they add to the answer.
 
-BROKEN_OFF = "Dify's answer broke off before its end."
-_QUERY_NAMES = ("query", "input", "prompt", "question", "text")
-_OUTPUT_NAMES = ("text", "answer", "output", "result", "response")
-_MODEL_NODES = ("llm", "agent", "question-classifier", "parameter-extractor")
-_TEXT_TYPES = ("text-input", "paragraph")
-_FILE_TYPES = ("file", "file-list")
-_KIND_BY_EXTENSION = {
-    extension: kind
-    for kind, extensions in {
-        "image": "jpg jpeg png webp gif svg",
-        "video": "mp4 mov mpeg webm",
-        "audio": "mp3 m4a wav amr mpga",
-        "document": "txt markdown md mdx pdf html htm xlsx xls docx csv vtt properties"
-        " doc eml msg ppt pptx xml epub",
-    }.items()
-    for extension in extensions.split()
-}
-
 
 # What an app is...
 
@@ -2275,6 +2257,10 @@ def mode_from_probe(conversations: str, completion_stop: str) -> str:
     if conversations != "not_chat_app":
         return "chat"  # or an agent or a chatflow: the same endpoint serves all three
     return "workflow" if completion_stop == "app_unavailable" else "completion"
+
+
+_QUERY_NAMES = ("query", "input", "prompt", "question", "text")
+_TEXT_TYPES = ("text-input", "paragraph")
 
 
 def query_variable(mode: str, form: AppForm, configured: str = "") -> str:
@@ -2402,6 +2388,9 @@ def _problem_beside(rules: Json, file: Attachment) -> str:
     return no_urls if method == "remote_url" else "the app takes URLs only"
 
 
+_FILE_TYPES = ("file", "file-list")
+
+
 def place_files(
     form: AppForm, files: Iterable[Attachment], given: Json
 ) -> tuple[dict[str, Any], list[Attachment]]:
@@ -2508,6 +2497,19 @@ def audio_type(file: Attachment) -> str:
         return f"audio/{_SOUNDS.get(subtype, 'mp3')}"
     sound = _SOUNDS.get(file.extension)
     return f"audio/{sound}" if sound else file.media_type
+
+
+_KIND_BY_EXTENSION = {
+    extension: kind
+    for kind, extensions in {
+        "image": "jpg jpeg png webp gif svg",
+        "video": "mp4 mov mpeg webm",
+        "audio": "mp3 m4a wav amr mpga",
+        "document": "txt markdown md mdx pdf html htm xlsx xls docx csv vtt properties"
+        " doc eml msg ppt pptx xml epub",
+    }.items()
+    for extension in extensions.split()
+}
 
 
 def file_kind(file: Attachment) -> str:
@@ -2953,6 +2955,9 @@ _UNUSUAL = re.compile("[<\ud800-\udfff]")  # a tag may begin; half a surrogate p
 # Events to parts...
 
 
+BROKEN_OFF = "Dify's answer broke off before its end."
+
+
 class AnswerReader:
     """Turns the events of one turn into answer parts.
 
@@ -3318,6 +3323,9 @@ def _text_of_form(data: Json) -> str:
     return text
 
 
+_MODEL_NODES = ("llm", "agent", "question-classifier", "parameter-extractor")
+
+
 class Appendix:
     """Collects what follows the text of an answer: files, citations, usage."""
 
@@ -3406,6 +3414,9 @@ def _resolved(base: str, url: str) -> tuple[str, str]:
         return url, urllib.parse.urlsplit(url).path
     except ValueError:
         return url, url
+
+
+_OUTPUT_NAMES = ("text", "answer", "output", "result", "response")
 
 
 def answer_from_outputs(outputs: Json, variable: str, mode: str) -> str:
@@ -3715,34 +3726,6 @@ MAX_USER_CHARS = 200  # Dify keeps the end user's name in a column of 255
 MAX_STOPS, MAX_STOP_CHARS, MAX_CHOICES = 4, 1000, 8  # the first is OpenAI's own
 # No model reads more. A body has room for 20 million: minutes of work, and gigabytes.
 MAX_MESSAGES = 20_000
-_CHAT_ONLY = (
-    *("tools", "tool_choice", "functions", "function_call", "response_format"),
-    *("text", "modalities"),
-)
-_ROLES = {  # every other one is the user's
-    "assistant": "assistant",
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("tool", "function"), "tool"),
-}
-_MEDIA_TYPES = {  # by extension; a file without one gets the last of its type
-    **{kind: f"image/{kind}" for kind in ("bmp", "gif", "jpeg", "png", "webp")},
-    **{kind: f"video/{kind}" for kind in ("mp4", "mpeg", "webm")},
-    "jpg": "image/jpeg",
-    "svg": "image/svg+xml",
-    "mp3": "audio/mpeg",
-    "wav": "audio/x-wav",
-    "m4a": "audio/mp4",
-    "mov": "video/quicktime",
-    "txt": "text/plain",
-    "md": "text/markdown",
-    "docx": "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
-    "xlsx": "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
-    "pptx": "application/vnd.openxmlformats-officedocument.presentationml.presentation",
-    "doc": "application/msword",
-    "xls": "application/vnd.ms-excel",
-    "bin": "application/octet-stream",
-}
-_EXTENSIONS = {media_type: extension for extension, media_type in _MEDIA_TYPES.items()}
 
 
 # Requests...
@@ -4003,6 +3986,13 @@ def user_of_key(key: str) -> str:
     return "opendify-" + hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
+_ROLES = {  # every other one is the user's
+    "assistant": "assistant",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "function"), "tool"),
+}
+
+
 def parse_message(message: Any, where: str) -> Message:
     """One message of a history."""
     if not isinstance(message, dict):
@@ -4069,6 +4059,12 @@ def _parse_part(part: Any, where: str) -> str | Attachment | None:
     raise bad_value(where, f"content of type {kind!r:.100} can't be sent to an app.")
 
 
+_CHAT_ONLY = (
+    *("tools", "tool_choice", "functions", "function_call", "response_format"),
+    *("text", "modalities"),
+)
+
+
 @dataclass(frozen=True)
 class CompletionRequest:
     """A legacy request: one question for each choice, and what each repeats."""
@@ -4107,6 +4103,25 @@ def parse_completion_request(body: Json) -> CompletionRequest:
 # Files in requests...
 
 
+_MEDIA_TYPES = {  # by extension; a file without one gets the last of its type
+    **{kind: f"image/{kind}" for kind in ("bmp", "gif", "jpeg", "png", "webp")},
+    **{kind: f"video/{kind}" for kind in ("mp4", "mpeg", "webm")},
+    "jpg": "image/jpeg",
+    "svg": "image/svg+xml",
+    "mp3": "audio/mpeg",
+    "wav": "audio/x-wav",
+    "m4a": "audio/mp4",
+    "mov": "video/quicktime",
+    "txt": "text/plain",
+    "md": "text/markdown",
+    "docx": "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
+    "xlsx": "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
+    "pptx": "application/vnd.openxmlformats-officedocument.presentationml.presentation",
+    "doc": "application/msword",
+    "xls": "application/vnd.ms-excel",
+    "bin": "application/octet-stream",
+}
+_EXTENSIONS = {media_type: extension for extension, media_type in _MEDIA_TYPES.items()}
 # Of each kind of part that brings a file: the file's name where nothing tells one, the
 # key of what has it, and of the URL or the data in that. Clients of vLLM and OpenRouter
 # send video and sound in an image's form; Responses has no object around a file.
