@@ -21,24 +21,24 @@ BUDGETS = {
     "Errors": 88,
     "SSE": 61,
     "JSON": 88,
-    "Turn": 144,
-    "Calls": 679,
+    "Turn": 145,
+    "Calls": 689,
     "Dify": 908,
     "Ids": 69,
-    "OpenAI": 743,
-    "Responses": 437,
-    "Conversations": 435,
+    "OpenAI": 774,
+    "Responses": 430,
+    "Conversations": 431,
     "Pacer": 130,
     "Wire": 537,
-    "Upstream": 763,
-    "Answers": 620,
-    "Handlers": 1056,
+    "Upstream": 758,
+    "Answers": 622,
+    "Handlers": 1057,
     "Server": 298,
     "Page": 258,
     "Command line": 449,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8062
+WHOLE_BUDGET = 8091
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
