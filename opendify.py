@@ -10922,9 +10922,11 @@ class Server(Listener):
         handler = find_handler(self._site, exchange)
         limit = settings.max_body_mb << 20
         wire.on_leave = exchange.leave
-        exchange.read = _body_reader(exchange, wire, decoder, limit)
-        if exchange.route not in READING_ENDPOINTS:
-            exchange.body = await read_whole(exchange.read)
+        read = _body_reader(exchange, wire, decoder, limit)
+        if exchange.route in READING_ENDPOINTS:
+            exchange.read = read
+        else:
+            exchange.body = await read_whole(read)
         await handler(self._site, exchange)
         await reply.drain()  # it is over when the client has it
 

@@ -453,7 +453,7 @@ async def test_legacy_function_is_no_custom_tool(stream: bool) -> None:
     async with proxy(says(OSLO)) as served:
         got = await served.chat(functions=functions, stream=stream)
     assert choices_of(got) == [OSLO_CALL._replace(finish="function_call")]
-    assert query(served) == with_system(words_about(TOOLS), "Hi")
+    assert query(served) == with_system(words_about(TOOLS, AUTO, ONE), "Hi")
 
 
 async def test_function_is_not_called_when_none_is_to_be() -> None:
