@@ -1076,6 +1076,18 @@ async def test_peer_that_reads_slowly_gets_all(is_closing: bool) -> None:
             await writing
 
 
+async def test_peer_that_reads_slowly_and_then_no_more_is_given_up() -> None:
+    async with wired() as (wire, far):
+        wire.write(MUCH)
+        writing = asyncio.ensure_future(wire.drain())
+        while now() < 3 * WRITE_TIMEOUT_S:
+            await asyncio.sleep(1)
+            far.recv(100_000)
+        with pytest.raises(ConnectionBroken):
+            await writing
+        assert now() <= 5 * WRITE_TIMEOUT_S
+
+
 async def test_slow_reader_has_no_more_time_to_answer() -> None:
     async with wired() as (wire, far):
         wire.write(MUCH)
