@@ -5798,8 +5798,6 @@ def _query(
         text = new[0].text  # as it is: apps search and branch by their query
         if not text.strip() and new[0].attachments:
             text = f"[attached: {_file_names(new[0])}]"
-        if not context:
-            return text
         ending = ["Answer this message:", text] if is_history else [text]
         parts += [fold(context, carried, beside=text), *ending]
     else:
@@ -5940,9 +5938,7 @@ class Conversations:
         self._not_swept = inf  # named ones since a sweep, in bytes; none was yet
         self._waiting: list[Sequence[Any]] = []  # rows for _PUT, not in the table yet
         self._max_waiting = _MAX_WAITING if path == ":memory:" else 1
-        self._db = sqlite3.connect(
-            path, timeout=_OPEN_TIMEOUT_S, isolation_level=None, check_same_thread=False
-        )
+        self._db = sqlite3.connect(path, _OPEN_TIMEOUT_S, isolation_level=None)
         try:
             self._db.executescript(_SCHEMA)
         except sqlite3.Error:
