@@ -162,6 +162,7 @@ def test_side_requests_neither_join_nor_move_a_conversation(
         pytest.param(CONTEXT.replace("25", "2" * 16_000), "", LONG, "c", id="long"),
         pytest.param(CONTEXT.replace("25", "2" * 20_000), "", LONG, "", id="too long"),
         pytest.param(CONTEXT.replace("25", "</context>"), "", LONG, "c", id="its tag"),
+        pytest.param(CONTEXT.replace("25", "\ud83d"), "", LONG, "c", id="half a pair"),
     ],
 )
 def test_context_of_a_question_may_be_left_out_later(
@@ -276,6 +277,11 @@ def test_messages_that_are_the_same(one: Message, other: Message) -> None:
             Message("user", "x", attachments=(Attachment("a", url="http://a/1"),)),
             Message("user", "x", attachments=(Attachment("a", url="http://a/2"),)),
             id="URL of a file",
+        ),
+        pytest.param(
+            Message("user", "x", attachments=(Attachment("a", upload_id="1"),)),
+            Message("user", "x", attachments=(Attachment("a", upload_id="2"),)),
+            id="stored file",
         ),
         pytest.param(
             Message("user", "x", attachments=(Attachment("a", data=b"1"),)),
@@ -658,14 +664,17 @@ def test_of_equal_talks_the_one_with_this_system_text_goes_on(
     ]
 
 
-def test_of_equal_talks_the_one_with_these_inputs_goes_on(store: Conversations) -> None:
+@pytest.mark.parametrize("system", ["Today is day {}.", ""])
+def test_of_equal_talks_the_one_with_these_inputs_goes_on(
+    store: Conversations, system: str
+) -> None:
     """What an app has read for one customer is not told to another."""
 
     def talk(number: int, *more: str) -> Ask:
         inputs: dict[str, Any] = {"customer": number, "lang": "en"}
         inputs = inputs if more else dict(sorted(inputs.items(), reverse=True))
         request = ask_of("hi", *more)._replace(inputs=inputs)
-        return request._replace(system=f"Today is day {len(more)}.")
+        return request._replace(system=system.format(len(more)))
 
     for number in (1, 2, 3):
         assert turn(store, talk(number), "Hello!", str(number))[1] == str(number)
@@ -713,6 +722,21 @@ def test_system_text_between_messages_is_told_once(store: Conversations) -> None
         '<message role="system">\nIt snows.\n</message>\n'
         '<message role="system">\nIt rains.\n</message>\n\nSo?'
     )
+
+
+def test_text_between_messages_is_told_again_when_it_has_changed(
+    store: Conversations,
+) -> None:
+    turn(store, ask(user("hi"), system="Be kind."), "0", "c")
+    queries, talk = [], [user("hi"), answer("0")]
+    for number, weather in enumerate(["rains", "snows", "snows"]):
+        talk.append(user(str(number)))
+        told = Message("system", f"It {weather}.")
+        query, name = turn(store, ask(told, *talk, system="Be kind."), "x", "new")
+        assert name == "c"
+        queries.append(re.findall("Be kind|It rains|It snows", query))
+        talk.append(answer("x"))
+    assert queries == [["Be kind", "It rains"], ["Be kind", "It snows"], []]
 
 
 def test_text_between_messages_is_told_once_beside_a_system_variable(
