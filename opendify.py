@@ -5980,11 +5980,11 @@ class Conversations:
 
     def put(self, tail: Tail, now: float) -> None:
         """Record where a conversation, new or taken, stands for the next turn."""
-        if tail.is_known and tail.conversation_id:
+        if tail.is_known:
             self._put(tail, now)
         elif tail.is_taken:  # by its id, by which it can be learned anew
             self.forget(tail, is_gone=True)
-        elif tail.conversation_id:
+        else:
             self._lose(tail, now)  # again: another process may have been in the way
 
     def forget(self, tail: Tail | None, *, is_gone: bool = False) -> None:

@@ -217,6 +217,11 @@ def test_a_task_as_such_is_no_side_request() -> None:
             id="details block of Open WebUI",
         ),
         pytest.param(
+            answer("", ToolCall("1", "f", "{a")),
+            answer("", ToolCall("1", "f", " {a\n")),
+            id="no JSON in white space",
+        ),
+        pytest.param(
             answer("", ToolCall("1", "f", '{"a":1,"b":"ü"}')),
             answer("", ToolCall("2", "f", '{"b": "\\u00fc", "a": 1}')),
             id="call written otherwise",
@@ -465,6 +470,20 @@ def test_a_stock_phrase_hides_nothing_but_windows(store: Conversations) -> None:
         record(store, f"c{i}", *chat(f"x{i}", "OK", "y", "Bye!"))
     assert found(store, ask_of("x7", "OK", "y", "Bye!", "new")) == "c7"
     assert found(store, ask(*chat("x7", "OK", "y", "Bye!")[1:], user("new"))) == ""
+
+
+def test_a_window_is_told_from_others_with_the_same_answer(
+    store: Conversations,
+) -> None:
+    record(store, "c", *chat("u1", "OK", "u2", LONG))
+    for i in range(63):
+        record(store, f"c{i}", *chat("u1", "OK", f"x{i}", LONG))
+    assert found(store, ask_of("u2", LONG, "new")) == "c"
+    # Of more not all are looked at: one that is not may end so, too.
+    record(store, "c63", *chat("u1", "OK", "x63", LONG))
+    record(store, "other", *chat("x", "OK", "u2", LONG))
+    assert store.take(ask_of("x", "OK", "u2", LONG, "new"), SCOPE, 0.0)
+    assert found(store, ask_of("u2", LONG, "new")) == ""
 
 
 def test_very_long_transcripts_match_whole_and_by_windows(store: Conversations) -> None:
@@ -963,6 +982,29 @@ def test_a_history_variable_takes_the_history_as_long_as_dify_has_not_got_it() -
     tail = plan.finish("c", answer("a4"))
     request = ask(*chat("u1", "a1", "u2", "a2", "u3", "a3", "u4", "a4", "u5")[4:])
     assert plan_turn(request, SCOPE, tail, **options).inputs == {}
+
+
+def test_system_text_does_not_count_among_what_dify_remembers() -> None:
+    rains, snows = Message("system", "It rains."), Message("system", "It snows.")
+    talk = (user("u1"), rains, answer("a1"), user("u2"), snows)
+    first = plan_turn(ask(*talk), SCOPE, None, history_variable="past")
+    tail = first.finish("c", answer("a2"))
+    request = ask(*talk, answer("a2"), user("u3"))
+    plan = plan_turn(request, SCOPE, tail, history_variable="past")
+    assert (plan.query, plan.inputs) == ("u3", first.inputs)
+
+
+def test_what_a_conversation_lacks_is_told_once() -> None:
+    """Beside a history that it has as an input only."""
+    first = plan_turn(
+        ask(*chat("u1", "a1", "u2")), SCOPE, None, history_variable="past"
+    )
+    tail = first.finish("c", answer("a2"))
+    talk = (*chat("u3", "a3"), Message("system", "rain"), *chat("u4", "a4", "u5"))
+    request = ask(*talk)._replace(is_all_new=True)
+    plan = plan_turn(request, SCOPE, tail, history_variable="past")
+    assert [plan.query.count(message.text) for message in talk] == [1] * len(talk)
+    assert plan.inputs == {}
 
 
 # Age, number, and files that fail...
