@@ -8329,9 +8329,8 @@ class Dify:
         if run.get("id") != id_:
             return []
         form = NO_FORM if app.query_variable else await self.facts.form_of(app)
-        return [
-            stored_run(run, app, query_variable("workflow", form, app.query_variable))
-        ]
+        query = query_variable("workflow", form, app.query_variable)
+        return [stored_run(run, app, query)]
 
     async def _messages(
         self, app: AppSettings, conversation_id: str, user: str, **more: object
@@ -10169,9 +10168,7 @@ def _named(site: Site, exchange: Exchange, id_: str = "") -> NamedConversation:
 def _keep(site: Site, exchange: Exchange, named: NamedConversation) -> None:
     if not site.conversations.keep(named, site.owner_of(exchange), site.wall_clock()):
         most = f"{MAX_NAMED_BYTES >> 20} MiB"
-        raise BodyTooLarge(
-            f"Items of a conversation that await a turn may have {most}."
-        )
+        raise BodyTooLarge(f"A conversation's items that await a turn may have {most}.")
 
 
 def _parse_metadata(body: Json) -> dict[str, Any]:
