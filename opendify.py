@@ -2590,6 +2590,7 @@ class MissingInput(UpstreamRejected):
 
 
 _MAX_TOLD = 10_000  # characters of an error that are searched for what it means
+_LONG_MESSAGE = re.compile(r"(.{1000}).+(.{1000})", re.DOTALL)  # its ends are shown
 _WRONG_MODE = ("not_chat_app", "app_unavailable", "not_workflow_app")
 # What only words tell: all of these are 400, and have one code of Dify's or another.
 _BY_WORDING: Mapping[str, type[ProxyError]] = {
@@ -2648,9 +2649,13 @@ def error_from_dify(
     return BodyTooLarge(text, code=code) if status == 413 else refusal(text, code=code)
 
 
-def without_key(error: ProxyError, app: AppSettings) -> ProxyError:
-    """The error with the app's key masked, should Dify's message hold it."""
-    error.message = error.message.replace(app.key, mask_key(app.key))
+def presentable(error: ProxyError, app: AppSettings) -> ProxyError:
+    """The error as it may be shown: the app's key masked, and not too long.
+
+    Some providers echo the request, files and all, between what they have to say.
+    """
+    message = error.message.replace(app.key, mask_key(app.key))
+    error.message = _LONG_MESSAGE.sub(r"\1 … \2", message)
     return error
 
 
@@ -3138,7 +3143,7 @@ class AnswerReader:
     def fail(self, error: ProxyError) -> list[Part]:
         """End the answer with an error."""
         self.is_finished = True
-        return [*self._text.close(), Failure(without_key(error, self.app))]
+        return [*self._text.close(), Failure(presentable(error, self.app))]
 
     def end(self) -> list[Part]:
         """The parts that are left when no more events come."""
@@ -8053,7 +8058,7 @@ async def _refusal_in(response: UpstreamResponse, app: AppSettings) -> ProxyErro
     wait_s = headers.get("retry-after", "")
     if isinstance(error, RateLimited) and wait_s.isdecimal():
         error.headers.append(("Retry-After", wait_s))  # a gateway's
-    return without_key(error, app)
+    return presentable(error, app)
 
 
 @dataclass

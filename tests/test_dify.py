@@ -1420,6 +1420,18 @@ def test_error_of_dify(
     )
 
 
+def test_error_that_echoes_the_request_is_cut() -> None:
+    """Else it would be megabytes of text for the client, and for the log."""
+    message = f"422: {'x' * 990}{APP.key}{'QUJD' * 1_000_000} is no image"
+    reader = AnswerReader("chat", APP)
+    (failure,) = reader.read([event(event="error", message=message)])
+    assert isinstance(failure, Failure)
+    begin, _, end = failure.error.message.partition(" … ")
+    assert begin == f"422: {'x' * 990}app-k"  # not a character more of the key
+    assert end.endswith("QUJD is no image")
+    assert len(end) == 1000
+
+
 def test_error_that_echoes_a_file_is_understood_in_little_time() -> None:
     echo = "QUJD rate " * 400_000
     message = (
