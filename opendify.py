@@ -7790,13 +7790,13 @@ class TurnStream:
         self._is_draining = False
         self.is_given_up = False  # the run may go on: it should be stopped
 
-    async def read(self, *, until_named: bool = False) -> list[Part]:
+    async def read(self, *, until_stoppable: bool = False) -> list[Part]:
         """The next parts; [] after the last. A failure is a part, not an exception.
 
-        With `until_named` also [] when the run has a name by which it can be stopped.
+        With `until_stoppable` also [] when the run's task is known, which a stop names.
         """
         while not (self._parts or self.reader.is_finished):
-            if until_named and self.reader.task_id:
+            if until_stoppable and self.reader.task_id:
                 break
             data = b""
             try:
@@ -9174,7 +9174,7 @@ class Turns:
 
 
 async def _first_parts(exchange: Exchange, stream: TurnStream) -> list[Part]:
-    parts = await stream.read(until_named=True)
+    parts = await stream.read(until_stoppable=True)
     if not (parts or stream.reader.is_finished):  # it may be long till it has text
         with while_present(exchange):
             parts = await stream.read()
@@ -10567,7 +10567,7 @@ async def _file_of(site: Site, exchange: Exchange, id_: str) -> tuple[str, Store
 
 
 async def _with_stored_files(site: Site, exchange: Exchange, ask: Ask) -> Ask:
-    """The question with its stored files; as their owner's, if it names no user."""
+    """The question with its stored files; as their uploader's, if it names no user."""
     files = [file for message in ask.messages for file in message.attachments]
     ids = dict.fromkeys(file.file_id for file in files if file.file_id)
     if not ids:
@@ -10580,8 +10580,8 @@ async def _with_stored_files(site: Site, exchange: Exchange, ask: Ask) -> Ask:
             for file in message.attachments
         ]
         messages.append(message._replace(attachments=tuple(files)))
-    owner = next(iter(known.values())).user
-    user = ask.user if ask.user or exchange.forwarded_user else owner
+    uploader = next(iter(known.values())).user
+    user = ask.user if ask.user or exchange.forwarded_user else uploader
     return ask._replace(messages=tuple(messages), user=user)
 
 
