@@ -23,22 +23,22 @@ BUDGETS = {
     "JSON": 88,
     "Turn": 145,
     "Calls": 689,
-    "Dify": 908,
+    "Dify": 910,
     "Ids": 69,
     "OpenAI": 774,
     "Responses": 430,
-    "Conversations": 431,
+    "Conversations": 427,
     "Pacer": 130,
     "Wire": 537,
-    "Upstream": 758,
+    "Upstream": 757,
     "Answers": 622,
-    "Handlers": 1057,
-    "Server": 298,
+    "Handlers": 1055,
+    "Server": 300,
     "Page": 258,
     "Command line": 449,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8091
+WHOLE_BUDGET = 8088
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
