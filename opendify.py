@@ -2604,7 +2604,7 @@ _BY_WORDING: Mapping[str, type[ProxyError]] = {
     r"|model token limit|exceeds the maximum number of tokens": PromptTooLong,
     r"content management policy|content_(?:filter|policy)|data_?inspection_?failed"
     r"|inappropriate content|content exists risk": ContentRefused,
-    r"too many requests|rate.?limit|\b429\b": RateLimited,
+    r"too many requests|\brate.?limit|\b429\b": RateLimited,
 }
 _BY_CODE: Mapping[str, type[ProxyError]] = {
     "provider_quota_exceeded": QuotaExceeded,
@@ -8822,7 +8822,7 @@ class Reading:
         self._holds_all = self._is_json and not self._json  # until it is judged
         self._holds_all |= is_whole and ask.tool_mode == "required"
         self._held: list[Part] = []  # until it is certain that the answer will do
-        self._said: list[str] = []
+        self.said = KeptText()  # as the app wrote it
         self._has_given = False  # text, that can't be taken back
         self._has_call = False  # that no stop has cut off
 
@@ -8832,16 +8832,11 @@ class Reading:
         has_all = not self._calls or self._calls.calls <= self._calls.most
         return self.is_cut or not has_all
 
-    @property
-    def said(self) -> str:
-        """The answer as the app wrote it."""
-        return "".join(self._said)
-
     def feed(self, parts: list[Part]) -> list[Part]:
         """The parts that are certain now."""
         if self.is_plain:
             return parts
-        self._said += [part.text for part in parts if isinstance(part, Text)]
+        self.said.add("".join(p.text for p in parts if isinstance(p, Text)))
         if self._is_json:  # there is no room for links beside it
             parts = [part for part in parts if not isinstance(part, Media)]
         ready = self._calls.feed(parts) if self._calls else parts
@@ -8861,6 +8856,10 @@ class Reading:
         held, self._held = [] if self.problem else self._held, []
         self._has_given |= any(isinstance(part, Text) for part in held)
         return held
+
+    def has_given_all(self, text: str) -> bool:
+        """Whether this text is all that the app wrote."""
+        return self.is_plain or (self.said.is_whole and self.said.text == text)
 
     def _with_spent(self, part: Part) -> Part:
         if isinstance(part, Usage):
@@ -8995,10 +8994,10 @@ class Turns:
         if not reading.problem:
             return
         demand = "tool_choice" if ask.tool_mode == "required" else "response_format"
-        words = Message("user", retry_text(demand, reading.problem))
+        words, said = Message("user", retry_text(demand, reading.problem)), reading.said
         # What came before in a conversation that is named, Dify alone knows.
         goes_on = bool(ask.conversation_id and question.tail)
-        before = () if goes_on else (*ask.messages, Message("assistant", reading.said))
+        before = () if goes_on else (*ask.messages, Message("assistant", said.text))
         again = ask._replace(messages=(*before, words))
         exchange, app, uploads = question.exchange, question.app, question.uploads
         question = Question(exchange, app, again, goes_on, None, uploads, reading.usage)
@@ -9037,7 +9036,7 @@ class Turns:
         except (asyncio.CancelledError, ConnectionBroken):
             sink.close()  # nobody reads any more
             has_all = was_there and joins and not sink.is_behind
-            has_all &= reading.is_plain or reading.said == sink.text
+            has_all &= reading.has_given_all(sink.text)
             is_stored = await turn.stream.end() and has_all
             raise
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 from dataclasses import replace
 from itertools import count
 from typing import Any, Union
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from work import at_most
 
 from opendify import (
+    Ask,
     BadRequest,
     CallReader,
     Citations,
@@ -24,6 +26,7 @@ from opendify import (
     Media,
     OutputFormat,
     Part,
+    Reading,
     Reasoning,
     Recast,
     Replace,
@@ -605,6 +608,20 @@ def test_reasoning_beside_a_call_does_not_end_it(cut: int) -> None:
     got = calls.feed([Text(text[:cut]), Reasoning("Step: Log"), Text(text[cut:])])
     call = ToolCall("call_1", "get_weather", '{"city": "Paris"}')
     assert got + calls.close() == [Reasoning("Step: Log"), call]
+
+
+def test_long_answer_is_not_kept_for_its_tools() -> None:
+    """An answer that can call tools grows as any other, and costs as little."""
+    ask = Ask("m", (), tools=(Tool("f"),))
+    reading = Reading(ask, "m", is_whole=False, spent=Usage())
+    tracemalloc.start()
+    try:
+        for _ in range(40_000):
+            assert reading.feed([Text("a word, ")])
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size < 100_000
 
 
 def test_reasoning_beside_a_stop_does_not_part_it() -> None:
