@@ -800,6 +800,14 @@ def test_a_single_message_is_sent_as_it_is() -> None:
     assert queried(user("  What <message> is it?\n")) == "  What <message> is it?\n"
 
 
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_a_single_message_of_no_user_says_whose_it_is(role: str) -> None:
+    tail = plan_turn(ask_of("hi"), SCOPE, None).finish("c", answer("Hello!"))
+    request = ask(*chat("hi", "Hello!"), Message(role, "12:00"))
+    told = f'<message role="{role}">\n12:00\n</message>'
+    assert plan_turn(request, SCOPE, tail).query == told
+
+
 def test_a_history_is_folded_with_its_roles_and_in_order() -> None:
     assert queried(
         *chat("Hi, I'm Ada.", "Hello Ada!", "Who am I?"), system="Be brief."
@@ -982,6 +990,21 @@ def test_a_history_variable_takes_the_history_as_long_as_dify_has_not_got_it() -
     tail = plan.finish("c", answer("a4"))
     request = ask(*chat("u1", "a1", "u2", "a2", "u3", "a3", "u4", "a4", "u5")[4:])
     assert plan_turn(request, SCOPE, tail, **options).inputs == {}
+
+
+@pytest.mark.parametrize(("room", "says"), [(0, "file_not_included"), (1, "file")])
+def test_a_history_in_an_input_says_which_files_are_there(room: int, says: str) -> None:
+    shown = Message("user", "u1", attachments=(Attachment("a.png", data=b"1"),))
+    request = ask(shown, answer("a1"), user("u2"))
+    plan = plan_turn(
+        request,
+        SCOPE,
+        None,
+        history_variable="past",
+        has_room=lambda files: len(files) <= room,
+    )
+    assert f'<message role="user" {says}="a.png">\nu1\n' in plan.inputs["past"]
+    assert len(plan.files) == room
 
 
 def test_system_text_does_not_count_among_what_dify_remembers() -> None:
