@@ -296,6 +296,15 @@ async def test_unknown_ids_are_refused(id_: str) -> None:
     assert only.status == 400
 
 
+@pytest.mark.parametrize(("behind", "status"), [(499, 200), (500, 400)])
+async def test_so_many_references_are_followed(behind: int, status: int) -> None:
+    async with proxy() as served:
+        one = await answer(served)
+        unknown = [reference({"id": f"msg_{n}"}) for n in range(behind)]
+        got = await respond(served, [reference(one["output"][0]), *unknown])
+    assert got.status == status
+
+
 async def test_ids_of_items_are_not_those_of_responses() -> None:
     async with proxy() as served:
         one = await answer(served)
