@@ -951,6 +951,12 @@ def leaves(*after: Step, text: str = "Hello", **app: Any) -> Interruption:
     return leave
 
 
+async def leaves_while_a_stop_may_come(served: Site, client: Client) -> str:
+    """The client leaves when it has all but what may be the beginning of its stop."""
+    client.fields = {**client.fields, "stop": ["END"]}
+    return await leaves(fake.message("EN"), Hang())(served, client)
+
+
 def leaves_whole(*after: Step) -> Interruption:
     """The client leaves a turn that is not streamed."""
 
@@ -1040,6 +1046,7 @@ ENDED: dict[str, Interruption] = {
     "leaves-while-it-talks": leaves(*TALKS_ON),
     "leaves-while-it-is-silent": leaves(Hang()),
     "leaves-in-a-burst": leaves(fake.message(" and so on" * 99), Hang()),
+    "leaves-while-a-stop-may-come": leaves_while_a_stop_may_come,
     "leaves-before-a-word": leaves(Hang(), text=""),
     "leaves-before-the-first-word": leaves(
         Sleep(2), fake.message("Hello"), Hang(), text=""
