@@ -305,6 +305,17 @@ async def test_so_many_references_are_followed(behind: int, status: int) -> None
     assert got.status == status
 
 
+async def test_so_many_conversations_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are named last: each costs a request or more."""
+    monkeypatch.setattr(opendify, "MAX_CONVERSATIONS_READ", 2)
+    async with proxy() as served:
+        given = [await answer(served, text) for text in ("One", "Two", "Three")]
+        named = [reference(row["output"][0]) for row in given]
+        await answer(served, [*named, user("Four")])
+        *_, (query,) = told(served)
+    assert [text_of(row) in query for row in given] == [False, True, True]
+
+
 async def test_ids_of_items_are_not_those_of_responses() -> None:
     async with proxy() as served:
         one = await answer(served)
