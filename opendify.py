@@ -7562,7 +7562,6 @@ class Pool:
         wire, is_sent = await self._open(origin), False
         wire.write(head)
         answering = asyncio.ensure_future(self._exchange(origin, wire, b"", timeout_s))
-        answering.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             while not is_sent and not answering.done():
                 data = await read()
@@ -7573,7 +7572,7 @@ class Pool:
                     await wire.drain()
                 wire.set_deadline(timeout_s, _too_slow)
             response = await answering
-            response.can_reuse = response.can_reuse and is_sent
+            response.can_reuse &= is_sent
             return response
         except BaseException:
             answering.cancel()
@@ -7677,7 +7676,7 @@ class Pool:
             try:
                 if path:
                     context.load_verify_locations(path)
-            except (OSError, ssl.SSLError) as error:
+            except OSError as error:
                 raise ConfigurationFault(
                     f"{name.upper()}: {path} can't be read as PEM ({error})."
                 ) from error
