@@ -795,12 +795,17 @@ CERTIFICATES: dict[str, tuple[str, dict[str, str], Outcome, str]] = {
         REFUSED,
         "DIFY_API_BASE",
     ),
-    "no-ca-file": ("localhost", {"DIFY_CA_FILE": "/nowhere"}, REFUSED, "DIFY_CA_FILE"),
+    "no-ca-file": (
+        "localhost",
+        {"DIFY_CA_FILE": "/nowhere"},
+        REFUSED,
+        "DIFY_CA_FILE: /nowhere can't be read",
+    ),
     "ca-file-no-pem": (
         "localhost",
         {"DIFY_CA_FILE": __file__},
         REFUSED,
-        "DIFY_CA_FILE",
+        f"DIFY_CA_FILE: {__file__} can't be read as PEM",
     ),
 }
 

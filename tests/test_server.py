@@ -106,8 +106,16 @@ class Stage:
         finally:
             self.ended.set()
 
+    async def explode_at_the_end(self, _: Site, exchange: Exchange) -> None:
+        self.begin(exchange)
+        exchange.reply.end(b"data: [DONE]\n\n")
+        raise RuntimeError("a secret detail")
 
-PATHS = ("echo", "explode", "refuse", "explode_late", "refuse_late", "wait", "stream")
+
+PATHS = (
+    *("echo", "explode", "refuse", "explode_late", "refuse_late", "explode_at_the_end"),
+    *("wait", "stream"),
+)
 
 
 @dataclass
@@ -943,6 +951,14 @@ async def test_error_after_the_head_is_an_event_and_the_end(
             }
         }
         assert b"finish_reason" not in reading.body
+        assert (await client.ask("/t/echo")).status == 200
+
+
+async def test_error_after_the_end_adds_nothing(serving: Serving) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        reading = await client.ask("/t/explode_at_the_end")
+        assert reading.body == b"data: begun\n\ndata: [DONE]\n\n"
         assert (await client.ask("/t/echo")).status == 200
 
 

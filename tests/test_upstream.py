@@ -47,6 +47,7 @@ from opendify import (
     AppSettings,
     Attachment,
     ConfigurationFault,
+    ConnectionBroken,
     Dify,
     DifyRequest,
     Failure,
@@ -286,6 +287,46 @@ async def test_connection_is_used_again_unless_the_answer_says_close(
         for _ in range(3):
             assert await dify.api.call(app, "/info") == {"name": "n"}
     assert seen == requests
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        pytest.param(b'HTTP/1.0 200 OK\r\n\r\n{"name": "n"}', {"name": "n"}, id="1.0"),
+        pytest.param(b"HTTP/1.1 204 No Content\r\n\r\n", {}, id="no-content"),
+    ],
+)
+async def test_answer_without_a_length_has_an_end(
+    answer: bytes, value: dict[str, Any]
+) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(answer)
+        if not value:
+            await reader.read()
+
+    async with raw_server(serve) as base, client(base) as (dify, app):
+        assert await dify.api.call(app, "/stop", {"user": USER}) == value
+        assert now() == 0
+
+
+async def test_connection_that_dify_ended_is_closed_by_the_next_call() -> None:
+    ended = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(json_answer({}))
+        await asyncio.sleep(0.1)
+        writer.write_eof()
+        await reader.read()
+        ended.set()
+
+    async with raw_server(serve) as base, client(base) as (dify, app):
+        await dify.api.call(app, "/info")
+        await asyncio.sleep(0.2)
+        assert not ended.is_set()
+        await dify.api.call(app, "/info")
+        await asyncio.wait_for(ended.wait(), 1)
 
 
 @pytest.mark.parametrize(
@@ -604,6 +645,26 @@ async def test_connection_made_while_its_call_is_cancelled_is_closed(
             await calling
         dify.close()
         await fake.until(lambda: fake.open_connections == 0)
+
+
+async def test_call_that_is_cancelled_while_it_connects_fails_no_other() -> None:
+    gate = asyncio.Event()
+
+    async def connect(*address: Any, **options: Any) -> Wire:
+        await gate.wait()
+        return await open_wire(*address, **options)
+
+    async with raw_server(answer_info) as base:
+        settings = settings_for(base)
+        dify = Dify(settings, connect)
+        calls = [dify.api.call(settings.model_config["m"], "/info") for _ in range(2)]
+        left, staying = map(asyncio.ensure_future, calls)
+        await some_turns()
+        left.cancel()
+        await some_turns()
+        gate.set()
+        assert await staying == {"name": "n"}
+        dify.close()
 
 
 async def test_connection_of_old_settings_is_not_used_again() -> None:
@@ -930,7 +991,7 @@ async def test_endless_line_ends_at_its_limit() -> None:
     async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
         fake.app(KEY, script=[message("Hello"), Send(b"data: "), *[part] * 14])
         outcome = await turn(dify, app)
-        assert outcome[:3] == ("Hello", "UpstreamFailed", 502)
+        assert outcome == Outcome("Hello", "UpstreamFailed", 502, retry=False)
 
 
 async def test_turn_when_nobody_listens() -> None:
@@ -1458,6 +1519,30 @@ async def test_upload_over_a_slow_line_has_the_time_that_it_needs(is_tls: bool) 
     async with raw_server(serve, tls) as base, client(base) as (dify, app):
         assert await dify.upload(app, Attachment("a.png", "", data), USER) == "f"
         assert now() > 1.5 * UPLOAD_TIMEOUT_S
+
+
+async def test_connection_is_closed_when_the_client_leaves_after_an_early_answer() -> (
+    None
+):
+    ended = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(json_answer({}))
+        with contextlib.suppress(OSError):
+            while await reader.read(1000):
+                pass
+        ended.set()
+
+    async def read() -> bytes:
+        await asyncio.sleep(0.1)
+        raise ConnectionBroken
+
+    file = Attachment("a.bin", "image/png")
+    async with raw_server(serve) as base, client(base) as (dify, app):
+        with pytest.raises(ConnectionBroken):
+            await dify.send_file(app, "/files/upload", file, read, lambda: USER)
+        await asyncio.wait_for(ended.wait(), 1)
 
 
 async def test_nobody_can_write_a_part_of_an_upload() -> None:
