@@ -1370,16 +1370,13 @@ JSON object that fits the tool's parameters:
 {{"name": "<name>", "arguments": {{<arguments>}}}}
 </tool_call>
 
-{number} Never make up a result, and call no tool that is not listed. """
+{number} Never make up a result, and call no tool that is not listed. If you need no \
+tool, answer as usual, without such a block."""
 _SEVERAL = """\
 For several calls write several blocks. Stop after the last one: the results come in \
 the next message."""
 _ONE = "Write one block only. Stop after it: the result comes in the next message."
 MUST_CALL = "This time you must call a tool: write nothing but the blocks."
-_RULES = {
-    "auto": "If you need no tool, answer as usual, without such a block.",
-    "required": MUST_CALL,
-}
 _NO_TOOLS_TEXT = "Write no <tool_call> block this time: answer without one."
 _FORMAT_TEXT = """\
 Write your final answer as JSON and nothing else: {what}, without an introduction, an \
@@ -1404,7 +1401,8 @@ def describe_tools(tools: Sequence[Tool], mode: str, *, is_serial: bool = False)
         about = {**kind, **{name: getattr(tool, name) for name in fields}}
         lines.append(json.dumps(about, ensure_ascii=False))
     number = _ONE if is_serial else _SEVERAL
-    return _TOOLS_TEXT.format(tools="\n".join(lines), number=number) + _RULES[mode]
+    words = _TOOLS_TEXT.format(tools="\n".join(lines), number=number)
+    return f"{words} {MUST_CALL}" if mode == "required" else words
 
 
 def told_tools(text: str) -> list[Tool]:
@@ -5695,7 +5693,8 @@ def _told_hashes(
     """
     within = [m.text for m in messages if m.role == "system"]
     system, inputs = before[_SYSTEM].ljust(_DIGEST_BYTES), bytes(_DIGEST_BYTES)
-    if texts := [ask.system, *within] if ask.system.strip() else within:
+    opening = ask.system.replace(f" {MUST_CALL}", "")  # which is said each time
+    if texts := [opening, *within] if opening.strip() else within:
         system = _hash(scope, ascii(texts).encode(), _DIGEST_BYTES)
     if ask.inputs:
         given = json.dumps({**ask.inputs}, sort_keys=True)

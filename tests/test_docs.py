@@ -338,14 +338,14 @@ def words_for_format(**format_: object) -> str:
 
 
 def test_words_are_those_that_are_sent() -> None:
-    common = words_for_tools("auto").rpartition("If you need")[0]
+    common = words_for_tools("auto")
     number = words_for_tools("auto", is_serial=True).partition("</tool_call>\n\n")[2]
     reason = "Call get_weather."
     row = {"name": "city", "schema": SCHEMA}
     shown = [block for block in fenced_blocks(TOOLS) if block.language != "python"]
     assert [block.text[:-1] for block in shown] == [
         words_for_tools("auto"),
-        words_for_tools("required").partition(common)[2],
+        words_for_tools("required").partition(common)[2].lstrip(),
         words_for_tools("none"),
         number.partition(" Never")[0],
         retry_text("tool_choice", reason),

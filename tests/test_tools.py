@@ -146,10 +146,9 @@ def expect_refusal(got: Got, served: Proxy, param: str, code: str | None) -> Non
 # Tools
 # ------------------------------------------------------------------------------
 
-AUTO, REQUIRED = (
-    "If you need no tool, answer as usual, without such a block.",
-    "This time you must call a tool: write nothing but the blocks.",
-)
+AUTO = "If you need no tool, answer as usual, without such a block."
+MUST = "This time you must call a tool: write nothing but the blocks."
+REQUIRED = f"{AUTO} {MUST}"
 NONE = "Write no <tool_call> block this time: answer without one."
 
 
@@ -776,14 +775,16 @@ async def test_conversation_goes_on_after_a_second_try() -> None:
 
 
 async def test_app_is_told_in_each_turn_that_it_must_call() -> None:
-    async with proxy(says(OSLO, OSLO), memory=True) as served:
-        fields: JSONObject = {"tools": TOOLS, "tool_choice": "required"}
-        first = await served.chat(**fields)
-        result = result_of(first.message["tool_calls"][0], "Sunny")
-        await served.chat(messages=history_of(first.message, result), **fields)
-    told = f'<message role="system">\n{REQUIRED}\n</message>\n{SUNNY}'
-    assert query(served) == told
-    assert served.turns[-1].json["conversation_id"]
+    async with proxy(says(*[OSLO] * 4), memory=True) as served:
+        messages: list[JSONObject] = HI
+        for choice in ("required", "required", "auto", "required"):
+            fields: JSONObject = {"tools": TOOLS, "tool_choice": choice}
+            got = (await served.chat(messages=messages, **fields)).message
+            result = result_of(got["tool_calls"][0], "Sunny")
+            messages = [*messages, {"role": "assistant", **got}, result]
+    told = f'<message role="system">\n{MUST}\n</message>\n{SUNNY}'
+    assert [query(served, turn) for turn in (1, 2, 3)] == [told, SUNNY, told]
+    assert all(turn.json["conversation_id"] for turn in served.turns[1:])
 
 
 async def test_call_that_the_client_does_not_take_is_forgotten() -> None:
