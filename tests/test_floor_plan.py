@@ -22,23 +22,23 @@ BUDGETS = {
     "SSE": 61,
     "JSON": 88,
     "Turn": 145,
-    "Calls": 689,
+    "Calls": 687,
     "Dify": 910,
     "Ids": 69,
     "OpenAI": 774,
     "Responses": 430,
-    "Conversations": 427,
+    "Conversations": 428,
     "Pacer": 130,
     "Wire": 537,
-    "Upstream": 757,
-    "Answers": 622,
+    "Upstream": 756,
+    "Answers": 621,
     "Handlers": 1055,
     "Server": 300,
     "Page": 258,
     "Command line": 449,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8088
+WHOLE_BUDGET = 8085
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
