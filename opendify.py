@@ -2602,7 +2602,7 @@ _BY_WORDING: Mapping[str, type[ProxyError]] = {
     r"|model token limit|exceeds the maximum number of tokens": PromptTooLong,
     r"content management policy|content_(?:filter|policy)|data_?inspection_?failed"
     r"|inappropriate content|content exists risk": ContentRefused,
-    r"too many requests|\brate.?limit|\b429\b": RateLimited,
+    r"too many requests|(?<!gene)rate.?limit|\b429\b": RateLimited,
 }
 _BY_CODE: Mapping[str, type[ProxyError]] = {
     "provider_quota_exceeded": QuotaExceeded,

@@ -1521,6 +1521,7 @@ ALIBABA_S = "Output data may contain inappropriate content."
         (provider_error(400, message=ALIBABA_S), ALIBABA_S, 400, REFUSED),
         # A node's error may speak of timeouts of anything: its message tells.
         ('{"message": "Bad input", "timeout": 5}', "Bad input", 502, "c"),
+        ("No variable generate_limit", "No variable generate_limit", 502, "c"),
     ],
 )
 @pytest.mark.parametrize("event_name", ["error", "workflow_finished"])
