@@ -608,6 +608,7 @@ HOSTILE: list[Any] = [
     # The first line
     pytest.param(head_of(start="GET x HTTP/1.1"), 400, id="target-relative"),
     pytest.param(head_of(start="CONNECT a:443 HTTP/1.1"), 400, id="authority-form"),
+    pytest.param(head_of(start="OPTIONS a:443 HTTP/1.1"), 400, id="authority-options"),
     pytest.param(head_of(start="GET a:443 HTTP/1.1"), 400, id="authority-for-get"),
     pytest.param(head_of(start="GET * HTTP/1.1"), 400, id="asterisk-for-get"),
     pytest.param(head_of(start="GET ftp://a/x HTTP/1.1"), 400, id="other-scheme"),
