@@ -184,6 +184,36 @@ async def test_nothing_new_asks_for_the_next_message(question: Any) -> None:
 
 
 @WAYS
+async def test_turn_that_can_t_be_put_to_dify_can_be_tried_again(way: str) -> None:
+    async with proxy() as served:
+        one = await answer(served, "Hi")
+        rest = next_turn(way, "Hi", one, "More")
+        served.dify.app(KEY, overrides={"/messages": [Status(500, {"code": "x"})]})
+        assert (await respond(served, rest.pop("question"), **rest)).status == 502
+        served.dify.app(KEY)
+        await answer(served, **next_turn(way, "Hi", one, "More"))
+        assert told(served) == [["Hi", "More"]]
+
+
+async def test_whole_history_is_told_while_another_turn_is_under_way() -> None:
+    gate = asyncio.Event()
+    async with proxy() as served:
+        one = await answer(served, "Hi")
+        two = await answer(served, "More", previous_response_id=one["id"])
+        served.dify.app(KEY, script=[fake.Wait(gate), *fake.chat_answer("Late.")])
+        about = {"model": "m", "previous_response_id": two["id"], "stream": True}
+        call = await served.open("POST", PATH, {**about, "input": "Left"})
+        await served.dify.until(lambda: served.dify.running)
+        served.dify.app(KEY)
+        await answer(served, "Right", previous_response_id=two["id"])
+        gate.set()
+        await call.read_rest()
+        first, (query,) = told(served)
+    assert first == ["Hi", "More", "Left"]
+    assert re.findall(r'role="user">\n(\w+)\n', query) == ["Hi", "More"]
+
+
+@WAYS
 async def test_instructions_are_told_once_when_the_turns_go_on(way: str) -> None:
     async with replicas() as (first, _):
         one = await answer(first, "Hi", instructions="Be brief.")
@@ -651,6 +681,18 @@ async def test_results_are_told_by_their_tools_however_the_calls_are_named(
     found = re.findall(r'<message role="tool" name="(\w+)">\nfrom (\w+)', query)
     assert found == [("get_weather", "get_weather"), ("get_time", "get_time")]
     assert "Let me look" not in query
+
+
+async def test_call_that_a_conversation_has_is_not_told_again() -> None:
+    script: list[list[fake.Step]] = [fake.chat_answer(CALL), fake.chat_answer("Sunny.")]
+    async with proxy(lambda _: script.pop(0)) as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        named: JSONObject = {"conversation": made["id"], "tools": [WEATHER]}
+        (call,) = (await answer(served, "Rome?", **named))["output"]
+        result = {"type": "function_call_output", "call_id": call["call_id"]}
+        await answer(served, [call, {**result, "output": "sun"}], **named)
+        ((_, query),) = told(served)
+    assert query == '<message role="tool" name="get_weather">\nsun\n</message>'
 
 
 async def test_result_that_stands_behind_later_calls_is_told_once() -> None:
