@@ -3866,7 +3866,8 @@ def call_ids(message_id: str) -> Iterator[str]:
 
 def calling_answer(call_id: str) -> str:
     """What all ids of an answer's calls begin with; "" if this is none of ours."""
-    return call_id[:29] if re.fullmatch(r"call_[0-9a-f]{24}_\d+", call_id) else ""
+    is_ours = call_id.startswith("call_") and call_id[29:30] == "_"
+    return call_id[:30] if is_ours else ""
 
 
 def in_rounds(messages: Iterable[Message]) -> list[Message]:
