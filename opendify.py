@@ -6630,11 +6630,8 @@ class FormReader:
         size = len(self._delimiter)
         while len(self._buffer) < size + 2:
             await self._read_more()
-        after = self._buffer[size : size + 2]
-        if after == b"--":
+        if self._buffer[size : size + 2] == b"--":
             return None
-        if after != b"\r\n":
-            raise BadRequest("A boundary of the form is malformed.")
         self._parts += 1
         if self._parts > MAX_FORM_PARTS:
             raise BadRequest(f"The form has more than {MAX_FORM_PARTS} parts.")
@@ -6673,7 +6670,7 @@ class FormReader:
 def _parse_part_head(head: bytes) -> FormPart:
     text = head.decode("utf-8", "replace")
     if _PART_FIELD.sub("", text):
-        raise BadRequest("The head of a part of the form is malformed.")
+        raise BadRequest("A boundary, or the head of a part of the form, is malformed.")
     fields = {name.lower(): value.strip() for name, value in _PART_FIELD.findall(text)}
     names = _parameters(fields.get("content-disposition", ""))
     if "name" not in names:
