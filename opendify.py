@@ -5943,7 +5943,7 @@ class Conversations:
         self._not_swept = inf  # named ones since a sweep, in bytes; none was yet
         self._waiting: list[Sequence[Any]] = []  # rows for _PUT, not in the table yet
         self._max_waiting = _MAX_WAITING if path == ":memory:" else 1
-        self._db = sqlite3.connect(path, _OPEN_TIMEOUT_S, isolation_level=None)
+        self._db = sqlite3.connect(path, timeout=_OPEN_TIMEOUT_S, isolation_level=None)
         try:
             self._db.executescript(_SCHEMA)
         except sqlite3.Error:
