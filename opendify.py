@@ -3784,8 +3784,12 @@ def parse_chat_request(body: Json) -> ChatRequest:
     voice = _parse_spoken(body, n)
     ask = ask._replace(system=system, messages=messages, stops=stops, voice=voice)
     include_usage = bool(options.get("include_usage"))
-    is_legacy = bool(body.get("functions")) and not body.get("tools")
-    return ChatRequest(ask, stream, include_usage, n, is_legacy)
+    return ChatRequest(ask, stream, include_usage, n, _is_legacy(body))
+
+
+def _is_legacy(body: Json) -> bool:
+    """Whether calls are answered in the older form, which has room for one."""
+    return bool(body.get("functions")) and not body.get("tools")
 
 
 def parse_ask(body: Json) -> Ask:
@@ -3803,7 +3807,7 @@ def parse_ask(body: Json) -> Ask:
         conversation_id=conversation_id if isinstance(conversation_id, str) else "",
         tools=tools,
         tool_mode=tool_mode,
-        is_serial=is_serial or bool(body.get("functions")),
+        is_serial=is_serial or _is_legacy(body),
         output=parse_output_format(body),
     )
 

@@ -25,7 +25,7 @@ BUDGETS = {
     "Calls": 687,
     "Dify": 910,
     "Ids": 69,
-    "OpenAI": 775,
+    "OpenAI": 777,
     "Responses": 430,
     "Conversations": 428,
     "Pacer": 130,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 449,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8083
+WHOLE_BUDGET = 8085
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

@@ -1056,6 +1056,13 @@ async def test_results_are_told_in_the_order_of_their_calls(
     assert told == [("f", "first"), ("f", "second")]
 
 
+async def test_functions_beside_tools_change_nothing() -> None:
+    async with proxy(says(OSLO + OSLO)) as served:
+        got = await served.chat(tools=TOOLS, functions=FUNCTIONS)
+    assert len(got.message["tool_calls"]) == 2
+    assert query(served) == with_system(words_about(TOOLS), "Hi")
+
+
 @pytest.mark.parametrize("shown", ["as one answer's", "each by itself"])
 async def test_conversation_goes_on_however_its_calls_are_shown(shown: str) -> None:
     """Mastra puts those of several answers together, multi-llm-ts takes them apart."""
