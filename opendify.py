@@ -9083,7 +9083,7 @@ class Turns:
 
     async def _open_turn(self, question: Question) -> Turn:
         """Send the question to Dify, until it begins to answer."""
-        facts, app = self.dify.facts, question.app
+        facts, app, mode = self.dify.facts, question.app, ""
         for _ in range(MAX_TRIES):
             try:
                 with self.holding(question):

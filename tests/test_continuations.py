@@ -831,6 +831,17 @@ async def test_named_conversation_is_used_if_the_mode_was_wrong(believed: str) -
         assert len(dify.conversations) == 1
 
 
+async def test_mode_that_dify_refuses_to_tell_is_asked_again() -> None:
+    refusal = Status(400, {"code": "app_unavailable"})
+    told = [refusal, Status(200, {"name": "A", "mode": "chat"})]
+    async with FakeDify() as dify:
+        served = Site(dify, "chat")
+        served.answers(overrides={"/info": lambda _: [told.pop(0)]})
+        model = json.dumps({"m": {"key": KEY}})
+        async with served.serve(settings_of(dify, "chat", MODEL_CONFIG=model)):
+            await Client(served).chat("one")
+
+
 async def test_name_hides_no_history_from_an_app_without_memory() -> None:
     """The app was taken for one that has conversations."""
     async with site("completion", config={"mode": "chat"}) as served:
