@@ -1519,9 +1519,10 @@ def in_pieces(text: str) -> Iterator[str]:
 
 
 class CallReader:
-    """Finds the tool calls in an answer; other parts go through, and end what is held.
+    """Finds the tool calls in an answer; other parts go through.
 
-    Call `feed` with parts as they come, then `close`, which may be called again.
+    All but reasoning end what is held back of the text before them. Call `feed` with
+    parts as they come, then `close`, which may be called again.
     `calls` counts the calls so far; those beyond `most` are dropped. White space before
     the first call, between calls and after the last one is dropped where no text stands
     beside it.
