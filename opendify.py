@@ -1730,13 +1730,17 @@ class _Block:
         self._is_tagged = False
 
     def _take_fence(self, token: re.Match[str]) -> None:
-        language = token[0].strip("` \t").lower()
+        language, end = token[0].strip("` \t").lower(), token.end()
         if self._is_tagged or not self._at:
             self._is_fenced = not self._is_tagged
             if language in _FENCES:
                 return
         elif self._is_fenced and not language and self.calls:
-            self.taken = token.end()
+            self.taken = end
+        elif self.taken and not self._text[end : end + _MAX_BLANK].strip():
+            if self._is_last:  # it is a stray one, and closes nothing
+                return
+            raise _Unfinished
         raise ValueError
 
     def _take_json(self, _token: re.Match[str]) -> None:

@@ -573,6 +573,14 @@ def test_what_stands_behind_a_tag_is_not_in_it(
     assert read(f"{call}\n{text}\n{call}") == joined(parts_of(wanted))
 
 
+def test_fence_at_the_end_of_calls_is_no_text() -> None:
+    """Models close one that they have not opened, or opened within the tag."""
+    for opener in ("", "```json\n"):
+        call = f"<tool_call>\n{opener}{CALL}\n</tool_call>\n```"
+        for text in (call, f"{call}\n"):
+            assert read(text) == parts_of(PARIS_CALL)
+
+
 def lead(expected: list[Expected]) -> list[Expected]:
     """After a call the line break before text belongs to the text."""
     first = expected[0]

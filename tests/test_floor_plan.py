@@ -22,7 +22,7 @@ BUDGETS = {
     "SSE": 61,
     "JSON": 88,
     "Turn": 145,
-    "Calls": 687,
+    "Calls": 691,
     "Dify": 910,
     "Ids": 69,
     "OpenAI": 777,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 449,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8085
+WHOLE_BUDGET = 8089
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
