@@ -25,7 +25,7 @@ BUDGETS = {
     "Calls": 691,
     "Dify": 910,
     "Ids": 69,
-    "OpenAI": 777,
+    "OpenAI": 776,
     "Responses": 430,
     "Conversations": 428,
     "Pacer": 130,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 449,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8089
+WHOLE_BUDGET = 8088
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
