@@ -8197,8 +8197,7 @@ class Dify:
             ProxyError: Dify refused it, or can't be reached.
         """
         timeout_s = self.settings.dify_first_event_timeout
-        body = json_bytes(request.body)
-        loop = asyncio.get_running_loop()
+        body, loop = json_bytes(request.body), asyncio.get_running_loop()
         until = loop.time() + timeout_s
         response = await self.api.request(app, request.path, body, timeout_s)
         is_stream = response.content_type.lower().startswith("text/event-stream")
@@ -8208,7 +8207,8 @@ class Dify:
             if is_unsaid and request.body.get("conversation_id"):
                 error = ConversationGone("Dify does not know this conversation.")
             raise error
-        response.set_deadline(max(0, until - loop.time()), _too_late)
+        left_s = until - loop.time()  # none, where a slow line took longer to send it
+        response.set_deadline(left_s if left_s > 0 else timeout_s, _too_late)
         reader = AnswerReader(mode, app, show_process=self.settings.show_process)
         return TurnStream(self, reader, str(request.body["user"]), response)
 

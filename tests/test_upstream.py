@@ -1269,6 +1269,24 @@ async def test_turn_has_limits_that_pings_do_not_move(
     assert (outcome, round(took, 3)) == (expected, seconds)
 
 
+async def test_question_over_a_slow_line_has_its_answer() -> None:
+    asked = dify_request("chat", "Hi" * 6_000_000, {"inputs": {}, "user": USER})
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        size = 0
+        while size < len(asked.body["query"]):
+            await asyncio.sleep(1)
+            size += len(await reader.read(120_000))
+        writer.write(HEAD)
+        await asyncio.sleep(1)
+        writer.write(chunk(HELLO) + chunk(END) + chunk(b""))
+
+    async with raw_server(serve) as base, client(base, **LIMITS) as (dify, app):
+        stream = await dify.open_turn(app, "chat", asked)
+        assert await read_turn(stream) == FINE
+        assert now() > 2 * float(LIMITS["DIFY_FIRST_EVENT_TIMEOUT"])
+
+
 async def test_call_has_a_limit() -> None:
     async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
         fake.app(KEY, overrides={"/info": [Hang()]})
