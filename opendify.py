@@ -6813,7 +6813,7 @@ class Wire(asyncio.Protocol):
             self._reader.set_result(None)
 
     async def start_tls(self, trust: ssl.SSLContext, host: str) -> None:
-        """Go on in TLS, as its client; raises OSError (an ssl.SSLError is one)."""
+        """Go on in TLS, as its client; raises OSError (ssl too) or ConnectionBroken."""
         # TLS speaks only when spoken to: what came would be taken for the peer's.
         # Nor does asyncio tell that TLS begins on a lost connection.
         if self.is_stale:
@@ -7956,7 +7956,8 @@ class Api:
     ) -> UpstreamResponse:
         """GET a path, or POST a body; one redirect within the origin is followed.
 
-        The head of the answer must be here after `timeout_s`.
+        The head of the answer must be here after `timeout_s`, or later where a slow
+        line is still taking the body.
         """
         target = urllib.parse.urlsplit(app.base).path.rstrip("/") + path
         response = await self._send(app, target, body, timeout_s, content_type)
