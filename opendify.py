@@ -6641,6 +6641,8 @@ class FormReader:
             await self._read_more()
         if self._buffer[size : size + 2] == b"--":
             return None
+        if not self._buffer.startswith(b"\r\n", size):
+            raise BadRequest("Each boundary of the form must end with CR LF.")
         self._parts += 1
         if self._parts > MAX_FORM_PARTS:
             raise BadRequest(f"The form has more than {MAX_FORM_PARTS} parts.")
@@ -6679,7 +6681,7 @@ class FormReader:
 def _parse_part_head(head: bytes) -> FormPart:
     text = head.decode("utf-8", "replace")
     if _PART_FIELD.sub("", text):
-        raise BadRequest("A boundary, or the head of a part of the form, is malformed.")
+        raise BadRequest("The head of a part of the form is malformed.")
     fields = {name.lower(): value.strip() for name, value in _PART_FIELD.findall(text)}
     names = _parameters(fields.get("content-disposition", ""))
     if "name" not in names:

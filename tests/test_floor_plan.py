@@ -29,7 +29,7 @@ BUDGETS = {
     "Responses": 430,
     "Conversations": 428,
     "Pacer": 130,
-    "Wire": 534,
+    "Wire": 536,
     "Upstream": 756,
     "Answers": 621,
     "Handlers": 1055,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 449,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8088
+WHOLE_BUDGET = 8090
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
