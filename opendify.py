@@ -1185,6 +1185,8 @@ class KeptText:
     remembered: that would hold megabytes for each stream.
     """
 
+    __slots__ = ("_pieces", "size")  # each stream has three: they save it 0.3 KB
+
     def __init__(self) -> None:
         self.size = 0  # characters, whether they are kept or not
         self._pieces: list[str] = []
@@ -10927,11 +10929,10 @@ class Server(Listener):
         handler = find_handler(self._site, exchange)
         limit = settings.max_body_mb << 20
         wire.on_leave = exchange.leave
-        read = _body_reader(exchange, wire, decoder, limit)
-        if exchange.route in READING_ENDPOINTS:
-            exchange.read = read
-        else:
-            exchange.body = await read_whole(read)
+        exchange.read = _body_reader(exchange, wire, decoder, limit)
+        if exchange.route not in READING_ENDPOINTS:
+            exchange.body = await read_whole(exchange.read)
+            del exchange.read  # it refers back to it
         await handler(self._site, exchange)
         await reply.drain()  # it is over when the client has it
 
