@@ -1396,10 +1396,9 @@ def describe_tools(tools: Sequence[Tool], mode: str, *, is_serial: bool = False)
     """The words for the app, "" if there are none, about what `parse_tools` gives."""
     if not tools:
         return _NO_TOOLS_TEXT if mode == "none" else ""
-    lines = []
+    fields, lines = ("name", "description", "parameters"), []
     for tool in tools:
         kind = {"type": "custom"} if tool.is_custom else {}  # for `told_tools`
-        fields = ("name", "description", "parameters")
         about = {**kind, **{name: getattr(tool, name) for name in fields}}
         lines.append(json.dumps(about, ensure_ascii=False))
     number = _ONE if is_serial else _SEVERAL
@@ -3892,15 +3891,16 @@ def in_rounds(messages: Iterable[Message]) -> list[Message]:
 
 def _by_answer(messages: list[Message]) -> list[Message]:
     """Calls and results, as the app wrote and read them; as they are if it did not."""
-    rounds: dict[str, tuple[list[Message], list[Message]]] = {}
+    rounds: dict[str, tuple[list[Message], list[Message]]]
+    rounds = defaultdict(lambda: ([], []))  # by answer: its calls, and their results
     for message in messages:
         said = message
         for call in message.tool_calls:
-            calls, _ = rounds.setdefault(calling_answer(call.id), ([], []))
+            calls, _ = rounds[calling_answer(call.id)]
             calls.append(said._replace(tool_calls=(call,)))
             said = Message("assistant", "")  # its text goes with its first call
         if message.call_id:
-            rounds.setdefault(calling_answer(message.call_id), ([], []))[1].append(said)
+            rounds[calling_answer(message.call_id)][1].append(said)
     if "" in rounds or not all(calls for calls, _ in rounds.values()):
         return messages
     pairs = rounds.values()
@@ -10303,8 +10303,9 @@ def with_words(ask: Ask, place: str) -> Ask:
         ask = ask._replace(tools=())
     has_called = any(m.tool_calls or m.role == "tool" for m in ask.messages)
     mode = "none" if has_called and not ask.tools else ask.tool_mode
-    tools = describe_tools(ask.tools, mode, is_serial=ask.is_serial)
-    tools = tools if place != "off" else ""
+    tools = ""
+    if place != "off":
+        tools = describe_tools(ask.tools, mode, is_serial=ask.is_serial)
     words = [tools, describe_format(ask.output)]
     if place == "inputs" and tools:
         ask = ask._replace(inputs={**ask.inputs, "tools": tools})

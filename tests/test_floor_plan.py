@@ -22,23 +22,23 @@ BUDGETS = {
     "SSE": 61,
     "JSON": 88,
     "Turn": 146,
-    "Calls": 691,
+    "Calls": 690,
     "Dify": 910,
     "Ids": 69,
-    "OpenAI": 776,
+    "OpenAI": 777,
     "Responses": 430,
     "Conversations": 428,
     "Pacer": 130,
     "Wire": 536,
     "Upstream": 756,
     "Answers": 621,
-    "Handlers": 1055,
+    "Handlers": 1056,
     "Server": 299,
     "Page": 258,
     "Command line": 449,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8090
+WHOLE_BUDGET = 8091
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
