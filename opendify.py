@@ -124,18 +124,11 @@ BASE_SETTING = "DIFY_API_BASE (or the model's `base`)"  # as errors name it
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-_SWITCHES = {
-    **dict.fromkeys(("on", "true", "yes", "1"), True),
-    **dict.fromkeys(("off", "false", "no", "0"), False),
-}
+_ON, _OFF = ("on", "true", "yes", "1"), ("off", "false", "no", "0")
 
 
 class SettingsError(Exception):
-    """Everything that is wrong with the settings: `complaints`, a line each."""
-
-    def __init__(self, complaints: Sequence[str]) -> None:
-        super().__init__("\n".join(complaints))
-        self.complaints = list(complaints)
+    """Everything that is wrong with the settings, a line each."""
 
 
 class Seconds(float):
@@ -259,7 +252,7 @@ def parse_settings(variables: Mapping[str, str]) -> Settings:
     settings = Settings(**values)
     complaints += [*_complaints_of_urls(settings), *_complaints(settings)]
     if complaints:  # a key may have got into another variable
-        raise SettingsError([re.sub(r"\bapp-\w{9,}", "app-…", c) for c in complaints])
+        raise SettingsError(re.sub(r"\bapp-\w{9,}", "app-…", "\n".join(complaints)))
     base = settings.dify_api_base.rstrip("/")
     apps = {
         model: replace(app, base=(app.base or base).rstrip("/"))
@@ -354,9 +347,9 @@ def _is_origin(text: str) -> bool:
 
 
 def _parse_switch(text: str) -> bool:
-    if text.lower() not in _SWITCHES:
+    if text.lower() not in (*_ON, *_OFF):
         raise ValueError(f"must be on or off, not {text!r}")
-    return _SWITCHES[text.lower()]
+    return text.lower() in _ON
 
 
 def _parse_int(text: str) -> int:
@@ -11549,9 +11542,9 @@ class SettingsSource:
         try:
             settings = self.load()
             if not settings.has_apps:
-                raise SettingsError([f"{self._path} has no app any more"])
+                raise SettingsError(f"{self._path} has no app any more")
         except SettingsError as error:
-            for complaint in [*self.warnings, *error.complaints]:
+            for complaint in [*self.warnings, *str(error).splitlines()]:
                 log.error("%s (the settings stay as they were)", complaint)
             return None
         log.info("settings read anew: %s", _models_shown(settings))
@@ -11586,11 +11579,11 @@ def _read_env_file(path: Path) -> dict[str, str]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         cure = "; save it as UTF-8" if isinstance(error, UnicodeError) else ""
-        raise SettingsError([f"{path} can't be read: {error}{cure}"]) from error
+        raise SettingsError(f"{path} can't be read: {error}{cure}") from error
     bindings = [*env_parser.parse_stream(io.StringIO(text))]
     if lines := ", ".join(_line_of(b) for b in bindings if not _is_sound(b)):
         cure = "a value on several lines, or with quotes in it, needs single quotes"
-        raise SettingsError([f"{path}: no NAME=value in line {lines}; {cure}"])
+        raise SettingsError(f"{path}: no NAME=value in line {lines}; {cure}")
     values = dotenv_values(stream=io.StringIO(text))
     return {name: value or "" for name, value in values.items()}
 
@@ -11716,7 +11709,7 @@ async def _run(options: argparse.Namespace) -> int:
             return await _check(settings, asks=options.ask)
         return await _serve(settings, source)
     except SettingsError as error:
-        for complaint in [*source.warnings, *error.complaints]:
+        for complaint in [*source.warnings, *str(error).splitlines()]:
             print(f"opendify: {complaint}", file=sys.stderr)
         return 2
     finally:

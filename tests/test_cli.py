@@ -560,7 +560,7 @@ def test_env_file_that_may_be_read_now_is_read(
     home: Path, edited: EditedFile, ticks: Ticks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
-        raise opendify.SettingsError(["Permission denied"])
+        raise opendify.SettingsError("Permission denied")
 
     edited.write("SERVER_PORT=1002")
     with monkeypatch.context() as patched:

@@ -17,7 +17,7 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 236,
+    "Settings": 230,
     "Errors": 88,
     "SSE": 61,
     "JSON": 88,
@@ -38,13 +38,13 @@ BUDGETS = {
     "Command line": 449,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8091
+WHOLE_BUDGET = 8085
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
     "AnswerReader": 161,
     "Turns": 167,
-    "Wire": 196,
+    "Wire": 195,
 }
 
 PURE = set(list(BUDGETS)[: list(BUDGETS).index("Wire")])

@@ -33,7 +33,7 @@ def complaints(**variables: str) -> list[str]:
     try:
         parse_settings(variables)
     except SettingsError as error:
-        return error.complaints
+        return str(error).splitlines()
     return []
 
 
@@ -379,12 +379,6 @@ def test_all_complaints_come_at_once_and_in_order() -> None:
     ]
 
 
-def test_error_text_has_a_line_for_each_complaint() -> None:
-    with pytest.raises(SettingsError) as caught:
-        parse_settings({"SERVER_PORT": "x", "SHOW_PROCESS": "x"})
-    assert str(caught.value).splitlines() == caught.value.complaints
-
-
 @pytest.mark.parametrize(
     ("name", "warning"),
     [
@@ -555,8 +549,7 @@ def test_any_text_parses_or_is_complained_about(variables: dict[str, str]) -> No
     try:
         settings = parse_settings(variables)
     except SettingsError as error:
-        assert error.complaints
-        assert all(line and "\n" not in line for line in error.complaints)
+        assert all(str(error).split("\n"))
     else:
         assert isinstance(settings, Settings)
 
