@@ -131,8 +131,7 @@ class SettingsError(Exception):
     """Everything that is wrong with the settings, a line each."""
 
 
-class Seconds(float):
-    """A duration; written `90`, `1.5`, `30s`, `5m`, `12h` or `7d`."""
+Seconds = float  # a duration; written `90`, `1.5`, `30s`, `5m`, `12h` or `7d`
 
 
 @dataclass(frozen=True)
@@ -182,25 +181,25 @@ class Settings:
     )
     stream_smoothing: bool = _setting(True, "make streamed text appear evenly")
     stream_max_lag: Seconds = _setting(
-        Seconds(0.4), "longest time that text is held back, in seconds", 0
+        0.4, "longest time that text is held back, in seconds", 0
     )
     conversation_store: str = _setting(
         "memory", "memory, or the path of an SQLite file, which survives a restart"
     )
     conversation_ttl: Seconds = _setting(
-        Seconds(7 * 86400), "how long an unused conversation is remembered", 1
+        7 * 86400.0, "how long an unused conversation is remembered", 1
     )
     show_process: bool = _setting(
         False, "show agent tools and workflow steps as reasoning text"
     )
     dify_connect_timeout: Seconds = _setting(
-        Seconds(10), "seconds to wait for a connection to Dify", 0.001
+        10.0, "seconds to wait for a connection to Dify", 0.001
     )
     dify_first_event_timeout: Seconds = _setting(
-        Seconds(120), "seconds until Dify's first event; pings do not count", 0.001
+        120.0, "seconds until Dify's first event; pings do not count", 0.001
     )
     dify_idle_timeout: Seconds = _setting(
-        Seconds(600), "seconds between two events; pings do not count", 0.001
+        600.0, "seconds between two events; pings do not count", 0.001
     )
     max_body_mb: int = _setting(64, "largest request body, in MiB", 1)
     max_connections: int = _setting(2000, "maximum number of client connections", 1)
@@ -286,10 +285,9 @@ def written(value: Any) -> str:
     """A value as it is written in an env file; "" for none."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    if isinstance(value, Seconds) and value and not value % _UNITS_S["d"]:
-        return f"{value / _UNITS_S['d']:g}d"
     if isinstance(value, float):
-        return f"{value:g}"
+        days, rest = divmod(value, _UNITS_S["d"])
+        return f"{days:g}d" if days and not rest else f"{value:g}"
     return "" if value in ((), {}) else str(value)
 
 
@@ -363,7 +361,7 @@ def _parse_seconds(text: str) -> Seconds:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.lower())
     if not match:
         raise ValueError(f"must be seconds, or like 30s, 5m, 12h, 7d, not {text!r}")
-    return Seconds(float(match[1]) * _UNITS_S[match[2]])
+    return float(match[1]) * _UNITS_S[match[2]]
 
 
 def _parse_list(text: str) -> tuple[str, ...]:
@@ -420,7 +418,7 @@ _APP_TYPES: Mapping[str, tuple[type, str]] = {
 _PARSERS: Mapping[type, Callable[[str], Any]] = {
     bool: _parse_switch,
     int: _parse_int,
-    Seconds: _parse_seconds,
+    float: _parse_seconds,
     str: str,
     tuple: _parse_list,
     dict: _parse_models,

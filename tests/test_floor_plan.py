@@ -17,7 +17,7 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 230,
+    "Settings": 229,
     "Errors": 88,
     "SSE": 61,
     "JSON": 88,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 449,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8085
+WHOLE_BUDGET = 8084
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
