@@ -550,8 +550,7 @@ class HeadTooLarge(BadRequest):
 class PromptTooLong(BadRequest):
     """The model can't read so much at once."""
 
-    code = "context_length_exceeded"
-    param = "messages"
+    code, param = "context_length_exceeded", "messages"
 
 
 class ContentRefused(BadRequest):
@@ -584,12 +583,6 @@ class UpstreamFailed(ProxyError):
 
 class ConfigurationFault(UpstreamFailed):
     """The operator has to mend something, such as an app's key."""
-
-    retry = False
-
-
-class Unsatisfied(UpstreamFailed):
-    """The app's answer is not what the request demands, even after a second try."""
 
     retry = False
 
@@ -8899,15 +8892,15 @@ class Reading:
             self._held += [*answer.calls, *rest]
 
 
-def unsatisfied(ask: Ask, reason: str) -> Unsatisfied:
-    """The error after the second try."""
+def unsatisfied(ask: Ask, reason: str) -> UpstreamFailed:
+    """The error where even the second try is not what the request demands."""
     if ask.tool_mode == "required":
         message = f"The app called no tool, although one was required. {reason}"
         param, code = "tool_choice", "tool_choice_unsatisfied"
     else:
         message = f"The app's answer is not the JSON that was asked for: {reason}."
         param, code = ask.output.param, "response_format_unsatisfied"
-    return Unsatisfied(message, param=param, code=code)
+    return UpstreamFailed(message, param=param, code=code, retry=False)
 
 
 def id_headers(ids: DifyIds) -> list[tuple[str, str]]:
@@ -8985,7 +8978,7 @@ class Turns:
         """One turn, and another one if its answer will not do.
 
         Raises:
-            Unsatisfied: neither will do.
+            UpstreamFailed: neither will do.
         """
         ask, headers = question.ask, question.exchange.request.headers
         id_ = ask.conversation_id or headers.get("x-dify-conversation-id", "")

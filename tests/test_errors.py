@@ -62,7 +62,6 @@ TABLE = [
     Row(opendify.NoAnswer, 502, "server_error", "upstream_error"),
     Row(opendify.ConfigurationFault, 502, "server_error", "upstream_error", (FINAL,)),
     Row(opendify.Overloaded, 503, "server_error", "server_is_overloaded", (LATER,)),
-    Row(opendify.Unsatisfied, 502, "server_error", "upstream_error", (FINAL,)),
     Row(opendify.UpstreamTimeout, 504, "server_error", "upstream_timeout"),
     Row(opendify.NoFirstEvent, 504, "server_error", "upstream_timeout"),
 ]

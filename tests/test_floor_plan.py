@@ -18,7 +18,7 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
     "Settings": 229,
-    "Errors": 88,
+    "Errors": 85,
     "SSE": 61,
     "JSON": 88,
     "Turn": 146,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 449,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8084
+WHOLE_BUDGET = 8081
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
