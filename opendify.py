@@ -7272,7 +7272,7 @@ class Reply:
 # once without a byte of an answer (Dify closes idle ones after 2 s: a common race).
 
 # Dify's default server has ten connections in all, idle ones included.
-IDLE_CONNECTION_S, REAP_S = 15.0, 4.0
+IDLE_CONNECTION_S = 15.0
 MAX_IDLE_CONNECTIONS = 64  # to one origin
 GRACE_S = 1.0  # for a chatflow's last event, once `AnswerReader.is_closing`
 CALL_TIMEOUT_S = 30.0  # for the head of a small call's answer
@@ -7516,7 +7516,6 @@ class Pool:
         self._connect = connect
         self._idle: dict[Origin, deque[Wire]] = defaultdict(deque)
         self._faults: dict[Origin, asyncio.Future[ProxyError]] = {}
-        self._reaper: asyncio.TimerHandle | None = None
 
     async def request(
         self, origin: Origin, request: bytes, timeout_s: float
@@ -7575,36 +7574,24 @@ class Pool:
 
     def give_back(self, origin: Origin, wire: Wire) -> None:
         """Keep a connection whose last response was read to its end."""
-        wire.set_deadline(IDLE_CONNECTION_S, ConnectionBroken)  # it is stale then
+        wire.on_leave = wire.close
+        wire.set_deadline(IDLE_CONNECTION_S, functools.partial(_close_idle, wire))
         idle = self._idle[origin]
         idle.append(wire)
         if len(idle) > MAX_IDLE_CONNECTIONS:
             idle.popleft().close()
-        if not self._reaper:
-            self._reap()
 
     def close(self) -> None:
         """Close all idle connections, and keep none any more."""
         self.is_closed = True
-        if self._reaper:
-            self._reaper.cancel()
         for wire in itertools.chain.from_iterable(self._idle.values()):
             wire.close()
-
-    def _reap(self) -> None:
-        """Close what was idle for too long, or was closed by Dify; now and then."""
-        for idle in self._idle.values():
-            for wire in [wire for wire in idle if wire.is_stale]:
-                wire.close()
-                idle.remove(wire)
-        loop = asyncio.get_running_loop()
-        is_used = any(self._idle.values())
-        self._reaper = loop.call_later(REAP_S, self._reap) if is_used else None
 
     def _take_idle(self, origin: Origin) -> Wire | None:
         idle = self._idle[origin]
         while idle:
             wire = idle.pop()  # the newest: it lives most likely
+            wire.on_leave = None
             if not wire.is_stale:
                 return wire
             wire.close()
@@ -7690,6 +7677,12 @@ class Pool:
             if isinstance(error, _WIRE_ERRORS):
                 raise _error_from_wire(origin, error) from error
             raise
+
+
+def _close_idle(wire: Wire) -> ConnectionBroken:
+    """It was idle for too long: what its deadline calls."""
+    wire.close()
+    return ConnectionBroken("idle for too long")
 
 
 def _abort_made(opening: asyncio.Task[Wire]) -> None:
