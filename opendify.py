@@ -9227,21 +9227,15 @@ class Form:
     """
 
     def __init__(self, exchange: Exchange) -> None:
+        self.fields: dict[str, str] = {}
         self.file: Attachment | None = None
         self.start = b""  # of the file
         self.size = 0  # of the file, as far as read
         self._exchange = exchange
         self._reader: FormReader | None = None  # None: all is read
-        self._fields: dict[str, bytes] = {}
         self._field_bytes = 0
         self._store: IO[bytes] = io.BytesIO()  # of a file that is read already
         self._most_mb = 0  # 0: any size
-
-    @property
-    def fields(self) -> dict[str, str]:
-        """The fields so far."""
-        fields = self._fields.items()
-        return {name: data.decode("utf-8", "replace") for name, data in fields}
 
     @property
     def model(self) -> str:
@@ -9269,9 +9263,7 @@ class Form:
         return self.file
 
     def _open_json(self, body: bytes) -> None:
-        fields, self.file = parse_audio_request(parse_json_object(body))
-        for name, text in fields.items():
-            self._fields[name] = text.encode("utf-8", "replace")
+        self.fields, self.file = parse_audio_request(parse_json_object(body))
         self._store = io.BytesIO(self.file.data)
         self.size, self.start = len(self.file.data), self.file.data[:_START_BYTES]
 
@@ -9321,14 +9313,15 @@ class Form:
                     )
                 self.file = form_file(part.filename, part.media_type)
                 return
-            self._fields[part.name] = b""
+            value = b""
             while data := await reader.read():
+                value += data
                 self._field_bytes += len(data)
                 if self._field_bytes > MAX_FIELDS_BYTES:
                     raise BodyTooLarge(
                         f"The fields of a form may have {MAX_FIELDS_BYTES >> 10} KiB."
                     )
-                self._fields[part.name] += data
+            self.fields[part.name] = value.decode("utf-8", "replace")
 
     def _check_size(self, size: int) -> None:
         if self.file and self._most_mb and size > self._most_mb << 20:
