@@ -4448,15 +4448,21 @@ def form_file(filename: str | None, media_type: str) -> Attachment:
 
 
 class Envelope(NamedTuple):
-    """What all chunks of an answer, or the whole one, say of themselves."""
+    """What all chunks of an answer, or the whole one, have in common.
+
+    Where chunks `include_usage`, the last one has it. Calls are written in the older
+    form, as `function_call`, if it `is_legacy`.
+    """
 
     id: str
     created: UnixTime
     model: str
+    include_usage: bool = False
+    is_legacy: bool = False
 
     def head(self, kind: str) -> dict[str, Any]:
         """The keys with which an object of this kind begins."""
-        id_, created, model = self
+        id_, created, model, *_ = self
         about = {"id": id_, "object": kind, "created": created, "model": model}
         return {**about, "system_fingerprint": "fp_opendify"}
 
@@ -4545,12 +4551,10 @@ def chat_completion(
     envelope: Envelope,
     answers: Sequence[Answer],
     ids: DifyIds,
-    *,
-    is_legacy: bool = False,
     spoken: Spoken | None = None,
 ) -> dict[str, Any]:
     """The whole object of a chat completion."""
-    choices = []
+    choices, is_legacy = [], envelope.is_legacy
     for index, answer in enumerate(answers):
         message = _message(answer, is_legacy)
         if spoken and answer.sounds:
@@ -4639,19 +4643,12 @@ class ChatStream:
     _kind, _key = "chat.completion.chunk", "delta"
     _no_content: str | None = ""
 
-    def __init__(
-        self,
-        envelope: Envelope,
-        *,
-        include_usage: bool,
-        index: int = 0,
-        is_legacy: bool = False,
-    ) -> None:
+    def __init__(self, envelope: Envelope, index: int = 0) -> None:
         self.summary = Answer()  # what is no text: calls, citations, usage, the end
         self._head = envelope.head(self._kind)
-        self._usage_key = {"usage": None} if include_usage else {}
+        self._usage_key = {"usage": None} if envelope.include_usage else {}
         self._index = index
-        self._is_legacy = is_legacy
+        self._is_legacy = envelope.is_legacy
         before, after = _around(self._chunk(_HERE))
         self._text = (before + b'{"content":', b"}" + after)
         self._reasoning = (before + b'{"reasoning_content":', b"}" + after)
@@ -4723,8 +4720,8 @@ class SpokenStream(ChatStream):
     needs_ids = True
     _no_content = None
 
-    def __init__(self, envelope: Envelope, spoken: Spoken, **options: Any) -> None:
-        super().__init__(envelope, **options)
+    def __init__(self, envelope: Envelope, spoken: Spoken) -> None:
+        super().__init__(envelope)
         self._spoken = spoken
         self._id = ""  # until it is told, with the first text
         self._sound: bytes | None = None  # what is not written yet
@@ -4763,10 +4760,8 @@ class CompletionStream(ChatStream):
 
     _kind, _key = "text_completion", "text"
 
-    def __init__(
-        self, envelope: Envelope, *, include_usage: bool, index: int, echo: str
-    ) -> None:
-        super().__init__(envelope, include_usage=include_usage, index=index)
+    def __init__(self, envelope: Envelope, index: int, echo: str) -> None:
+        super().__init__(envelope, index)
         self._echo = echo
         self._text = _around(self._chunk(_HERE))
 
@@ -9826,22 +9821,17 @@ async def create_chat_completion(site: Site, exchange: Exchange) -> None:
     """`POST /chat/completions`."""
     chat = parse_chat_request(_body_of(exchange))
     app = await site.find_app(exchange, chat.ask.model)
-    envelope = _envelope(site, "chatcmpl", exchange.model)
+    options = (chat.include_usage, chat.is_legacy)
+    envelope = _envelope(site, "chatcmpl", exchange.model, *options)
     ask = await _prepared(site, exchange, app, chat.ask)
     ask, spoken = await _with_speech(site, exchange, app, ask, envelope.created)
-    make: Callable[..., ChatStream] = ChatStream
-    if spoken:
-        make = functools.partial(SpokenStream, spoken=spoken)
-    has_usage, is_legacy = chat.include_usage, chat.is_legacy
     streams = [
-        make(envelope, include_usage=has_usage, index=index, is_legacy=is_legacy)
+        SpokenStream(envelope, spoken) if spoken else ChatStream(envelope, index)
         for index in range(chat.n if chat.stream else 0)
     ]
 
     def whole(answers: Sequence[Answer], ids: DifyIds) -> dict[str, Any]:
-        return chat_completion(
-            envelope, answers, ids, is_legacy=is_legacy, spoken=spoken
-        )
+        return chat_completion(envelope, answers, ids, spoken)
 
     questions = [Question(exchange, app, ask, chat.n == 1) for _ in range(chat.n)]
     await _answer_all(site, questions, streams, whole)
@@ -9851,10 +9841,10 @@ async def create_completion(site: Site, exchange: Exchange) -> None:
     """`POST /completions`, the legacy API."""
     request = parse_completion_request(_body_of(exchange))
     app = await site.find_app(exchange, request.asks[0].model)
-    envelope = _envelope(site, "cmpl", exchange.model)
-    has_usage, echoes = request.include_usage, request.echoes
+    envelope = _envelope(site, "cmpl", exchange.model, request.include_usage)
+    echoes = request.echoes
     streams = [
-        CompletionStream(envelope, include_usage=has_usage, index=index, echo=echo)
+        CompletionStream(envelope, index, echo)
         for index, echo in enumerate(echoes if request.stream else ())
     ]
 
@@ -9866,8 +9856,9 @@ async def create_completion(site: Site, exchange: Exchange) -> None:
     await _answer_all(site, questions, streams, whole)
 
 
-def _envelope(site: Site, prefix: str, model: str) -> Envelope:
-    return Envelope(f"{prefix}-{site.new_id()}", int(site.wall_clock()), model)
+def _envelope(site: Site, prefix: str, model: str, *options: bool) -> Envelope:
+    about = (f"{prefix}-{site.new_id()}", int(site.wall_clock()), model)
+    return Envelope(*about, *options)
 
 
 # Responses...

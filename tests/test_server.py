@@ -70,7 +70,7 @@ class Stage:
         raise BadRequest("Not so.", param="p", headers=[("X-More", "y")])
 
     def begin(self, exchange: Exchange) -> None:
-        exchange.fail = ChatStream(Envelope("id", 0, "m"), include_usage=False).fail
+        exchange.fail = ChatStream(Envelope("id", 0, "m")).fail
         exchange.reply.start(200, [("Content-Type", "text/event-stream")])
         exchange.reply.write(b"data: begun\n\n")
 

@@ -211,7 +211,7 @@ async def test_stream_is_transcript_then_sound_as_it_comes(smoothing: str) -> No
 def test_base64_is_whole_in_every_piece(size: int) -> None:
     envelope = opendify.Envelope("chatcmpl-1", 1, "m")
     spoken = opendify.Spoken(lambda _: "audio_1", 9)
-    stream = opendify.SpokenStream(envelope, spoken, include_usage=False)
+    stream = opendify.SpokenStream(envelope, spoken)
     sound = bytes(range(20))
     cuts = range(0, len(sound), size)
     parts: list[opendify.Part] = [Sound(sound[at : at + size]) for at in cuts]
