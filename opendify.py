@@ -4622,13 +4622,12 @@ def _finish_reason(answer: Answer, is_legacy: bool) -> str:
 _HERE = {"@": 0}  # where the text of a chunk goes
 
 
-def _around(chunk: bytes) -> tuple[bytes, bytes]:
-    """What stands before and behind the text in all chunks like this one.
+def _template(chunk: bytes, content: bytes = b"%b") -> bytes:
+    """All chunks like this one, with this content, whose %b is the text.
 
     Written so, a chunk costs a twentieth of what `dumps` of the whole one would.
     """
-    before, _, after = chunk.partition(json_bytes(_HERE))
-    return before, after
+    return chunk.replace(b"%", b"%%").replace(json_bytes(_HERE), content)
 
 
 def encode_failure(error: ProxyError) -> bytes:
@@ -4649,9 +4648,9 @@ class ChatStream:
         self._usage_key = {"usage": None} if envelope.include_usage else {}
         self._index = index
         self._is_legacy = envelope.is_legacy
-        before, after = _around(self._chunk(_HERE))
-        self._text = (before + b'{"content":', b"}" + after)
-        self._reasoning = (before + b'{"reasoning_content":', b"}" + after)
+        chunk = self._chunk(_HERE)
+        self._text = _template(chunk, b'{"content":%b}')
+        self._reasoning = _template(chunk, b'{"reasoning_content":%b}')
         self._chars = 0
 
     def heartbeat(self) -> bytes:
@@ -4677,11 +4676,9 @@ class ChatStream:
         """The chunks that a part becomes; b"" for one that is kept for the end."""
         if isinstance(part, Text):
             self._chars += len(part.text)
-            head, tail = self._text
-            return head + json_string(part.text) + tail
+            return self._text % json_string(part.text)
         if isinstance(part, Reasoning):
-            head, tail = self._reasoning
-            return head + json_string(part.text) + tail
+            return self._reasoning % json_string(part.text)
         self.summary.add(part)
         if isinstance(part, ToolCall):
             return self._call(part)
@@ -4725,8 +4722,7 @@ class SpokenStream(ChatStream):
         self._spoken = spoken
         self._id = ""  # until it is told, with the first text
         self._sound: bytes | None = None  # what is not written yet
-        before, after = _around(self._audio(_HERE))
-        self._text = (before + b'{"transcript":', b"}" + after)
+        self._text = _template(self._audio(_HERE), b'{"transcript":%b}')
 
     def begin(self, ids: DifyIds) -> bytes:
         """The first chunk; the audio's id waits for the first text."""
@@ -4763,7 +4759,7 @@ class CompletionStream(ChatStream):
     def __init__(self, envelope: Envelope, index: int, echo: str) -> None:
         super().__init__(envelope, index)
         self._echo = echo
-        self._text = _around(self._chunk(_HERE))
+        self._text = _template(self._chunk(_HERE))
 
     def begin(self, ids: DifyIds) -> bytes:
         """The first chunk: the prompt, if it is to be repeated."""
@@ -4772,8 +4768,7 @@ class CompletionStream(ChatStream):
     def encode(self, part: Part) -> bytes:
         """The chunk that a part becomes; b"" for one that this API has no word for."""
         if isinstance(part, Text):
-            head, tail = self._text
-            return head + json_string(part.text) + tail
+            return self._text % json_string(part.text)
         if isinstance(part, Finish):
             return self._chunk("", part.reason)
         if isinstance(part, Usage):
