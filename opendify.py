@@ -1382,7 +1382,7 @@ def describe_tools(tools: Sequence[Tool], mode: str, *, is_serial: bool = False)
         return _NO_TOOLS_TEXT if mode == "none" else ""
     fields, lines = ("name", "description", "parameters"), []
     for tool in tools:
-        kind = {"type": "custom"} if tool.is_custom else {}  # for `told_tools`
+        kind = {"type": "custom"} if tool.is_custom else {}  # for `told_ask`
         about = {**kind, **{name: getattr(tool, name) for name in fields}}
         lines.append(json.dumps(about, ensure_ascii=False))
     number = _ONE if is_serial else _SEVERAL
@@ -1390,15 +1390,22 @@ def describe_tools(tools: Sequence[Tool], mode: str, *, is_serial: bool = False)
     return f"{words} {MUST_CALL}" if mode == "required" else words
 
 
-def told_tools(text: str) -> list[Tool]:
-    """The tools that a text lists in the words of `describe_tools`; its last list."""
+def told_ask(text: str) -> Ask:
+    """What these words ask for that stand in a text: tools, one call only, JSON.
+
+    Of several lists of tools it is the last; of the JSON it is no more than its kind.
+    """
+    _, is_json, what = text.rpartition(_FORMAT_TEXT.partition("{")[0])
+    schema = {"type": "object"} if what.startswith("one JSON object") else {}
+    output = OutputFormat("json_schema", schema=schema) if is_json else OutputFormat()
     _, opener, rest = text.rpartition(_TOOLS_TEXT.partition("{")[0])
-    lines, closer, _ = rest.partition("\n</tools>\n")
+    lines, closer, rest = rest.partition("\n</tools>\n")
     try:
         texts = lines.split("\n") if opener and closer else []
-        return [*_parse_tools([parse_json_text(text) for text in texts])]
+        tools = (*_parse_tools([parse_json_text(text) for text in texts]),)
     except ValueError:
-        return []
+        tools = ()
+    return Ask("", (), tools=tools, is_serial=_ONE in rest, output=output)
 
 
 def describe_call(call: ToolCall) -> str:
@@ -3481,9 +3488,9 @@ def _texts(value: Any) -> tuple[str, ...]:
 class StoredTurn:
     """A stored message or run: a question, and the parts of its answer.
 
-    `tools` are those that the app was told of in this turn or, if the turns before it
-    were read too, in the last of them that told any. A workflow's run is a conversation
-    by itself: its id stands for both.
+    `told` is what the app was told in this turn of tools and an output format; if the
+    turns before it were read too, the tools may be those of the last that told any. A
+    workflow's run is a conversation by itself: its id stands for both.
     """
 
     conversation_id: str
@@ -3491,7 +3498,7 @@ class StoredTurn:
     created: UnixTime
     question: Message
     parts: Sequence[Part]
-    tools: Sequence[Tool] = ()
+    told: Ask
     past: str = ""  # before the question, as the app's input had it
 
     @property
@@ -3519,7 +3526,7 @@ def stored_turn(row: Json, app: AppSettings) -> StoredTurn:
         count_of(row.get("created_at")),
         Message("user", query, attachments=attachments),
         AnswerReader("chat", app).recover(row),
-        _tools_in([*inputs.values(), query]),
+        _told_in([*inputs.values(), query]),
         past=str(inputs.get(app.history_variable) or ""),
     )
 
@@ -3542,13 +3549,13 @@ def stored_run(run: Json, app: AppSettings, query: str) -> StoredTurn:
     reader = AnswerReader("workflow", app)
     parts = reader._workflow_finished({**run, "outputs": outputs})
     id_, created = str(run.get("id") or ""), count_of(run.get("created_at"))
-    tools = _tools_in(inputs.values())
-    return StoredTurn(id_, id_, created, question, parts, tools)
+    told = _told_in(inputs.values())
+    return StoredTurn(id_, id_, created, question, parts, told)
 
 
-def _tools_in(values: Iterable[Any]) -> list[Tool]:
-    """The tools that the app was told of, in its query or in whatever input."""
-    return told_tools("\n".join(text for text in values if isinstance(text, str)))
+def _told_in(values: Iterable[Any]) -> Ask:
+    """What the app was told to write, in its query or in whatever input."""
+    return told_ask("\n".join(text for text in values if isinstance(text, str)))
 
 
 def _unpacked(value: Any) -> dict[str, Any]:
@@ -9479,22 +9486,29 @@ class Archive:
 
 def _with_tools(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
     """The turns of a conversation with the tools that the app was told of by then."""
-    tools: Sequence[Tool] = ()
-    return [replace(turn, tools=(tools := turn.tools or tools)) for turn in turns]
+    last, known = Ask("", ()), []
+    for turn in turns:
+        last = turn.told if turn.told.tools else last
+        # A format that is not told anew may be none.
+        known.append(replace(turn, told=last._replace(output=turn.told.output)))
+    return known
 
 
 def stored_answer(turn: StoredTurn, tools: Iterable[Tool] = ()) -> Answer:
-    """What the app said; with the tools it had then, its calls are no text.
+    """What the app said, read as it was told to write: calls are no text.
 
     Args:
         turn: of Dify's store.
         tools: the client's, beside those of the turn.
     """
-    known = {tool.name: tool for tool in (*turn.tools, *tools)}
-    ask = Ask("", (), tools=tuple(known.values()))
+    known = {tool.name: tool for tool in (*turn.told.tools, *tools)}
+    ask = turn.told._replace(tools=tuple(known.values()))
     reading = Reading(ask, turn.message_id, is_whole=True, spent=Usage())
-    answer = Answer()
-    for part in reading.feed([*turn.parts]):
+    answer, parts = Answer(), reading.feed([*turn.parts])
+    if reading.problem:  # it is not the JSON that was asked for: it stays as it is
+        told = ask._replace(output=OutputFormat())
+        return stored_answer(replace(turn, told=told))
+    for part in parts:
         if not isinstance(part, Failure):
             answer.add(part)
     return answer

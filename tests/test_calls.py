@@ -45,7 +45,7 @@ from opendify import (
     parse_tools,
     retry_text,
     schema_problems,
-    told_tools,
+    told_ask,
 )
 
 WEATHER = {
@@ -1665,10 +1665,22 @@ def test_words_say_which_tools_there_are() -> None:
     )
 
 
+@pytest.mark.parametrize("is_serial", [False, True])
 @pytest.mark.parametrize("mode", ["auto", "required"])
-def test_described_tools_are_read_back(mode: str) -> None:
-    words = describe_tools([TOOLS[0]], "auto") + describe_tools(TOOLS, mode)
-    assert told_tools(f"<message>\n{words}\n</message>\n\nHi") == [*TOOLS]
+def test_described_tools_are_read_back(mode: str, is_serial: bool) -> None:
+    words = describe_tools([TOOLS[0]], "auto", is_serial=not is_serial)
+    words += describe_tools(TOOLS, mode, is_serial=is_serial)
+    asked = told_ask(f"<message>\n{words}\n</message>\n\nHi")
+    assert (asked.tools, asked.is_serial) == ((*TOOLS,), is_serial)
+    assert asked.output == OutputFormat()
+
+
+@pytest.mark.parametrize("schema", [{"type": "object"}, {"type": "array"}])
+def test_described_format_is_read_back(schema: dict[str, Any]) -> None:
+    words = describe_format(OutputFormat("json_schema", "n", schema))
+    output = told_ask(f"{words}\n\nHi").output
+    assert output.kind == "json_schema"
+    assert (output.schema == schema) == (schema["type"] == "object")
 
 
 @pytest.mark.parametrize(
@@ -1677,9 +1689,9 @@ def test_described_tools_are_read_back(mode: str) -> None:
 def test_what_is_not_described_is_no_tool(lines: str) -> None:
     opener = describe_tools(TOOLS, "auto").partition("{")[0]
     block = f"\n<tools>\n{lines}\n</tools>\n"
-    assert told_tools(f"{opener}{lines}\n</tools>\n") == []
-    assert told_tools(block) == told_tools(opener + lines) == []
-    assert told_tools(describe_tools(TOOLS, "auto") + block) == [*TOOLS]
+    for text in (f"{opener}{lines}\n</tools>\n", block, opener + lines):
+        assert told_ask(text) == Ask("", ())
+    assert told_ask(describe_tools(TOOLS, "auto") + block).tools == (*TOOLS,)
 
 
 def test_words_are_not_read_as_calls() -> None:

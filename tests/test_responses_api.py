@@ -643,6 +643,53 @@ async def test_result_of_a_tool_continues_on_another_replica(way: str) -> None:
 
 TWO_CALLS = CALL + CALL.replace("get_weather", "get_time")
 TIME = {**WEATHER, "name": "get_time"}
+ONE_CALL: JSONObject = {"parallel_tool_calls": False}
+AS_JSON: JSONObject = {"text": {"format": {"type": "json_object"}}}
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("text", "fields", "shown"),
+    [
+        (TWO_CALLS, {"tools": [WEATHER, TIME]}, "get_weather get_time"),
+        (TWO_CALLS, {"tools": [WEATHER, TIME], **ONE_CALL}, "get_weather"),
+        ('So:\n```\n{"a": 1}\n```\nDone.', AS_JSON, '{"a": 1}'),
+        (f"So: {{}}\n{CALL}", {**AS_JSON, "tools": [WEATHER]}, "get_weather"),
+    ],
+)
+async def test_stored_answer_is_what_the_request_made_of_it(
+    text: str, fields: JSONObject, shown: str, stream: bool
+) -> None:
+    async with proxy(fake.chat_answer(text)) as served:
+        one = await answer(served, **fields, stream=stream)
+        kept = response_of(await served.get(f"{PATH}/{one['id']}"))
+    names = [row["name"] for row in one["output"] if "name" in row]
+    assert (" ".join(names) or text_of(one)) == shown
+    assert kept["output"] == one["output"]
+
+
+async def test_stored_answer_that_is_not_the_format_stays_as_it_is() -> None:
+    async with proxy(fake.chat_answer('So: {"a": ', "no}", delay=1)) as served:
+        one = await answer(served, **AS_JSON, stream=True)
+        kept = response_of(await served.get(f"{PATH}/{one['id']}"))
+    assert one["status"] == "failed"
+    assert text_of(kept) == 'So: {"a": no}'
+
+
+async def test_call_that_the_client_has_not_got_is_not_told_elsewhere() -> None:
+    texts = [TWO_CALLS, "Well.", "Sunny."]
+    async with proxy(lambda _: fake.chat_answer(texts.pop(0))) as served:
+        asked: JSONObject = {"tools": [WEATHER, TIME], **ONE_CALL}
+        one = await answer(served, "Rome?", **asked)
+        (call,) = one["output"]
+        result = {"type": "function_call_output", "call_id": call["call_id"]}
+        before: JSONObject = {"previous_response_id": one["id"], **asked}
+        for output in ("sun", "rain"):
+            await answer(served, [{**result, "output": output}], **before)
+        _, (query,) = told(served)
+    history = query.partition('<message-2 role="assistant">')[2]
+    assert '"get_weather"' in history
+    assert '"get_time"' not in history
 
 
 @pytest.mark.parametrize("way", ["id", "references", "calls", "conversation"])
