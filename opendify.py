@@ -8869,12 +8869,12 @@ class Reading:
         if self._ask.tool_mode == "required" and not has_call:
             names = ", ".join(tool.name for tool in self._ask.tools)
             self.problem = f"Call {names}."
-        elif self._json and not has_call:
-            self.problem = json_problem(self._json.text, self._ask.output)
-            if self.problem and self._has_given:
-                raise unsatisfied(self._ask, self.problem)
-        elif self._is_json and not self._json:
-            text, problem = extract_json(answer.text, self._ask.output)
+        elif self._json and self._has_given and not has_call:
+            if problem := json_problem(self._json.text, self._ask.output):
+                raise unsatisfied(self._ask, problem)
+        elif self._is_json and not (self._json and has_call):
+            read = self._json.text or self.said.text if self._json else answer.text
+            text, problem = extract_json(read, self._ask.output)
             self.problem = "" if has_call else problem
             kinds = (Text, Reasoning, Recast, ToolCall)
             rest = [part for part in self._held if not isinstance(part, kinds)]

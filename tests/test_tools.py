@@ -998,6 +998,9 @@ async def test_text_is_asked_for_without_words(stream: bool) -> None:
     assert query(served) == "Hi"
 
 
+SLOPPY = "{'name': 'Oslo', 'size': 7, 'twins': [],}"
+
+
 async def test_json_is_streamed_as_soon_as_it_is_certain() -> None:
     gate = asyncio.Event()
     begin = fake.message(f"Sure: ```json\n{GOOD[:20]}")
@@ -1013,13 +1016,23 @@ async def test_json_is_streamed_as_soon_as_it_is_certain() -> None:
     assert first + texts == GOOD
 
 
-async def test_sloppy_json_is_mended() -> None:
-    text = "{'name': 'Oslo', 'size': 7, 'twins': [],}"
-    async with proxy(says(text)) as served:
-        got = await served.chat(response_format=CITY)
-    mended = {"name": "Oslo", "size": 7, "twins": []}
-    assert json.loads(got.message["content"]) == mended
+@WHOLE_OR_STREAMED
+@pytest.mark.parametrize("text", [SLOPPY, SLOPPY.replace("'", '"')])
+async def test_sloppy_json_is_mended(text: str, stream: bool) -> None:
+    """That of a stream, too, while nothing of it was sent."""
+    async with proxy(at_once(f"Here: {text}\nBye.")) as served:
+        got = await served.chat(response_format=CITY, stream=stream)
+    (choice,) = choices_of(got)
+    assert json.loads(choice.text) == {"name": "Oslo", "size": 7, "twins": []}
     assert len(served.turns) == 1
+
+
+async def test_streamed_text_that_was_taken_for_no_json_is_mended() -> None:
+    script = fake.chat_answer("<think>hm</think>", *SLOPPY, delay=0.1)
+    async with proxy(script) as served:
+        got = await served.chat(response_format=CITY, stream=True)
+    assert json.loads(choices_of(got)[0].text)["size"] == 7
+    assert got.reasoning == "hm"
 
 
 @WHOLE_OR_STREAMED
