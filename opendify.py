@@ -8979,9 +8979,10 @@ class Turns:
             return
         demand = "tool_choice" if ask.tool_mode == "required" else "response_format"
         words, said = Message("user", retry_text(demand, reading.problem)), reading.said
+        text = said.text if said.is_whole else f"[{said.size} characters]"
         # What came before in a conversation that is named, Dify alone knows.
         goes_on = bool(ask.conversation_id and question.tail)
-        before = () if goes_on else (*ask.messages, Message("assistant", said.text))
+        before = () if goes_on else (*ask.messages, Message("assistant", text))
         again = ask._replace(messages=(*before, words))
         exchange, app, uploads = question.exchange, question.app, question.uploads
         question = Question(exchange, app, again, goes_on, None, uploads, reading.usage)

@@ -24,7 +24,14 @@ from schemas import FILE, check_chat_stream, validate
 from test_handlers import HI, KEY, MODES, Got, Proxy, answer, form_of, proxy
 from work import at_most
 
-from opendify import Message, ToolCall, call_ids, in_rounds, with_tool_names
+from opendify import (
+    MAX_KEPT_CHARS,
+    Message,
+    ToolCall,
+    call_ids,
+    in_rounds,
+    with_tool_names,
+)
 
 JSONObject = dict[str, Any]
 WHOLE_OR_STREAMED = pytest.mark.parametrize(
@@ -1152,6 +1159,14 @@ async def test_json_is_asked_for_once_more(bad: str) -> None:
     assert last.startswith("Your last answer is not the JSON that was asked for: ")
     assert last.endswith(". Write the whole JSON again, corrected, and nothing else.")
     assert problem in last
+
+
+async def test_long_answer_is_not_shown_as_an_empty_one() -> None:
+    size = MAX_KEPT_CHARS + 1
+    async with proxy(says("x" * size, GOOD)) as served:
+        got = await served.chat(response_format=CITY)
+    assert choices_of(got) == [Choice(GOOD, [], "stop")]
+    assert f'role="assistant">\n[{size} characters]\n' in query(served)
 
 
 @pytest.mark.parametrize("bad", BAD_ANSWERS)
