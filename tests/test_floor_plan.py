@@ -22,28 +22,28 @@ BUDGETS = {
     "SSE": 61,
     "JSON": 88,
     "Turn": 146,
-    "Calls": 690,
+    "Calls": 694,
     "Dify": 910,
     "Ids": 69,
-    "OpenAI": 777,
+    "OpenAI": 763,
     "Responses": 430,
     "Conversations": 428,
     "Pacer": 130,
     "Wire": 536,
-    "Upstream": 756,
-    "Answers": 621,
-    "Handlers": 1056,
+    "Upstream": 748,
+    "Answers": 622,
+    "Handlers": 1053,
     "Server": 299,
     "Page": 258,
     "Command line": 449,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8081
+WHOLE_BUDGET = 8061
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
     "AnswerReader": 161,
-    "Turns": 167,
+    "Turns": 168,
     "Wire": 195,
 }
 
