@@ -1060,8 +1060,8 @@ class Ask(NamedTuple):
 
 # The parts of an answer, in the order in which they come: reasoning, text and calls
 # mixed, then files, citations and usage, then exactly one Finish or Failure. Where the
-# answer is spoken, Sounds follow. Text and Reasoning have slots, and are not frozen,
-# since thousands of them are made a second.
+# answer is spoken, Sounds follow. Text and Reasoning are not frozen, since thousands of
+# them are made a second.
 
 
 @dataclass
@@ -1072,16 +1072,12 @@ class Text:
     text: str
 
 
-@dataclass(init=False)
+@dataclass
 class Reasoning:
     """More of what the model thinks; `is_inline` if it stood in the text, in tags."""
 
-    __slots__ = ("is_inline", "text")
     text: str
-
-    def __init__(self, text: str, *, is_inline: bool = False) -> None:
-        self.text = text
-        self.is_inline = is_inline
+    is_inline: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -2754,7 +2750,7 @@ class Blocks:
             text = "\n\n" + text
         self._last = block
         self.has_thought = self.has_thought or block[0] in ("tag", "node", "thought")
-        return [Reasoning(text, is_inline=block[0] == "tag")]
+        return [Reasoning(text, block[0] == "tag")]
 
 
 class ReasoningSplitter:
