@@ -2959,7 +2959,8 @@ class AnswerReader:
 
     `read` the events, in order, until `is_finished`; `end` when the body ends first,
     or when `is_closing` and nothing came for GRACE_S. The ids are "" until known; a
-    workflow has no conversation and no message, but a run.
+    workflow has no conversation and no message, but a run. An event is read by the
+    method that is called by its name, others are left out.
     """
 
     task_id = conversation_id = message_id = workflow_run_id = ""
@@ -2975,8 +2976,7 @@ class AnswerReader:
         self.is_closing = False
         self._deltas = DeltaReader()
         self._text = AnswerText()
-        self._blocks = self._text.blocks
-        self._process = Process(mode, self._blocks, is_shown=show_process)
+        self._process = Process(mode, self._text.blocks, is_shown=show_process)
         self._appendix = Appendix(mode, app.base)
         self._has_rounds = False  # an agent_message had text
         self._has_asked = False  # the user, for what the run pauses for
@@ -3013,23 +3013,20 @@ class AnswerReader:
             return self.fail(UpstreamFailed("Dify sent an event that is not JSON."))
         if not isinstance(value, dict):  # too deep, too: some tool's output
             return []
-        if self._unknown_ids:
-            self._learn_ids(value)
-        name = str(value.get("event"))
-        translate = _TRANSLATORS.get(name)
+        if unknown := self._unknown_ids:
+            for id_ in unknown:
+                setattr(self, id_, str(value.get(id_) or ""))
+            self._unknown_ids = [id_ for id_ in unknown if not getattr(self, id_)]
+        name = value.get("event")
         if name in _DELTAS and self.mode != "agent":
             self._deltas.example = data
-        payload = object_of(value.get("data")) if name in _OF_DATA else value
-        return translate(self, payload) if translate else []
-
-    def _learn_ids(self, value: dict[str, Any]) -> None:
-        for name in self._unknown_ids:
-            setattr(self, name, str(value.get(name) or ""))
-        self._unknown_ids = [n for n in self._unknown_ids if not getattr(self, n)]
+        translate = getattr(self, f"_on_{name}", None)
+        # What a workflow's events say is in their `data`.
+        return translate(object_of(value.get("data")) or value) if translate else []
 
     # Text and reasoning...
 
-    def _message(self, value: dict[str, Any]) -> list[Part]:
+    def _on_message(self, value: dict[str, Any]) -> list[Part]:
         answer = value.get("answer", value.get("text"))  # the latter in a workflow
         if not isinstance(answer, str):
             return []
@@ -3043,65 +3040,70 @@ class AnswerReader:
             answer = "\n\n" + answer
         return self._text.add_from(value.get("from_variable_selector"), answer)
 
-    def _message_replace(self, value: dict[str, Any]) -> list[Part]:
+    _on_agent_message = _on_text_chunk = _on_message
+
+    def _on_message_replace(self, value: dict[str, Any]) -> list[Part]:
         answer = value.get("answer", value.get("text"))
         return self._text.replace(answer) if isinstance(answer, str) else []
 
-    def _reasoning_chunk(self, data: dict[str, Any]) -> list[Part]:
-        text = data.get("reasoning")
+    _on_text_replace = _on_message_replace
+
+    def _on_reasoning_chunk(self, data: dict[str, Any]) -> list[Part]:
         block = ("node", data.get("node_id"))
-        return self._blocks.add(block, text) if isinstance(text, str) else []
+        return self._text.blocks.add(block, str(data.get("reasoning") or ""))
 
     # What happens beside the text...
 
-    def _thought(self, value: dict[str, Any]) -> list[Part]:
+    def _on_agent_thought(self, value: dict[str, Any]) -> list[Part]:
         ended = self._text.end_block() if self.mode != "agent" else []
         return ended + self._process.thought(value)
 
-    def _node_started(self, data: dict[str, Any]) -> list[Part]:
-        return self._process.step(data)
+    def _on_node_started(self, data: dict[str, Any]) -> list[Part]:
+        title = data.get("title") or data.get("node_type")
+        return self._process.line("step", data, f"Step: {title}" if title else "")
 
-    def _agent_log(self, data: dict[str, Any]) -> list[Part]:
-        ended = self._node_over(data)  # a round, or what the model says in it
-        return ended + self._process.log(data)
+    _on_iteration_started = _on_loop_started = _on_node_started  # come in its place
 
-    def _node_finished(self, data: dict[str, Any]) -> list[Part]:
+    def _on_agent_log(self, data: dict[str, Any]) -> list[Part]:
+        ended = self._text.end_node(data.get("node_id"))  # or what it says in a round
+        return ended + self._process.line("log", data, str(data.get("label") or ""))
+
+    def _on_node_finished(self, data: dict[str, Any]) -> list[Part]:
         self._appendix.add_node(data)
-        return self._node_over(data)
-
-    def _node_over(self, data: dict[str, Any]) -> list[Part]:
-        """A node or its round ended, or is tried again: it begins anew then."""
         return self._text.end_node(data.get("node_id"))
 
-    def _message_file(self, value: dict[str, Any]) -> list[Part]:
+    def _on_node_retry(self, data: dict[str, Any]) -> list[Part]:
+        return self._text.end_node(data.get("node_id"))  # it begins anew
+
+    def _on_message_file(self, value: dict[str, Any]) -> list[Part]:
         if isinstance(value.get("answer"), str):  # text, by a bug of 1.11.2 and later
-            return self._message(value)
+            return self._on_message(value)
         self._appendix.add_file(value)
         return []
 
-    def _human_input(self, data: dict[str, Any]) -> list[Part]:
+    def _on_human_input_required(self, data: dict[str, Any]) -> list[Part]:
         self._has_asked = True
         text = _text_of_form(data)
         return self._text.add("\n\n" + text if self._text.kept.size else text)
 
     # The end...
 
-    def _message_end(self, value: dict[str, Any]) -> list[Part]:
+    def _on_message_end(self, value: dict[str, Any]) -> list[Part]:
         metadata = object_of(value.get("metadata"))
         self._appendix.add_message(objects_of(value.get("files")), metadata)
         parts: list[Part] = []
-        if not self._blocks.has_thought:
+        if not self._text.blocks.has_thought:
             for node, text in object_of(metadata.get("reasoning")).items():
-                parts += self._blocks.add(("node", node), str(text or ""))
+                parts += self._text.blocks.add(("node", node), str(text or ""))
         is_answered = self._text.has_come or self.is_closing
         if self.mode == "advanced-chat" and not is_answered:
             self.is_closing = True  # the outputs may have it
             return parts
         return parts + self._finish()
 
-    def _workflow_finished(self, data: dict[str, Any]) -> list[Part]:
+    def _on_workflow_finished(self, data: dict[str, Any]) -> list[Part]:
         if data.get("status") == "failed":
-            return self._error(data)
+            return self._on_error(data)
         if data.get("status") in _NOT_ALL_SAID:
             self.finish_reason = "length"
         self._appendix.add_run(data)
@@ -3115,12 +3117,13 @@ class AnswerReader:
         self.is_closing = True
         return parts
 
-    def _workflow_paused(self, data: dict[str, Any]) -> list[Part]:
-        lost = [] if self._has_asked else objects_of(data.get("reasons"))
-        parts = [part for reason in lost for part in self._human_input(reason)]
+    def _on_workflow_paused(self, data: dict[str, Any]) -> list[Part]:
+        parts: list[Part] = []
+        for reason in () if self._has_asked else objects_of(data.get("reasons")):
+            parts += self._on_human_input_required(reason)
         return parts + self._finish()
 
-    def _error(self, value: Json) -> list[Part]:
+    def _on_error(self, value: Json) -> list[Part]:
         status = count_of(value.get("status")) or 500  # a failed run has it in words
         code, message = value.get("code"), value.get("message") or value.get("error")
         return self.fail(error_from_dify(status, code, message, in_run=True))
@@ -3165,7 +3168,7 @@ class AnswerReader:
         if parts is None:
             return []
         if row.get("status") == "error":
-            return parts + self._error(row)
+            return parts + self._on_error(row)
         files = objects_of(row.get("message_files"))
         prompt, completion = row.get("message_tokens"), row.get("answer_tokens")
         usage = {"prompt_tokens": prompt, "completion_tokens": completion}
@@ -3185,31 +3188,6 @@ def _as_sent(stored: str, sent: str) -> str:
     return stored if stored.startswith(sent) else sent + stored[last.end() :]
 
 
-_Translators = Mapping[str, Callable[[AnswerReader, dict[str, Any]], list[Part]]]
-_OF_DATA: _Translators = {  # what a workflow's events say is in their `data`
-    "text_chunk": AnswerReader._message,
-    "text_replace": AnswerReader._message_replace,
-    "reasoning_chunk": AnswerReader._reasoning_chunk,
-    "node_started": AnswerReader._node_started,
-    "iteration_started": AnswerReader._node_started,  # in the place of node_started
-    "loop_started": AnswerReader._node_started,  # likewise
-    "node_finished": AnswerReader._node_finished,
-    "node_retry": AnswerReader._node_over,
-    "agent_log": AnswerReader._agent_log,
-    "human_input_required": AnswerReader._human_input,
-    "workflow_finished": AnswerReader._workflow_finished,
-    "workflow_paused": AnswerReader._workflow_paused,
-}
-_TRANSLATORS: _Translators = {
-    **_OF_DATA,
-    "message": AnswerReader._message,
-    "agent_message": AnswerReader._message,
-    "message_file": AnswerReader._message_file,
-    "message_replace": AnswerReader._message_replace,
-    "agent_thought": AnswerReader._thought,
-    "message_end": AnswerReader._message_end,
-    "error": AnswerReader._error,
-}
 _DELTAS = ("message", "agent_message", "text_chunk", "message_file")  # have text
 _NOT_ALL_SAID = ("stopped", "running", "paused")  # the last two of a stored run
 _LONG_EVENT = 4096  # characters; a text delta is shorter
@@ -3221,7 +3199,7 @@ def _can_skip(data: str) -> bool:
     if len(data) <= _LONG_EVENT:
         return not data or data == "ping"
     name = _EVENT_NAME.match(data)
-    return name is not None and name[1] not in _TRANSLATORS
+    return name is not None and not hasattr(AnswerReader, f"_on_{name[1]}")
 
 
 class DeltaReader:
@@ -3284,22 +3262,15 @@ class Process:
         id_, tool, thought = (str(value.get(name) or "") for name in names)
         if tool:
             line = f"Tool: {tool} {value.get('tool_input') or ''}".rstrip()
-            return self._line(("tool", id_), line if value.get("observation") else "")
+            return self.line("tool", value, line if value.get("observation") else "")
         if self._mode != "agent" or not thought:
             return []
         last, self._told[id_] = self._told.get(id_, ""), thought
         return self._blocks.add(("thought", id_), thought.removeprefix(last))
 
-    def step(self, data: Json) -> list[Part]:
-        """A node that begins."""
-        title = data.get("title") or data.get("node_type")
-        return self._line(("step", data.get("id")), f"Step: {title}" if title else "")
-
-    def log(self, data: Json) -> list[Part]:
-        """What an Agent node says of itself."""
-        return self._line(("log", data.get("id")), str(data.get("label") or ""))
-
-    def _line(self, block: tuple[str, object], line: str) -> list[Part]:
+    def line(self, kind: str, value: Json, line: str) -> list[Part]:
+        """A line about something that has an id; "" for none yet."""
+        block = (kind, value.get("id"))
         key = repr(block)
         if not (self._is_shown and line) or key in self._told:
             return []
@@ -3543,7 +3514,7 @@ def stored_run(run: Json, app: AppSettings, query: str) -> StoredTurn:
     texts = [text for text in given if text and isinstance(text, str)]
     question = Message("user", "\n\n".join(texts))
     reader = AnswerReader("workflow", app)
-    parts = reader._workflow_finished({**run, "outputs": outputs})
+    parts = reader._on_workflow_finished({**run, "outputs": outputs})
     id_, created = str(run.get("id") or ""), count_of(run.get("created_at"))
     told = _told_in(inputs.values())
     return StoredTurn(id_, id_, created, question, parts, told)
