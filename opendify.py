@@ -1500,12 +1500,6 @@ _NEXT_PARAMETER = re.compile(
 _Calls = list[tuple[Tool, dict[str, Any]]]
 
 
-def in_pieces(text: str) -> Iterator[str]:
-    """A long text as it is read for markers, piece by piece."""
-    starts = range(0, len(text), _MAX_PIECE_CHARS)
-    return (text[at : at + _MAX_PIECE_CHARS] for at in starts)
-
-
 class CallReader:
     """Finds the tool calls in an answer; other parts go through.
 
@@ -1534,8 +1528,9 @@ class CallReader:
         done: list[Part] = []
         for part in parts:
             if isinstance(part, Text):
-                for piece in in_pieces(part.text):
-                    self._read(done, piece, is_last=False)
+                for at in range(0, len(part.text), _MAX_PIECE_CHARS):
+                    self._text += part.text[at : at + _MAX_PIECE_CHARS]
+                    self._read(done, is_last=False)
             else:
                 held = [] if isinstance(part, Reasoning) else self.close()
                 done += [*held, part]
@@ -1546,14 +1541,13 @@ class CallReader:
     def close(self) -> list[Part]:
         """What is still held back, as if no more text came."""
         done: list[Part] = []
-        self._read(done, "", is_last=True)
+        self._read(done, is_last=True)
         if self._blank and not self.calls:
             done.append(Text(self._blank))
             self._blank = None
         return done
 
-    def _read(self, done: list[Part], text: str, *, is_last: bool) -> None:
-        self._text += text
+    def _read(self, done: list[Part], *, is_last: bool) -> None:
         while block := self._block or self._find_block(done, is_last):
             if not self._read_block(done, block, is_last):
                 return
