@@ -449,32 +449,25 @@ class ProxyError(Exception):
         message: for the client's user: what is wrong and what to do.
         param: the request's field at fault.
         code: where it differs from the class's: OpenAI's or Dify's.
-        retry: whether repeating the request can help; None leaves it to the client.
-        headers: further response headers, (name, value).
+        is_final: a repeat of the request can't help; else that is left to the client.
     """
 
     status = 500
     type = "server_error"
     code: str | None = None
     param: str | None = None
-    retry: bool | None = None
+    is_final = False
     is_unsent = False  # nothing of the request has reached Dify
 
     def __init__(
-        self,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry: bool | None = None,
-        headers: Sequence[tuple[str, str]] = (),
+        self, message: str, *, param: str = "", code: str = "", is_final: bool = False
     ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param or self.param
         self.code = code or self.code
-        self.retry = self.retry if retry is None else retry
-        self.headers = list(headers)
+        self.is_final = is_final or self.is_final
+        self.headers: list[tuple[str, str]] = []  # further ones of the response
 
     def __str__(self) -> str:
         """The message as it is now: a key may have been masked in it."""
@@ -568,7 +561,8 @@ class RateLimited(ProxyError):
 class QuotaExceeded(ProxyError):
     """Credit is used up: a repeat can't help."""
 
-    status, type, code, retry = 429, "insufficient_quota", "insufficient_quota", False
+    status, type, code = 429, "insufficient_quota", "insufficient_quota"
+    is_final = True
 
 
 class UpstreamRejected(BadRequest):
@@ -584,7 +578,7 @@ class UpstreamFailed(ProxyError):
 class ConfigurationFault(UpstreamFailed):
     """The operator has to mend something, such as an app's key."""
 
-    retry = False
+    is_final = True
 
 
 class UpstreamTimeout(ProxyError):
@@ -626,8 +620,8 @@ def error_body(error: ProxyError) -> dict[str, Any]:
 def error_headers(error: ProxyError) -> list[tuple[str, str]]:
     """The headers that go with an error's response."""
     headers = list(error.headers)
-    if error.retry is not None:
-        headers.append(("x-should-retry", str(error.retry).lower()))
+    if error.is_final:
+        headers.append(("x-should-retry", "false"))
     elif error.status in (429, 503) and not headers:
         headers.append(("Retry-After", RETRY_AFTER_S))  # else Codex repeats no 429
     if error.status == 401:
@@ -2626,7 +2620,7 @@ def error_from_dify(
             return error(text, code=error.code or code)
     if in_run:
         is_late = re.search("timed? ?out", text, re.IGNORECASE)
-        failed = UpstreamFailed(text, code=code, retry=False)
+        failed = UpstreamFailed(text, code=code, is_final=True)
         return UpstreamTimeout(text) if is_late else failed
     if status >= 500:
         return UpstreamFailed(f"Dify failed ({status}): {text}")
@@ -3139,7 +3133,7 @@ class AnswerReader:
             return []
         if self.is_closing:
             return self._finish()
-        return self.fail(UpstreamFailed(BROKEN_OFF, retry=False))
+        return self.fail(UpstreamFailed(BROKEN_OFF, is_final=True))
 
     @property
     def is_as_sent(self) -> bool:
@@ -5218,7 +5212,7 @@ def _failure_code(error: ProxyError) -> str:
     `invalid_prompt`: final, shown with its message, and the one code of that kind that
     OpenAI's schema has (`insufficient_quota` is not in it).
     """
-    if error.retry is False or (error.status < 500 and error.status not in (408, 429)):
+    if error.is_final or (error.status < 500 and error.status not in (408, 429)):
         return "invalid_prompt"
     return "rate_limit_exceeded" if error.status == 429 else "server_error"
 
@@ -7793,7 +7787,7 @@ class TurnStream:
         try:
             events = self._decoder.feed(data)
         except SSEOverflow as error:
-            return self._give_up(UpstreamFailed(f"Dify sent {error}.", retry=False))
+            return self._give_up(UpstreamFailed(f"Dify sent {error}.", is_final=True))
         parts = self.reader.read(events)
         if self._is_draining:
             return parts
@@ -7847,7 +7841,7 @@ _SILENT = frozenset(("", "ping"))  # events that are no sign of life of a run
 def _too_silent() -> ProxyError:
     return UpstreamTimeout(
         "Dify sent nothing but heartbeats for too long (DIFY_IDLE_TIMEOUT).",
-        retry=False,
+        is_final=True,
     )
 
 
@@ -7943,7 +7937,7 @@ class Api:
             raise UpstreamFailed(  # perhaps after a run
                 "What stands before Dify compresses its answers, though it is asked "
                 "not to; switch that off there.",
-                retry=False,
+                is_final=True,
             )
         if response.status < 300:
             self._answered_at = asyncio.get_running_loop().time()
@@ -8851,7 +8845,7 @@ def unsatisfied(ask: Ask, reason: str) -> UpstreamFailed:
     else:
         message = f"The app's answer is not the JSON that was asked for: {reason}."
         param, code = ask.output.param, "response_format_unsatisfied"
-    return UpstreamFailed(message, param=param, code=code, retry=False)
+    return UpstreamFailed(message, param=param, code=code, is_final=True)
 
 
 def id_headers(ids: DifyIds) -> list[tuple[str, str]]:
@@ -9603,10 +9597,9 @@ class Site:
         matches = [hmac.compare_digest(given, known.encode()) for known in valid]
         is_shut = len(failures) >= MAX_KEY_FAILURES
         if is_shut and (peer, key) not in self._right_keys:
-            raise RateLimited(
-                "Too many wrong API keys from this address.",
-                headers=[("Retry-After", f"{KEY_FAILURES_S:g}")],
-            )
+            error = RateLimited("Too many wrong API keys from this address.")
+            error.headers.append(("Retry-After", f"{KEY_FAILURES_S:g}"))
+            raise error
         if any(matches):
             if len(self._right_keys) > MAX_ADDRESSES:
                 self._right_keys.clear()
@@ -10371,7 +10364,7 @@ async def _say(site: Site, question: Question, sink: Outlet | Collector) -> None
             raise UpstreamFailed(_NO_SOUND)
     except ProxyError as error:
         error.message = _UNSPOKEN + error.message
-        error.retry = False  # the question would be asked again
+        error.is_final = True  # the question would be asked again
         raise
 
 
@@ -10635,10 +10628,11 @@ def find_handler(site: Site, exchange: Exchange) -> Handler:
     method = "GET" if request.method == "HEAD" else request.method
     if method not in methods:
         allowed = ", ".join(methods)
-        raise MethodNotAllowed(
-            f"{request.method} is not possible here, but {allowed}.",
-            headers=[("Allow", allowed)],
+        error = MethodNotAllowed(
+            f"{request.method} is not possible here, but {allowed}."
         )
+        error.headers.append(("Allow", allowed))
+        raise error
     exchange.route = endpoint
     if endpoint not in OPEN_ENDPOINTS:
         site.check_key(client_key(request.headers), exchange.peer)

@@ -1380,31 +1380,37 @@ def test_upload_is_multipart_with_name_type_and_user() -> None:
 @pytest.mark.parametrize(
     ("status", "code", "message", "in_run", "wanted"),
     [
-        (401, "unauthorized", "bad", False, (502, "upstream_error", False)),
-        (403, "forbidden", "off", False, (502, "upstream_error", False)),
-        (404, "not_found", "Conversation Not Exists.", False, (404, "not_found", None)),
-        (404, "not_found", "Workflow not found", False, (400, "not_found", None)),
-        (400, "not_chat_app", "x", False, (400, "not_chat_app", None)),
-        (400, "invalid_param", "Too many requests. …", False, (429, None, None)),
-        (429, "rate_limit_error", "x", False, (429, None, None)),
-        (400, "provider_quota_exceeded", "x", False, (429, None, False)),
-        (500, "internal_server_error", "x", False, (502, "upstream_error", None)),
-        (400, "completion_request_error", "x", True, (502, None, False)),
-        (401, "invalid_api_key", "the provider's", True, (502, None, False)),
-        (400, "invalid_param", "Run failed: 429", True, (429, None, None)),
+        (401, "unauthorized", "bad", False, (502, "upstream_error", True)),
+        (403, "forbidden", "off", False, (502, "upstream_error", True)),
+        (
+            404,
+            "not_found",
+            "Conversation Not Exists.",
+            False,
+            (404, "not_found", False),
+        ),
+        (404, "not_found", "Workflow not found", False, (400, "not_found", False)),
+        (400, "not_chat_app", "x", False, (400, "not_chat_app", False)),
+        (400, "invalid_param", "Too many requests. …", False, (429, None, False)),
+        (429, "rate_limit_error", "x", False, (429, None, False)),
+        (400, "provider_quota_exceeded", "x", False, (429, None, True)),
+        (500, "internal_server_error", "x", False, (502, "upstream_error", False)),
+        (400, "completion_request_error", "x", True, (502, None, True)),
+        (401, "invalid_api_key", "the provider's", True, (502, None, True)),
+        (400, "invalid_param", "Run failed: 429", True, (429, None, False)),
         (
             400,
             "invalid_param",
             "Read timed out.",
             True,
-            (504, "upstream_timeout", None),
+            (504, "upstream_timeout", False),
         ),
         (
             400,
             "invalid_param",
             "timeout must be > 0",
             False,
-            (400, "invalid_param", None),
+            (400, "invalid_param", False),
         ),
     ],
 )
@@ -1414,7 +1420,7 @@ def test_error_of_dify(
     error = opendify.error_from_dify(status, code, message, in_run=in_run)
     defaults = {429: "insufficient_quota" if "quota" in code else "rate_limit_exceeded"}
     wanted_code = wanted[1] or defaults.get(error.status, code)
-    assert (error.status, error.code, error.retry) == (
+    assert (error.status, error.code, error.is_final) == (
         wanted[0],
         wanted_code,
         wanted[2],
@@ -1448,21 +1454,21 @@ def test_error_that_echoes_a_file_is_understood_in_little_time() -> None:
 @pytest.mark.parametrize(
     ("status", "body", "wanted"),
     [
-        (404, b"<html>", (502, False)),
-        (200, b"<html>", (502, False)),
-        (502, b"<html>", (502, None)),
-        (504, b"", (504, None)),
-        (504, b'{"message": "The upstream server is timing out"}', (504, None)),
-        (522, b"<html>", (504, None)),
-        (524, b"error code: 524", (504, None)),
-        (413, b"<html>", (413, None)),
-        (429, b"", (429, None)),
+        (404, b"<html>", (502, True)),
+        (200, b"<html>", (502, True)),
+        (502, b"<html>", (502, False)),
+        (504, b"", (504, False)),
+        (504, b'{"message": "The upstream server is timing out"}', (504, False)),
+        (522, b"<html>", (504, False)),
+        (524, b"error code: 524", (504, False)),
+        (413, b"<html>", (413, False)),
+        (429, b"", (429, False)),
     ],
 )
 def test_error_body_that_is_not_dify_s(status: int, body: bytes, wanted: Any) -> None:
     error = opendify.error_from_body(status, body)
-    assert (error.status, error.retry) == wanted
-    if not error.retry and status in (200, 404):
+    assert (error.status, error.is_final) == wanted
+    if error.is_final:
         assert "DIFY_API_BASE" in error.message
 
 
@@ -1551,7 +1557,7 @@ def test_error_of_a_provider_is_told_by_what_stands_around_its_message(
 )
 def test_error_of_an_app_that_the_app_calls_is_not_the_caller_s(message: str) -> None:
     error = opendify.error_from_dify(200, "", message, in_run=True)
-    assert (error.status, error.retry) == (502, False)
+    assert (error.status, error.is_final) == (502, True)
 
 
 def test_input_that_only_the_run_misses_is_the_caller_s() -> None:

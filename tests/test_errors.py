@@ -123,57 +123,30 @@ def test_server_errors_never_blame_the_request() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        pytest.param({}, ("m", None, "upstream_error", None, []), id="nothing"),
-        pytest.param(
-            {"param": "p"}, ("m", "p", "upstream_error", None, []), id="param"
-        ),
-        pytest.param({"code": "c"}, ("m", None, "c", None, []), id="code"),
-        pytest.param(
-            {"code": ""}, ("m", None, "upstream_error", None, []), id="empty-code"
-        ),
-        pytest.param(
-            {"retry": True},
-            ("m", None, "upstream_error", True, [("x-should-retry", "true")]),
-            id="retry",
-        ),
-        pytest.param(
-            {"retry": False},
-            ("m", None, "upstream_error", False, [FINAL]),
-            id="no-retry",
-        ),
-        pytest.param(
-            {"headers": [("Retry-After", "1")], "retry": False},
-            ("m", None, "upstream_error", False, [("Retry-After", "1"), FINAL]),
-            id="headers",
-        ),
+        pytest.param({}, (None, "upstream_error", []), id="nothing"),
+        pytest.param({"param": "p"}, ("p", "upstream_error", []), id="param"),
+        pytest.param({"code": "c"}, (None, "c", []), id="code"),
+        pytest.param({"code": ""}, (None, "upstream_error", []), id="empty-code"),
+        pytest.param({"is_final": True}, (None, "upstream_error", [FINAL]), id="final"),
     ],
 )
 def test_instance_overrides_its_class(
     given: dict[str, Any], expected: tuple[Any, ...]
 ) -> None:
     error = opendify.UpstreamFailed("m", **given)
-    told = (error.message, error.param, error.code, error.retry, error_headers(error))
-    assert told == expected
+    assert (error.param, error.code, error_headers(error)) == expected
     validate("ErrorResponse", error_body(error))
 
 
-def test_own_retry_after_is_the_only_one() -> None:
-    own = [("Retry-After", "60")]
-    assert error_headers(opendify.RateLimited("m", headers=own)) == own
-
-
-def test_retry_of_a_class_may_be_overridden() -> None:
-    error = opendify.QuotaExceeded("m", retry=True)
-    assert error_headers(error) == [("x-should-retry", "true")]
-    assert opendify.QuotaExceeded.retry is False
-
-
-def test_headers_are_the_caller_s_no_more() -> None:
-    headers = [("Allow", "GET")]
-    error = opendify.MethodNotAllowed("m", headers=headers)
-    headers.append(("Allow", "POST"))
-    assert error_headers(error) == [("Allow", "GET")]
-    assert error_headers(error) == [("Allow", "GET")]
+def test_own_headers_come_first_and_own_retry_after_is_the_only_one() -> None:
+    own = ("Retry-After", "60")
+    for error, more in (
+        (opendify.RateLimited("m"), []),
+        (opendify.UpstreamFailed("m", is_final=True), [FINAL]),
+    ):
+        error.headers.append(own)
+        assert error_headers(error) == [own, *more]
+        assert error_headers(error) == [own, *more]
 
 
 def test_error_is_an_exception_that_tells_its_message() -> None:

@@ -766,7 +766,7 @@ def test_end(reason: str, status: str, details: Any) -> None:
 
 FAILURES = [
     (UpstreamFailed("x"), "server_error"),
-    (UpstreamFailed("x", retry=False), "invalid_prompt"),
+    (UpstreamFailed("x", is_final=True), "invalid_prompt"),
     (UpstreamTimeout("x"), "server_error"),
     (Overloaded("x"), "server_error"),
     (ProxyError("x"), "server_error"),

@@ -67,7 +67,9 @@ class Stage:
         raise RuntimeError("a secret detail")
 
     async def refuse(self, _: Site, __: Exchange) -> None:
-        raise BadRequest("Not so.", param="p", headers=[("X-More", "y")])
+        error = BadRequest("Not so.", param="p")
+        error.headers.append(("X-More", "y"))
+        raise error
 
     def begin(self, exchange: Exchange) -> None:
         exchange.fail = ChatStream(Envelope("id", 0, "m")).fail

@@ -11,7 +11,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple
 
 import fake_dify
 import pytest
@@ -119,11 +119,11 @@ class Outcome(NamedTuple):
     text: str
     end: str
     status: int = 200
-    retry: Optional[bool] = None
+    is_final: bool = False
 
 
 def outcome_of(text: str, error: ProxyError) -> Outcome:
-    return Outcome(text, type(error).__name__, error.status, error.retry)
+    return Outcome(text, type(error).__name__, error.status, error.is_final)
 
 
 def joined(parts: Iterable[Part]) -> str:
@@ -752,9 +752,9 @@ def plain(fields: str, body: bytes, version: str = "1.1") -> Raw:
 FINE = Outcome("Hello", "finish")
 REFUSED = Outcome("", "UpstreamFailed", 502)  # a retry can help: nothing ran for sure
 UNANSWERED = Outcome("", "NoAnswer", 502)
-BROKEN = Outcome("Hello", "UpstreamFailed", 502, retry=False)
-BROKEN_EARLY = Outcome("", "UpstreamFailed", 502, retry=False)
-MISLED = Outcome("", "ConfigurationFault", 502, retry=False)
+BROKEN = Outcome("Hello", "UpstreamFailed", 502, is_final=True)
+BROKEN_EARLY = Outcome("", "UpstreamFailed", 502, is_final=True)
+MISLED = Outcome("", "ConfigurationFault", 502, is_final=True)
 LONG = "x" * 8_000_000
 
 FAULTS: list[Any] = [
@@ -988,7 +988,7 @@ async def test_endless_line_ends_at_its_limit() -> None:
     async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
         fake.app(KEY, script=[message("Hello"), Send(b"data: "), *[part] * 14])
         outcome = await turn(dify, app)
-        assert outcome == Outcome("Hello", "UpstreamFailed", 502, retry=False)
+        assert outcome == Outcome("Hello", "UpstreamFailed", 502, is_final=True)
 
 
 async def test_turn_when_nobody_listens() -> None:
@@ -1224,7 +1224,7 @@ async def test_connecting_has_a_limit() -> None:
 
 NO_HEAD = Outcome("", "UpstreamTimeout", 504)
 LATE = Outcome("", "NoFirstEvent", 504)
-SILENT = Outcome("Hello", "UpstreamTimeout", 504, retry=False)
+SILENT = Outcome("Hello", "UpstreamTimeout", 504, is_final=True)
 
 
 @pytest.mark.parametrize(
