@@ -171,30 +171,22 @@ class Settings:
     dify_api_keys: tuple[str, ...] = _setting(
         (), "comma-separated app keys; each becomes a model with its app's name"
     )
-    dify_api_base: str = _setting(
-        "https://api.dify.ai/v1", "Dify's API, with its /v1 at the end"
-    )
+    dify_api_base: str = _setting("https://api.dify.ai/v1", "Dify's API, /v1 included")
     server_host: str = _setting("127.0.0.1", "address to listen on")
     server_port: int = _setting(5000, "port to listen on; 0 takes a free one", 0)
     valid_api_keys: tuple[str, ...] = _setting(
         (), "comma-separated keys; clients must send one of them, or any if empty"
     )
     stream_smoothing: bool = _setting(True, "make streamed text appear evenly")
-    stream_max_lag: Seconds = _setting(
-        0.4, "longest time that text is held back, in seconds", 0
-    )
+    stream_max_lag: Seconds = _setting(0.4, "seconds that text may be held back", 0)
     conversation_store: str = _setting(
         "memory", "memory, or the path of an SQLite file, which survives a restart"
     )
     conversation_ttl: Seconds = _setting(
         7 * 86400.0, "how long an unused conversation is remembered", 1
     )
-    show_process: bool = _setting(
-        False, "show agent tools and workflow steps as reasoning text"
-    )
-    dify_connect_timeout: Seconds = _setting(
-        10.0, "seconds to wait for a connection to Dify", 0.001
-    )
+    show_process: bool = _setting(False, "show tools and workflow steps as reasoning")
+    dify_connect_timeout: Seconds = _setting(10.0, "seconds to connect to Dify", 0.001)
     dify_first_event_timeout: Seconds = _setting(
         120.0, "seconds until Dify's first event; pings do not count", 0.001
     )
@@ -243,7 +235,7 @@ def parse_settings(variables: Mapping[str, str]) -> Settings:
         default, least = setting.metadata["default"], setting.metadata["least"]
         try:
             text = text.upper() if setting.name == "log_level" else text
-            value = values[setting.name] = _PARSERS[type(default)](text)
+            values[setting.name] = value = _PARSERS[type(default)](text)
             if least is not None and value < least:
                 raise ValueError(f"must be {least:g} or more, not {text}")
         except ValueError as error:
