@@ -2999,7 +2999,7 @@ class AnswerReader:
             self._unknown_ids = [id_ for id_ in unknown if not getattr(self, id_)]
         name = value.get("event")
         if name in _DELTAS and self.mode != "agent":
-            self._deltas.example = data
+            self._deltas.learn(data)
         translate = getattr(self, f"_on_{name}", None)
         # What a workflow's events say is in their `data`.
         return translate(object_of(value.get("data")) or value) if translate else []
@@ -3190,14 +3190,10 @@ class DeltaReader:
     """
 
     def __init__(self) -> None:
-        self.example = ""  # to be learnt from when the next event comes
         self._frame: tuple[str, int, str] | None = None  # before, its size, after
 
     def text_of(self, data: str) -> str | None:
         """The text of an event that is like the last example, else None."""
-        if self.example:
-            self._learn(self.example)
-            self.example = ""
         if not self._frame or not data.startswith(self._frame[0]):
             return None
         _, size, after = self._frame
@@ -3207,7 +3203,8 @@ class DeltaReader:
             return None
         return text if data[end:] == after else None
 
-    def _learn(self, data: str) -> None:
+    def learn(self, data: str) -> None:
+        """Take an event for the example."""
         self._frame = None
         key = _TEXT_KEY.search(data)
         if not key:

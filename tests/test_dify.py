@@ -977,12 +977,12 @@ def test_pause_says_what_it_waits_for(
 def test_delta_reader_reads_what_is_like_its_example(kind: str) -> None:
     deltas = DeltaReader()
     assert deltas.text_of(text_event(kind, "a", "llm")) is None
-    deltas.example = text_event(kind, "a", "llm")
+    deltas.learn(text_event(kind, "a", "llm"))
     assert deltas.text_of(text_event(kind, 'b"\n', "llm")) == 'b"\n'
     assert deltas.text_of(text_event(kind, "c", "other")) is None
     assert deltas.text_of(text_event(kind, "c", "llm")[:-1]) is None
     assert deltas.text_of(text_event(kind, "c", "llm")) == "c"
-    deltas.example = event(event=kind, id="2")
+    deltas.learn(event(event=kind, id="2"))
     assert deltas.text_of(text_event(kind, "d", "llm")) is None
 
 
