@@ -10207,27 +10207,22 @@ def with_words(ask: Ask, place: str) -> Ask:
         ask: the question.
         place: of the words about tools, one of TOOLS_PLACES.
     """
-    if place == "off" and ask.tools:
-        if ask.tool_mode == "required":
-            raise BadRequest(
-                "Tools are switched off for this model.",
-                param="tool_choice",
-                code="unsupported_parameter",
-            )
-        ask = ask._replace(tools=())
-    has_called = any(m.tool_calls or m.role == "tool" for m in ask.messages)
-    mode = "none" if has_called and not ask.tools else ask.tool_mode
-    tools = ""
     if place != "off":
+        has_called = any(m.tool_calls or m.role == "tool" for m in ask.messages)
+        mode = "none" if has_called and not ask.tools else ask.tool_mode
         tools = describe_tools(ask.tools, mode, is_serial=ask.is_serial)
-    words = [tools, describe_format(ask.output)]
+    elif ask.tools and ask.tool_mode == "required":
+        raise BadRequest(
+            "Tools are switched off for this model.",
+            param="tool_choice",
+            code="unsupported_parameter",
+        )
+    else:
+        ask, tools = ask._replace(tools=()), ""
     if place == "inputs" and tools:
-        ask = ask._replace(inputs={**ask.inputs, "tools": tools})
-        words.remove(tools)
-    if not any(words):
-        return ask
-    texts = [text for text in (ask.system, *words) if text]
-    return ask._replace(system="\n\n".join(texts))
+        ask, tools = ask._replace(inputs={**ask.inputs, "tools": tools}), ""
+    words = filter(None, (ask.system, tools, describe_format(ask.output)))
+    return ask._replace(system="\n\n".join(words))
 
 
 # Audio...
