@@ -10159,19 +10159,15 @@ async def _all_of(
     that, nor for the name of a run, without which it can't be stopped.
     """
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-
-    async def end() -> None:
-        await asyncio.gather(*tasks, return_exceptions=True)
-
     try:
-        await asyncio.gather(*tasks)
+        await asyncio.gather(*tasks)  # takes note of all errors
     except asyncio.CancelledError:  # so are they, or see that the client has left
-        await end()
+        await asyncio.wait(tasks)
         raise
     except Exception:
         for task in exchange.waiting:
             task.cancel()
-        site.dify.run_in_background(end())
+        site.dify.run_in_background(asyncio.wait(tasks))
         raise
 
 
