@@ -5131,7 +5131,7 @@ def _complete(part: Any) -> Any:
     return {**_MESSAGE_SHAPE.part, **part} if is_answer else part
 
 
-def list_page(items: Sequence[Json], query: Mapping[str, str]) -> Any:
+def list_page(items: Sequence[Json], query: Mapping[str, str]) -> dict[str, Any]:
     """A page of a list, newest first unless `order` is "asc".
 
     Args:
@@ -9131,11 +9131,11 @@ async def _with_past(dify: Dify, question: Question, plan: Plan) -> Json:
 # 16. Handlers
 # ==============================================================================
 #
-# The routes, one coroutine each: a request in, a reply out. First comes what they
-# share: Form reads a request that brings a file, Archive reads what Dify keeps of
-# earlier turns, and Site has the rest; each handler is given it. Then come the
-# handlers, API by API, then ROUTES, the table of all. Catches nothing that the error
-# boundary of room 17 can answer. Never touches sockets or h11.
+# The routes, one coroutine each: it returns the JSON that answers a request, or replies
+# by itself. First comes what they share: Form reads a request that brings a file,
+# Archive reads what Dify keeps of earlier turns, and Site has the rest; each handler is
+# given it. Then come the handlers, API by API, then ROUTES, the table of all. Catches
+# nothing that the error boundary of room 17 can answer. Never touches sockets or h11.
 
 MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
 MAX_ADDRESSES = 10_000  # that are remembered for it
@@ -9697,25 +9697,25 @@ def _shown(id_: str) -> str:
 # Models and health...
 
 
-async def list_models(site: Site, exchange: Exchange) -> None:
+async def list_models(site: Site, exchange: Exchange) -> Json:
     """`GET /models`."""
     models = await site.models()
     named = [(name, site.dify.facts.of(app).name) for name, app in models.items()]
-    send_json(exchange.reply, models_list(named, site.created))
+    return models_list(named, site.created)
 
 
-async def get_model(site: Site, exchange: Exchange) -> None:
+async def get_model(site: Site, exchange: Exchange) -> Json:
     """`GET /models/{id}`, in each of the encodings that clients use."""
     app = await site.find_app(exchange, exchange.name_in_path)
     name = site.dify.facts.of(app).name
-    send_json(exchange.reply, model_object(exchange.model, name, site.created))
+    return model_object(exchange.model, name, site.created)
 
 
-async def list_apps(site: Site, exchange: Exchange) -> None:
+async def list_apps(site: Site, exchange: Exchange) -> Json:
     """`GET /apps`: how each app does just now, for the page."""
     models = await site.models()
     rows = await asyncio.gather(*(_app_row(site, *pair) for pair in models.items()))
-    send_json(exchange.reply, {"object": "list", "data": rows})
+    return {"object": "list", "data": rows}
 
 
 async def _app_row(site: Site, model: str, app: AppSettings) -> dict[str, str]:
@@ -9726,19 +9726,19 @@ async def _app_row(site: Site, model: str, app: AppSettings) -> dict[str, str]:
     return {"id": model, "name": site.dify.facts.of(app).name, "mode": mode}
 
 
-async def show_health(site: Site, exchange: Exchange) -> None:
+async def show_health(site: Site, exchange: Exchange) -> Json:
     """`GET /health`: the process is alive."""
-    send_json(exchange.reply, {"status": "ok", "version": __version__})
+    return {"status": "ok", "version": __version__}
 
 
-async def show_readiness(site: Site, exchange: Exchange) -> None:
+async def show_readiness(site: Site, exchange: Exchange) -> Json:
     """`GET /ready`: an app has answered lately, or answers now."""
     apps = (await site.models()).values()
     if not apps:
         raise ConfigurationFault("No app is configured.")
     if not site.dify.api.has_answered_lately:
         await _any_of(site.dify.api.call(app, "/info") for app in apps)
-    send_json(exchange.reply, {"status": "ready"})
+    return {"status": "ready"}
 
 
 async def _any_of(awaitables: Iterable[Awaitable[Any]]) -> None:
@@ -9892,39 +9892,36 @@ def _bind(site: Site, exchange: Exchange, named: NamedConversation, turn: Turn) 
             site.conversations.put(tail._replace(digests=b""), now)
 
 
-async def get_response(site: Site, exchange: Exchange) -> None:
+async def get_response(site: Site, exchange: Exchange) -> Json:
     """`GET /responses/{id}`: the answer, as Dify has stored it."""
     if query_of(exchange.request).get("stream", "").lower() == "true":
         raise bad_value("stream", "a stored response comes whole.")
     if running := _running_as(site, exchange):
-        shown = running[0].so_far("in_progress")
-    else:
-        shown = _as_response(*await _stored_response(site, exchange))
-    send_json(exchange.reply, shown)
+        return running[0].so_far("in_progress")
+    return _as_response(*await _stored_response(site, exchange))
 
 
-async def get_input_items(site: Site, exchange: Exchange) -> None:
+async def get_input_items(site: Site, exchange: Exchange) -> Json:
     """`GET /responses/{id}/input_items`: the question of an answer."""
     frame, turn = await _stored_response(site, exchange)
     items = [input_item(frame.id("msg_", "in"), turn.question)]
-    send_json(exchange.reply, list_page(items, query_of(exchange.request)))
+    return list_page(items, query_of(exchange.request))
 
 
-async def delete_response(site: Site, exchange: Exchange) -> None:
+async def delete_response(site: Site, exchange: Exchange) -> Json:
     """`DELETE /responses/{id}`. Dify can't forget one message: it stays there."""
     await _stored_response(site, exchange)
-    send_json(exchange.reply, deleted_object(exchange.name_in_path))
+    return deleted_object(exchange.name_in_path)
 
 
-async def cancel_response(site: Site, exchange: Exchange) -> None:
+async def cancel_response(site: Site, exchange: Exchange) -> Json:
     """`POST /responses/{id}/cancel`: the app stops, its stream ends incomplete."""
     if running := _running_as(site, exchange):
         stream, turn = running
         value = stream.so_far("cancelled")
         await turn.stream.stop()
-        send_json(exchange.reply, value)
-    else:
-        await get_response(site, exchange)
+        return value
+    return await get_response(site, exchange)
 
 
 def _running_as(site: Site, exchange: Exchange) -> tuple[ResponseStream, Turn] | None:
@@ -9973,63 +9970,63 @@ def _frame_of(
 # Conversations...
 
 
-async def create_conversation(site: Site, exchange: Exchange) -> None:
+async def create_conversation(site: Site, exchange: Exchange) -> Json:
     """`POST /conversations`."""
     body = parse_json_object(exchange.body or b"{}")
     id_, now = f"conv_{site.new_id()}", int(site.wall_clock())
     items = _with_items(site, body, ())
     named = NamedConversation(id_, now, _parse_metadata(body), items)
     _keep(site, exchange, named)
-    _send_conversation(exchange, named)
+    return _shown_conversation(named)
 
 
-async def get_conversation(site: Site, exchange: Exchange) -> None:
+async def get_conversation(site: Site, exchange: Exchange) -> Json:
     """`GET /conversations/{id}`."""
-    _send_conversation(exchange, _named(site, exchange))
+    return _shown_conversation(_named(site, exchange))
 
 
-async def update_conversation(site: Site, exchange: Exchange) -> None:
+async def update_conversation(site: Site, exchange: Exchange) -> Json:
     """`POST /conversations/{id}`: other metadata."""
     named = _named(site, exchange)
     body = parse_json_object(exchange.body)
     named = replace(named, metadata=_parse_metadata(body))
     _keep(site, exchange, named)
-    _send_conversation(exchange, named)
+    return _shown_conversation(named)
 
 
-async def delete_conversation(site: Site, exchange: Exchange) -> None:
+async def delete_conversation(site: Site, exchange: Exchange) -> Json:
     """`DELETE /conversations/{id}`."""
     named = _named(site, exchange)
     site.conversations.drop(named)
-    send_json(exchange.reply, deleted_object(named.id))
+    return deleted_object(named.id)
 
 
-async def add_conversation_items(site: Site, exchange: Exchange) -> None:
+async def add_conversation_items(site: Site, exchange: Exchange) -> Json:
     """`POST /conversations/{id}/items`: they go to Dify with the next turn."""
     named = _named(site, exchange)
     items = _with_items(site, parse_json_object(exchange.body), named.items)
     _keep(site, exchange, replace(named, items=items))
     added = items[len(named.items) :]
-    send_json(exchange.reply, list_page(added, {"order": "asc", "limit": "100"}))
+    return list_page(added, {"order": "asc", "limit": "100"})
 
 
-async def list_conversation_items(site: Site, exchange: Exchange) -> None:
+async def list_conversation_items(site: Site, exchange: Exchange) -> Json:
     """`GET /conversations/{id}/items`: all turns in Dify, and what awaits one."""
     items = await _items_of(site, exchange, _named(site, exchange))
-    send_json(exchange.reply, list_page(items, query_of(exchange.request)))
+    return list_page(items, query_of(exchange.request))
 
 
-async def get_conversation_item(site: Site, exchange: Exchange) -> None:
+async def get_conversation_item(site: Site, exchange: Exchange) -> Json:
     """`GET /conversations/{id}/items/{id}`."""
     item_id = exchange.name_in_path.partition("/")[2]
     items = await _items_of(site, exchange, _named(site, exchange))
     item = next((item for item in items if item["id"] == item_id), None)
     if not item:
         raise _not_found("Item", item_id)
-    send_json(exchange.reply, item)
+    return item
 
 
-async def delete_conversation_item(site: Site, exchange: Exchange) -> None:
+async def delete_conversation_item(site: Site, exchange: Exchange) -> Json:
     """`DELETE /conversations/{id}/items/{id}`.
 
     Dify can't forget one that it has: a new conversation is told the others.
@@ -10048,7 +10045,7 @@ async def delete_conversation_item(site: Site, exchange: Exchange) -> None:
         raise BadRequest(f"Of more than {MAX_NAMED_ITEMS} items none can be deleted.")
     named = replace(named, items=tuple(rest))
     _keep(site, exchange, named)
-    _send_conversation(exchange, named)
+    return _shown_conversation(named)
 
 
 async def _items_of(
@@ -10106,9 +10103,8 @@ def _parse_metadata(body: Json) -> dict[str, Any]:
     return metadata
 
 
-def _send_conversation(exchange: Exchange, named: NamedConversation) -> None:
-    value = conversation_object(named.id, named.created, named.metadata)
-    send_json(exchange.reply, value)
+def _shown_conversation(named: NamedConversation) -> Json:
+    return conversation_object(named.id, named.created, named.metadata)
 
 
 # Turns...
@@ -10262,7 +10258,7 @@ async def speak(site: Site, exchange: Exchange) -> None:
             await _pass_file(site, exchange, response, fields)
 
 
-async def list_speakers(site: Site, exchange: Exchange) -> None:
+async def list_speakers(site: Site, exchange: Exchange) -> Json:
     """`GET /audio/models` and `/audio/voices`, as Open WebUI asks for them.
 
     The apps whose text to speech is on, as far as they say so in time, and the
@@ -10278,7 +10274,7 @@ async def list_speakers(site: Site, exchange: Exchange) -> None:
     names = {"models": list(voices), "voices": dict.fromkeys(voices.values())}
     kind = exchange.route.rpartition("/")[2]
     data = [{"id": name, "name": name} for name in names[kind]]
-    send_json(exchange.reply, {kind: data})
+    return {kind: data}
 
 
 async def _open_speech(
@@ -10365,7 +10361,7 @@ _NO_FILE = (
 _NO_CONTENT = "Dify (from 1.7.2 on) gives a file back once a message has used it."
 
 
-async def create_file(site: Site, exchange: Exchange) -> None:
+async def create_file(site: Site, exchange: Exchange) -> Json:
     """`POST /files`: to Dify; all that is known of the file goes into its id."""
     form = Form(exchange)
     with while_present(exchange), contextlib.closing(form):
@@ -10384,18 +10380,18 @@ async def create_file(site: Site, exchange: Exchange) -> None:
         str(int(site.wall_clock())),
         form.fields.get("purpose", ""),
     )
-    send_json(exchange.reply, file_object(stored, site.sealer(exchange, app)))
+    return file_object(stored, site.sealer(exchange, app))
 
 
-async def list_files(site: Site, exchange: Exchange) -> None:
+async def list_files(site: Site, exchange: Exchange) -> Json:
     """`GET /files`: none, for neither Dify nor OpenDify keeps a list of them."""
-    send_json(exchange.reply, list_page([], {}))
+    return list_page([], {})
 
 
-async def get_file(site: Site, exchange: Exchange) -> None:
+async def get_file(site: Site, exchange: Exchange) -> Json:
     """`GET /files/{id}`: what the id says."""
     app, stored = await _file_in_path(site, exchange)
-    send_json(exchange.reply, file_object(stored, site.sealer(exchange, app)))
+    return file_object(stored, site.sealer(exchange, app))
 
 
 async def get_file_content(site: Site, exchange: Exchange) -> None:
@@ -10417,11 +10413,10 @@ async def get_file_content(site: Site, exchange: Exchange) -> None:
         await _pass_file(site, exchange, response, headers)
 
 
-async def delete_file(site: Site, exchange: Exchange) -> None:
+async def delete_file(site: Site, exchange: Exchange) -> Json:
     """`DELETE /files/{id}`: Dify's API can't delete, and the answer says so."""
     await _file_in_path(site, exchange)
-    value = {"id": exchange.name_in_path, "object": "file", "deleted": False}
-    send_json(exchange.reply, value)
+    return {"id": exchange.name_in_path, "object": "file", "deleted": False}
 
 
 async def _pass_file(
@@ -10502,7 +10497,7 @@ async def _with_stored_files(site: Site, exchange: Exchange, ask: Ask) -> Ask:
 
 # Routes...
 
-Handler = Callable[[Site, Exchange], Awaitable[None]]
+Handler = Callable[[Site, Exchange], Awaitable[Union[Json, None]]]  # None: it replied
 NOT_SERVED = (
     *("embeddings", "moderations"),
     *("images/generations", "images/edits", "images/variations"),
@@ -10840,7 +10835,9 @@ class Server(Listener):
         if exchange.route not in READING_ENDPOINTS:
             exchange.body = await read_whole(exchange.read)
             del exchange.read  # it refers back to it
-        await handler(self._site, exchange)
+        value = await handler(self._site, exchange)
+        if value is not None:
+            send_json(reply, value)
         await reply.drain()  # it is over when the client has it
 
     def _note(self, exchange: Exchange) -> None:
