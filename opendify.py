@@ -8540,9 +8540,7 @@ class Outlet:
         sent = self.text
         if self._sent.is_whole and text.startswith(sent):
             return text[len(sent) :]
-        log.warning(
-            "the app replaced text that was sent already [%s]", self._exchange.id
-        )
+        log.warning("the app replaced what was sent already [%s]", self._exchange.id)
         return ""
 
     def _put_text(self, part: Text | Reasoning, now: float) -> bytes:
@@ -9086,10 +9084,8 @@ class Turns:
             common["inputs"] = {**inputs, **placed}
             common["files"] = files_beside(form, beside)
         variable = query_variable(mode, form, app.query_variable)
-        conversation_id = plan.tail.conversation_id
-        return dify_request(
-            mode, plan.query, common, variable=variable, conversation_id=conversation_id
-        )
+        id_, query = plan.tail.conversation_id, plan.query
+        return dify_request(mode, query, common, variable=variable, conversation_id=id_)
 
     async def _uploaded(self, question: Question, file: Attachment) -> Attachment:
         """The file as Dify knows it: its data is uploaded, once a request."""
@@ -9844,8 +9840,7 @@ async def create_response(site: Site, exchange: Exchange) -> None:
     finally:
         del site.running[running]
         if named and exchange.turn:
-            named = replace(named, model=exchange.model, user=user)
-            _bind(site, exchange, named, exchange.turn)
+            _bind(site, question, named, exchange.turn)
 
 
 def _in_conversation(
@@ -9874,17 +9869,17 @@ async def _check_place(
         raise bad_value("conversation", "it belongs to another model or end user.")
 
 
-def _bind(site: Site, exchange: Exchange, named: NamedConversation, turn: Turn) -> None:
+def _bind(site: Site, question: Question, named: NamedConversation, turn: Turn) -> None:
     """Dify has the conversation from this turn on, as it was when that began.
 
     Of a turn that failed, some releases remember nothing.
     """
     reader, scope = turn.stream.reader, turn.plan.tail.scope
     id_ = reader.conversation_id if reader.is_stored else ""
-    owner, now = site.owner_of(exchange), site.wall_clock()
-    latest = site.conversations.named(named.id, owner, now)
+    exchange, now = question.exchange, site.wall_clock()
+    latest = site.conversations.named(named.id, site.owner_of(exchange), now)
     if id_ and latest and latest.conversation_id == named.conversation_id:
-        about = {"model": named.model, "user": named.user}
+        about = {"model": exchange.model, "user": question.user}
         bound = latest.bind(scope, named.items, **about, conversation_id=id_)
         _keep(site, exchange, bound)
         # No chat with the same words may go on in it.
@@ -10322,13 +10317,12 @@ async def _say(site: Site, question: Question, sink: Outlet | Collector) -> None
     if sink.calls or not (sink.text.strip() or sink.is_behind):
         return
     app, exchange, size = question.app, question.exchange, 0
+    voice = question.ask.voice or ""
     try:
         if sink.is_behind:
             raise UpstreamFailed("The text is too long.")
         with while_present(exchange):
-            response = await _open_speech(
-                site, app, sink.text, question.ask.voice or "", question.user
-            )
+            response = await _open_speech(site, app, sink.text, voice, question.user)
             with contextlib.closing(response):
                 while data := await site.dify.read_file(response):
                     size += len(data)
@@ -10371,15 +10365,9 @@ async def create_file(site: Site, exchange: Exchange) -> Json:
         answer = await _send_form(site, exchange, form, app, file)
     if not answer.get("id"):
         raise UpstreamFailed(f"Dify gave the file {file.name!r} no id.")
-    stored = StoredFile(
-        str(answer["id"]),
-        form.user,
-        file.name,
-        file.media_type,
-        str(form.size),
-        str(int(site.wall_clock())),
-        form.fields.get("purpose", ""),
-    )
+    size, created = str(form.size), str(int(site.wall_clock()))
+    about = (form.user, file.name, file.media_type, size, created)
+    stored = StoredFile(str(answer["id"]), *about, form.fields.get("purpose", ""))
     return file_object(stored, site.sealer(exchange, app))
 
 
