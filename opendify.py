@@ -9295,7 +9295,7 @@ class Archive:
         An answer that is named is continued where it stands, if Dify's conversation
         ends with it and nobody else has a turn there. Else its history is folded.
         """
-        app, user, previous = question.app, question.user, request.previous_response_id
+        user, previous = question.user, request.previous_response_id
         ids = [id_ for id_ in dict.fromkeys(request.references) if id_ != previous]
         places = {
             id_: place
@@ -9305,7 +9305,7 @@ class Archive:
         if previous and not (previous in places and previous.startswith("resp_")):
             raise _no_previous(previous)
         if not places:
-            question.ask = await self._continue_named(app, request, user)
+            question.ask = await self._join_named(question, request)
             return
         *_, anchor = places.values()
         here, table, now = anchor.conversation_id, self.conversations, self.wall_clock()
@@ -9313,37 +9313,31 @@ class Archive:
         is_here = (request.ask.conversation_id or request.conversation) in ("", here)
         if is_here and not anchor.is_run:
             question.tail = table.take_by_id(question.scope, here, now)
-        is_free = question.tail is not None
-        question.ask = await self._continue_at(app, request, places, is_free)
+        question.ask = await self._join_at(question, request, places)
         if question.tail and question.ask.conversation_id != here:
             table.put(question.tail, self.wall_clock())
             question.tail = None
 
-    async def _continue_named(
-        self, app: AppSettings, request: ResponsesRequest, user: str
-    ) -> Ask:
+    async def _join_named(self, question: Question, request: ResponsesRequest) -> Ask:
         """The question in the conversation of its id, if any, or in a new one."""
-        here, told = Place(user, request.ask.conversation_id, ""), list[Message]()
+        app, id_, told = question.app, request.ask.conversation_id, list[Message]()
+        here = Place(question.user, id_, "")
         has_results = any(getattr(item, "role", "") == "tool" for item in request.items)
-        is_named = has_results and here.conversation_id
-        if is_named and await self.dify.facts.mode_of(app) in CHAT_MODES:
+        if has_results and id_ and await self.dify.facts.mode_of(app) in CHAT_MODES:
             turns, _ = await self.dify.messages(app, here)
             told = _transcript(_with_tools(turns), request.known_tools)
         ask = ask_of(request, {}, told=told)
         is_all_new = ask.is_all_new and not is_known_history(ask, told)
         return _not_empty(ask._replace(is_all_new=is_all_new), request)
 
-    async def _continue_at(
-        self,
-        app: AppSettings,
-        request: ResponsesRequest,
-        places: Mapping[str, Place],
-        is_free: bool,
+    async def _join_at(
+        self, question: Question, request: ResponsesRequest, places: Mapping[str, Place]
     ) -> Ask:
         """The question as it continues the last place's conversation, or folds it.
 
-        Only the former has the conversation's id.
+        Only the former has the conversation's id; the question must have its tail.
         """
+        app, is_free = question.app, question.tail is not None
         previous, tools = request.previous_response_id, request.known_tools
         latest_first = list(reversed(list(places.values())))
         anchor, stored = latest_first[0], {}
@@ -9829,8 +9823,9 @@ async def create_response(site: Site, exchange: Exchange) -> None:
     def whole(answers: Sequence[Answer], ids: DifyIds) -> dict[str, Any]:
         return response_object(replace(frame, ids=ids), answers[0])
 
-    await _check_place(site, app, user, named)
     question = Question(exchange, app, ask, True)
+    if named:
+        await _check_place(site, question, named)
     with site.turns.holding(question):
         await site.archive.join(question, request, sealer)
         question.ask = await _prepared(site, exchange, app, question.ask)
@@ -9856,16 +9851,14 @@ def _in_conversation(
 
 
 async def _check_place(
-    site: Site, app: AppSettings, user: str, named: NamedConversation | None
+    site: Site, question: Question, named: NamedConversation
 ) -> None:
     """Refuse a turn of an app or a user that the conversation can't have."""
-    if not named:
-        return
-    mode = await site.dify.facts.mode_of(app)
+    mode = await site.dify.facts.mode_of(question.app)
     if mode not in CHAT_MODES:
         problem = f"a {mode} app keeps none; send the history as `input`."
         raise bad_value("conversation", problem)
-    if not named.is_bound_to(scope_of(app.key, user)):
+    if not named.is_bound_to(question.scope):
         raise bad_value("conversation", "it belongs to another model or end user.")
 
 
