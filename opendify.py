@@ -7857,9 +7857,7 @@ class Api:
         """Whether an app has accepted a turn or a call in the last minutes."""
         return asyncio.get_running_loop().time() - self._answered_at < LATELY_S
 
-    async def call(
-        self, app: AppSettings, path: str, value: Any = None
-    ) -> dict[str, Any]:
+    async def call(self, app: AppSettings, path: str, value: Any = None) -> Json:
         """A call whose answer is a JSON object; raises the ProxyError of an error.
 
         It is a GET, or a POST of `value`, which may be answered by nothing: {}.
@@ -7934,7 +7932,7 @@ class Api:
 
     async def read_object(
         self, response: UpstreamResponse, app: AppSettings, *, or_nothing: bool = False
-    ) -> dict[str, Any]:
+    ) -> Json:
         """The JSON object that answers a call; raises the ProxyError of an error."""
         if response.status >= 300:
             raise await _refusal_in(response, app)
@@ -8164,7 +8162,7 @@ class Dify:
         file: Attachment,
         read: Read,
         user: Callable[[], str],
-    ) -> dict[str, Any]:
+    ) -> Json:
         """Send a file as it comes; returns Dify's answer. Its errors name the file.
 
         Args:
@@ -8197,17 +8195,12 @@ class Dify:
         return await self.api.request(app, path, body, UPLOAD_TIMEOUT_S, kind)
 
     async def open_file(
-        self,
-        app: AppSettings,
-        path: str,
-        missing: ProxyError | None = None,
-        value: Any = None,
+        self, app: AppSettings, path: str, body: bytes, missing: ProxyError | None
     ) -> UpstreamResponse:
         """A file that a call gives, not read yet; raises `missing` if there is none.
 
-        The call is a GET, or a POST of `value`.
+        The call is a GET, or a POST of a body.
         """
-        body = b"" if value is None else json_bytes(value)
         timeout_s = self.settings.dify_first_event_timeout
         response = await self.api.request(app, path, body, timeout_s)
         if response.status == 200:
@@ -8222,7 +8215,7 @@ class Dify:
 
     # What Dify has stored...
 
-    async def stored_row(self, reader: AnswerReader, user: str) -> dict[str, Any]:
+    async def stored_row(self, reader: AnswerReader, user: str) -> Json:
         """The row of an answer in Dify's store, {} if it has none, or failed."""
         with contextlib.suppress(ProxyError):
             id_ = reader.conversation_id
@@ -8255,7 +8248,7 @@ class Dify:
 
     async def _run(self, app: AppSettings, id_: str) -> list[StoredTurn]:
         """A workflow's run; [] if Dify does not have it (404, or nulls)."""
-        run: dict[str, Any] = {}
+        run: Json = {}
         with contextlib.suppress(UpstreamRejected):
             path = f"/workflows/run/{urllib.parse.quote(id_, safe='')}"
             run = await self.api.call(app, path)
@@ -8267,7 +8260,7 @@ class Dify:
 
     async def _messages(
         self, app: AppSettings, conversation_id: str, user: str, **more: object
-    ) -> dict[str, Any]:
+    ) -> Json:
         about = {"conversation_id": conversation_id, "user": user, **more}
         query = urllib.parse.urlencode(about, errors="replace")
         return await self.api.call(app, f"/messages?{query}")
@@ -10271,7 +10264,7 @@ async def _open_speech(
     """The sound of a text, not read yet."""
     voice = voice_for(voice, (await site.dify.facts.form_of(app)).voice)
     body = {"text": text, "user": user, **({"voice": voice} if voice else {})}
-    response = await site.dify.open_file(app, "/text-to-audio", value=body)
+    response = await site.dify.open_file(app, "/text-to-audio", json_bytes(body), None)
     kind = response.content_type.lower()
     if not kind.startswith(("audio/", "application/octet-stream")):
         response.close()
@@ -10371,19 +10364,19 @@ async def list_files(site: Site, exchange: Exchange) -> Json:
 
 async def get_file(site: Site, exchange: Exchange) -> Json:
     """`GET /files/{id}`: what the id says."""
-    app, stored = await _file_in_path(site, exchange)
+    app, stored = await _file_of(site, exchange, exchange.name_in_path)
     return file_object(stored, site.sealer(exchange, app))
 
 
 async def get_file_content(site: Site, exchange: Exchange) -> None:
     """`GET /files/{id}/content`; Dify has it once a message has used the file."""
-    app, stored = await _file_in_path(site, exchange)
+    app, stored = await _file_of(site, exchange, exchange.name_in_path)
     query = urllib.parse.urlencode({"user": stored.user})
     upload_id = urllib.parse.quote(stored.upload_id, safe="")
     path = f"/files/{upload_id}/preview?{query}"
     with while_present(exchange):
         missing = file_not_found(stored.name, _NO_CONTENT)
-        response = await site.dify.open_file(app, path, missing)
+        response = await site.dify.open_file(app, path, b"", missing)
         name = urllib.parse.quote(stored.name, safe="")
         # As an attachment: a page that somebody uploaded must not be one of here.
         headers = [
@@ -10396,7 +10389,7 @@ async def get_file_content(site: Site, exchange: Exchange) -> None:
 
 async def delete_file(site: Site, exchange: Exchange) -> Json:
     """`DELETE /files/{id}`: Dify's API can't delete, and the answer says so."""
-    await _file_in_path(site, exchange)
+    await _file_of(site, exchange, exchange.name_in_path)
     return {"id": exchange.name_in_path, "object": "file", "deleted": False}
 
 
@@ -10432,7 +10425,7 @@ async def _app_for(site: Site, exchange: Exchange, form: Form) -> AppSettings:
 
 async def _send_form(
     site: Site, exchange: Exchange, form: Form, app: AppSettings, file: Attachment
-) -> dict[str, Any]:
+) -> Json:
     """Pass a form's file on to Dify as it comes; returns Dify's answer."""
     path = "/files/upload" if exchange.route == "files" else "/audio-to-text"
     answer = await site.dify.send_file(app, path, file, form.read, lambda: form.user)
@@ -10441,19 +10434,14 @@ async def _send_form(
     return answer
 
 
-async def _file_in_path(
-    site: Site, exchange: Exchange
+async def _file_of(
+    site: Site, exchange: Exchange, id_: str
 ) -> tuple[AppSettings, StoredFile]:
-    """The app and the upload of the file that a path names."""
-    model, stored = await _file_of(site, exchange, exchange.name_in_path)
-    return await site.find_app(exchange, model), stored
-
-
-async def _file_of(site: Site, exchange: Exchange, id_: str) -> tuple[str, StoredFile]:
-    """The model and the upload behind an id; raises BadRequest if it is not ours."""
+    """The app and the upload behind an id; raises BadRequest if it is not ours."""
     for model, app in (await site.models()).items():
         if stored := open_file(id_, site.sealer(exchange, app)):
-            return model, stored
+            exchange.model = exchange.model or model
+            return app, stored
     raise file_not_found(id_, _NO_FILE)
 
 
