@@ -7800,9 +7800,13 @@ class TurnStream:
         reader = self.reader
         may_go_on = self.is_given_up or not reader.is_finished
         self.is_given_up = False  # it is stopped, as well as can be
-        if may_go_on and (task_id := reader.task_id):
+        if may_go_on and reader.task_id:
             reader.finish_reason = "length"  # not all is said
-            await self._dify.stop(reader.app, reader.mode, task_id, self._user)
+            path, value = stop_path(reader.mode, reader.task_id), {"user": self._user}
+            try:
+                await self._dify.api.call(reader.app, path, value)
+            except ProxyError as error:
+                log.warning("stop of task %s failed: %s", reader.task_id, error.message)
 
     async def end(self) -> bool:
         """Stop the run, read on so that Dify stores what it has, and close.
@@ -7850,12 +7854,7 @@ class Api:
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self._answered_at = -inf
-
-    @property
-    def has_answered_lately(self) -> bool:
-        """Whether an app has accepted a turn or a call in the last minutes."""
-        return asyncio.get_running_loop().time() - self._answered_at < LATELY_S
+        self.answered_at = -inf  # when an app accepted a turn or a call last
 
     async def call(self, app: AppSettings, path: str, value: Any = None) -> Json:
         """A call whose answer is a JSON object; raises the ProxyError of an error.
@@ -7927,7 +7926,7 @@ class Api:
                 is_final=True,
             )
         if response.status < 300:
-            self._answered_at = asyncio.get_running_loop().time()
+            self.answered_at = asyncio.get_running_loop().time()
         return response
 
     async def read_object(
@@ -8132,13 +8131,6 @@ class Dify:
         response.set_deadline(left_s if left_s > 0 else timeout_s, _too_late)
         reader = AnswerReader(mode, app, show_process=self.settings.show_process)
         return TurnStream(self, reader, str(request.body["user"]), response)
-
-    async def stop(self, app: AppSettings, mode: str, task_id: str, user: str) -> None:
-        """Ask Dify to stop a run, as well as it can."""
-        try:
-            await self.api.call(app, stop_path(mode, task_id), {"user": user})
-        except ProxyError as error:
-            log.warning("stop of task %s failed: %s", task_id, error.message)
 
     # Files...
 
@@ -9719,7 +9711,7 @@ async def show_readiness(site: Site, exchange: Exchange) -> Json:
     apps = (await site.models()).values()
     if not apps:
         raise ConfigurationFault("No app is configured.")
-    if not site.dify.api.has_answered_lately:
+    if asyncio.get_running_loop().time() - site.dify.api.answered_at > LATELY_S:
         await _any_of(site.dify.api.call(app, "/info") for app in apps)
     return {"status": "ready"}
 

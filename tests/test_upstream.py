@@ -1473,9 +1473,12 @@ async def test_end_is_brief_when_the_run_does_not_stop(script: list[Step]) -> No
 
 async def test_stop_that_fails_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     async with FakeDify() as fake, client(fake.base) as (dify, app):
-        fake.app(KEY, overrides={"stop": [Status(500, "<html>")]})
-        await dify.stop(app, "chat", "t/../x y", USER)
-        assert fake.requests[0].target == "/v1/chat-messages/t%2F..%2Fx%20y/stop"
+        refusal = [Status(500, "<html>")]
+        fake.app(KEY, script=[message("Hello"), Hang()], overrides={"stop": refusal})
+        stream = await dify.open_turn(app, "chat", question())
+        await stream.read()
+        await stream.stop()
+        stream.close()
         (record,) = caplog.records
         assert record.levelname == "WARNING"
         assert KEY not in record.getMessage()
