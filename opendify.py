@@ -9178,17 +9178,15 @@ class Form:
             self._reader = FormReader(content_type, self._exchange.read)
             await self._read_on(self._reader)
         elif "json" in content_type.lower() and self._exchange.route != "files":
-            self._open_json(await read_whole(self._exchange.read))
+            body = parse_json_object(await read_whole(self._exchange.read))
+            self.fields, self.file = parse_audio_request(body)
+            self._store = io.BytesIO(self.file.data)
+            self.size, self.start = len(self.file.data), self.file.data[:_START_BYTES]
         else:
             raise BadRequest("A file must come as multipart/form-data.")
         if not self.file:
             raise missing_parameter("file")
         return self.file
-
-    def _open_json(self, body: bytes) -> None:
-        self.fields, self.file = parse_audio_request(parse_json_object(body))
-        self._store = io.BytesIO(self.file.data)
-        self.size, self.start = len(self.file.data), self.file.data[:_START_BYTES]
 
     async def read(self) -> bytes:
         """More of the file; b"" when it and the fields behind it are read."""
@@ -11620,18 +11618,14 @@ async def _serve_until_signal(settings: Settings, server: Server) -> int:
         text = f"opendify: can't listen on {host}:{port}: {reason}"
         print(f"{text}; choose another with --host or --port", file=sys.stderr)
         return 1
-    _announce(settings, addresses)
-    _warn_of_strangers(settings, server)
-    await stop.wait()
-    log.info("stopping: open requests have %g s to end", DRAIN_S)
-    return 0 if await server.drain() else 1
-
-
-def _announce(settings: Settings, addresses: Sequence[tuple[str, int]]) -> None:
     for host, port in addresses:
         shown = f"[{host}]" if ":" in host else host
         _show(f"OpenDify {__version__} listens on http://{shown}:{port}/v1")
     log.info(_models_shown(settings))
+    _warn_of_strangers(settings, server)
+    await stop.wait()
+    log.info("stopping: open requests have %g s to end", DRAIN_S)
+    return 0 if await server.drain() else 1
 
 
 def _models_shown(settings: Settings) -> str:
