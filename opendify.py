@@ -4917,31 +4917,24 @@ def _id_in(value: Any) -> Any:
 
 
 def parse_items(value: Any) -> list[Item]:
-    """The input in order, calls with the assistant's message that they follow."""
+    """The input in order; an answer's thoughts, text and calls are one message.
+
+    They come in any order. Two texts are two: agents that take turns leave several.
+    """
     if value is None or isinstance(value, str):
         return [Message("user", value)] if value else []
     parsed = parse_each(value, "input", "a string or an array of items", _parse_item)
-    known = [item for item in parsed if item]
-    items: list[Item] = []
-    for role, run in itertools.groupby(known, lambda item: getattr(item, "role", "")):
-        group = list(run)
-        items += _joined(cast("list[Message]", group)) if role == "assistant" else group
-    return items
-
-
-def _joined(messages: Iterable[Message]) -> list[Message]:
-    """One answer's thoughts, text and calls, in whatever order, are one message.
-
-    Two texts are not: agents that take turns leave several in a row.
-    """
-    answers: list[list[Message]] = []
-    is_said = False  # the last one has text, and calls nothing
-    for message in messages:
-        if not answers or (is_said and not message.tool_calls):
-            answers.append([])
-        answers[-1].append(message)
-        is_said = not message.tool_calls and bool(plain_text(message))
-    return [joined(answer) for answer in answers]
+    groups: list[list[Any]] = []
+    last: Message | None = None  # of an answer that the next item may belong to
+    for item in filter(None, parsed):
+        is_answer = getattr(item, "role", "") == "assistant"
+        said = plain_text(last) if last and not last.tool_calls else ""
+        if last and is_answer and (item.tool_calls or not said):
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+        last = item if is_answer else None
+    return [joined(group) if len(group) > 1 else group[0] for group in groups]
 
 
 def _parse_item(item: Any, where: str) -> Item | None:
