@@ -4122,11 +4122,12 @@ def _attachment(source: str, name: str, stem: str, where: str) -> Attachment:
         media_type, data = _parse_data_url(source, where)
     else:
         media_type, data = "", _decode_base64(source, where)
-    return _known_file(name or stem, media_type, data)
+    return known_file(name or stem, media_type, data)
 
 
-def _known_file(name: str, media_type: str, data: bytes = b"") -> Attachment:
+def known_file(name: str, media_type: str, data: bytes = b"") -> Attachment:
     """A file under a name and a media type that Dify takes, guessed if need be."""
+    media_type = media_type.partition(";")[0].strip().lower()
     is_told = re.fullmatch(r"[\w.+-]+/[\w.+-]+", media_type, re.ASCII)
     if not is_told or media_type == "application/octet-stream":
         media_type = _guess_media_type(name, data)
@@ -4387,12 +4388,6 @@ def open_file(id_: str, sealer: IdSealer) -> StoredFile | None:
 def file_not_found(name: str, reason: str) -> BadRequest:
     """The error for a file, or its content, that can't be had."""
     return IdNotFound(f"No such File object: {name:.80}. {reason}")
-
-
-def form_file(filename: str | None, media_type: str) -> Attachment:
-    """The file of a form, under a name and a media type that Dify takes."""
-    kind = media_type.partition(";")[0].strip().lower()
-    return _known_file(filename or "file", kind)
 
 
 # Answers...
@@ -9225,7 +9220,7 @@ class Form:
                     raise BadRequest(
                         "A form can bring one file at a time.", param="file"
                     )
-                self.file = form_file(part.filename, part.media_type)
+                self.file = known_file(part.filename or "", part.media_type)
                 return
             value = b""
             while data := await reader.read():
