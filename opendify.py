@@ -5580,22 +5580,21 @@ def is_side_request(ask: Ask) -> bool:
 
 def message_digest(scope: bytes, message: Message) -> bytes:
     """What makes messages equal; ids of calls, an answer's name, contexts do not."""
-    about = [
-        message.role,
-        message.name if message.role != "assistant" else "",
-        [[call.name, _canonical(call.arguments)] for call in message.tool_calls],
-        [
-            file.url or file.upload_id or _hash(scope, file.data, 16).hex()
-            for file in message.attachments
-        ],
-    ]
-    content = f"{about!a}\0{_matched_text(message)}"
-    return _hash(scope, content.encode(), _DIGEST_BYTES)
+    role, files = message.role, message.attachments
+    name = message.name if role != "assistant" else ""
+    calls = [[call.name, _canonical(call.arguments)] for call in message.tool_calls]
+    ids = [f.url or f.upload_id or _hash(scope, f.data, 16).hex() for f in files]
+    about = [role, name, calls, ids]
+    return _digest(scope, f"{about!a}\0{_matched_text(message)}")
 
 
 def _matched_text(message: Message) -> str:
     """Text that a match looks at; some clients drop that beside calls."""
     return "" if message.tool_calls else plain_text(message)
+
+
+def _digest(scope: bytes, text: str) -> bytes:
+    return _hash(scope, text.encode(), _DIGEST_BYTES)
 
 
 def _hash(scope: bytes, data: bytes, size: int) -> bytes:
@@ -5617,15 +5616,14 @@ def _told_hashes(
     Without a system text, what was told `before` holds; there may be no third hash.
     """
     within = [m.text for m in messages if m.role == "system"]
-    system, inputs = before[_SYSTEM].ljust(_DIGEST_BYTES), bytes(_DIGEST_BYTES)
     opening = ask.system.replace(f" {MUST_CALL}", "")  # which is said each time
-    if texts := [opening, *within] if opening.strip() else within:
-        system = _hash(scope, ascii(texts).encode(), _DIGEST_BYTES)
-    if ask.inputs:
-        given = json.dumps({**ask.inputs}, sort_keys=True)
-        inputs = _hash(scope, given.encode(), _DIGEST_BYTES)
-    last = _hash(scope, ascii(within).encode(), _DIGEST_BYTES) if within else b""
-    return system + inputs + (last or before[_WITHIN])
+    texts = [opening, *within] if opening.strip() else within
+    given = json.dumps({**ask.inputs}, sort_keys=True) if ask.inputs else ""
+    before = before.ljust(_DIGEST_BYTES)
+    system = _digest(scope, ascii(texts)) if texts else before[_SYSTEM]
+    inputs = _digest(scope, given) if given else bytes(_DIGEST_BYTES)
+    last = _digest(scope, ascii(within)) if within else before[_WITHIN]
+    return system + inputs + last
 
 
 # Putting a turn to Dify...
