@@ -6958,6 +6958,9 @@ class Request(NamedTuple):
         return expect == "100-continue" and self.http_version == "1.1"
 
 
+NO_REQUEST = Request("-", "-", "", {}, "1.0")  # until one is understood
+
+
 class Response(NamedTuple):
     """A whole response; its length is written for it."""
 
@@ -7117,19 +7120,16 @@ class Reply:
     The head waits for the first bytes of the body, to leave in one packet with them.
     """
 
-    def __init__(self, wire: Wire, request: Request | None = None) -> None:
+    def __init__(self, wire: Wire, request: Request = NO_REQUEST) -> None:
         self.status = 0  # 0: not started
         self.is_complete = False
-        self.must_close = True  # unless a request is known that wants more
         self.headers: list[tuple[str, str]] = []  # that go with any response
         self.body_bytes = 0
         self._wire = wire
-        self._is_bare = self._is_old = False
         self._is_chunked = False
         self._head = b""
         self.drain = wire.drain  # wait until most of what was written is taken
-        if request:
-            self.suit(request)
+        self.suit(request)
 
     def suit(self, request: Request) -> None:
         """Be the reply to this request."""
@@ -8339,7 +8339,7 @@ class Exchange:
     are cancelled when the client leaves before the reply is complete.
     """
 
-    request: Request = Request("-", "-", "", {})  # until one is understood
+    request: Request = NO_REQUEST
     decoder: BodyDecoder | None = None  # of the request's body
     read: Read  # more of it, where it is not read before as `body`
     body: bytes = b""
