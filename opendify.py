@@ -954,6 +954,8 @@ class Message(NamedTuple):
     call_id: str = ""  # of a tool's result, until its tool is known
 
 
+Messages = Sequence[Message]  # of a history, in order
+
 # What Open WebUI puts before a question where it has found something: texts of files
 # or of the web, up to the end of their tag.
 CONTEXT_BEGINS = "### Task:\nRespond to the user query"
@@ -3842,7 +3844,7 @@ def _by_answer(messages: list[Message]) -> list[Message]:
     return [m for calls, results in pairs for m in (joined(calls), *results)]
 
 
-def joined(answer: Sequence[Message]) -> Message:
+def joined(answer: Messages) -> Message:
     """The messages of one answer as one."""
     return answer[0]._replace(
         text="\n".join(m.text for m in answer if m.text),
@@ -4870,8 +4872,8 @@ def echo_of(body: Json) -> dict[str, Any]:
 def ask_of(
     request: ResponsesRequest,
     found: Mapping[str, Message],
-    before: Sequence[Message] = (),
-    told: Sequence[Message] = (),
+    before: Messages = (),
+    told: Messages = (),
 ) -> Ask:
     """What is asked, in full.
 
@@ -5507,7 +5509,7 @@ class Tail(NamedTuple):
         """Without the scope, which is secret."""
         return f"Tail({', '.join(map(repr, self[1:]))})"
 
-    def extend(self, messages: Sequence[Message]) -> Tail:
+    def extend(self, messages: Messages) -> Tail:
         """The tail with these messages behind it."""
         chain = self.chain
         said = [m for m in messages if m.role != "system"]
@@ -5538,7 +5540,7 @@ class Plan(NamedTuple):
     files: tuple[Attachment, ...]
     tail: Tail
     ask: Ask
-    new: Sequence[Message]
+    new: Messages
 
     def finish(self, conversation_id: str, answer: Message) -> Tail:
         """The tail to put into the table when Dify and the client have the answer.
@@ -5687,9 +5689,7 @@ def _said_again(opening: list[Message]) -> list[Message]:
 
 
 def _with_room(
-    history: Sequence[Message],
-    new: Sequence[Message],
-    has_room: Callable[[Sequence[Attachment]], bool],
+    history: Messages, new: Messages, has_room: Callable[[Sequence[Attachment]], bool]
 ) -> tuple[list[Message], list[Attachment]]:
     """(the newest messages whose files have room beside the new ones, all files)."""
     carried: list[Message] = []
@@ -5712,12 +5712,7 @@ def _only_in_input(history: tuple[Message, ...], tail: Tail) -> tuple[Message, .
     return history[:at]
 
 
-def _query(
-    ask: Ask,
-    context: Sequence[Message],
-    new: Sequence[Message],
-    carried: Sequence[Message],
-) -> str:
+def _query(ask: Ask, context: Messages, new: Messages, carried: Messages) -> str:
     """The new messages and, if need be, what Dify does not know yet, as one text."""
     is_history = any(message.role != "system" for message in context)
     parts = ["The conversation so far:"] if is_history else []
@@ -5737,9 +5732,7 @@ def _query(
     return "\n\n".join(part for part in parts if part)
 
 
-def fold(
-    messages: Iterable[Message], carried: Sequence[Message] = (), beside: str = ""
-) -> str:
+def fold(messages: Iterable[Message], carried: Messages = (), beside: str = "") -> str:
     """Messages as text, between tags that neither they nor the text beside contain.
 
         <message role="user" name="Ada">
@@ -5975,7 +5968,7 @@ class Conversations:
                 self._run(_DROP_NAMED, id_)
 
     def _find(
-        self, scope: bytes, ask: Ask, history: Sequence[Message], now: float
+        self, scope: bytes, ask: Ask, history: Messages, now: float
     ) -> Tail | None:
         """The conversation that a history continues, were it free."""
         window = Tail(scope, chain=scope).extend(history)
@@ -6071,7 +6064,7 @@ def _told_alike(tails: Iterable[Tail], told: bytes) -> list[Tail]:
     return sorted(alike, key=lambda t: (not told.startswith(t.told), -len(t.told)))
 
 
-def _is_clear(history: Sequence[Message]) -> bool:
+def _is_clear(history: Messages) -> bool:
     """Whether a window can be told from others: two answers, or a long one.
 
     A context that it shows may be none that Dify has.
