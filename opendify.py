@@ -6417,10 +6417,9 @@ class BodyDecoder:
             pieces: list[bytes] = []
             try:
                 if self._buffer == b"\r\n":
-                    is_last = data.endswith(b"\r\n" + _LAST_CHUNK)
-                    end = len(data) - len(_LAST_CHUNK) if is_last else None
-                    if body := _whole_chunks(data[:end]):
-                        self.is_complete = is_last
+                    chunks = data.removesuffix(_LAST_CHUNK)
+                    if body := _whole_chunks(chunks):
+                        self.is_complete = chunks != data
                         return body
                 self._feed_chunks(data, pieces)
             except MalformedHTTP as error:
