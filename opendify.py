@@ -6846,11 +6846,9 @@ class Wire(asyncio.Protocol):
                 raise decoder.failure
             if not (self._buffer or await self.wait_for_data()):
                 decoder.feed_eof()
-                return b""
-            if not self._buffer:
-                return b""
-            body = self.take_body(decoder)
-            if body:
+            elif not self._buffer:
+                break
+            elif body := self.take_body(decoder):
                 return body
         return b""
 
