@@ -6503,6 +6503,7 @@ _PARAMETER = re.compile(
     r';\s*([\w*-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]+))', re.DOTALL
 )
 
+Fields = Sequence[tuple[str, str]]  # of a head: (name, value)
 Read = Callable[[], Awaitable[bytes]]  # more of a body, b"" at its end
 Fault = Callable[[], Exception]  # makes what is raised
 
@@ -6956,7 +6957,7 @@ class Response(NamedTuple):
 
     status: int
     body: bytes = b""
-    headers: Sequence[tuple[str, str]] = ()
+    headers: Fields = ()
 
 
 # What h11 lets pass or mends: folded lines, control characters, a length given twice.
@@ -7040,7 +7041,7 @@ def h11_event(role: type[h11.SERVER] | type[h11.CLIENT], head: bytes) -> Any:
     return event
 
 
-def encode_head(start: str, fields: Sequence[tuple[str, str]]) -> bytes:
+def encode_head(start: str, fields: Fields) -> bytes:
     """A head to be sent; raises ValueError if a value would break out of its line.
 
     h11 would check the grammar of our own names, too, at ten times the price.
@@ -7133,10 +7134,7 @@ class Reply:
         self.end(response.body)
 
     def start(
-        self,
-        status: int,
-        headers: Sequence[tuple[str, str]] = (),
-        length: int | None = None,
+        self, status: int, headers: Fields = (), length: int | None = None
     ) -> None:
         """The head; without a length the body is chunked, or ends at the close."""
         date = _http_date(int(time.time()))
