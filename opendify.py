@@ -5631,14 +5631,11 @@ def _told_hashes(
 # Putting a turn to Dify...
 
 
+HasRoom = Callable[[Sequence[Attachment]], bool]
+
+
 def plan_turn(
-    ask: Ask,
-    scope: bytes,
-    tail: Tail | None,
-    *,
-    system_variable: str = "",
-    history_variable: str = "",
-    has_room: Callable[[Sequence[Attachment]], bool] = lambda files: not files,
+    ask: Ask, scope: bytes, tail: Tail | None, app: AppSettings, has_room: HasRoom
 ) -> Plan:
     """What goes to Dify: the new messages to the tail's conversation, or all of them.
 
@@ -5646,31 +5643,30 @@ def plan_turn(
         ask: what the client wants.
         scope: the app's and the user's, of `scope_of`.
         tail: what `Conversations.take` returned; None starts a new conversation.
-        system_variable: the app's input for the system text, "" if it has none.
-        history_variable: the app's input for the folded history, likewise.
+        app: which may have inputs for the system text and the folded history.
         has_room: whether the app takes these files; those of earlier messages go
             along with a folded history as far as there is room, the newest first.
     """
     history, new = split_turn(ask)
-    opening = _opening("" if system_variable else ask.system)
+    opening = _opening("" if app.system_variable else ask.system)
     is_new, said = tail is None, [m for m in history if m.role != "system"]
     added = said if ask.is_all_new and not is_new else []  # the conversation lacks it
     if tail is None:
-        folded = len(said) if history_variable else 0
+        folded = len(said) if app.history_variable else 0
         tail = Tail(scope, chain=scope, folded=folded).extend(history)
     elsewhere = () if added else _only_in_input(history, tail)
     context = [*opening, *history[len(elsewhere) :]]
     if not is_new:
-        part = _WITHIN if system_variable else _SYSTEM
+        part = _WITHIN if app.system_variable else _SYSTEM
         is_told = _told_hashes(scope, ask, history)[part] == tail.told[part]
         told = opening + [m for m in history if m.role == "system"]
         context = [*(_said_again(opening) if is_told else told), *added]
     carried, files = _with_room(history if is_new else added, new, has_room)
     inputs = dict(ask.inputs)
-    if system_variable and ask.system.strip():
-        inputs[system_variable] = ask.system
-    if history_variable and elsewhere:
-        inputs[history_variable] = fold(elsewhere, carried)
+    if app.system_variable and ask.system.strip():
+        inputs[app.system_variable] = ask.system
+    if app.history_variable and elsewhere:
+        inputs[app.history_variable] = fold(elsewhere, carried)
     alone = ask.system if is_new or ask.system.strip() else _NEXT
     query = _query(ask, context, new, carried) if ask.messages else alone
     # Nobody can tell how a client shows an answer that was continued, or a title.
@@ -5689,7 +5685,7 @@ def _said_again(opening: list[Message]) -> list[Message]:
 
 
 def _with_room(
-    history: Messages, new: Messages, has_room: Callable[[Sequence[Attachment]], bool]
+    history: Messages, new: Messages, has_room: HasRoom
 ) -> tuple[list[Message], list[Attachment]]:
     """(the newest messages whose files have room beside the new ones, all files)."""
     carried: list[Message] = []
@@ -9010,8 +9006,7 @@ class Turns:
             ask,
             question.scope,
             question.tail,
-            system_variable=app.system_variable,
-            history_variable=app.history_variable,
+            app,
             has_room=lambda files: has_room(form, files, ask.inputs),
         )
         with while_present(question.exchange):

@@ -41,7 +41,6 @@ from opendify import (
     is_side_request,
     message_digest,
     open_conversations,
-    plan_turn,
     scope_of,
     split_turn,
 )
@@ -57,6 +56,17 @@ Respond to the user query using the provided context, with citations.
 </context>
 
 """
+
+
+def plan_turn(
+    request: Ask,
+    scope: bytes,
+    tail: Tail | None,
+    has_room: opendify.HasRoom = lambda files: not files,
+    **variables: Any,
+) -> opendify.Plan:
+    app = opendify.AppSettings("app-key", **variables)
+    return opendify.plan_turn(request, scope, tail, app, has_room)
 
 
 def user(text: str, name: str = "") -> Message:

@@ -231,7 +231,8 @@ def test_fold_is_shown_as_it_is() -> None:
     messages = tuple(Message(role, text) for role, text in said)
     ask = Ask("m", messages, system="Answer briefly.")
     shown = block_after("The history is sent like this", "text")
-    assert shown == plan_turn(ask, b"scope", None).query + "\n"
+    plan = plan_turn(ask, b"scope", None, AppSettings("key"), lambda files: False)
+    assert shown == plan.query + "\n"
 
 
 def test_picture_and_rooms_are_those_of_the_file() -> None:
