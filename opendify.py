@@ -4017,18 +4017,13 @@ _CHAT_ONLY = (
 )
 
 
-@dataclass(frozen=True)
-class CompletionRequest:
-    """A legacy request: one question for each choice, and what each repeats."""
+def parse_completion_request(body: Json) -> tuple[ChatRequest, list[Ask], list[str]]:
+    """The body of `POST /completions`: each prompt, n times, is a question.
 
-    asks: Sequence[Ask]
-    echoes: Sequence[str]
-    stream: bool = False
-    include_usage: bool = False
-
-
-def parse_completion_request(body: Json) -> CompletionRequest:
-    """The body of `POST /completions`: each prompt, n times, is a question."""
+    Returns:
+        A chat request with the same options, the questions, and what their answers
+        repeat.
+    """
     prompt = body.get("prompt")
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not prompts:
@@ -4049,7 +4044,7 @@ def parse_completion_request(body: Json) -> CompletionRequest:
         raise bad_value("prompt", f"there may be {MAX_CHOICES} choices at most.")
     asks = [chat.ask._replace(messages=(Message("user", text),)) for text in each]
     echoes = [text if body.get("echo") else "" for text in each]
-    return CompletionRequest(asks, echoes, chat.stream, chat.include_usage)
+    return chat, asks, echoes
 
 
 # Files in requests...
@@ -9734,20 +9729,18 @@ async def create_chat_completion(site: Site, exchange: Exchange) -> None:
 
 async def create_completion(site: Site, exchange: Exchange) -> None:
     """`POST /completions`, the legacy API."""
-    request = parse_completion_request(_body_of(exchange))
-    app = await site.find_app(exchange, request.asks[0].model)
-    envelope = _envelope(site, "cmpl", exchange.model, request.include_usage)
-    echoes = request.echoes
+    chat, asks, echoes = parse_completion_request(_body_of(exchange))
+    app = await site.find_app(exchange, chat.ask.model)
+    envelope = _envelope(site, "cmpl", exchange.model, chat.include_usage)
     streams = [
         CompletionStream(envelope, index, echo)
-        for index, echo in enumerate(echoes if request.stream else ())
+        for index, echo in enumerate(echoes if chat.stream else ())
     ]
 
     def whole(answers: Sequence[Answer], ids: DifyIds) -> dict[str, Any]:
         return text_completion(envelope, answers, echoes, ids)
 
-    is_one = len(request.asks) == 1
-    questions = [Question(exchange, app, ask, is_one) for ask in request.asks]
+    questions = [Question(exchange, app, ask, len(asks) == 1) for ask in asks]
     await _answer_all(site, questions, streams, whole)
 
 
