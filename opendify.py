@@ -6072,16 +6072,13 @@ def open_conversations(store: str, ttl_s: float) -> tuple[Conversations, str]:
         store: "memory" or the path of an SQLite file.
         ttl_s: after how long an unused conversation is forgotten.
     """
-    complaint = ""
-    if store.lower() not in ("", "memory"):
-        try:
-            return Conversations(store, ttl_s), ""
-        except _FAILURES as error:
-            complaint = (
-                f"CONVERSATION_STORE: the file {store} can't be used ({error});"
-                " conversations are kept in memory and end with this process."
-            )
-    return Conversations(":memory:", ttl_s), complaint
+    path = ":memory:" if store.lower() in ("", "memory") else store
+    try:
+        return Conversations(path, ttl_s), ""
+    except _FAILURES as error:
+        complaint = f"CONVERSATION_STORE: the file {store} can't be used ({error});"
+        complaint += " conversations are kept in memory and end with this process."
+        return Conversations(":memory:", ttl_s), complaint
 
 
 # ==============================================================================
