@@ -3961,8 +3961,7 @@ def parse_message(message: Any, where: str) -> Message:
 def parse_calls(message: Json) -> tuple[ToolCall, ...]:
     """Earlier calls of an assistant's message, of both generations."""
     calls = objects_of(message.get("tool_calls"))
-    if message.get("function_call"):
-        calls.append({"function": message["function_call"]})
+    calls.append({"function": message.get("function_call") or None})
     parsed = []
     for call in calls:
         function, custom = call.get("function"), call.get("custom")
@@ -3975,10 +3974,6 @@ def parse_calls(message: Json) -> tuple[ToolCall, ...]:
             name, id_ = str(function.get("name") or ""), str(call.get("id") or "")
             parsed.append(ToolCall(id_, name, arguments))
     return tuple(parsed)
-
-
-# What an assistant thought: Anthropic's and LangChain's clients send it back.
-_THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning")
 
 
 def parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...]]:
@@ -3999,8 +3994,8 @@ def _parse_part(part: Any, where: str) -> str | Attachment | None:
     kind = str(part.get("type"))
     if kind in _FILE_PARTS:
         return _parse_file(part, where)
-    if kind in _THOUGHT_PARTS:
-        return None
+    if kind in ("thinking", "redacted_thinking", "reasoning"):
+        return None  # clients of other APIs send back what an assistant thought
     text = part.get("text", part.get("refusal"))
     if isinstance(text, str):
         return text
