@@ -6614,7 +6614,6 @@ class Wire(asyncio.Protocol):
         self.on_leave: Callable[[], None] | None = None  # the peer, though nobody reads
         self.on_data: Callable[[], None] | None = None  # called while a task waits
         self._loop = asyncio.get_running_loop()
-        self._now = self._loop.time
         # Until it is connected; and the one that stands under TLS.
         self._transport = self._plain = cast(asyncio.Transport, None)
         self._buffer = b""  # read, and not used yet
@@ -6717,7 +6716,7 @@ class Wire(asyncio.Protocol):
         With `sends` it moves on as long as the peer takes what was written before.
         """
         self._was_unsent = self._unsent if sends else 0
-        self._deadline = self._now() + seconds
+        self._deadline = self._loop.time() + seconds
         self._on_deadline = error
         if self._timer is None or self._timer.when() > self._deadline:
             self._arm()
@@ -6729,14 +6728,14 @@ class Wire(asyncio.Protocol):
     def _arm(self) -> None:
         if self._timer:
             self._timer.cancel()
-        at = min(self._deadline, self._now() + MAX_TIMER_S)
+        at = min(self._deadline, self._loop.time() + MAX_TIMER_S)
         self._timer = self._loop.call_at(at, self._check_deadline)
 
     def _check_deadline(self) -> None:
         self._timer = None
         if not self._deadline or self._is_lost:
             return
-        if self._now() < self._deadline:
+        if self._loop.time() < self._deadline:
             self._arm()
             return
         if self._unsent < self._was_unsent:  # it reads, if slowly
