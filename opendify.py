@@ -5637,6 +5637,8 @@ def plan_turn(
     """
     history, new = split_turn(ask)
     opening = _opening("" if app.system_variable else ask.system)
+    if tail and tail.folded and not (app.history_variable or ask.conversation_id):
+        tail = None  # the input is gone that has its beginning
     is_new, said = tail is None, [m for m in history if m.role != "system"]
     added = said if ask.is_all_new and not is_new else []  # the conversation lacks it
     if tail is None:

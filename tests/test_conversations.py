@@ -1002,6 +1002,17 @@ def test_a_history_variable_takes_the_history_as_long_as_dify_has_not_got_it() -
     assert plan_turn(request, SCOPE, tail, **options).inputs == {}
 
 
+def test_a_history_in_an_input_that_is_gone_starts_a_new_conversation() -> None:
+    """The operator may take the setting away while conversations live."""
+    first = plan_turn(
+        ask(*chat("u1", "a1", "u2")), SCOPE, None, history_variable="past"
+    )
+    request = ask(*chat("u1", "a1", "u2", "a2", "u3"))
+    plan = plan_turn(request, SCOPE, first.finish("c", answer("a2")))
+    assert plan == plan_turn(request, SCOPE, None)
+    assert [plan.query.count(text) for text in ("u1", "a1", "u2", "a2")] == [1] * 4
+
+
 @pytest.mark.parametrize(("room", "says"), [(0, "file_not_included"), (1, "file")])
 def test_a_history_in_an_input_says_which_files_are_there(room: int, says: str) -> None:
     shown = Message("user", "u1", attachments=(Attachment("a.png", data=b"1"),))
