@@ -3500,8 +3500,15 @@ def stored_run(run: Json, app: AppSettings, query: str) -> StoredTurn:
 
 
 def _told_in(values: Iterable[Any]) -> Ask:
-    """What the app was told to write, in its query or in whatever input."""
-    return told_ask("\n".join(text for text in values if isinstance(text, str)))
+    """What the app was told to write, in its query or in whatever input.
+
+    A question in a folded history has the words of its own turn.
+    """
+    texts = (_HISTORY.split(text, 1)[0] for text in values if isinstance(text, str))
+    return told_ask("\n".join(texts))
+
+
+_HISTORY = re.compile(r'<message(?:-\d+)? role="(?!system)')
 
 
 def _unpacked(value: Any) -> dict[str, Any]:
@@ -9281,7 +9288,8 @@ class Archive:
         # Nearly always the newest answer is named and nothing else: one turn tells all.
         if previous and is_free and not request.references:
             newest, _ = await self.dify.messages(app, anchor, most=1)
-            if _has_calls(request, _transcript(newest, tools)):
+            is_whole = not any(map(is_short, newest))
+            if is_whole and _has_calls(request, _transcript(newest, tools)):
                 stored = {turn.message_id: turn for turn in newest}
         if anchor.message_id not in stored:
             stored = await self.turns_of_all(app, latest_first)
@@ -9297,7 +9305,7 @@ class Archive:
         ids = [turn.message_id for turn in turns]
         end = ids.index(anchor.message_id) + 1 if anchor.message_id in ids else 0
         known, is_newest = _transcript(turns[:end], tools), 0 < end == len(turns)
-        if is_free and is_newest:
+        if is_free and is_newest and not any(map(is_short, turns)):
             ask = ask_of(request, found, told=known)
             is_known = is_known_history(ask, known)
             if previous or is_known:
@@ -9384,6 +9392,12 @@ def stored_answer(turn: StoredTurn, tools: Iterable[Tool] = ()) -> Answer:
         if not isinstance(part, Failure):
             answer.add(part)
     return answer
+
+
+def is_short(turn: StoredTurn) -> bool:
+    """Whether the client has not got all calls, since it wanted one."""
+    written = replace(turn, told=turn.told._replace(is_serial=False))
+    return turn.told.is_serial and len(stored_answer(written).calls) > 1
 
 
 def stored_message(turn: StoredTurn, tools: Sequence[Tool]) -> Message:

@@ -676,20 +676,29 @@ async def test_stored_answer_that_is_not_the_format_stays_as_it_is() -> None:
     assert text_of(kept) == 'So: {"a": no}'
 
 
-async def test_call_that_the_client_has_not_got_is_not_told_elsewhere() -> None:
-    texts = [TWO_CALLS, "Well.", "Sunny."]
+@WAYS
+async def test_call_that_the_client_has_not_got_is_not_told(way: str) -> None:
+    """Dify's conversation has it, so another one goes on, which then is as usual."""
+    texts = [TWO_CALLS, "Hi.", TWO_CALLS, "Sunny."]
     async with proxy(lambda _: fake.chat_answer(texts.pop(0))) as served:
-        asked: JSONObject = {"tools": [WEATHER, TIME], **ONE_CALL}
-        one = await answer(served, "Rome?", **asked)
+        tools: JSONObject = {"tools": [WEATHER, TIME]}
+        one = await answer(served, "Rome?", **tools, **ONE_CALL)
         (call,) = one["output"]
         result = {"type": "function_call_output", "call_id": call["call_id"]}
-        before: JSONObject = {"previous_response_id": one["id"], **asked}
-        for output in ("sun", "rain"):
-            await answer(served, [{**result, "output": output}], **before)
-        _, (query,) = told(served)
-    history = query.partition('<message-2 role="assistant">')[2]
+        fields = next_turn(way, "Rome?", one, "")
+        if way == "id":
+            fields["question"] = [{**result, "output": "sun"}]
+        else:
+            fields["question"][-1:] = [{**result, "output": "sun"}]
+        await answer(served, **fields, **tools)
+        first, (query,) = told(served)
+        again = await answer(served, "Oslo?", previous_response_id=one["id"], **tools)
+        kept = response_of(await served.get(f"{PATH}/{again['id']}"))
+    assert len(first) == 1
+    history = query.partition('role="assistant">')[2]
     assert '"get_weather"' in history
     assert '"get_time"' not in history
+    assert [row["name"] for row in kept["output"]] == ["get_weather", "get_time"]
 
 
 @pytest.mark.parametrize("way", ["id", "references", "calls", "conversation"])
