@@ -956,6 +956,15 @@ def test_id_with_one_sign_changed_is_nothing(at: int) -> None:
     assert SEALER.open(forged, "msg_") is None
 
 
+def test_id_is_what_it_was_in_earlier_releases() -> None:
+    """An id never expires, and both keys that make it come from the app's."""
+    before = (
+        "msg_TdZxIrUnNVUwMghyobLr46C-n1lCiG5kfVM9tS7U0Oeu_B-TqyXei0lm0S5JWHhDZUDZYMkIoK"
+        "8wN2LtlmX9QEV1TxCVfHTZONQ"
+    )
+    assert IdSealer(KEY, "sk-1").seal("msg_", FIELDS) == before
+
+
 def test_id_is_short_url_safe_and_does_not_tell() -> None:
     long = SEALER.seal("resp_", ("u" * 200, CONVERSATION, MESSAGE, ""))
     assert len(ID) < 120
