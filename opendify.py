@@ -5659,17 +5659,20 @@ def plan_turn(
         told = opening + [m for m in history if m.role == "system"]
         context = [*(_said_again(opening) if is_told else told), *added]
     carried, files = _with_room(history if is_new else added, new, has_room)
-    inputs = dict(ask.inputs)
-    if app.system_variable and ask.system.strip():
-        inputs[app.system_variable] = ask.system
-    if app.history_variable and elsewhere:
-        inputs[app.history_variable] = fold(elsewhere, carried)
+    own = _own_inputs(app, ask.system, fold(elsewhere, carried) if elsewhere else "")
+    inputs = {**ask.inputs, **own}
     alone = ask.system if is_new or ask.system.strip() else _NEXT
     query = _query(ask, context, new, carried) if ask.messages else alone
     # Nobody can tell how a client shows an answer that was continued, or a title.
     if not new or is_side_request(ask):
         tail = tail._replace(is_known=False)
     return Plan(query or " ", inputs, tuple(files), tail, ask, (*added, *new))
+
+
+def _own_inputs(app: AppSettings, system: str, history: str) -> dict[str, str]:
+    """What goes into the inputs that the app has for it, if there is any."""
+    pairs = ((app.system_variable, system), (app.history_variable, history))
+    return {name: text for name, text in pairs if name and text.strip()}
 
 
 def _opening(system: str) -> list[Message]:
@@ -9288,8 +9291,7 @@ class Archive:
         # Nearly always the newest answer is named and nothing else: one turn tells all.
         if previous and is_free and not request.references:
             newest, _ = await self.dify.messages(app, anchor, most=1)
-            is_whole = not any(map(is_short, newest))
-            if is_whole and _has_calls(request, _transcript(newest, tools)):
+            if _tells_all(request, newest):
                 stored = {turn.message_id: turn for turn in newest}
         if anchor.message_id not in stored:
             stored = await self.turns_of_all(app, latest_first)
@@ -9411,8 +9413,14 @@ def _transcript(turns: Iterable[StoredTurn], tools: Sequence[Tool]) -> list[Mess
     return [message for pair in pairs for message in pair]
 
 
-def _has_calls(request: ResponsesRequest, told: Iterable[Message]) -> bool:
-    """Whether the calls of all results are among the items or what is told."""
+def _tells_all(request: ResponsesRequest, turns: Sequence[StoredTurn]) -> bool:
+    """Whether the calls of all results are in these turns or among the items.
+
+    Not if a client has not got all of these turns: what was before them counts then.
+    """
+    if any(map(is_short, turns)):
+        return False
+    told = _transcript(turns, request.known_tools)
     messages = [*told, *(item for item in request.items if isinstance(item, Message))]
     calls = {call.id for message in messages for call in message.tool_calls}
     return calls.issuperset(message.call_id for message in messages if message.call_id)

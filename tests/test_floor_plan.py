@@ -17,34 +17,34 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 229,
-    "Errors": 85,
+    "Settings": 221,
+    "Errors": 80,
     "SSE": 61,
     "JSON": 88,
-    "Turn": 146,
-    "Calls": 694,
-    "Dify": 910,
+    "Turn": 144,
+    "Calls": 691,
+    "Dify": 879,
     "Ids": 69,
-    "OpenAI": 763,
-    "Responses": 430,
-    "Conversations": 428,
+    "OpenAI": 751,
+    "Responses": 426,
+    "Conversations": 408,
     "Pacer": 130,
-    "Wire": 536,
-    "Upstream": 748,
-    "Answers": 622,
-    "Handlers": 1053,
-    "Server": 299,
+    "Wire": 528,
+    "Upstream": 737,
+    "Answers": 617,
+    "Handlers": 1027,
+    "Server": 301,
     "Page": 258,
-    "Command line": 449,
+    "Command line": 447,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8061
+WHOLE_BUDGET = 7926
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
     "AnswerReader": 161,
-    "Turns": 168,
-    "Wire": 195,
+    "Turns": 165,
+    "Wire": 192,
 }
 
 PURE = set(list(BUDGETS)[: list(BUDGETS).index("Wire")])
