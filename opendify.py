@@ -9033,8 +9033,10 @@ class Turns:
             common["inputs"] = {**inputs, **placed}
             common["files"] = files_beside(form, beside)
         variable = query_variable(mode, form, app.query_variable)
-        id_, query = plan.tail.conversation_id, plan.query
-        return dify_request(mode, query, common, variable=variable, conversation_id=id_)
+        conversation_id = plan.tail.conversation_id
+        return dify_request(
+            mode, plan.query, common, variable=variable, conversation_id=conversation_id
+        )
 
     async def _uploaded(self, question: Question, file: Attachment) -> Attachment:
         """The file as Dify knows it: its data is uploaded, once a request."""
@@ -9723,8 +9725,7 @@ async def create_chat_completion(site: Site, exchange: Exchange) -> None:
     """`POST /chat/completions`."""
     chat = parse_chat_request(_body_of(exchange))
     app = await site.find_app(exchange, chat.ask.model)
-    options = (chat.include_usage, chat.is_legacy)
-    envelope = _envelope(site, "chatcmpl", exchange.model, *options)
+    envelope = _envelope(site, exchange, "chatcmpl", chat)
     ask = await _prepared(site, exchange, app, chat.ask)
     ask, spoken = await _with_speech(site, exchange, app, ask, envelope.created)
     streams = [
@@ -9743,7 +9744,7 @@ async def create_completion(site: Site, exchange: Exchange) -> None:
     """`POST /completions`, the legacy API."""
     chat, asks, echoes = parse_completion_request(_body_of(exchange))
     app = await site.find_app(exchange, chat.ask.model)
-    envelope = _envelope(site, "cmpl", exchange.model, chat.include_usage)
+    envelope = _envelope(site, exchange, "cmpl", chat)
     streams = [
         CompletionStream(envelope, index, echo)
         for index, echo in enumerate(echoes if chat.stream else ())
@@ -9756,9 +9757,11 @@ async def create_completion(site: Site, exchange: Exchange) -> None:
     await _answer_all(site, questions, streams, whole)
 
 
-def _envelope(site: Site, prefix: str, model: str, *options: bool) -> Envelope:
-    about = (f"{prefix}-{site.new_id()}", int(site.wall_clock()), model)
-    return Envelope(*about, *options)
+def _envelope(
+    site: Site, exchange: Exchange, prefix: str, chat: ChatRequest
+) -> Envelope:
+    id_, created = f"{prefix}-{site.new_id()}", int(site.wall_clock())
+    return Envelope(id_, created, exchange.model, chat.include_usage, chat.is_legacy)
 
 
 # Responses...
@@ -10315,9 +10318,15 @@ async def create_file(site: Site, exchange: Exchange) -> Json:
         answer = await _send_form(site, exchange, form, app, file)
     if not answer.get("id"):
         raise UpstreamFailed(f"Dify gave the file {file.name!r} no id.")
-    size, created = str(form.size), str(int(site.wall_clock()))
-    about = (form.user, file.name, file.media_type, size, created)
-    stored = StoredFile(str(answer["id"]), *about, form.fields.get("purpose", ""))
+    stored = StoredFile(
+        str(answer["id"]),
+        form.user,
+        file.name,
+        file.media_type,
+        str(form.size),
+        str(int(site.wall_clock())),
+        form.fields.get("purpose", ""),
+    )
     return file_object(stored, site.sealer(exchange, app))
 
 

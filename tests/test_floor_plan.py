@@ -31,19 +31,19 @@ BUDGETS = {
     "Pacer": 130,
     "Wire": 528,
     "Upstream": 737,
-    "Answers": 617,
-    "Handlers": 1027,
+    "Answers": 619,
+    "Handlers": 1034,
     "Server": 301,
     "Page": 258,
     "Command line": 447,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7926
+WHOLE_BUDGET = 7935
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
     "AnswerReader": 161,
-    "Turns": 165,
+    "Turns": 167,
     "Wire": 192,
 }
 
