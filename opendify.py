@@ -2506,12 +2506,7 @@ _PATHS = {"completion": "/completion-messages", "workflow": "/workflows/run"}
 
 
 def dify_request(
-    mode: str,
-    query: str,
-    common: Json,
-    *,
-    variable: str = "",
-    conversation_id: str = "",
+    mode: str, query: str, common: Json, variable: str = "", conversation_id: str = ""
 ) -> DifyRequest:
     """The request for one turn.
 
@@ -2526,23 +2521,22 @@ def dify_request(
         conversation_id: "" starts a new conversation.
     """
     body = {**common, "response_mode": "streaming"}
-    if mode in _PATHS:
+    if mode in CHAT_MODES:
+        body.update(query=query, auto_generate_name=False)
+        if conversation_id:
+            body["conversation_id"] = conversation_id
+    else:
         body["inputs"] = {**common["inputs"], variable: query}
-        if mode == "completion" and variable == "query":
-            body["query"] = query  # apps of old take it here
-        return DifyRequest(_PATHS[mode], body)
-    body.update(query=query, auto_generate_name=False)
-    if conversation_id:
-        body["conversation_id"] = conversation_id
-    return DifyRequest("/chat-messages", body)
+    if mode == "completion" and variable == "query":
+        body["query"] = query  # apps of old take it here
+    return DifyRequest(_PATHS.get(mode, "/chat-messages"), body)
 
 
 def stop_path(mode: str, task_id: str) -> str:
     """Where a running turn is stopped."""
     task = urllib.parse.quote(task_id, safe="", errors="replace")
-    if mode == "workflow":
-        return f"/workflows/tasks/{task}/stop"
-    return f"{_PATHS.get(mode, '/chat-messages')}/{task}/stop"
+    tasks = {**_PATHS, "workflow": "/workflows/tasks"}.get(mode, "/chat-messages")
+    return f"{tasks}/{task}/stop"
 
 
 # Errors...
@@ -9034,9 +9028,7 @@ class Turns:
             common["files"] = files_beside(form, beside)
         variable = query_variable(mode, form, app.query_variable)
         conversation_id = plan.tail.conversation_id
-        return dify_request(
-            mode, plan.query, common, variable=variable, conversation_id=conversation_id
-        )
+        return dify_request(mode, plan.query, common, variable, conversation_id)
 
     async def _uploaded(self, question: Question, file: Attachment) -> Attachment:
         """The file as Dify knows it: its data is uploaded, once a request."""
