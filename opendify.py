@@ -2246,18 +2246,17 @@ def query_variable(mode: str, form: AppForm, configured: str = "") -> str:
         return ""
     if configured:
         return configured
-    texts = [input_ for input_ in form.inputs if input_.type in _TEXT_TYPES]
-    names = [input_.variable for input_ in texts]
-    required = [input_.variable for input_ in texts if input_.required]
-    usual = [name for name in _QUERY_NAMES if name in names]
-    if names:
-        return (usual or (required if len(required) == 1 else names))[0]
+    texts = {
+        row.variable: row.required for row in form.inputs if row.type in _TEXT_TYPES
+    }
+    usual = [name for name in _QUERY_NAMES if name in texts]
+    required = [name for name, is_required in texts.items() if is_required]
+    if texts:
+        return (usual or (required if len(required) == 1 else [*texts]))[0]
     if mode == "completion":
         return "query"
-    raise WrongMode(
-        "This app has no text input that could take the message. "
-        + describe_inputs(form)
-    )
+    problem = "This app has no text input that could take the message."
+    raise WrongMode(f"{problem} {describe_inputs(form)}")
 
 
 def describe_inputs(form: AppForm) -> str:
@@ -2472,24 +2471,21 @@ def audio_type(file: Attachment) -> str:
     return f"audio/{sound}" if sound else file.media_type
 
 
-_KIND_BY_EXTENSION = {
-    extension: kind
-    for kind, extensions in {
-        "image": "jpg jpeg png webp gif svg",
-        "video": "mp4 mov mpeg webm",
-        "audio": "mp3 m4a wav amr mpga",
-        "document": "txt markdown md mdx pdf html htm xlsx xls docx csv vtt properties"
-        " doc eml msg ppt pptx xml epub",
-    }.items()
-    for extension in extensions.split()
+_KNOWN_EXTENSIONS = {
+    "image": "jpg jpeg png webp gif svg",
+    "video": "mp4 mov mpeg webm",
+    "audio": "mp3 m4a wav amr mpga",
+    "document": "txt markdown md mdx pdf html htm xlsx xls docx csv vtt properties"
+    " doc eml msg ppt pptx xml epub",
 }
+_KINDS = {x: kind for kind, names in _KNOWN_EXTENSIONS.items() for x in names.split()}
 
 
 def file_kind(file: Attachment) -> str:
     """Dify's type of a file: by its extension, else by its media type."""
     family = file.media_type.partition("/")[0]
     other = family if family in ("image", "audio", "video") else "custom"
-    return _KIND_BY_EXTENSION.get(file.extension, other)
+    return _KINDS.get(file.extension, other)
 
 
 # Questions to requests...
@@ -2862,13 +2858,13 @@ class AnswerText:
 
     def add_from(self, source: object, text: str) -> list[Part]:
         """The same for the text of a source: [node, variable]."""
-        if source == self._source:
-            return self.add(text)
-        is_framed = _texts(self._source)[1:] == ("answer",)  # by an Answer node's words
-        if is_framed and self._splitter.is_inside:
-            return self.add(text)
-        self._source = source
-        return self.end_block() + self.add(text)
+        if source != self._source:
+            # The words of an Answer node may frame those of others.
+            is_framed = _texts(self._source)[1:] == ("answer",)
+            if not (is_framed and self._splitter.is_inside):
+                self._source = source
+                return self.end_block() + self.add(text)
+        return self.add(text)
 
     def end_block(self) -> list[Part]:
         """What is still held back: another node or round speaks now, or the same anew.
@@ -3368,9 +3364,8 @@ def answer_from_outputs(outputs: Json, variable: str, mode: str) -> str:
     """
     if mode != "workflow":
         return str(outputs.get("answer") or "")
-    texts = {key: x for key, item in outputs.items() for x in _without_files(item)}
-    if variable in outputs:
-        texts = {variable: texts[variable]} if variable in texts else {}
+    named = {variable: outputs[variable]} if variable in outputs else outputs
+    texts = {key: x for key, item in named.items() for x in _without_files(item)}
     usual = [texts[name] for name in _OUTPUT_NAMES if isinstance(texts.get(name), str)]
     if usual:
         return next(filter(None, usual), "")
