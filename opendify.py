@@ -121,7 +121,6 @@ CHAT_MODES = ("chat", "agent-chat", "advanced-chat", "agent")
 APP_MODES = (*CHAT_MODES, "completion", "workflow")
 TOOLS_PLACES = ("prompt", "inputs", "off")
 BASE_SETTING = "DIFY_API_BASE (or the model's `base`)"  # as errors name it
-LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _ON, _OFF = ("on", "true", "yes", "1"), ("off", "false", "no", "0")
@@ -313,7 +312,7 @@ def _complaints(settings: Settings) -> Iterator[str]:
     for key in settings.valid_api_keys:
         if not re.fullmatch(r"[\t -~]+", key):  # clients encode others differently
             yield f"VALID_API_KEYS: {mask_key(key)!r} has characters no header has"
-    for name, choices in (("log_level", LOG_LEVELS), ("log_format", LOG_FORMATS)):
+    for name, choices in (("log_level", LOG_LEVELS), ("log_format", ("text", "json"))):
         if getattr(settings, name) not in choices:
             yield f"{name.upper()}: must be one of {', '.join(choices)}"
     if settings.server_port > 65535:
@@ -2288,8 +2287,7 @@ def check_files(form: AppForm, files: Sequence[Attachment], given: Json) -> None
     rules, (_, beside) = _upload_rules(form), place_files(form, files, given)
     limit = count_of(rules.get("number_limits")) or len(files)
     problems = [(file, _problem_beside(rules, file)) for file in beside[:limit]]
-    too_many = f"the app takes {limit} files at a time"
-    problems += [(file, too_many) for file in beside[limit:]]
+    problems += [(f, f"the app takes {limit} files at a time") for f in beside[limit:]]
     problems += [(file, _size_problem(form, file)) for file in files]
     for file, problem in problems:
         if problem:
@@ -2360,9 +2358,6 @@ def _problem_beside(rules: Json, file: Attachment) -> str:
     return no_urls if method == "remote_url" else "the app takes URLs only"
 
 
-_FILE_TYPES = ("file", "file-list")
-
-
 def place_files(
     form: AppForm, files: Iterable[Attachment], given: Json
 ) -> tuple[dict[str, Any], list[Attachment]]:
@@ -2379,7 +2374,7 @@ def place_files(
     rest = list(files)
     inputs: dict[str, Any] = {}
     for input_ in form.inputs:
-        if input_.type in _FILE_TYPES and input_.variable not in given:
+        if input_.type in ("file", "file-list") and input_.variable not in given:
             kinds = [_kind_among(f, input_.kinds, input_.extensions) for f in rest]
             fit = [n for n, kind in enumerate(kinds) if kind]
             fit = fit[:1] if input_.type == "file" else fit
@@ -2622,16 +2617,13 @@ def presentable(error: ProxyError, app: AppSettings) -> ProxyError:
     return error
 
 
-_GATEWAY_TIMEOUTS = (504, 522, 524)  # never Dify's own; the last two: Cloudflare's
-
-
 def error_from_body(status: int, body: bytes) -> ProxyError:
     """An HTTP error of Dify, or of what stands before it, by its body.
 
     A body that is no JSON comes from the web UI (the base URL lacks its /v1) or from
     a gateway (nginx, Cloudflare); some gateways speak JSON too (Kong, AWS).
     """
-    if status in _GATEWAY_TIMEOUTS:
+    if status in (504, 522, 524):  # never Dify's own; the last two: Cloudflare's
         return UpstreamTimeout(f"The gateway before Dify timed out ({status}).")
     if (value := read_json_object(body)) is not None:
         return error_from_dify(status, value.get("code"), value.get("message"))
@@ -3182,22 +3174,21 @@ class DeltaReader:
     """
 
     def __init__(self) -> None:
-        self._frame: tuple[str, int, str] | None = None  # before, its size, after
+        self._before = self._after = ""  # what stands around the text, once known
 
     def text_of(self, data: str) -> str | None:
         """The text of an event that is like the last example, else None."""
-        if not self._frame or not data.startswith(self._frame[0]):
+        if not self._before or not data.startswith(self._before):
             return None
-        _, size, after = self._frame
         try:
-            text, end = _scan_string(data, size)
+            text, end = _scan_string(data, len(self._before))
         except ValueError:
             return None
-        return text if data[end:] == after else None
+        return text if data[end:] == self._after else None
 
     def learn(self, data: str) -> None:
         """Take an event for the example."""
-        self._frame = None
+        self._before = ""
         key = _TEXT_KEY.search(data)
         if not key:
             return
@@ -3205,7 +3196,7 @@ class DeltaReader:
         after = data[_scan_string(data, len(before))[1] :]
         parsed = json.loads(f'{before}\\u0000"{after}')
         if "\0" in (parsed.get("answer"), object_of(parsed.get("data")).get("text")):
-            self._frame = (before, len(before), after)
+            self._before, self._after = before, after
 
 
 _TEXT_KEY = re.compile(r'"(?:answer|text)":\s*"')
