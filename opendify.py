@@ -2162,8 +2162,7 @@ _HOLDS: Mapping[str, tuple[str, Callable[[Any, Any], bool]]] = {
 # What an app is...
 
 
-@dataclass(frozen=True)
-class AppInput:
+class AppInput(NamedTuple):
     """One field of an app's form; `type` in Dify's words ("text-input", "select").
 
     `kinds` are the kinds of files that a file field takes; empty: any. Where "custom"
@@ -2178,13 +2177,12 @@ class AppInput:
     extensions: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class AppForm:
+class AppForm(NamedTuple):
     """What `GET /parameters` tells: inputs, files that may be sent, hearing, voice."""
 
     inputs: tuple[AppInput, ...] = ()
-    uploads: Json = field(default_factory=dict)
-    limits: Json = field(default_factory=dict)
+    uploads: Json = MappingProxyType({})
+    limits: Json = MappingProxyType({})
     hears: bool = True  # speech to text is switched on
     speaks: bool = True  # text to speech is
     voice: str = ""  # its own
@@ -3410,8 +3408,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 # What Dify has stored (`GET /messages`, `GET /workflows/run/{id}`)...
 
 
-@dataclass(frozen=True)
-class StoredTurn:
+class StoredTurn(NamedTuple):
     """A stored message or run: a question, and the parts of its answer.
 
     `told` is what the app was told in this turn of tools and an output format; if the
@@ -9342,7 +9339,7 @@ class Archive:
         if turns and turns[0].past:  # all others have the same
             question = turns[0].question
             text = f"{turns[0].past}\n\n{question.text}"
-            turns[0] = replace(turns[0], question=question._replace(text=text))
+            turns[0] = turns[0]._replace(question=question._replace(text=text))
         return _with_tools(turns)
 
 
@@ -9352,7 +9349,7 @@ def _with_tools(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
     for turn in turns:
         last = turn.told if turn.told.tools else last
         # A format that is not told anew may be none.
-        known.append(replace(turn, told=last._replace(output=turn.told.output)))
+        known.append(turn._replace(told=last._replace(output=turn.told.output)))
     return known
 
 
@@ -9369,7 +9366,7 @@ def stored_answer(turn: StoredTurn, tools: Iterable[Tool] = ()) -> Answer:
     answer, parts = Answer(), reading.feed([*turn.parts])
     if reading.problem:  # it is not the JSON that was asked for: it stays as it is
         told = ask._replace(output=OutputFormat())
-        return stored_answer(replace(turn, told=told))
+        return stored_answer(turn._replace(told=told))
     for part in parts:
         if not isinstance(part, Failure):
             answer.add(part)
@@ -9378,7 +9375,7 @@ def stored_answer(turn: StoredTurn, tools: Iterable[Tool] = ()) -> Answer:
 
 def is_short(turn: StoredTurn) -> bool:
     """Whether the client has not got all calls, since it wanted one."""
-    written = replace(turn, told=turn.told._replace(is_serial=False))
+    written = turn._replace(told=turn.told._replace(is_serial=False))
     return turn.told.is_serial and len(stored_answer(written).calls) > 1
 
 
