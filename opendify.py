@@ -2424,9 +2424,8 @@ def upload_head(file: Attachment, boundary: str) -> bytes:
 
     Nobody may guess the boundary: a file or a user's name could hold it.
     """
-    media_type = file.media_type
-    if not re.fullmatch(r"[\w.+-]+/[\w.+-]+", media_type, re.ASCII):
-        media_type = "application/octet-stream"
+    is_proper = re.fullmatch(r"[\w.+-]+/[\w.+-]+", file.media_type, re.ASCII)
+    media_type = file.media_type if is_proper else "application/octet-stream"
     head = (
         f'--{boundary}\r\nContent-Disposition: form-data; name="file"; '
         f'filename="{file.name}"\r\nContent-Type: {media_type}\r\n\r\n'
@@ -2548,10 +2547,11 @@ class MissingInput(UpstreamRejected):
 _MAX_TOLD = 10_000  # characters of an error that are searched for what it means
 _LONG_MESSAGE = re.compile(r"(.{1000}).+(.{1000})", re.DOTALL)  # its ends are shown
 _WRONG_MODE = ("not_chat_app", "app_unavailable", "not_workflow_app")
-# What only words tell: all of these are 400, and have one code of Dify's or another.
+# What words tell, of the message or, at the end, the code: most of these are 400, with
+# one code of Dify's or another.
 _BY_WORDING: Mapping[str, type[ProxyError]] = {
     # Said by this app, not by one that a node calls...
-    r"\Aconversation not exists": ConversationGone,
+    r"\Aconversation not exists|\bconversation_completed\Z": ConversationGone,
     r"\A\S+ is required in input form": MissingInput,
     # Said by the model's provider...
     r"insufficient.{0,3}(?:quota|balance)|quota.{0,20}exceeded|credit balance|余额不足"
@@ -2561,10 +2561,6 @@ _BY_WORDING: Mapping[str, type[ProxyError]] = {
     r"content management policy|content_(?:filter|policy)|data_?inspection_?failed"
     r"|inappropriate content|content exists risk": ContentRefused,
     r"too many requests|(?<!gene)rate.?limit|\b429\b": RateLimited,
-}
-_BY_CODE: Mapping[str, type[ProxyError]] = {
-    "provider_quota_exceeded": QuotaExceeded,
-    "conversation_completed": ConversationGone,
 }
 
 
@@ -2579,7 +2575,7 @@ def error_from_dify(
         message: Dify's message, likewise.
         in_run: it came as an event: the request was accepted, its run failed.
     """
-    code, whole = str(code or ""), str(message or "")
+    code, whole = str(code or "")[:100], str(message or "")
     text = _innermost_message(whole) or code or f"no reason is given ({status})"
     text = text.partition(" You have requested this URI")[0]
     if status in (401, 403) and not in_run:
@@ -2587,11 +2583,10 @@ def error_from_dify(
             f"Dify refused the app key ({status} {code}: {text}). Check the key in "
             "MODEL_CONFIG or DIFY_API_KEYS, and that API access is on for the app."
         )
-    by_code = RateLimited if status == 429 else _BY_CODE.get(code)
-    if by_code:
-        return by_code(text)
+    if status == 429:
+        return RateLimited(text)
     # The provider's status and code stand around its text, which may echo megabytes.
-    excerpt = " ".join([whole[:_MAX_TOLD], whole[-_MAX_TOLD:], text[:_MAX_TOLD]])
+    excerpt = " ".join([whole[:_MAX_TOLD], whole[-_MAX_TOLD:], text[:_MAX_TOLD], code])
     for wording, error in _BY_WORDING.items():
         if re.search(wording, excerpt, re.IGNORECASE):
             return error(text, code=error.code or code)
