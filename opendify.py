@@ -7168,6 +7168,7 @@ FORM_FRESH_S = 300.0  # what an app said of itself is asked again after this tim
 
 Connect = Callable[..., Awaitable[Wire]]
 RunInBackground = Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]
+Body = Union[bytes, Read]  # of a request; the latter gives it piece by piece
 
 
 class Origin(NamedTuple):
@@ -7806,30 +7807,25 @@ class Api:
         self,
         app: AppSettings,
         path: str,
-        body: bytes | Read = b"",
+        body: Body = b"",
         timeout_s: float = CALL_TIMEOUT_S,
-        content_type: str = "application/json",
+        kind: str = "application/json",
     ) -> UpstreamResponse:
-        """GET a path, or POST a body; one redirect within the origin is followed.
+        """GET a path, or POST a body of this media type; one redirect is followed.
 
         The head of the answer must be here after `timeout_s`, or later where a slow
         line is still taking the body.
         """
         target = urllib.parse.urlsplit(app.base).path.rstrip("/") + path
-        response = await self._send(app, target, body, timeout_s, content_type)
+        response = await self._send(app, target, body, timeout_s, kind)
         # A body that came piece by piece is gone.
         can_follow = response.status in (307, 308) and isinstance(body, bytes)
         if can_follow and (moved := await _redirected(response, app, path)):
-            response = await self._send(app, moved, body, timeout_s, content_type)
+            response = await self._send(app, moved, body, timeout_s, kind)
         return response
 
     async def _send(
-        self,
-        app: AppSettings,
-        target: str,
-        body: bytes | Read,
-        timeout_s: float,
-        content_type: str,
+        self, app: AppSettings, target: str, body: Body, timeout_s: float, kind: str
     ) -> UpstreamResponse:
         origin, method = origin_of(app.base), "POST" if body else "GET"
         # Gateways that choose by the Host know none with the scheme's own port.
@@ -7841,7 +7837,7 @@ class Api:
             ("Accept-Encoding", "identity"),
         ]
         if body:
-            fields.append(("Content-Type", content_type))
+            fields.append(("Content-Type", kind))
             if isinstance(body, bytes):
                 fields.append(("Content-Length", str(len(body))))
             else:
@@ -8118,7 +8114,7 @@ class Dify:
         raise error
 
     async def _send_form(
-        self, app: AppSettings, path: str, body: bytes | Read, boundary: str
+        self, app: AppSettings, path: str, body: Body, boundary: str
     ) -> UpstreamResponse:
         kind = f"multipart/form-data; boundary={boundary}"
         return await self.api.request(app, path, body, UPLOAD_TIMEOUT_S, kind)
@@ -8644,13 +8640,11 @@ class Reading:
     none while the answer may still turn out not to do, since another would follow it.
     `problem` says, when the answer is over, why it will not do; `is_cut`, that a stop
     was found and the app need not go on; `usage` includes what was `spent` before.
-    The ids of calls follow from `message_id`, of a workflow its run's, so that an
-    answer that is read again has the same.
+    The ids of calls follow from a `seed`, the message's id, so that an answer that is
+    read again has the same.
     """
 
-    def __init__(
-        self, ask: Ask, message_id: str, *, is_whole: bool, spent: Usage
-    ) -> None:
+    def __init__(self, ask: Ask, seed: str, *, is_whole: bool, spent: Usage) -> None:
         self.problem = ""
         self.usage = self._spent = spent
         self.is_cut = False
@@ -8658,7 +8652,7 @@ class Reading:
         self._calls: CallReader | None = None
         if ask.tools:
             most = 1 if ask.is_serial else inf
-            self._calls = CallReader(ask.tools, call_ids(message_id).__next__, most)
+            self._calls = CallReader(ask.tools, call_ids(seed).__next__, most)
         self._is_json = ask.output.kind != "text"
         # Cut in half, JSON is none; and what stands around it never reaches the client.
         stops = () if self._is_json else ask.stops
@@ -9165,9 +9159,7 @@ class Form:
         while part := await reader.next_part():
             if part.name == "file":
                 if self.file:
-                    raise BadRequest(
-                        "A form can bring one file at a time.", param="file"
-                    )
+                    raise BadRequest("A form brings one file at a time.", param="file")
                 self.file = known_file(part.filename or "", part.media_type)
                 return
             value = b""
@@ -9755,7 +9747,7 @@ async def create_response(site: Site, exchange: Exchange) -> None:
 
     question = Question(exchange, app, ask, True)
     if named:
-        await _check_place(site, question, named)
+        await _check_fits(site, question, named)
     with site.turns.holding(question):
         await site.archive.join(question, request, sealer)
         question.ask = await _prepared(site, exchange, app, question.ask)
@@ -9780,9 +9772,7 @@ def _in_conversation(
     return replace(request, ask=ask, items=items), named
 
 
-async def _check_place(
-    site: Site, question: Question, named: NamedConversation
-) -> None:
+async def _check_fits(site: Site, question: Question, named: NamedConversation) -> None:
     """Refuse a turn of an app or a user that the conversation can't have."""
     mode = await site.dify.facts.mode_of(question.app)
     if mode not in CHAT_MODES:
@@ -9868,7 +9858,7 @@ async def _stored_response(
         exchange.model = model
         for turn in await site.archive.turns_of(app, place):
             if turn.message_id == place.message_id:
-                return _frame_of(turn, model, sealer, place.user), turn
+                return _frame(turn, model, sealer, place.user), turn
     raise _not_found("Response", id_)
 
 
@@ -9878,9 +9868,7 @@ def _as_response(frame: ResponseFrame, turn: StoredTurn) -> dict[str, Any]:
     return response_object(frame, stored_answer(turn), error)
 
 
-def _frame_of(
-    turn: StoredTurn, model: str, sealer: IdSealer, user: str
-) -> ResponseFrame:
+def _frame(turn: StoredTurn, model: str, sealer: IdSealer, user: str) -> ResponseFrame:
     """The frame of a stored answer: its ids come out as they were sent."""
     return ResponseFrame(turn.created, model, echo_of({}), sealer, user, "", turn.ids)
 
@@ -9977,7 +9965,7 @@ async def _items_of(
         exchange.model, place = named.model, Place(named.user, id_, "")
         sealer = site.sealer(exchange, app)
         for turn in await site.archive.turns_of(app, place):
-            frame = _frame_of(turn, named.model, sealer, named.user)
+            frame = _frame(turn, named.model, sealer, named.user)
             items.append(input_item(frame.id("msg_", "in"), turn.question))
             items += _as_response(frame, turn)["output"]
     return [*items, *named.items]
@@ -10830,9 +10818,7 @@ async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
     return size < DISCARD_BYTES and reply.is_complete and not reply.must_close
 
 
-def _body_reader(
-    exchange: Exchange, wire: Wire, decoder: BodyDecoder, limit: int
-) -> Read:
+def _body_reader(exchange: Exchange, wire: Wire, body: BodyDecoder, limit: int) -> Read:
     """What reads the request's body; the client is told to send it."""
 
     def check(size: int) -> None:
@@ -10843,12 +10829,12 @@ def _body_reader(
     if COMPRESSED.search(exchange.request.headers.get("content-encoding", "")):
         raise UnsupportedCoding("Send the body without a Content-Encoding.")
     check(int(exchange.request.headers.get("content-length", 0)))
-    if exchange.request.expects_continue and not decoder.is_complete:
+    if exchange.request.expects_continue and not body.is_complete:
         wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     async def read() -> bytes:
         wire.set_deadline(BODY_TIMEOUT_S, _slow_request)
-        data = await wire.read_body(decoder)
+        data = await wire.read_body(body)
         wire.clear_deadline()
         exchange.body_bytes += len(data)
         check(exchange.body_bytes)
