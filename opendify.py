@@ -7937,13 +7937,6 @@ class Facts:
         self._api = api
         self._facts: dict[tuple[str, ...], AppFacts] = defaultdict(AppFacts)
 
-    async def name_of(self, app: AppSettings) -> str:
-        """The app's name in Dify; kept."""
-        facts = self.of(app)
-        if not facts.name:
-            await self._ask_info(app)
-        return facts.name
-
     async def mode_of(self, app: AppSettings) -> str:
         """The app's mode: as `ask_mode` found it, else as configured; else asked."""
         return self.of(app).mode or app.mode or await self.ask_mode(app)
@@ -7953,7 +7946,7 @@ class Facts:
 
         Releases before 1.4 do not tell it: there the mode is what `mode_of` says.
         """
-        mode = await self._ask_info(app)
+        mode = await self.ask_info(app)
         if mode and app.mode and mode != app.mode:
             raise ConfigurationFault(
                 f"mode in MODEL_CONFIG is {app.mode}, but the app is {mode}."
@@ -7963,7 +7956,7 @@ class Facts:
     async def ask_mode(self, app: AppSettings) -> str:
         """The app's mode, asked anew: as `/info` tells, or as a probe shows."""
         facts = self.of(app)
-        facts.mode = await self._ask_info(app) or await self._probe(app)
+        facts.mode = await self.ask_info(app) or await self._probe(app)
         return facts.mode
 
     async def form_of(self, app: AppSettings, *, anew: bool = False) -> AppForm:
@@ -7979,7 +7972,8 @@ class Facts:
         """What is known by now."""
         return self._facts[app.base, app.key, app.mode]
 
-    async def _ask_info(self, app: AppSettings) -> str:
+    async def ask_info(self, app: AppSettings) -> str:
+        """Ask for the app's name, Dify's version, and its mode, "" if not told."""
         facts, response = self.of(app), await self._api.request(app, "/info")
         facts.version = response.headers.get("x-version", "")
         info = await self._api.read_object(response, app)
@@ -9537,7 +9531,7 @@ class Site:
         models, base = dict(self.settings.model_config), self.settings.dify_api_base
         apps = [AppSettings(key, base) for key in self.settings.dify_api_keys]
         unnamed = [app for app in apps if not self.dify.facts.of(app).name]
-        results = await _in_time(map(self.dify.facts.name_of, unnamed))
+        results = await _in_time(map(self.dify.facts.ask_info, unnamed))
         for app, got in zip(unnamed, results):
             if isinstance(got, Exception) and not isinstance(got, asyncio.TimeoutError):
                 log.warning("%s of DIFY_API_KEYS: %s", mask_key(app.key), got)
@@ -10602,7 +10596,8 @@ class Listener:
         await asyncio.sleep(0)
         for server in self._servers:
             server.close()
-        late = await _settled(self._tasks, grace_s)
+        await _settled(self._tasks, grace_s)
+        late = [task for task in self._tasks if not task.done()]
         for task in late:
             task.cancel()
         await _settled(late, CANCEL_S)
@@ -10918,14 +10913,10 @@ def _preflight(request: Request) -> list[tuple[str, str]]:
     return headers
 
 
-async def _settled(
-    tasks: set[asyncio.Task[None]], seconds: float
-) -> set[asyncio.Task[None]]:
-    """Wait for tasks; returns those that are still running."""
-    if not tasks:
-        return set()
-    _, running = await asyncio.wait(tasks, timeout=seconds)
-    return running
+async def _settled(tasks: Collection[asyncio.Task[Any]], seconds: float) -> None:
+    """Wait until all tasks have ended, but not for longer than that."""
+    if tasks:
+        await asyncio.wait(tasks, timeout=seconds)
 
 
 # ==============================================================================

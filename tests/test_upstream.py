@@ -1608,10 +1608,7 @@ async def test_mode_is_told_by_info_and_kept(mode: str) -> None:
         fake.app(KEY, mode=mode, name="Name")
         assert dify.facts.of(app).name == ""
         assert [await dify.facts.mode_of(app) for _ in range(3)] == [mode] * 3
-        assert (dify.facts.of(app).name, await dify.facts.name_of(app)) == (
-            "Name",
-            "Name",
-        )
+        assert dify.facts.of(app).name == "Name"
         assert [request.path for request in fake.requests] == ["/info"]
 
 
