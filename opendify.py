@@ -8807,13 +8807,11 @@ class Turns:
     Args:
         dify: the client of Dify.
         conversations: what is known of them.
-        new_id: makes a fresh id, where Dify gives none.
         wall_clock: seconds since the epoch.
     """
 
     dify: Dify
     conversations: Conversations
-    new_id: Callable[[], str]
     wall_clock: Callable[[], float]
 
     async def run(self, question: Question, sink: Outlet | Collector) -> None:
@@ -8861,7 +8859,7 @@ class Turns:
         exchange, joins = question.exchange, question.joins
         exchange.turn = turn = await self._open_turn(question)
         reader = turn.stream.reader
-        seed = reader.message_id or reader.workflow_run_id or self.new_id()
+        seed = reader.message_id or reader.workflow_run_id or exchange.id
         is_whole, spent = isinstance(sink, Collector), question.spent
         reading = Reading(question.ask, seed, is_whole=is_whole, spent=spent)
         is_stored, was_there = False, not exchange.has_left
@@ -9448,7 +9446,7 @@ class Site:
     """What the handlers share; it knows the apps, and which clients may ask.
 
     Args:
-        dify: the client of Dify; its settings are these, too.
+        dify: the client of Dify; it has the settings as they are now.
         conversations: what is known of them.
         new_id: makes a fresh id for an answer, without its prefix.
         wall_clock: seconds since the epoch.
@@ -9463,7 +9461,7 @@ class Site:
     ) -> None:
         self.dify, self.conversations = dify, conversations
         self.new_id, self.wall_clock = new_id, wall_clock
-        self.turns = Turns(dify, conversations, new_id, wall_clock)
+        self.turns = Turns(dify, conversations, wall_clock)
         self.archive = Archive(dify, conversations, wall_clock)
         self.metrics = Metrics()
         self.in_flight: set[Exchange] = set()
@@ -9472,18 +9470,13 @@ class Site:
         self._key_failures: dict[str, list[float]] = {}  # times, by address
         self._right_keys: set[tuple[str, str]] = set()  # that came, by address
 
-    @property
-    def settings(self) -> Settings:
-        """The configuration as it is now."""
-        return self.dify.settings
-
     def check_key(self, key: str, peer: str) -> None:
         """Compare with all keys, so that the time tells nothing.
 
         From where keys are guessed only those are taken that came from there before:
         who guesses learns nothing, and shuts nobody out who shares the address.
         """
-        valid = self.settings.valid_api_keys
+        valid = self.dify.settings.valid_api_keys
         if not valid:
             return
         now = asyncio.get_running_loop().time()
@@ -9517,7 +9510,7 @@ class Site:
 
         Old clients form-encode a name in a path: there a space is a plus.
         """
-        models = self.settings.model_config
+        models = self.dify.settings.model_config
         if model not in models:
             models = await self.models()
         for name in (model, model.replace("+", " ")):
@@ -9528,8 +9521,9 @@ class Site:
 
     async def models(self) -> Mapping[str, AppSettings]:
         """All apps by model name; those of DIFY_API_KEYS by their names in Dify."""
-        models, base = dict(self.settings.model_config), self.settings.dify_api_base
-        apps = [AppSettings(key, base) for key in self.settings.dify_api_keys]
+        settings = self.dify.settings
+        models, base = dict(settings.model_config), settings.dify_api_base
+        apps = [AppSettings(key, base) for key in settings.dify_api_keys]
         unnamed = [app for app in apps if not self.dify.facts.of(app).name]
         results = await _in_time(map(self.dify.facts.ask_info, unnamed))
         for app, got in zip(unnamed, results):
@@ -9546,7 +9540,7 @@ class Site:
     def owner_of(self, exchange: Exchange) -> str:
         """The client's key where keys tell clients apart; else all are one: ""."""
         key = client_key(exchange.request.headers)
-        return key if self.settings.valid_api_keys else ""
+        return key if self.dify.settings.valid_api_keys else ""
 
     def sealer(self, exchange: Exchange, app: AppSettings) -> IdSealer:
         """What makes and opens the ids of an app, and of a client's key."""
@@ -10073,10 +10067,10 @@ def _outlet(site: Site, question: Question, stream: AnswerStream) -> Outlet:
     wish = exchange.request.headers.get("x-opendify-smoothing", "").lower()
     is_on = {"on": True, "off": False}.get(wish, question.app.smoothing)
     if is_on is None:
-        is_on = site.settings.stream_smoothing
+        is_on = site.dify.settings.stream_smoothing
     if not is_on:
         return Outlet(exchange, stream)
-    pacer = Pacer(site.settings.stream_max_lag)
+    pacer = Pacer(site.dify.settings.stream_max_lag)
     return PacedOutlet(exchange, stream, pacer, site.metrics)
 
 
@@ -10210,7 +10204,7 @@ async def _with_speech(
     def id_of(ids: DifyIds) -> str:
         return replace(frame, ids=ids).id("audio_")
 
-    expires_at = now + int(site.settings.conversation_ttl)
+    expires_at = now + int(site.dify.settings.conversation_ttl)
     return ask, Spoken(id_of, expires_at) if is_spoken else None
 
 
@@ -10644,7 +10638,7 @@ class Server(Listener):
     async def serve(self, wire: Wire) -> None:
         """One connection, from its first byte to its last."""
         try:
-            most = self._site.settings.max_connections
+            most = self._site.dify.settings.max_connections
             if len(self._tasks) - len(self._refused) > most:
                 exchange = self._exchange(wire)
                 _refuse(exchange, Overloaded("Too many connections (MAX_CONNECTIONS)."))
@@ -10715,7 +10709,7 @@ class Server(Listener):
         exchange.request = request = parse_request_head(await wire.read_head())
         exchange.decoder = decoder = body_decoder(request.headers, until_end=False)
         self.before_request()
-        settings, reply = self._site.settings, exchange.reply
+        settings, reply = self._site.dify.settings, exchange.reply
         reply.suit(request)
         reply.must_close = reply.must_close or self._is_draining
         check_host(request, settings, is_local=self.is_local)
@@ -11181,7 +11175,7 @@ _POLICY = (
 
 async def show_page(site: Site, exchange: Exchange) -> None:
     """`GET /`; the page asks for a key at once if it will need one."""
-    key = "YOUR-KEY" if site.settings.valid_api_keys else ""
+    key = "YOUR-KEY" if site.dify.settings.valid_api_keys else ""
     text = _BODY.replace("@KEY@", key).replace("@VERSION@", __version__)
     text = text.replace("@STYLE@", _STYLE).replace("@SCRIPT@", _SCRIPT)
     headers = [

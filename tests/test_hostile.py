@@ -1084,7 +1084,7 @@ async def test_key_that_is_withdrawn_fails_without_being_counted_for_ever() -> N
     async with hosting(**KEYED) as host:
         site: Site = host.server._site
         site.check_key("key-one", "203.0.113.7")
-        site.dify.use(replace(site.settings, valid_api_keys=("key-two",)))
+        site.dify.use(replace(site.dify.settings, valid_api_keys=("key-two",)))
         for _ in range(3 * MAX_KEY_FAILURES):  # it came from there: never a 429
             with pytest.raises(Unauthorized):
                 site.check_key("key-one", "203.0.113.7")
