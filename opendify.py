@@ -9870,8 +9870,7 @@ async def create_conversation(site: Site, exchange: Exchange) -> Json:
     id_, now = f"conv_{site.new_id()}", int(site.wall_clock())
     items = _with_items(site, body, ())
     named = NamedConversation(id_, now, _parse_metadata(body), items)
-    _keep(site, exchange, named)
-    return _shown_conversation(named)
+    return _keep(site, exchange, named)
 
 
 async def get_conversation(site: Site, exchange: Exchange) -> Json:
@@ -9881,11 +9880,8 @@ async def get_conversation(site: Site, exchange: Exchange) -> Json:
 
 async def update_conversation(site: Site, exchange: Exchange) -> Json:
     """`POST /conversations/{id}`: other metadata."""
-    named = _named(site, exchange)
-    body = parse_json_object(exchange.body)
-    named = replace(named, metadata=_parse_metadata(body))
-    _keep(site, exchange, named)
-    return _shown_conversation(named)
+    named, body = _named(site, exchange), parse_json_object(exchange.body)
+    return _keep(site, exchange, replace(named, metadata=_parse_metadata(body)))
 
 
 async def delete_conversation(site: Site, exchange: Exchange) -> Json:
@@ -9937,9 +9933,7 @@ async def delete_conversation_item(site: Site, exchange: Exchange) -> Json:
         raise _not_found("Item", item_id)
     if len(rest) > MAX_NAMED_ITEMS:
         raise BadRequest(f"Of more than {MAX_NAMED_ITEMS} items none can be deleted.")
-    named = replace(named, items=tuple(rest))
-    _keep(site, exchange, named)
-    return _shown_conversation(named)
+    return _keep(site, exchange, replace(named, items=tuple(rest)))
 
 
 async def _items_of(
@@ -9984,10 +9978,12 @@ def _named(site: Site, exchange: Exchange, id_: str = "") -> NamedConversation:
     return named
 
 
-def _keep(site: Site, exchange: Exchange, named: NamedConversation) -> None:
+def _keep(site: Site, exchange: Exchange, named: NamedConversation) -> Json:
+    """Record a client's conversation; returns it as the client sees it."""
     if not site.conversations.keep(named, site.owner_of(exchange), site.wall_clock()):
         most = f"{MAX_NAMED_BYTES >> 20} MiB"
         raise BodyTooLarge(f"A conversation's items that await a turn may have {most}.")
+    return _shown_conversation(named)
 
 
 def _parse_metadata(body: Json) -> dict[str, Any]:
