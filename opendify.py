@@ -11429,40 +11429,36 @@ def _set_up_logging(settings: Settings) -> None:
         setattr(logging, name, None)
 
 
-class _LoopErrors:
-    """The loop's exception handler: says once a minute that descriptors are used up.
+def _watch_loop(server: Listener, stop: asyncio.Event) -> None:
+    """Have the loop say that descriptors are used up, once a minute, not each time.
 
     On Windows asyncio closes a port for good when a client resets its connection before
     it is accepted (python/cpython#93821): here it is opened again, until `stop`.
     """
+    said_at, reopening = -inf, set[asyncio.Task[None]]()
 
-    def __init__(self, server: Listener, stop: asyncio.Event) -> None:
-        self._server, self._stop = server, stop
-        self._said_at = -inf
-        self._reopening: asyncio.Task[None] | None = None
-
-    async def _reopen(self, host: str, port: int) -> None:
+    async def reopen(host: str, port: int) -> None:
         await asyncio.sleep(REOPEN_S)
-        while not self._stop.is_set():
+        while not stop.is_set():
             with contextlib.suppress(OSError):
-                await self._server.listen(host, port)
+                await server.listen(host, port)
                 return
             await asyncio.sleep(REOPEN_S)
 
-    def __call__(
-        self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]
-    ) -> None:
-        """Called by the loop."""
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal said_at
         error = context.get("exception")
         if context.get("message") == "Accept failed on a socket":
             host, port = context["socket"].getsockname()[:2]
             log.warning("port %d was closed (%s), and is opened again", port, error)
-            self._reopening = asyncio.ensure_future(self._reopen(host, port))
+            reopening.add(asyncio.ensure_future(reopen(host, port)))
         elif not (isinstance(error, OSError) and error.errno in _EXHAUSTED):
             loop.default_exception_handler(context)
-        elif loop.time() - self._said_at > 60:
-            self._said_at = loop.time()
+        elif loop.time() - said_at > 60:
+            said_at = loop.time()
             log.error("no descriptors are left: connections wait (raise `ulimit -n`)")
+
+    asyncio.get_running_loop().set_exception_handler(handle)
 
 
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -11529,7 +11525,7 @@ async def _serve_until_signal(settings: Settings, server: Server) -> int:
     stop = asyncio.Event()
     _on_signals(stop)
     _raise_descriptor_limit()
-    asyncio.get_running_loop().set_exception_handler(_LoopErrors(server, stop))
+    _watch_loop(server, stop)
     host, port = settings.server_host, settings.server_port
     try:
         addresses = await server.listen(host, port)

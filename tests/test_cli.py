@@ -1217,12 +1217,12 @@ async def test_port_that_asyncio_gives_up_is_opened_again(
 ) -> None:
     """As on Windows, where the loop closes it as soon as the handler returns."""
     loop, stop, listener = asyncio.get_running_loop(), asyncio.Event(), Deaf()
-    handle = opendify._LoopErrors(listener, stop)
+    opendify._watch_loop(listener, stop)
     ((host, port),) = await listener.listen("127.0.0.1", 0)
     with socket.socket() as other:  # who takes the port for a while
         (lost,) = listener._servers
         context = {"message": "Accept failed on a socket", "exception": OSError("64")}
-        handle(loop, {**context, "socket": lost.sockets[0]})
+        loop.call_exception_handler({**context, "socket": lost.sockets[0]})
         lost.close()
         await asyncio.sleep(0)
         other.bind((host, port))
