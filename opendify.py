@@ -8300,6 +8300,7 @@ class Exchange:
         self.waiting: set[asyncio.Task[Any]] = set()
         self.outlets: list[Outlet] = []  # that its answers, if streamed, go through
         self.started_at = asyncio.get_running_loop().time()
+        reply.headers.append(("x-request-id", id_))
 
     @property
     def forwarded_user(self) -> str:
@@ -8350,7 +8351,7 @@ class Outlet:
         exchange.outlets.append(self)
         self._exchange = exchange
         self._reply = exchange.reply
-        self._stream = stream
+        self.stream = stream
         self._sent = KeptText()
         self.calls: list[ToolCall] = []
         self.has_begun = False
@@ -8375,7 +8376,7 @@ class Outlet:
         """Begin with the head and the first chunk; they leave with the first text."""
         self._start(ids)
         self.has_begun = True
-        self._opening = self._stream.begin(ids)
+        self._opening = self.stream.begin(ids)
 
     def _start(self, ids: DifyIds) -> None:
         if not self._reply.status:
@@ -8384,7 +8385,7 @@ class Outlet:
 
     def _fail(self, error: ProxyError) -> bytes:
         held = [out._take_opening() + out._flush() for out in self._exchange.outlets]
-        return b"".join(held) + self._stream.fail(error)
+        return b"".join(held) + self.stream.fail(error)
 
     def _take_opening(self) -> bytes:
         """The first chunk, once; openai-python wants those of all choices in order."""
@@ -8405,7 +8406,7 @@ class Outlet:
 
     def end(self) -> bytes:
         """What is left to be sent: the last chunk."""
-        return self._take_opening() + self._stream.encode(self._finish)
+        return self._take_opening() + self.stream.encode(self._finish)
 
     def close(self) -> None:
         """Stop the timers; nothing is written any more."""
@@ -8437,8 +8438,8 @@ class Outlet:
             return b""
         if isinstance(part, ToolCall):
             self.calls.append(part)
-            return self._flush() + self._stream.encode(part)
-        return self._stream.encode(part)
+            return self._flush() + self.stream.encode(part)
+        return self.stream.encode(part)
 
     def _words_for(self, part: Media | Recast | Replace) -> str:
         if isinstance(part, Media):
@@ -8461,7 +8462,7 @@ class Outlet:
     def _put_texts(self, parts: Sequence[Text], now: float) -> bytes:
         """Text of one read, noted as one: saves a tenth of a stream without pauses."""
         self._note("".join([part.text for part in parts]))
-        return b"".join([self._stream.encode(part) for part in parts if part.text])
+        return b"".join([self.stream.encode(part) for part in parts if part.text])
 
     def _flush(self) -> bytes:
         """What was held back until now."""
@@ -8471,7 +8472,7 @@ class Outlet:
         if not part.text:
             return b""
         self._note(part.text if isinstance(part, Text) else "")
-        return self._stream.encode(part)
+        return self.stream.encode(part)
 
     def _note(self, text: str) -> None:
         """Note what the client gets, "" for reasoning."""
@@ -8492,12 +8493,12 @@ class Outlet:
         now = self._loop.time()
         if self._reply.must_drain:  # what is on its way keeps it alive
             self._written_at = now
-        elif not self.has_begun and not self._stream.needs_ids:
+        elif not self.has_begun and not self.stream.needs_ids:
             self.begin({})
             self._write(b"", now)
         elif now >= self._written_at + KEEP_ALIVE_S or not self.has_begun:
             self._start({})
-            self._write(self._stream.heartbeat(), now)
+            self._write(self.stream.heartbeat(), now)
         self._beat = self._loop.call_at(self._written_at + KEEP_ALIVE_S, self._on_beat)
 
 
@@ -9466,7 +9467,6 @@ class Site:
         self.metrics = Metrics()
         self.in_flight: set[Exchange] = set()
         self.created = int(wall_clock())  # the time of each model
-        self.running: dict[ResponseStream, Exchange] = {}  # that are not complete
         self._key_failures: dict[str, list[float]] = {}  # times, by address
         self._right_keys: set[tuple[str, str]] = set()  # that came, by address
 
@@ -9676,7 +9676,7 @@ async def create_chat_completion(site: Site, exchange: Exchange) -> None:
     chat = parse_chat_request(_body_of(exchange))
     app = await site.find_app(exchange, chat.ask.model)
     envelope = _envelope(site, exchange, "chatcmpl", chat)
-    ask = await _prepared(site, exchange, app, chat.ask)
+    ask = await _with_stored_files(site, exchange, with_words(chat.ask, app.tools))
     ask, spoken = await _with_speech(site, exchange, app, ask, envelope.created)
     streams = [
         SpokenStream(envelope, spoken) if spoken else ChatStream(envelope, index)
@@ -9728,7 +9728,7 @@ async def create_response(site: Site, exchange: Exchange) -> None:
     user, sealer = exchange.user_of(ask.user), site.sealer(exchange, app)
     now, new_id = int(site.wall_clock()), site.new_id()
     frame = ResponseFrame(now, exchange.model, request.echo, sealer, user, new_id)
-    running = ResponseStream(frame)
+    streams = [ResponseStream(frame)] if request.stream else []
 
     def whole(answers: Sequence[Answer], ids: DifyIds) -> dict[str, Any]:
         return response_object(replace(frame, ids=ids), answers[0])
@@ -9738,12 +9738,11 @@ async def create_response(site: Site, exchange: Exchange) -> None:
         await _check_fits(site, question, named)
     with site.turns.holding(question):
         await site.archive.join(question, request, sealer)
-        question.ask = await _prepared(site, exchange, app, question.ask)
-    site.running[running] = exchange
+        ask = with_words(question.ask, app.tools)
+        question.ask = await _with_stored_files(site, exchange, ask)
     try:
-        await _answer_all(site, [question], [running] if request.stream else [], whole)
+        await _answer_all(site, [question], streams, whole)
     finally:
-        del site.running[running]
         if named and exchange.turn:
             _bind(site, question, named, exchange.turn)
 
@@ -9823,7 +9822,10 @@ async def cancel_response(site: Site, exchange: Exchange) -> Json:
 def _running_as(site: Site, exchange: Exchange) -> tuple[ResponseStream, Turn] | None:
     """The streamed response that a path names, with its turn, while it runs."""
     owner, user = site.owner_of(exchange), exchange.forwarded_user
-    for stream, other in site.running.items():
+    streams = [(out.stream, other) for other in site.in_flight for out in other.outlets]
+    for stream, other in streams:
+        if not isinstance(stream, ResponseStream):
+            continue
         response = stream.response
         is_it = response.get("id") == exchange.name_in_path
         is_theirs = site.owner_of(other) == owner and user in ("", stream.frame.user)
@@ -10075,11 +10077,6 @@ async def _run_turn(site: Site, question: Question, sink: Outlet | Collector) ->
     await site.turns.run(question, sink)
     if question.ask.voice is not None:
         await _say(site, question, sink)
-
-
-async def _prepared(site: Site, exchange: Exchange, app: AppSettings, ask: Ask) -> Ask:
-    """The question with words about tools and format, and with its stored files."""
-    return await _with_stored_files(site, exchange, with_words(ask, app.tools))
 
 
 def with_words(ask: Ask, place: str) -> Ask:
@@ -10636,7 +10633,7 @@ class Server(Listener):
         try:
             most = self._site.dify.settings.max_connections
             if len(self._tasks) - len(self._refused) > most:
-                exchange = self._exchange(wire)
+                exchange = Exchange(Reply(wire), self._new_id(), wire.peer)
                 _refuse(exchange, Overloaded("Too many connections (MAX_CONNECTIONS)."))
                 if len(self._refused) < most:  # the others may not see the response
                     self._refused.add(wire)
@@ -10650,17 +10647,11 @@ class Server(Listener):
             self._refused.discard(wire)
             wire.close()
 
-    def _exchange(self, wire: Wire) -> Exchange:
-        """The next one of a connection; its request is not read yet."""
-        exchange = Exchange(Reply(wire), self._new_id(), wire.peer)
-        exchange.reply.headers.append(("x-request-id", exchange.id))
-        return exchange
-
     async def _serve_one(self, wire: Wire) -> bool:
         """One request and its response; whether another may follow."""
         if not await self._is_called(wire):
             return False
-        exchange = self._exchange(wire)
+        exchange = Exchange(Reply(wire), self._new_id(), wire.peer)
         wire.set_deadline(HEAD_TIMEOUT_S, _slow_request)
         self._site.in_flight.add(exchange)
         try:
