@@ -4763,14 +4763,7 @@ def url_of(resource: Json) -> str:
 # Requests...
 
 
-@dataclass(frozen=True)
-class ItemReference:
-    """An input item that is only named: the server has it."""
-
-    id: str
-
-
-Item = Union[Message, ItemReference]
+Item = Union[Message, str]  # a message, or the id of one that the server has
 
 
 @dataclass(frozen=True)
@@ -4793,7 +4786,7 @@ class ResponsesRequest:
     @property
     def references(self) -> tuple[str, ...]:
         """The ids of the items that are only named, in order."""
-        return tuple(item.id for item in self.items if isinstance(item, ItemReference))
+        return tuple(item for item in self.items if isinstance(item, str))
 
     @property
     def known_tools(self) -> tuple[Tool, ...]:
@@ -4861,8 +4854,8 @@ def ask_of(
             text = messages.pop().text if is_its_call else item.text
             messages.append(item._replace(text=text))
             named = None
-        elif item.id in found and found[item.id] != named:
-            named = found[item.id]
+        elif item in found and found[item] != named:
+            named = found[item]
             messages.append(named)
     messages = with_tool_names([*told, *in_rounds(messages)])[len(told) :]
     return request.ask._replace(messages=tuple(messages))
@@ -4927,8 +4920,8 @@ def _parse_result(item: Json, where: str) -> Message:
     return Message("tool", text, attachments=files, call_id=call_id)
 
 
-def _parse_reference(item: Json, where: str) -> ItemReference | None:
-    return ItemReference(str(item["id"])) if item.get("id") else None
+def _parse_reference(item: Json, where: str) -> str | None:
+    return str(item["id"]) if item.get("id") else None
 
 
 _ITEMS: Mapping[str, Callable[[dict[str, Any], str], Item | None]] = {
