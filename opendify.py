@@ -4814,14 +4814,9 @@ def parse_responses_request(body: Json) -> ResponsesRequest:
     if not items and not previous and not conversation:
         raise missing_parameter("input")
     system, items = split_system(items, instructions)
-    return ResponsesRequest(
-        ask=parse_ask(body)._replace(system=system),
-        items=items,
-        stream=parse_stream(body),
-        previous_response_id=previous,
-        conversation=conversation,
-        echo=echo_of(body),
-    )
+    ask, stream = parse_ask(body)._replace(system=system), parse_stream(body)
+    echo = echo_of(body)
+    return ResponsesRequest(ask, items, stream, previous, conversation, echo)
 
 
 def echo_of(body: Json) -> dict[str, Any]:
