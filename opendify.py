@@ -4791,10 +4791,9 @@ class ResponsesRequest:
     @property
     def known_tools(self) -> tuple[Tool, ...]:
         """The tools whose calls stored answers may hold, withdrawn ones included."""
-        messages = [item for item in self.items if isinstance(item, Message)]
-        calls = [call for message in messages for call in message.tool_calls]
-        tools = {call.name: Tool(call.name) for call in calls}
-        return tuple({**tools, **{tool.name: tool for tool in self.ask.tools}}.values())
+        calls = [c for item in self.items for c in getattr(item, "tool_calls", ())]
+        tools = (*(Tool(call.name) for call in calls), *self.ask.tools)
+        return tuple({tool.name: tool for tool in tools}.values())
 
 
 def parse_responses_request(body: Json) -> ResponsesRequest:
