@@ -3915,11 +3915,8 @@ def user_of_key(key: str) -> str:
     return "opendify-" + hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-_ROLES = {  # every other one is the user's
-    "assistant": "assistant",
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("tool", "function"), "tool"),
-}
+_ROLES = {role: role for role in ("system", "assistant", "tool")}
+_ROLES |= {"developer": "system", "function": "tool"}  # every other is the user's
 
 
 def parse_message(message: Any, where: str) -> Message:
