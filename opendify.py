@@ -6703,21 +6703,19 @@ class Wire(asyncio.Protocol):
         self._timer = None
         if not self._deadline or self._is_lost:
             return
+        must_abort = self._unsent or self._transport.is_closing()
+        is_awaited = self._reader and not self._reader.done()
         if self._loop.time() < self._deadline:
             self._arm()
-            return
-        if self._unsent < self._was_unsent:  # it reads, if slowly
+        elif self._unsent < self._was_unsent:  # it reads, if slowly
             self.set_deadline(WRITE_TIMEOUT_S, self._on_deadline, sends=True)
-            return
-        must_abort = bool(self._unsent or self._transport.is_closing())
-        is_awaited = bool(self._reader and not self._reader.done())
-        if self._buffer and not (is_awaited or must_abort):
+        elif self._buffer and not (is_awaited or must_abort):
             self._deadline = 0.0  # we are late, not the peer
-            return
-        self._failure = self._failure or self._on_deadline()
-        self.wake()
-        if must_abort:
-            self._transport.abort()  # or `drain` would wait for ever
+        else:
+            self._failure = self._failure or self._on_deadline()
+            self.wake()
+            if must_abort:
+                self._transport.abort()  # or `drain` would wait for ever
 
     # Reading...
 
