@@ -3604,18 +3604,14 @@ def _unpack(data: bytes) -> tuple[str, ...]:
 class Place:
     """Where in Dify an id belongs: a stored answer, or one item of it.
 
-    `item` is the item's number in the output; "in" for the question.
+    A workflow's run has one id, which stands for both. `item` is the item's number in
+    the output; "in" for the question.
     """
 
     user: str
     conversation_id: str
     message_id: str
     item: str = ""
-
-    @property
-    def is_run(self) -> bool:
-        """Whether it is a workflow's run, whose id stands for both."""
-        return self.conversation_id == self.message_id
 
 
 def open_place(
@@ -9197,7 +9193,7 @@ class Archive:
         here, table, now = anchor.conversation_id, self.conversations, self.wall_clock()
         # It may name another, or one that is yet to be bound to its own.
         is_here = (request.ask.conversation_id or request.conversation) in ("", here)
-        if is_here and not anchor.is_run:
+        if is_here and anchor.message_id != here:  # no run of a workflow
             question.tail = table.take_by_id(question.scope, here, now)
         question.ask = await self._join_at(question, request, places)
         if question.tail and question.ask.conversation_id != here:
