@@ -3713,21 +3713,15 @@ def _is_legacy(body: Json) -> bool:
 def parse_ask(body: Json) -> Ask:
     """What all requests say alike: everything but the messages."""
     model = _parse_required(body, "model")
-    tools, tool_mode = parse_tools(body)
-    is_serial = body.get("parallel_tool_calls") is False
+    tools, mode = parse_tools(body)
+    is_serial = body.get("parallel_tool_calls") is False or _is_legacy(body)
     metadata = object_of(body.get("metadata"))
-    conversation_id = body.get("conversation_id") or metadata.get("conversation_id")
-    return Ask(
-        model=model,
-        messages=(),
-        inputs=parse_inputs(body.get("inputs"), metadata.get("inputs")),
-        user=parse_user(body),
-        conversation_id=conversation_id if isinstance(conversation_id, str) else "",
-        tools=tools,
-        tool_mode=tool_mode,
-        is_serial=is_serial or _is_legacy(body),
-        output=parse_output_format(body),
-    )
+    inputs = parse_inputs(body.get("inputs"), metadata.get("inputs"))
+    id_ = body.get("conversation_id") or metadata.get("conversation_id")
+    id_ = id_ if isinstance(id_, str) else ""
+    ask = Ask(model, (), inputs=inputs, user=parse_user(body), conversation_id=id_)
+    output = parse_output_format(body)
+    return ask._replace(tools=tools, tool_mode=mode, is_serial=is_serial, output=output)
 
 
 def parse_stream(body: Json) -> bool:
