@@ -3990,11 +3990,8 @@ def parse_completion_request(body: Json) -> tuple[ChatRequest, list[Ask], list[s
     if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
         raise bad_value("prompt", "token ids can't be sent to an app; send text.")
     if body.get("suffix"):
-        raise BadRequest(
-            "Unsupported parameter: 'suffix'; an app can't write between two texts.",
-            param="suffix",
-            code="unsupported_parameter",
-        )
+        problem = "Unsupported parameter: 'suffix'; no app can write between two texts."
+        raise BadRequest(problem, param="suffix", code="unsupported_parameter")
     # The fields that both APIs have; the text of chat would be a Responses format.
     fields = {name: body[name] for name in body if name not in _CHAT_ONLY}
     chat = parse_chat_request({**fields, "messages": [{"role": "user", "content": ""}]})
