@@ -4181,15 +4181,12 @@ def parse_audio_request(body: Json) -> tuple[dict[str, str], Attachment]:
 
     {"model": "m", "input_audio": {"data": "<base64>", "format": "mp3"}}
     """
-    fields = {
-        name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in body.items()
-        if value is not None and name != "input_audio"
-    }
-    part = {"type": "input_audio", "input_audio": body.get("input_audio")}
+    given = {name: value for name, value in body.items() if value is not None}
+    part = {"type": "input_audio", "input_audio": given.pop("input_audio", None)}
     file = _parse_file(part, "input_audio")
     if not file.data:
         raise bad_value("input_audio", "`data` must be a recording in base64.")
+    fields = {k: v if isinstance(v, str) else json.dumps(v) for k, v in given.items()}
     return fields, file
 
 
