@@ -5545,14 +5545,12 @@ def _canonical(arguments: str) -> str:
         return arguments.strip()
 
 
-def _told_hashes(
-    scope: bytes, ask: Ask, messages: Iterable[Message], before: bytes = b""
-) -> bytes:
+def _told_hashes(scope: bytes, ask: Ask, said: Messages, before: bytes = b"") -> bytes:
     """What Dify is told beside messages, as hashes.
 
     Without a system text, what was told `before` holds; there may be no third hash.
     """
-    within = [m.text for m in messages if m.role == "system"]
+    within = [m.text for m in said if m.role == "system"]
     opening = ask.system.replace(f" {MUST_CALL}", "")  # which is said each time
     texts = [opening, *within] if opening.strip() else within
     given = json.dumps({**ask.inputs}, sort_keys=True) if ask.inputs else ""
@@ -7062,17 +7060,15 @@ class Reply:
         self.start(response.status, response.headers, len(response.body))
         self.end(response.body)
 
-    def start(
-        self, status: int, headers: Fields = (), length: int | None = None
-    ) -> None:
-        """The head; without a length the body is chunked, or ends at the close."""
+    def start(self, status: int, headers: Fields = (), size: int | None = None) -> None:
+        """The head; without a size the body is chunked, or ends at the close."""
         date = _http_date(int(time.time()))
         fields = [("Date", date), *headers, *self.headers]
-        self._is_chunked = length is None and not self._is_old
+        self._is_chunked = size is None and not self._is_old
         if self._is_chunked:
             fields.append(("Transfer-Encoding", "chunked"))
-        elif length is not None and status != 204:
-            fields.append(("Content-Length", str(length)))
+        elif size is not None and status != 204:
+            fields.append(("Content-Length", str(size)))
         if self.must_close:  # as always for HTTP/1.0
             fields.append(("Connection", "close"))
         start = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"
