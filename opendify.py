@@ -3797,20 +3797,18 @@ def in_rounds(messages: Iterable[Message]) -> list[Message]:
 
 def _by_answer(messages: list[Message]) -> list[Message]:
     """Calls and results, as the app wrote and read them; as they are if it did not."""
-    rounds: dict[str, tuple[list[Message], list[Message]]]
-    rounds = defaultdict(lambda: ([], []))  # by answer: its calls, and their results
+    calls: dict[str, list[Message]] = defaultdict(list)  # by answer
+    results: dict[str, list[Message]] = defaultdict(list)  # of these calls
     for message in messages:
         said = message
         for call in message.tool_calls:
-            calls, _ = rounds[calling_answer(call.id)]
-            calls.append(said._replace(tool_calls=(call,)))
+            calls[calling_answer(call.id)].append(said._replace(tool_calls=(call,)))
             said = Message("assistant", "")  # its text goes with its first call
         if message.call_id:
-            rounds[calling_answer(message.call_id)][1].append(said)
-    if "" in rounds or not all(calls for calls, _ in rounds.values()):
+            results[calling_answer(message.call_id)].append(said)
+    if "" in calls or not results.keys() <= calls.keys():
         return messages
-    pairs = rounds.values()
-    return [m for calls, results in pairs for m in (joined(calls), *results)]
+    return [m for key, answer in calls.items() for m in (joined(answer), *results[key])]
 
 
 def joined(answer: Messages) -> Message:
