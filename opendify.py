@@ -3625,9 +3625,8 @@ def open_place(
         kind: how it must begin; "" if all kinds will do.
         user: who asks; "" where a request can't say it (`GET /responses/{id}`).
     """
-    if not id_.startswith(kind):
-        return None
-    fields = sealer.open(id_, id_[: id_.find("_") + 1])
+    prefix = id_[: id_.find("_") + 1]
+    fields = sealer.open(id_, prefix) if prefix.startswith(kind) else None
     if not fields or (user and user != fields[0]):
         return None
     return Place(*fields)
@@ -5050,7 +5049,7 @@ def stored_item(value: Any, id_: str, taken: Collection[str]) -> dict[str, Any]:
 
 def _complete(part: Any) -> Any:
     """A part of a message; clients count on the lists that an answer's text has."""
-    is_answer = isinstance(part, dict) and part.get("type") == "output_text"
+    is_answer = object_of(part).get("type") == "output_text"
     return {**_MESSAGE_SHAPE.part, **part} if is_answer else part
 
 
