@@ -1374,7 +1374,7 @@ def describe_tools(tools: Sequence[Tool], mode: str, *, is_serial: bool = False)
 
 
 def told_ask(text: str) -> Ask:
-    """What these words ask for that stand in a text: tools, one call only, JSON.
+    """What these words ask for that stand in a text: tools, calls, JSON.
 
     Of several lists of tools it is the last; of the JSON it is no more than its kind.
     """
@@ -1388,7 +1388,8 @@ def told_ask(text: str) -> Ask:
         tools = (*_parse_tools([parse_json_text(text) for text in texts]),)
     except ValueError:
         tools = ()
-    return Ask("", (), tools=tools, is_serial=_ONE in rest, output=output)
+    told = Ask("", (), tools=tools, is_serial=_ONE in rest, output=output)
+    return told._replace(tool_mode="required") if MUST_CALL in text else told
 
 
 def describe_call(call: ToolCall) -> str:
@@ -8639,6 +8640,9 @@ class Reading:
         ready = self._stop.feed(ready) if self._stop else ready
         self._has_call |= any(isinstance(part, ToolCall) for part in ready)
         ready = self._json.feed(ready) if self._json else ready
+        if self._ask.tool_mode == "required":  # the answer is the call: this is none
+            thought = functools.partial(Reasoning, is_inline=True)
+            ready = [thought(p.text) if isinstance(p, Text) else p for p in ready]
         if self._stop and self._stop.is_cut and not self.is_cut:
             self.is_cut = True
             is_known = any(isinstance(part, Usage) for part in ready)
@@ -9287,8 +9291,10 @@ def _with_tools(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
     last, known = Ask("", ()), []
     for turn in turns:
         last = turn.told if turn.told.tools else last
-        # A format that is not told anew may be none.
-        known.append(turn._replace(told=last._replace(output=turn.told.output)))
+        # What else is not told anew holds no more.
+        mode, output = turn.told.tool_mode, turn.told.output
+        told = last._replace(tool_mode=mode, output=output)
+        known.append(turn._replace(told=told))
     return known
 
 
@@ -9303,8 +9309,8 @@ def stored_answer(turn: StoredTurn, tools: Iterable[Tool] = ()) -> Answer:
     ask = turn.told._replace(tools=tuple(known.values()))
     reading = Reading(ask, turn.message_id, is_whole=True, spent=Usage())
     answer, parts = Answer(), reading.feed([*turn.parts])
-    if reading.problem:  # it is not the JSON that was asked for: it stays as it is
-        told = ask._replace(output=OutputFormat())
+    if reading.problem:  # it is no call, or not the JSON: it stays as it is
+        told = ask._replace(output=OutputFormat(), tool_mode="auto")
         return stored_answer(turn._replace(told=told))
     for part in parts:
         if not isinstance(part, Failure):

@@ -1672,6 +1672,7 @@ def test_described_tools_are_read_back(mode: str, is_serial: bool) -> None:
     words += describe_tools(TOOLS, mode, is_serial=is_serial)
     asked = told_ask(f"<message>\n{words}\n</message>\n\nHi")
     assert (asked.tools, asked.is_serial) == ((*TOOLS,), is_serial)
+    assert asked.tool_mode == mode
     assert asked.output == OutputFormat()
 
 

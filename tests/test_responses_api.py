@@ -644,6 +644,7 @@ async def test_result_of_a_tool_continues_on_another_replica(way: str) -> None:
 TWO_CALLS = CALL + CALL.replace("get_weather", "get_time")
 TIME = {**WEATHER, "name": "get_time"}
 ONE_CALL: JSONObject = {"parallel_tool_calls": False}
+MUST: JSONObject = {"tool_choice": "required"}
 AS_JSON: JSONObject = {"text": {"format": {"type": "json_object"}}}
 
 
@@ -655,6 +656,7 @@ AS_JSON: JSONObject = {"text": {"format": {"type": "json_object"}}}
         (TWO_CALLS, {"tools": [WEATHER, TIME], **ONE_CALL}, "get_weather"),
         ('So:\n```\n{"a": 1}\n```\nDone.', AS_JSON, '{"a": 1}'),
         (f"So: {{}}\n{CALL}", {**AS_JSON, "tools": [WEATHER]}, "get_weather"),
+        (f"So: {CALL}.", {**MUST, "tools": [WEATHER]}, "get_weather"),
     ],
 )
 async def test_stored_answer_is_what_the_request_made_of_it(
