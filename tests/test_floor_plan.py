@@ -17,34 +17,34 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 221,
+    "Settings": 220,
     "Errors": 80,
     "SSE": 61,
     "JSON": 88,
     "Turn": 144,
-    "Calls": 691,
-    "Dify": 879,
-    "Ids": 69,
-    "OpenAI": 751,
-    "Responses": 426,
-    "Conversations": 408,
+    "Calls": 692,
+    "Dify": 854,
+    "Ids": 65,
+    "OpenAI": 734,
+    "Responses": 417,
+    "Conversations": 406,
     "Pacer": 130,
-    "Wire": 528,
-    "Upstream": 737,
-    "Answers": 619,
-    "Handlers": 1034,
-    "Server": 301,
+    "Wire": 524,
+    "Upstream": 728,
+    "Answers": 618,
+    "Handlers": 1022,
+    "Server": 292,
     "Page": 258,
-    "Command line": 447,
+    "Command line": 444,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7935
+WHOLE_BUDGET = 7840
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
     "AnswerReader": 161,
-    "Turns": 167,
-    "Wire": 192,
+    "Turns": 164,
+    "Wire": 190,
 }
 
 PURE = set(list(BUDGETS)[: list(BUDGETS).index("Wire")])
