@@ -3256,8 +3256,7 @@ class Appendix:
         self._files: dict[str, tuple[str, Media]] = {}  # by URL, unsigned: path
         self._resources: list[Json] = []
         self._usage = Usage()  # as message_end tells it
-        self._node_usage = Usage()
-        self._total_tokens = 0
+        self._node_usage = Usage()  # of a run, where that is missing
 
     def add_file(self, value: Json) -> None:
         """A file that the app made: {"type", "url" or "remote_url", "filename"}."""
@@ -3299,8 +3298,10 @@ class Appendix:
         self._usage = _usage(metadata.get("usage"))
 
     def add_run(self, data: Json) -> None:
-        """What a workflow has made and used."""
-        self._total_tokens = count_of(data.get("total_tokens"))
+        """What a workflow has made and used; it may correct the sum of its nodes."""
+        total = count_of(data.get("total_tokens")) or self._node_usage.total_tokens
+        completion = min(self._node_usage.completion_tokens, total)
+        self._node_usage = Usage(total - completion, completion)
         outputs = object_of(data.get("outputs"))
         for file in [*objects_of(data.get("files")), *_files_in(outputs)]:
             self.add_file(file)
@@ -3314,15 +3315,7 @@ class Appendix:
                 parts.append(media)
         if self._resources:
             parts.append(Citations(tuple(self._resources)))
-        return [*parts, self._final_usage()]
-
-    def _final_usage(self) -> Usage:
-        """As message_end tells it, else of the nodes, whose sum the run may correct."""
-        if self._usage.total_tokens:
-            return self._usage
-        total = self._total_tokens or self._node_usage.total_tokens
-        completion = min(self._node_usage.completion_tokens, total)
-        return Usage(total - completion, completion)
+        return [*parts, self._usage if self._usage.total_tokens else self._node_usage]
 
 
 _SIGNATURE = re.compile(r"[?&](?:timestamp|nonce|sign|as_attachment)=[^&]*")
