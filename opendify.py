@@ -2677,19 +2677,17 @@ def _state(tags: str, begun: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
 _ATTRIBUTES, _SPACES = r"(?:\s[^<>]{0,64})?", r"\s{0,4}"
 _OPENING = rf"(?:<think{_ATTRIBUTES}>|{re.escape(_DETAILS)})"
 _STATES = {
-    "": _state(
-        rf"{_OPENING}\n{{0,64}}(?:(?-i:{_MARKER})\n{{0,64}})?|</think>\n{{0,2}}",
-        f"{_beginnings('<think', _ATTRIBUTES)}|{_beginnings('</think')}"
-        f"|{_beginnings(_DETAILS)}",
-    ),
-    **{
-        tag: _state(
-            rf"\n{{0,4}}{tag}{_SPACES}>\n{{0,2}}",
-            rf"\n{{0,4}}(?:{_beginnings(tag, _SPACES)})?|&[a-z]{{0,3}}",
-        )
-        for tag in ("</think", "</details")
-    },
+    tag: _state(
+        rf"\n{{0,4}}{tag}{_SPACES}>\n{{0,2}}",
+        rf"\n{{0,4}}(?:{_beginnings(tag, _SPACES)})?|&[a-z]{{0,3}}",
+    )
+    for tag in ("</think", "</details")
 }
+_STATES[""] = _state(
+    rf"{_OPENING}\n{{0,64}}(?:(?-i:{_MARKER})\n{{0,64}})?|</think>\n{{0,2}}",
+    f"{_beginnings('<think', _ATTRIBUTES)}|{_beginnings('</think')}"
+    f"|{_beginnings(_DETAILS)}",
+)
 _MORE_OF_TAG = re.compile(rf"(?:{_beginnings(_MARKER)})?\Z")  # newlines may come, too
 
 
@@ -2759,20 +2757,17 @@ class ReasoningSplitter:
 
     def _split(self, text: str, *, is_last: bool) -> list[Part]:
         parts: list[Part] = []
-        self._held, start = "", 0
-        while start < len(text):
-            tags, begun = _STATES[self._closing]
+        start, (tags, begun) = 0, _STATES[self._closing]
+        tag = tags.search(text)
+        while tag and (is_last or not _MORE_OF_TAG.match(text, tag.end())):
+            self._take(parts, text[start : tag.start()])
+            self._cross(parts, tag[0])
+            start, (tags, begun) = tag.end(), _STATES[self._closing]
             tag = tags.search(text, start)
-            if tag and (is_last or not _MORE_OF_TAG.match(text, tag.end())):
-                self._take(parts, text[start : tag.start()])
-                self._cross(parts, tag[0])
-                start = tag.end()
-                continue
-            held = None if is_last else tag or begun.search(text, start)
-            end = held.start() if held else len(text)
-            self._take(parts, text[start:end])
-            self._held = text[end:]
-            break
+        held = None if is_last else tag or begun.search(text, start)
+        end = held.start() if held else len(text)
+        self._take(parts, text[start:end])
+        self._held = text[end:]
         return parts
 
     def _cross(self, parts: list[Part], tag: str) -> None:
