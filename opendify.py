@@ -2635,15 +2635,13 @@ def error_from_body(status: int, body: bytes) -> ProxyError:
 
 def _innermost_message(message: str) -> str:
     """The message inside a plugin's nested JSON, or the text as it is."""
-    while (start := message.find("{")) >= 0:
-        try:
+    with contextlib.suppress(ValueError, RecursionError):
+        while (start := message.find("{")) >= 0:
             inner, _ = json.JSONDecoder().raw_decode(message, start)
-        except (ValueError, RecursionError):
-            return message
-        found = inner.get("message") or object_of(inner.get("error")).get("message")
-        if not isinstance(found, str) or not found:
-            return message
-        message = found
+            found = inner.get("message") or object_of(inner.get("error")).get("message")
+            if not isinstance(found, str) or not found:
+                break
+            message = found
     return message
 
 
@@ -3178,14 +3176,12 @@ class DeltaReader:
     def learn(self, data: str) -> None:
         """Take an event for the example."""
         self._before = ""
-        key = _TEXT_KEY.search(data)
-        if not key:
-            return
-        before = data[: key.end()]
-        after = data[_scan_string(data, len(before))[1] :]
-        parsed = json.loads(f'{before}\\u0000"{after}')
-        if "\0" in (parsed.get("answer"), object_of(parsed.get("data")).get("text")):
-            self._before, self._after = before, after
+        if key := _TEXT_KEY.search(data):
+            before = data[: key.end()]
+            after = data[_scan_string(data, len(before))[1] :]
+            value = json.loads(f'{before}\\u0000"{after}')
+            if "\0" in (value.get("answer"), object_of(value.get("data")).get("text")):
+                self._before, self._after = before, after
 
 
 _TEXT_KEY = re.compile(r'"(?:answer|text)":\s*"')
