@@ -10666,39 +10666,33 @@ class Server(Listener):
         await reply.drain()  # it is over when the client has it
 
     def _note(self, exchange: Exchange) -> None:
-        """What the log and the metrics say of a request."""
-        metrics, reply = self._site.metrics, exchange.reply
+        """One line for each request, never a key or a text; and the metrics."""
+        metrics, request, reply = self._site.metrics, exchange.request, exchange.reply
         took_s = asyncio.get_running_loop().time() - exchange.started_at
-        log_exchange(exchange, took_s)
-        route, model, status = exchange.route, exchange.model, reply.status or "none"
-        name = "opendify_requests_total"
-        metrics.count(name, route=route, model=model, status=status)
         metrics.observe("opendify_request_seconds", took_s)
+        told = [request.method, request.path, str(reply.status or "-")]
+        if exchange.model:
+            told.append(f"model={exchange.model!r}")
         if exchange.first_text_at is not None:
             waited_s = exchange.first_text_at - exchange.started_at
             metrics.observe("opendify_first_text_seconds", waited_s)
+            told.append(f"first={waited_s:.3f}s")
+        told.append(f"took={took_s:.3f}s")
+        if exchange.text_chars:
+            told.append(f"chars={exchange.text_chars}")
+        if exchange.has_left:
+            told.append("client-left")
+        log.info("%s id=%s", " ".join(told), exchange.id)
+        route, model, status = exchange.route, exchange.model, reply.status or "none"
+        metrics.count(
+            "opendify_requests_total", route=route, model=model, status=status
+        )
         metrics.count("opendify_bytes_total", exchange.body_bytes, direction="in")
         metrics.count("opendify_bytes_total", reply.body_bytes, direction="out")
         error = exchange.error
         if isinstance(error, (UpstreamFailed, UpstreamTimeout, RateLimited)):
             kind = type(error).code or "error"  # its own may be any text of Dify's
             metrics.count("opendify_upstream_errors_total", kind=kind)
-
-
-def log_exchange(exchange: Exchange, took_s: float) -> None:
-    """One line for each request; never a key, never a text."""
-    request, reply = exchange.request, exchange.reply
-    fields = [request.method, request.path, reply.status or "-"]
-    if exchange.model:
-        fields.append(f"model={exchange.model!r}")
-    if exchange.first_text_at is not None:
-        fields.append(f"first={exchange.first_text_at - exchange.started_at:.3f}s")
-    fields.append(f"took={took_s:.3f}s")
-    if exchange.text_chars:
-        fields.append(f"chars={exchange.text_chars}")
-    if exchange.has_left:
-        fields.append("client-left")
-    log.info("%s id=%s", " ".join(map(str, fields)), exchange.id)
 
 
 def _slow_request() -> ProxyError:
