@@ -9001,6 +9001,10 @@ _NO_ROOM = (
     "The file can't be kept until it is known where it goes (%s). Send the fields "
     "before the file, or let the server's TMPDIR name a folder with room."
 )
+_NO_SPOKEN = (
+    "no answer of this app to this user has the audio id %s; send its transcript as "
+    "`content`."
+)
 _BESIDE_FILE_BYTES = MAX_FIELDS_BYTES + MAX_FORM_PARTS * 2 * MAX_PART_HEAD_BYTES
 _START_BYTES = 64  # of a recording: the head of a WAV file
 
@@ -9235,7 +9239,7 @@ class Archive:
         texts: dict[str, str] = {}
         for id_, place in places.items():
             if not place or place.message_id not in stored:
-                raise _no_spoken(id_)
+                raise bad_value("messages", _NO_SPOKEN % _shown(id_))
             texts[id_] = stored_answer(stored[place.message_id], ask.tools).text
         messages = (
             m._replace(text=texts.get(m.spoken_id, m.text), spoken_id="")
@@ -9378,14 +9382,6 @@ def _no_previous(id_: str) -> BadRequest:
         f"Previous response with id {_shown(id_)} not found. Send the history instead.",
         param="previous_response_id",
         code="previous_response_not_found",
-    )
-
-
-def _no_spoken(id_: str) -> BadRequest:
-    return bad_value(
-        "messages",
-        f"no answer of this app to this user has the audio id {_shown(id_)}; send its "
-        "transcript as `content`.",
     )
 
 
@@ -11670,10 +11666,9 @@ class DemoApp(Listener):
         if request.path.endswith("/chat-messages"):
             await self._stream(reply, json.loads(body))
         elif request.path.endswith("/messages"):
-            query = query_of(request)
-            id_, most = query["conversation_id"], int(query["limit"])
+            id_ = query_of(request)["conversation_id"]
             rows = [row for row in self._rows if row["conversation_id"] == id_]
-            send_json(reply, {"data": rows[-most:], "has_more": False})
+            send_json(reply, {"data": rows, "has_more": False})
         elif "/files/" in request.path:
             send_json(reply, {"message": "The demo app takes no files."}, status=400)
         else:  # of a stop's path, the task's id
