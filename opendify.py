@@ -7237,6 +7237,7 @@ class UpstreamResponse:
         self, pool: Pool, origin: Origin, wire: Wire, head: ResponseHead
     ) -> None:
         self.status, self.headers = head.status, head.headers
+        self.content_type = self.headers.get("content-type", "application/octet-stream")
         self._pool, self._origin, self._wire = pool, origin, wire
         self._body = body_decoder(self.headers, until_end=True)
         if self.status in (204, 304):
@@ -7244,11 +7245,6 @@ class UpstreamResponse:
         self.can_reuse = not ends_connection(self.headers, head.http_version)
         self._is_released = self._is_lingering = False
         self.wake = wire.wake  # let `read` return b"" before the body's end
-
-    @property
-    def content_type(self) -> str:
-        """What the body is; if it is not said, anything."""
-        return self.headers.get("content-type", "application/octet-stream")
 
     def set_deadline(self, seconds: float, error: Fault) -> None:
         """What is read from now on may take `seconds`; then it raises `error()`."""
