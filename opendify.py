@@ -5289,8 +5289,7 @@ class ResponseStream:
 
     def _close(self, prefix: str, status: str = "completed") -> bytes:
         """The events that end an item; b"" if it is not open."""
-        opened = self._open.pop(prefix, None)
-        if not opened:
+        if not (opened := self._open.pop(prefix, None)):
             return b""
         shape, item, place = opened.shape, opened.item, opened.place
         cited = self.summary.citations if shape is _MESSAGE_SHAPE else ()
@@ -6402,8 +6401,7 @@ def _whole_chunks(data: bytes) -> bytes:
 @functools.lru_cache(maxsize=1024)
 def _chunk_size(line: bytes) -> int:
     """The size that a line says; kept, since events are of a few sizes."""
-    match = _CHUNK.fullmatch(line)
-    if not match:
+    if not (match := _CHUNK.fullmatch(line)):
         raise MalformedHTTP(_BAD_CHUNK)
     return int(match[1], 16)
 
@@ -6440,8 +6438,7 @@ class FormReader:
     """
 
     def __init__(self, content_type: str, read_body: Read) -> None:
-        boundary = _parameters(content_type).get("boundary")
-        if not boundary:
+        if not (boundary := _parameters(content_type).get("boundary")):
             raise BadRequest("The Content-Type of the form names no boundary.")
         self._delimiter = b"\r\n--" + boundary.encode("latin-1", "replace")
         self._read_body = read_body
@@ -6490,8 +6487,7 @@ class FormReader:
         return head
 
     async def _read_more(self) -> None:
-        data = await self._read_body()
-        if not data:
+        if not (data := await self._read_body()):
             raise BadRequest("The form breaks off before its last boundary.")
         self._buffer += data
 
@@ -7002,8 +6998,7 @@ def _split_target(method: bytes, target: str) -> tuple[str, str]:
     if target == "*" and method == b"OPTIONS":
         return "/", ""
     absolute = r"https?://([^/?#@]+)(?![^/?])/?([^#]*)\Z"
-    match = re.match(absolute, target, re.IGNORECASE)
-    if not match:
+    if not (match := re.match(absolute, target, re.IGNORECASE)):
         raise MalformedHTTP("The request target must be a path.")
     return f"/{match[2]}", match[1]
 
