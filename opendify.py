@@ -4649,9 +4649,7 @@ class CompletionStream(ChatStream):
             return self._text % json_string(part.text)
         if isinstance(part, Finish):
             return self._chunk("", part.reason)
-        if isinstance(part, Usage):
-            self.summary.add(part)
-        return b""
+        return super().encode(part) if isinstance(part, Usage) else b""
 
 
 def text_completion(
