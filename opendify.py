@@ -5879,16 +5879,14 @@ class Conversations:
             if number >= MAX_NAMED or total > MAX_ALL_NAMED_BYTES:
                 self._run(_DROP_NAMED, id_)
 
-    def _find(
-        self, scope: bytes, ask: Ask, history: Messages, now: float
-    ) -> Tail | None:
-        """The conversation that a history continues, were it free."""
-        window = Tail(scope, chain=scope).extend(history)
+    def _find(self, scope: bytes, ask: Ask, said: Messages, now: float) -> Tail | None:
+        """The conversation that ends with what was `said`, were it free."""
+        window = Tail(scope, chain=scope).extend(said)
         key = (window.digests[-_DIGEST_BYTES:], now - self._ttl_s)
         equal = f"{_MATCH} AND chain = ? ORDER BY state LIMIT {_MAX_CANDIDATES}"
         rows, _ = self._run(equal, *key, window.chain)
         tails = [Tail(scope, *row) for row in rows]
-        if not tails and _is_clear(history):
+        if not tails and _is_clear(said):
             most = _MAX_CANDIDATES + 1
             rows, _ = self._run(f"{_MATCH} ORDER BY state LIMIT {most}", *key)
             if len(rows) > _MAX_CANDIDATES:
@@ -5899,7 +5897,7 @@ class Conversations:
                 return None
             tails = [tail for tail in near if window.ends(tail)]
         if len(tails) > 1:
-            tails = _told_alike(tails, _told_hashes(scope, ask, history))
+            tails = _told_alike(tails, _told_hashes(scope, ask, said))
         return tails[0] if tails else None
 
     def _lose(self, tail: Tail, now: float) -> Tail:
