@@ -3585,8 +3585,7 @@ def _unpack(data: bytes) -> tuple[str, ...]:
     return tuple(fields)
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where in Dify an id belongs: a stored answer, or one item of it.
 
     A workflow's run has one id, which stands for both. `item` is the item's number in
@@ -4727,8 +4726,7 @@ def url_of(resource: Json) -> str:
 Item = Union[Message, str]  # a message, or the id of one that the server has
 
 
-@dataclass(frozen=True)
-class ResponsesRequest:
+class ResponsesRequest(NamedTuple):
     """A request for a response.
 
     `ask` has no messages yet: `ask_of` makes them from `items`, once it is known what
@@ -4742,7 +4740,7 @@ class ResponsesRequest:
     stream: bool = False
     previous_response_id: str = ""
     conversation: str = ""
-    echo: Json = field(default_factory=dict)
+    echo: Json = MappingProxyType({})
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -9688,7 +9686,7 @@ def _in_conversation(
     named = _named(site, exchange, request.conversation)
     items = (*parse_items(list(named.items)), *request.items)
     ask = request.ask._replace(conversation_id=named.conversation_id, is_all_new=True)
-    return replace(request, ask=ask, items=items), named
+    return request._replace(ask=ask, items=items), named
 
 
 async def _check_fits(site: Site, question: Question, named: NamedConversation) -> None:
