@@ -5157,12 +5157,10 @@ class _OpenItem:
         fields = json_bytes({"type": kind, **self.place, **shape.more})[:-1]
         self.head = encode_event(fields + b',"sequence_number":', kind).rstrip()
 
-    def update(self, status: str, annotations: Sequence[Any] = ()) -> str:
-        """Bring the item to where its text is."""
+    def update(self, status: str, **more: Any) -> str:
+        """Bring the item to where its text is, and its part has `more`."""
         text = "".join(self.texts)
-        part = {**self.shape.part, "text": text}
-        if self.shape is _MESSAGE_SHAPE:
-            part["annotations"] = list(annotations)
+        part = {**self.shape.part, "text": text, **more}
         self.item[self.shape.key] = [part] if self.shape.part else text
         if "status" in self.item:
             self.item["status"] = status
@@ -5290,7 +5288,8 @@ class ResponseStream:
         shape, item, place = opened.shape, opened.item, opened.place
         cited = self.summary.citations if shape is _MESSAGE_SHAPE else ()
         annotations = _annotations(cited, sum(map(len, opened.texts)))
-        text = opened.update(status, annotations)
+        more = {"annotations": annotations} if annotations else {}
+        text = opened.update(status, **more)
         events = b""
         for index, annotation in enumerate(annotations):
             fields = {"annotation_index": index, "annotation": annotation}
