@@ -4256,10 +4256,9 @@ def transcript(
 
 def wav_seconds(start: bytes, size: int) -> float:
     """How long a WAV file of `size` bytes plays, by its head; 0 for any other file."""
-    if not re.match(rb"RIFF....WAVEfmt ", start, re.DOTALL) or len(start) < 32:
-        return 0.0
-    bytes_per_s = int.from_bytes(start[28:32], "little")
-    return round((size - 44) / bytes_per_s, 3) if bytes_per_s and size > 44 else 0.0
+    is_wav = re.match(rb"RIFF....WAVEfmt ", start, re.DOTALL) and size > 44
+    bytes_per_s = int.from_bytes(start[28:32], "little") if is_wav else 0
+    return round((size - 44) / bytes_per_s, 3) if bytes_per_s else 0.0
 
 
 def _segments(text: str, seconds: float) -> list[dict[str, Any]]:
