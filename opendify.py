@@ -3898,8 +3898,8 @@ def parse_message(message: Any, where: str) -> Message:
     text, attachments = parse_content(message.get("content"), f"{where}.content")
     name = message.get("name") if message.get("name") != role else ""  # AutoGen's users
     call_id = message.get("tool_call_id") if role == "tool" else ""
-    is_named = role == "assistant" and not text
-    spoken_id = object_of(message.get("audio")).get("id") if is_named else ""
+    is_spoken = role == "assistant" and not text
+    spoken_id = object_of(message.get("audio")).get("id") if is_spoken else ""
     calls = parse_calls(message)
     ids = (str(spoken_id or ""), str(call_id or ""))
     return Message(role, text, str(name or ""), attachments, calls, *ids)
