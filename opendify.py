@@ -8693,7 +8693,7 @@ class Question:
     ask: Ask
     joins: bool  # whether it may continue a conversation, and be continued
     tail: Tail | None = None  # the conversation that it continues, once taken
-    uploads: dict[int, Attachment] = field(default_factory=dict)  # by the id() of each
+    sent: dict[int, Attachment] = field(default_factory=dict)  # files, by their id()
     spent: Usage = Usage()  # by a first try
     is_asked: bool = False  # Dify may have got it
     is_accepted: bool = False  # Dify has begun to answer: it may remember the question
@@ -8707,6 +8707,11 @@ class Question:
     def scope(self) -> bytes:
         """What its conversations are found in."""
         return scope_of(self.app.key, self.user)
+
+    def has_room(self, form: AppForm, files: Sequence[Attachment]) -> bool:
+        """Whether the app surely takes these files; it took those of a first try."""
+        is_again = self.sent.keys() >= set(map(id, files))
+        return is_again or has_room(form, files, self.ask.inputs)
 
     def has_not_run(self, error: BaseException) -> bool:
         """Whether after this error its conversation is as it was before."""
@@ -8765,8 +8770,8 @@ class Turns:
         goes_on = bool(ask.conversation_id and question.tail)
         before = () if goes_on else (*ask.messages, Message("assistant", text))
         again = ask._replace(messages=(*before, words))
-        exchange, app, uploads = question.exchange, question.app, question.uploads
-        question = Question(exchange, app, again, goes_on, None, uploads, reading.usage)
+        exchange, app, sent = question.exchange, question.app, question.sent
+        question = Question(exchange, app, again, goes_on, None, sent, reading.usage)
         reading = await self._run_once(question, sink)
         if reading.problem:
             raise unsatisfied(ask, reading.problem)
@@ -8891,7 +8896,7 @@ class Turns:
             question.scope,
             question.tail,
             app,
-            has_room=lambda files: has_room(form, files, ask.inputs),
+            functools.partial(question.has_room, form),
         )
         with while_present(question.exchange):
             request = await self._request_for(question, plan, mode, form)
@@ -8927,12 +8932,11 @@ class Turns:
 
     async def _uploaded(self, question: Question, file: Attachment) -> Attachment:
         """The file as Dify knows it: its data is uploaded, once a request."""
-        if file.url or file.upload_id:
-            return file
-        if id(file) not in question.uploads:
-            upload_id = await self.dify.upload(question.app, file, question.user)
-            question.uploads[id(file)] = replace(file, upload_id=upload_id)
-        return question.uploads[id(file)]
+        sent = question.sent.get(id(file), file)
+        if not (sent.url or sent.upload_id):
+            id_ = await self.dify.upload(question.app, file, question.user)
+            sent = replace(file, upload_id=id_)
+        return question.sent.setdefault(id(file), sent)
 
 
 async def _first_parts(exchange: Exchange, stream: TurnStream) -> list[Part]:

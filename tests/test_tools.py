@@ -1179,6 +1179,22 @@ async def test_json_is_asked_for_once_more(bad: str) -> None:
     assert problem in last
 
 
+@pytest.mark.parametrize("url", ["data:image/png;base64,AAAA", "https://a.b/c.png"])
+async def test_files_that_went_with_the_first_try_go_with_the_second(url: str) -> None:
+    """Dify does not say how many a list takes: it took these."""
+    form = {"variable": "pics", "required": True, "allowed_file_types": ["image"]}
+    parameters = {"user_input_form": [{"file-list": form}]}
+    part = {"type": "image_url", "image_url": {"url": url}}
+    messages = [{"role": "user", "content": [part, part]}]
+    async with proxy(says("Well.", GOOD), parameters=parameters) as served:
+        got = await served.chat(messages=messages, response_format=CITY)
+        first, second = (turn.json["inputs"]["pics"] for turn in served.turns)
+        uploads = len(served.dify.uploads)
+    assert choices_of(got) == [Choice(GOOD, [], "stop")]
+    assert first == second
+    assert (len(first), uploads) == (2, 0 if url.startswith("https") else 2)
+
+
 async def test_long_answer_is_not_shown_as_an_empty_one() -> None:
     size = MAX_KEPT_CHARS + 1
     async with proxy(says("x" * size, GOOD)) as served:
