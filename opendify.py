@@ -6165,10 +6165,9 @@ class Pacer:
         # A cluster may take more than is due; at most as much again is owed for it.
         self._drawn, self._credit = at, max(-abs(wish), min(1.0, wish - len(piece)))
         self._shown = now if piece else self._shown
-        # The next beat is when the next character is due, but never in a silence; and
-        # if a cluster waits for its end, not before something is pushed or overdue.
+        # The next beat is when the next character is due, but never in a silence.
         tick = min(at + (1.0 - self._credit) / speed, self._shown + _SILENCE_S)
-        self._tick = max(at + self._beat_s, tick) if piece or wish < 1.0 else inf
+        self._tick = max(at + self._beat_s, tick)
         return piece
 
     def next_due(self) -> float | None:

@@ -135,8 +135,11 @@ def test_sentences_are_held_until_the_next_one_comes() -> None:
     assert max(gaps) < 0.05
 
 
-def test_slow_tokens_are_shown_letter_by_letter() -> None:
-    pieces = play(even(1 / 6, 48, "abc"))
+@pytest.mark.parametrize(
+    "token", ["abc", "नमत", "ไทย", "👍👍"]
+)  # all but the first may grow
+def test_slow_tokens_are_shown_letter_by_letter(token: str) -> None:
+    pieces = play(even(1 / 6, 48, token))
     assert {len(text) for seconds, text in pieces if seconds > 1} == {1}
 
 
