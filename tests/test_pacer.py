@@ -296,6 +296,20 @@ def test_ordinary_letters_do_not_wait(last: str) -> None:
     assert joined([piece for piece in pieces if piece[0] < 0.2]) == "Hi " + last
 
 
+@pytest.mark.parametrize(
+    "cluster", ["\n", "\r", "\r\n", "e\u0301", "\xa9\ufe0f", "\U0001f1e8\U0001f1f3"]
+)
+def test_clusters_of_one_text_are_neither_torn_nor_tied(cluster: str) -> None:
+    sizes = [len(text) for _, text in play([(0.0, cluster * 240)])]
+    assert {size % len(cluster) for size in sizes} == {0}
+    assert max(sizes) <= len(cluster) * 240 / 20 + 2
+
+
+def test_endless_cluster_is_cut() -> None:
+    pieces = play([(0.0, "x"), (0.1, "e" + "\u0301" * 500)])
+    assert max(len(text) for _, text in pieces) < 70
+
+
 def test_first_text_goes_even_if_it_may_grow() -> None:
     pacer = Pacer()
     pacer.push(WOMAN, 0.0)
