@@ -9137,10 +9137,10 @@ class Archive:
         ends with it and nobody else has a turn there. Else its history is folded.
         """
         user, previous = question.user, request.previous_response_id
-        ids = [id_ for id_ in dict.fromkeys(request.references) if id_ != previous]
+        latest_first = dict.fromkeys((previous, *reversed(request.references)))
         places = {
             id_: place
-            for id_ in (*ids[-MAX_REFERENCES:], previous)
+            for id_ in itertools.islice(latest_first, 1 + MAX_REFERENCES)
             if (place := open_place(sealer, id_, user=user))
         }
         if previous and not (previous in places and previous.startswith("resp_")):
@@ -9148,7 +9148,7 @@ class Archive:
         if not places:
             question.ask = await self._join_named(question, request)
             return
-        *_, anchor = places.values()
+        anchor = next(iter(places.values()))
         here, table, now = anchor.conversation_id, self.conversations, self.wall_clock()
         # It may name another, or one that is yet to be bound to its own.
         is_here = (request.ask.conversation_id or request.conversation) in ("", here)
@@ -9174,21 +9174,20 @@ class Archive:
     async def _join_at(
         self, question: Question, request: ResponsesRequest, places: Mapping[str, Place]
     ) -> Ask:
-        """The question as it continues the last place's conversation, or folds it.
+        """The question as it continues the first place's conversation, or folds it.
 
         Only the former has the conversation's id; the question must have its tail.
         """
         app, is_free = question.app, question.tail is not None
         previous, tools = request.previous_response_id, request.known_tools
-        latest_first = list(reversed(list(places.values())))
-        anchor, stored = latest_first[0], {}
+        anchor, stored = next(iter(places.values())), {}
         # Nearly always the newest answer is named and nothing else: one turn tells all.
         if previous and is_free and not request.references:
             newest, _ = await self.dify.messages(app, anchor, most=1)
             if _tells_all(request, newest):
                 stored = {turn.message_id: turn for turn in newest}
         if anchor.message_id not in stored:
-            stored = await self.turns_of_all(app, latest_first)
+            stored = await self.turns_of_all(app, places.values())
         if previous and anchor.message_id not in stored:
             raise _no_previous(previous)
         found = {
