@@ -23,27 +23,27 @@ BUDGETS = {
     "JSON": 88,
     "Turn": 144,
     "Calls": 692,
-    "Dify": 854,
-    "Ids": 65,
-    "OpenAI": 734,
-    "Responses": 417,
-    "Conversations": 406,
+    "Dify": 840,
+    "Ids": 64,
+    "OpenAI": 731,
+    "Responses": 419,
+    "Conversations": 404,
     "Pacer": 130,
-    "Wire": 524,
-    "Upstream": 728,
-    "Answers": 618,
-    "Handlers": 1022,
-    "Server": 292,
+    "Wire": 520,
+    "Upstream": 726,
+    "Answers": 620,
+    "Handlers": 1019,
+    "Server": 289,
     "Page": 258,
-    "Command line": 444,
+    "Command line": 443,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7840
+WHOLE_BUDGET = 7811
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
     "AnswerReader": 161,
-    "Turns": 164,
+    "Turns": 163,
     "Wire": 190,
 }
 
