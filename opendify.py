@@ -731,7 +731,7 @@ def encode_comment(text: str) -> bytes:
 
 MAX_NESTING = 100  # of lists and objects: the code that walks them is recursive
 _PAIRS = {"{": "}", "[": "]"}
-_ESCAPE = re.compile(r"\\(?:[^u]|u[0-9a-fA-F]{4})|[\"\\]")
+_STRING_SIGN = re.compile(r"\\(?:[^u]|u[0-9a-fA-F]{4})|[\"\\]")
 _SLOPPY = re.compile(
     r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\b(?:True|False|None)\b"
     r"|(?<![\w$-])[^\W\d][\w$-]*(?=\s*:)|,(?=\s*(?:[}\]]|\Z))|[{}\[\]\"']",
@@ -838,7 +838,7 @@ def _mended(text: str) -> str:
         elif piece in "\"'":
             raise ValueError("a quote is never closed")
         elif piece[0] in "\"'":
-            return '"' + _ESCAPE.sub(_mended_escape, piece[1:-1]) + '"'
+            return '"' + _STRING_SIGN.sub(_mended_escape, piece[1:-1]) + '"'
         else:
             return _WORDS.get(piece, f'"{piece}"')
         return piece
@@ -1831,14 +1831,14 @@ class _ValueEnd:
             return self._end
         for sign in _VALUE_SIGN.finditer(text, max(self.reach, start)):
             self.reach = sign.end()
-            if self._is_last(sign[0]):
+            if self._ends(sign[0]):
                 # A tag or a fence where JSON has none: braces are missing.
                 self._end = sign.start() if sign[0] in "<`" else sign.end()
                 return self._end
         self.reach = max(self.reach, len(text) - 1)
         return 0
 
-    def _is_last(self, sign: str) -> bool:
+    def _ends(self, sign: str) -> bool:
         if self._quote or sign in "\"'":
             self._quote = "" if sign == self._quote else self._quote or sign
             return False
