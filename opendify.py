@@ -8420,12 +8420,14 @@ class Outlet:
             self._reply.write(self._take_opening() + data)
 
     def _on_beat(self) -> None:
-        """Dify is silent: begin without it, then keep the connection alive."""
-        now = self._loop.time()
+        """Dify has no text: begin without it, then keep the connection alive."""
+        now, turn = self._loop.time(), self._exchange.turn
+        is_only = self._exchange.outlets == [self]
+        ids = turn.ids if turn and turn.is_final and is_only else {}
         if self._reply.must_drain:  # what is on its way keeps it alive
             self._written_at = now
-        elif not self.has_begun and not self.stream.needs_ids:
-            self.begin({})
+        elif not self.has_begun and (ids or not self.stream.needs_ids):
+            self.begin(ids)
             self._write(b"", now)
         elif now >= self._written_at + KEEP_ALIVE_S or not self.has_begun:
             self._start({})
@@ -8727,11 +8729,17 @@ class Question:
 
 @dataclass
 class Turn:
-    """A turn that Dify has begun to answer."""
+    """A turn that Dify has begun to answer; its first parts may be yet to come."""
 
     plan: Plan
     stream: TurnStream
     first_parts: list[Part]
+
+    @property
+    def is_final(self) -> bool:
+        """Whether no second try can follow, with other ids."""
+        ask = self.plan.ask
+        return ask.tool_mode != "required" and ask.output.kind == "text"
 
     @property
     def ids(self) -> dict[str, str]:
@@ -8797,7 +8805,7 @@ class Turns:
     async def _run_once(self, question: Question, sink: Outlet | Collector) -> Reading:
         """Ask, and carry the answer to the sink; the reading says if it will do."""
         exchange, joins = question.exchange, question.joins
-        exchange.turn = turn = await self._open_turn(question)
+        turn = await self._open_turn(question)
         reader = turn.stream.reader
         seed = reader.message_id or reader.workflow_run_id or exchange.id
         is_whole, spent = isinstance(sink, Collector), question.spent
@@ -8908,14 +8916,13 @@ class Turns:
         stream = await self.dify.open_turn(app, mode, request)
         question.is_accepted = True
         try:
-            parts = await _first_parts(question.exchange, stream)
+            return await _begun(question.exchange, Turn(plan, stream, []))
         except (asyncio.CancelledError, ConnectionBroken):
             await stream.end()
             raise
         except BaseException:
             stream.close()
             raise
-        return Turn(plan, stream, parts)
 
     async def _request_for(
         self, question: Question, plan: Plan, mode: str, form: AppForm
@@ -8943,14 +8950,16 @@ class Turns:
         return question.sent.setdefault(id(file), sent)
 
 
-async def _first_parts(exchange: Exchange, stream: TurnStream) -> list[Part]:
-    parts = await stream.read(until_stoppable=True)
-    if not (parts or stream.reader.is_finished):  # it may be long till it has text
+async def _begun(exchange: Exchange, turn: Turn) -> Turn:
+    """The turn with its first parts; raises the error that it begins with."""
+    exchange.turn, stream = turn, turn.stream
+    turn.first_parts = await stream.read(until_stoppable=True)
+    if not (turn.first_parts or stream.reader.is_finished):  # it may be long till then
         with while_present(exchange):
-            parts = await stream.read()
-    if parts and isinstance(parts[0], Failure):
-        raise parts[0].error
-    return parts
+            turn.first_parts = await stream.read()
+    if turn.first_parts and isinstance(turn.first_parts[0], Failure):
+        raise turn.first_parts[0].error
+    return turn
 
 
 async def _with_past(dify: Dify, question: Question, plan: Plan) -> Json:

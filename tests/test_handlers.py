@@ -1803,12 +1803,12 @@ async def test_choice_that_was_late_writes_nothing_behind_the_end(
     turns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up to Python 3.11 `wait_for` may swallow a cancel that comes with its result."""
-    first_parts = opendify._first_parts
+    begun = opendify._begun
     failed, connections = asyncio.Event(), itertools.count()
 
-    async def fail(*arguments: Any) -> list[opendify.Part]:
+    async def fail(*arguments: Any) -> opendify.Turn:
         try:
-            return await first_parts(*arguments)
+            return await begun(*arguments)
         except opendify.ProxyError:
             failed.set()
             raise
@@ -1825,7 +1825,7 @@ async def test_choice_that_was_late_writes_nothing_behind_the_end(
             raise
         return wire
 
-    monkeypatch.setattr(opendify, "_first_parts", fail)
+    monkeypatch.setattr(opendify, "_begun", fail)
     scripts: list[list[Step]] = [
         [Sleep(0.2), fake.error_event("No.")],
         fake.chat_answer("Late."),

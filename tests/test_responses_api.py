@@ -83,6 +83,7 @@ async def answer(
     return response_of(await respond(served, question, headers, **fields))
 
 
+ASKED: JSONObject = {"model": "m", "input": "Hi"}
 BOTH = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 
 
@@ -576,6 +577,37 @@ async def test_heartbeats_are_comments_before_and_events_after_the_beginning() -
     assert kinds.count("response.in_progress") == 1 + 2
     end = response_of(got)
     assert (text_of(end), len(end["dify"])) == ("ab", 2)
+
+
+async def test_run_without_text_begins_as_soon_as_its_ids_are_known() -> None:
+    """Codex leaves after five minutes without an event; comments are none."""
+    first, *rest = fake.chatflow_answer("a")
+    async with proxy([first, Sleep(42), *rest], mode="advanced-chat") as served:
+        call = await served.open("POST", PATH, {**ASKED, "stream": True})
+        await call.read_head()
+        created, *_ = events_of(await call.read_piece())
+        path = f"{PATH}/{created['response']['id']}"
+        running = (await served.get(path)).json
+        got = await call.read_rest()
+    assert call.head_at == pytest.approx(5, abs=0.05)
+    assert (created["type"], running["status"]) == ("response.created", "in_progress")
+    assert call.headers["x-dify-conversation-id"]
+    kinds = [event["type"] for event in events_of(got.body)]
+    assert kinds[:2] == ["response.in_progress"] * 2
+    assert b": keep-alive" not in got.body
+
+
+async def test_answer_that_may_be_asked_for_again_begins_with_the_last_ids() -> None:
+    texts = ["Well.", '{"a": 1}']
+
+    def script(_: fake.Request) -> list[fake.Step]:
+        first, *rest = fake.chatflow_answer(texts.pop(0))
+        return [first, Sleep(32), *rest]
+
+    async with proxy(script, mode="advanced-chat") as served:
+        one = await answer(served, **AS_JSON, stream=True)
+        kept = response_of(await served.get(f"{PATH}/{one['id']}"))
+    assert text_of(one) == text_of(kept) == '{"a": 1}'
 
 
 @BOTH
