@@ -1205,6 +1205,16 @@ async def test_item_of_another_conversation_is_told_in_the_one_that_is_named() -
     assert text_of(other) in query and query.endswith("\n\nSum up")
 
 
+async def test_conversation_of_an_item_is_left_where_dify_s_id_names_another() -> None:
+    async with proxy() as served:
+        await answer(served, "Here")
+        here = next(iter(served.dify.conversations))
+        other = await answer(served, "There")
+        items = [user("There"), reference(other["output"][0]), user("Sum up")]
+        await answer(served, items, conversation_id=here)
+        assert told(served) == [["Here", "Sum up"], ["There"]]
+
+
 @pytest.mark.parametrize("way", ["inline", "items"])
 async def test_conversation_that_names_items_of_another_is_bound_to_its_own(
     way: str,
@@ -1532,6 +1542,15 @@ async def test_workflow_needs_no_history_to_name_results() -> None:
     async with proxy(mode="workflow", config={"query_variable": "q"}) as served:
         await answer(served, [user("Hi"), output], conversation_id="abc")
         assert [row.path for row in served.dify.requests] == ["/workflows/run"]
+
+
+async def test_history_is_not_read_but_for_results_in_a_conversation() -> None:
+    output = {"type": "function_call_output", "call_id": "c", "output": "x"}
+    async with proxy() as served:
+        await answer(served, [user("Hi"), output])
+        here = next(iter(served.dify.conversations))
+        await answer(served, "More", conversation_id=here)
+        assert {row.path for row in served.dify.requests} == {"/chat-messages"}
 
 
 async def test_nothing_of_a_left_request_waits_for_the_collector(
