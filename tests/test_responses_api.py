@@ -196,6 +196,16 @@ async def test_turn_that_can_t_be_put_to_dify_can_be_tried_again(way: str) -> No
         assert told(served) == [["Hi", "More"]]
 
 
+@pytest.mark.parametrize("is_named", [False, True])
+async def test_whole_history_goes_on_where_dify_has_it(is_named: bool) -> None:
+    async with proxy() as served:
+        one = await answer(served, "Hi")
+        here: JSONObject = {"conversation_id": next(iter(served.dify.conversations))}
+        items = [user("Hi"), *one["output"], user("More")]
+        await answer(served, items, **(here if is_named else {}))
+        assert told(served) == [["Hi", "More"]]
+
+
 async def test_whole_history_is_told_while_another_turn_is_under_way() -> None:
     gate = asyncio.Event()
     async with proxy() as served:
