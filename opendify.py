@@ -9196,7 +9196,7 @@ class Archive:
         previous, tools = request.previous_response_id, request.known_tools
         anchor, stored = next(iter(places.values())), {}
         # Nearly always the newest answer is named and nothing else: one turn tells all.
-        if previous and is_free and not request.references:
+        if is_free and not request.references:
             newest, _ = await self.dify.messages(app, anchor, most=1)
             if _tells_all(request, newest):
                 stored = {turn.message_id: turn for turn in newest}

@@ -176,6 +176,15 @@ async def test_second_turn_on_another_replica_goes_into_the_conversation(
     assert len(ids) == 1
 
 
+async def test_newest_answer_is_all_that_is_read_to_follow_it() -> None:
+    async with proxy() as served:
+        last = await answer(served, "Hi")
+        for text in ("More", "Again"):
+            last = await answer(served, text, previous_response_id=last["id"])
+        asked = [row for row in served.dify.requests if row.path == "/messages"]
+    assert [row.query["limit"] for row in asked] == ["1", "1"]
+
+
 @pytest.mark.parametrize("question", [[], "", [reference({"id": "msg_other"})]])
 async def test_nothing_new_asks_for_the_next_message(question: Any) -> None:
     async with replicas() as (first, _):
@@ -300,6 +309,17 @@ async def test_answer_that_is_named_twice_is_told_once() -> None:
         asked = [reference(first["output"][0]), user("More")]
         await answer(served, asked, previous_response_id=first["id"])
     assert told(served) == [["Hi", "More"]]
+
+
+async def test_answer_of_another_conversation_is_told_behind_a_response() -> None:
+    async with proxy() as served:
+        other = await answer(served, "There")
+        here = await answer(served, "Here")
+        asked = [reference(other["output"][0]), user("Sum up")]
+        await answer(served, asked, previous_response_id=here["id"])
+        there, (first, query) = told(served)
+    assert (there, first) == (["There"], "Here")
+    assert text_of(other) in query and query.endswith("\n\nSum up")
 
 
 async def test_edited_question_before_a_reference_starts_anew() -> None:
@@ -681,6 +701,18 @@ async def test_result_of_a_tool_continues_on_another_replica(way: str) -> None:
             items = [user("Rome?"), reference(call), output]
             await answer(second, items, tools=[WEATHER])
         assert [len(row) for row in told(first)] == [2]
+
+
+async def test_result_of_an_earlier_turn_is_told_by_its_tool() -> None:
+    texts = [CALL, "Wait.", "Sunny."]
+    async with proxy(script=lambda _: fake.chat_answer(texts.pop(0))) as served:
+        one = await answer(served, "Rome?", tools=[WEATHER])
+        call_id = one["output"][0]["call_id"]
+        two = await answer(served, "And?", previous_response_id=one["id"])
+        output = {"type": "function_call_output", "call_id": call_id, "output": "sun"}
+        await answer(served, [output], previous_response_id=two["id"], tools=[WEATHER])
+        ((*_, query),) = told(served)
+    assert query == '<message role="tool" name="get_weather">\nsun\n</message>'
 
 
 TWO_CALLS = CALL + CALL.replace("get_weather", "get_time")
