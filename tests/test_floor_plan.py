@@ -31,19 +31,19 @@ BUDGETS = {
     "Pacer": 130,
     "Wire": 520,
     "Upstream": 726,
-    "Answers": 620,
+    "Answers": 626,
     "Handlers": 1019,
     "Server": 289,
     "Page": 258,
     "Command line": 443,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7811
+WHOLE_BUDGET = 7817
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
     "AnswerReader": 161,
-    "Turns": 163,
+    "Turns": 162,
     "Wire": 190,
 }
 
