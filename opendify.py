@@ -3908,7 +3908,8 @@ def parse_message(message: Any, where: str) -> Message:
 def parse_calls(message: Json) -> tuple[ToolCall, ...]:
     """Earlier calls of an assistant's message, of both generations."""
     calls = objects_of(message.get("tool_calls"))
-    calls.append({"function": message.get("function_call") or None})
+    if message.get("function_call"):
+        calls.append({"function": message["function_call"]})
     parsed = []
     for call in calls:
         function, custom = call.get("function"), call.get("custom")
