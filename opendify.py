@@ -2973,7 +2973,7 @@ class AnswerReader:
             self._deltas.learn(data)
         translate = getattr(self, f"_on_{name}", None)
         # What a workflow's events say is in their `data`.
-        return translate(object_of(value.get("data")) or value) if translate else []
+        return translate({**value, **object_of(value.get("data"))}) if translate else []
 
     # Text and reasoning...
 

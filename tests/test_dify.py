@@ -723,6 +723,14 @@ def test_events_that_say_nothing_add_nothing(data: str) -> None:
     assert AnswerReader("chat", APP).read([data]) == []
 
 
+def test_data_beside_what_an_event_says_takes_nothing_from_it() -> None:
+    said = event(event="message", answer="Hi", data={"trace": "x"})
+    usage = {"prompt_tokens": 1, "completion_tokens": 2}
+    end = {"event": "message_end", "metadata": {"usage": usage}}
+    parts = read("chat", said, event(**end, data={"trace": "x"}))
+    assert parts == [Text("Hi"), Usage(1, 2), Finish("stop")]
+
+
 def test_an_event_that_is_not_json_is_a_failure() -> None:
     (failure,) = AnswerReader("chat", APP).read(['{"event":"mess'])
     assert isinstance(failure, Failure)
