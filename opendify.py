@@ -2755,12 +2755,14 @@ class ReasoningSplitter:
 
     def _split(self, text: str, *, is_last: bool) -> list[Part]:
         parts: list[Part] = []
-        start, (tags, begun) = 0, _STATES[self._closing]
+        start = 0
+        tags, begun = _STATES[self._closing]
         tag = tags.search(text)
         while tag and (is_last or not _MORE_OF_TAG.match(text, tag.end())):
             self._take(parts, text[start : tag.start()])
             self._cross(parts, tag[0])
-            start, (tags, begun) = tag.end(), _STATES[self._closing]
+            start = tag.end()
+            tags, begun = _STATES[self._closing]
             tag = tags.search(text, start)
         held = None if is_last else tag or begun.search(text, start)
         end = held.start() if held else len(text)
@@ -3696,15 +3698,20 @@ def _is_legacy(body: Json) -> bool:
 def parse_ask(body: Json) -> Ask:
     """What all requests say alike: everything but the messages."""
     model = _parse_required(body, "model")
-    tools, mode = parse_tools(body)
-    is_serial = body.get("parallel_tool_calls") is False or _is_legacy(body)
+    tools, tool_mode = parse_tools(body)
     metadata = object_of(body.get("metadata"))
-    inputs = parse_inputs(body.get("inputs"), metadata.get("inputs"))
-    id_ = body.get("conversation_id") or metadata.get("conversation_id")
-    id_ = id_ if isinstance(id_, str) else ""
-    ask = Ask(model, (), inputs=inputs, user=parse_user(body), conversation_id=id_)
-    output = parse_output_format(body)
-    return ask._replace(tools=tools, tool_mode=mode, is_serial=is_serial, output=output)
+    conversation_id = body.get("conversation_id") or metadata.get("conversation_id")
+    return Ask(
+        model=model,
+        messages=(),
+        inputs=parse_inputs(body.get("inputs"), metadata.get("inputs")),
+        user=parse_user(body),
+        conversation_id=conversation_id if isinstance(conversation_id, str) else "",
+        tools=tools,
+        tool_mode=tool_mode,
+        is_serial=body.get("parallel_tool_calls") is False or _is_legacy(body),
+        output=parse_output_format(body),
+    )
 
 
 def parse_stream(body: Json) -> bool:
@@ -4431,12 +4438,12 @@ def chat_completion(
     spoken: Spoken | None = None,
 ) -> dict[str, Any]:
     """The whole object of a chat completion."""
-    choices, is_legacy = [], envelope.is_legacy
+    choices = []
     for index, answer in enumerate(answers):
-        message = _message(answer, is_legacy)
+        message = _message(answer, envelope.is_legacy)
         if spoken and answer.sounds:
             message |= _said_aloud(answer, spoken, ids)
-        reason = _finish_reason(answer, is_legacy)
+        reason = _finish_reason(answer, envelope.is_legacy)
         choices.append(_choice(index, {"message": message}, reason))
     head, usage = envelope.head("chat.completion"), _usage_of(answers)
     return {**head, "choices": choices, "usage": usage, **dify_key(ids)}
@@ -4772,8 +4779,8 @@ def parse_responses_request(body: Json) -> ResponsesRequest:
     if not items and not previous and not conversation:
         raise missing_parameter("input")
     system, items = split_system(items, instructions)
-    ask, stream = parse_ask(body)._replace(system=system), parse_stream(body)
-    echo = echo_of(body)
+    ask = parse_ask(body)._replace(system=system)
+    stream, echo = parse_stream(body), echo_of(body)
     return ResponsesRequest(ask, items, stream, previous, conversation, echo)
 
 

@@ -23,9 +23,9 @@ BUDGETS = {
     "JSON": 88,
     "Turn": 144,
     "Calls": 692,
-    "Dify": 840,
+    "Dify": 842,
     "Ids": 64,
-    "OpenAI": 732,
+    "OpenAI": 737,
     "Responses": 419,
     "Conversations": 404,
     "Pacer": 130,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 443,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7818
+WHOLE_BUDGET = 7825
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
