@@ -19,10 +19,11 @@ import inspect
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Coroutine, Generator
+from collections.abc import Coroutine, Generator, Iterator
 from pathlib import Path
 from typing import Any, Callable, NoReturn
 
@@ -218,6 +219,19 @@ def _start_timer(expired: threading.Event) -> Callable[[], None]:
 
 def _stop_alarm() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+# ------------------------------------------------------------------------------
+# Ports
+# ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def deaf_port() -> Iterator[int]:
+    """A port that refuses all connections, and that no server can get meanwhile."""
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))  # and never listens
+        yield deaf.getsockname()[1]
 
 
 # ------------------------------------------------------------------------------

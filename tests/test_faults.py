@@ -30,7 +30,6 @@ from test_upstream import (
     TLS,
     chunk,
     event,
-    free_port,
     quiet_loop,
     raw_server,
     read_request,
@@ -662,8 +661,8 @@ async def test_ipv6_address_is_told_as_in_a_url() -> None:
     assert "http://[::1]:9 " in asked.message
 
 
-async def test_really_nobody_listens() -> None:
-    async with proxying(f"http://127.0.0.1:{free_port()}/v1") as front:
+async def test_really_nobody_listens(deaf_port: int) -> None:
+    async with proxying(f"http://127.0.0.1:{deaf_port}/v1") as front:
         for stream in (True, False):
             assert (await front.ask(stream=stream)).outcome == REFUSED
 
@@ -724,10 +723,10 @@ async def test_circuit_closes_again() -> None:
             assert (await front.ask(stream=True)).outcome.end == FINE
 
 
-async def test_circuit_is_of_one_base_only() -> None:
+async def test_circuit_is_of_one_base_only(deaf_port: int) -> None:
     async with FakeDify() as dify:
         dify.app(KEY, script=chat_answer("Hello"))
-        dead = f"http://127.0.0.1:{free_port()}/v1"
+        dead = f"http://127.0.0.1:{deaf_port}/v1"
         models = {
             "dead": {"key": KEY, "mode": "chat", "base": dead},
             "m": {"key": KEY, "mode": "chat"},
@@ -1052,11 +1051,11 @@ async def test_proxy_for_http_that_refuses_is_named(body: bytes) -> None:
 
 
 async def test_each_address_of_a_proxy_is_tried(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, deaf_port: int
 ) -> None:
     between = Between(answer=b"HTTP/1.1 403 Forbidden\r\n\r\n")
     async with raw_server(between.serve) as here:
-        ports = [free_port(), port_of(here)]
+        ports = [deaf_port, port_of(here)]
 
         async def resolve(*_: object, **__: object) -> list[tuple[Any, ...]]:
             inet, stream = socket.AF_INET, socket.SOCK_STREAM
@@ -1084,8 +1083,8 @@ async def test_proxy_that_says_nothing_has_a_limit() -> None:
     )
 
 
-async def test_proxy_that_is_not_there_is_named() -> None:
-    url = f"http://127.0.0.1:{free_port()}"
+async def test_proxy_that_is_not_there_is_named(deaf_port: int) -> None:
+    url = f"http://127.0.0.1:{deaf_port}"
     async with proxying(
         "https://dify.example/v1", variables={"HTTPS_PROXY": url}
     ) as front:
@@ -1186,8 +1185,8 @@ def test_no_proxy_may_name_a_network(host: str, no_proxy: str, is_direct: bool) 
     assert (proxy_for(Origin("http", host, 80), settings) is None) == is_direct
 
 
-async def test_loopback_needs_no_proxy() -> None:
-    url = f"http://127.0.0.1:{free_port()}"
+async def test_loopback_needs_no_proxy(deaf_port: int) -> None:
+    url = f"http://127.0.0.1:{deaf_port}"
     async with raw_server(Upstream([WHOLE]).serve) as base:
         variables = {"HTTP_PROXY": url, "HTTPS_PROXY": url}
         async with proxying(base, variables=variables) as front:

@@ -35,7 +35,7 @@ from fake_dify import (
     message,
 )
 from test_faults import understand
-from test_upstream import HEAD, chunk, event, free_port, raw_server, read_request
+from test_upstream import HEAD, chunk, event, raw_server, read_request
 
 from opendify import (
     DRAIN_S,
@@ -692,11 +692,15 @@ SECRETS = {
 
 @pytest.mark.real_clock
 @pytest.mark.parametrize("log_format", ["json", "text"])
-async def test_logs_and_errors_hold_no_secrets(tmp_path: Path, log_format: str) -> None:
+async def test_logs_and_errors_hold_no_secrets(
+    tmp_path: Path, log_format: str, deaf_port: int
+) -> None:
     """The scenarios of this suite at DEBUG; in JSON, every line is an object."""
     echo = f"{SECRETS['app key']} is wrong"
     refusal = {"code": "invalid_param", "message": echo, "status": 400}
     denied = {"code": "unauthorized", "message": echo, "status": 401}
+    app = {"key": SECRETS["app key"], "mode": "chat"}
+    dead = f"http://127.0.0.1:{deaf_port}/v1"
     scripts: list[Any] = [
         chat_answer(SECRETS["answer"]),
         [message(SECRETS["answer"]), Send(b"data: {planted answer 5\n\n")],
@@ -710,9 +714,7 @@ async def test_logs_and_errors_hold_no_secrets(tmp_path: Path, log_format: str) 
     received = []
     async with FakeDify() as dify:
         settings = {
-            "MODEL_CONFIG": json.dumps(
-                {"m": {"key": SECRETS["app key"], "mode": "chat"}, "dead": dead_app()}
-            ),
+            "MODEL_CONFIG": json.dumps({"m": app, "dead": {**app, "base": dead}}),
             "DIFY_API_BASE": dify.base,
             "VALID_API_KEYS": SECRETS["client key"],
             "LOG_LEVEL": "DEBUG",
@@ -788,8 +790,3 @@ BAD_REQUESTS = (
     get("/v1/models?api-key=planted query 9", RIGHT),
 )
 MALFORMED = b"GET / HTTP/1.1\r\nA\x00: planted file 7\r\n\r\n"
-
-
-def dead_app() -> dict[str, str]:
-    base = f"http://127.0.0.1:{free_port()}/v1"
-    return {"key": SECRETS["app key"], "mode": "chat", "base": base}

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import pytest
 from fake_dify import FakeDify, Wait, chat_answer, message, message_end
+from test_docs import free_port
 from test_faults import Outcome, understand
 from test_life import KEY, Process, chat, running
-from test_upstream import free_port
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
 pytestmark = [

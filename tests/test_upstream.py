@@ -218,13 +218,6 @@ async def read_request(reader: asyncio.StreamReader) -> bytes:
     return head
 
 
-def free_port() -> int:
-    """A port on which nobody listens."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def now() -> float:
     return asyncio.get_running_loop().time()
 
@@ -991,8 +984,8 @@ async def test_endless_line_ends_at_its_limit() -> None:
         assert outcome == Outcome("Hello", "UpstreamFailed", 502, is_final=True)
 
 
-async def test_turn_when_nobody_listens() -> None:
-    async with client(f"http://127.0.0.1:{free_port()}/v1") as (dify, app):
+async def test_turn_when_nobody_listens(deaf_port: int) -> None:
+    async with client(f"http://127.0.0.1:{deaf_port}/v1") as (dify, app):
         assert await turn(dify, app) == REFUSED
 
 
