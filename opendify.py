@@ -7679,9 +7679,9 @@ class TurnStream:
         self.is_given_up = False  # it is stopped, as well as can be
         if may_go_on and reader.task_id:
             reader.finish_reason = "length"  # not all is said
-            path, value = stop_path(reader.mode, reader.task_id), {"user": self._user}
+            path = stop_path(reader.mode, reader.task_id)
             try:
-                await self._dify.api.call(reader.app, path, value)
+                await self._dify.api.call(reader.app, path, {"user": self._user})
             except ProxyError as error:
                 log.warning("stop of task %s failed: %s", reader.task_id, error.message)
 
@@ -7766,7 +7766,8 @@ class Api:
     async def _send(
         self, app: AppSettings, target: str, body: Body, timeout_s: float, kind: str
     ) -> UpstreamResponse:
-        origin, method = origin_of(app.base), "POST" if body else "GET"
+        origin = origin_of(app.base)
+        method = "POST" if body else "GET"
         # Gateways that choose by the Host know none with the scheme's own port.
         host = _authority(origin, 443 if origin.scheme == "https" else 80)
         fields = [
@@ -7913,7 +7914,8 @@ class Facts:
 
     async def ask_info(self, app: AppSettings) -> str:
         """Ask for the app's name, Dify's version, and its mode, "" if not told."""
-        facts, response = self.of(app), await self._api.request(app, "/info")
+        facts = self.of(app)
+        response = await self._api.request(app, "/info")
         facts.version = response.headers.get("x-version", "")
         info = await self._api.read_object(response, app)
         facts.name = str(info.get("name") or "")
@@ -9171,11 +9173,11 @@ class Archive:
             question.ask = await self._join_named(question, request)
             return
         anchor = next(iter(places.values()))
-        here, table, now = anchor.conversation_id, self.conversations, self.wall_clock()
+        here, table = anchor.conversation_id, self.conversations
         # It may name another, or one that is yet to be bound to its own.
         is_here = (request.ask.conversation_id or request.conversation) in ("", here)
         if is_here and anchor.message_id != here:  # no run of a workflow
-            question.tail = table.take_by_id(question.scope, here, now)
+            question.tail = table.take_by_id(question.scope, here, self.wall_clock())
         question.ask = await self._join_at(question, request, places)
         if question.tail and question.ask.conversation_id != here:
             table.put(question.tail, self.wall_clock())
@@ -9183,7 +9185,8 @@ class Archive:
 
     async def _join_named(self, question: Question, request: ResponsesRequest) -> Ask:
         """The question in the conversation of its id, if any, or in a new one."""
-        app, id_, told = question.app, request.ask.conversation_id, list[Message]()
+        app, id_ = question.app, request.ask.conversation_id
+        told: list[Message] = []
         here = Place(question.user, id_, "")
         has_results = any(getattr(item, "role", "") == "tool" for item in request.items)
         if has_results and id_ and await self.dify.facts.mode_of(app) in CHAT_MODES:
@@ -9221,7 +9224,8 @@ class Archive:
         turns = [turn for turn in stored.values() if turn.conversation_id == here]
         ids = [turn.message_id for turn in turns]
         end = ids.index(anchor.message_id) + 1 if anchor.message_id in ids else 0
-        known, is_newest = _transcript(turns[:end], tools), 0 < end == len(turns)
+        known = _transcript(turns[:end], tools)
+        is_newest = 0 < end == len(turns)
         if is_free and is_newest and not any(map(is_short, turns)):
             ask = ask_of(request, found, told=known)
             is_known = is_known_history(ask, known)
@@ -9731,8 +9735,13 @@ def _bind(site: Site, question: Question, named: NamedConversation, turn: Turn) 
     exchange, now = question.exchange, site.wall_clock()
     latest = site.conversations.named(named.id, site.owner_of(exchange), now)
     if id_ and latest and latest.conversation_id == named.conversation_id:
-        about = {"model": exchange.model, "user": question.user}
-        bound = latest.bind(scope, named.items, **about, conversation_id=id_)
+        bound = latest.bind(
+            scope,
+            named.items,
+            model=exchange.model,
+            user=question.user,
+            conversation_id=id_,
+        )
         _keep(site, exchange, bound)
         # No chat with the same words may go on in it.
         if tail := site.conversations.take_by_id(scope, id_, now):
@@ -9834,8 +9843,9 @@ async def get_conversation(site: Site, exchange: Exchange) -> Json:
 
 async def update_conversation(site: Site, exchange: Exchange) -> Json:
     """`POST /conversations/{id}`: other metadata."""
-    named, body = _named(site, exchange), parse_json_object(exchange.body)
-    return _keep(site, exchange, replace(named, metadata=_parse_metadata(body)))
+    named = _named(site, exchange)
+    metadata = _parse_metadata(parse_json_object(exchange.body))
+    return _keep(site, exchange, replace(named, metadata=metadata))
 
 
 async def delete_conversation(site: Site, exchange: Exchange) -> Json:
@@ -9875,9 +9885,11 @@ async def delete_conversation_item(site: Site, exchange: Exchange) -> Json:
 
     Dify can't forget one that it has: a new conversation is told the others.
     """
-    item_id, named = exchange.name_in_path.partition("/")[2], _named(site, exchange)
+    item_id = exchange.name_in_path.partition("/")[2]
+    named = _named(site, exchange)
     while not any(item["id"] == item_id for item in named.items):
-        before, items = named, await _items_of(site, exchange, named)
+        before = named
+        items = await _items_of(site, exchange, named)
         named = _named(site, exchange)
         if named == before:  # nobody has changed it while Dify was asked
             named = replace(named, conversation_id="", items=tuple(items))
@@ -9898,7 +9910,8 @@ async def _items_of(
     id_ = named.conversation_id
     app = (await site.models()).get(named.model) if id_ else None
     if app and named.is_bound_to(scope_of(app.key, named.user)):
-        exchange.model, place = named.model, Place(named.user, id_, "")
+        exchange.model = named.model
+        place = Place(named.user, id_, "")
         sealer = site.sealer(exchange, app)
         for turn in await site.archive.turns_of(app, place):
             frame = _frame(turn, named.model, sealer, named.user)
@@ -10075,7 +10088,8 @@ async def transcribe(site: Site, exchange: Exchange) -> None:
         file = replace(file, media_type=audio_type(file))
         answer = await _send_form(site, exchange, form, app, file)
     task = "translate" if exchange.route.endswith("translations") else "transcribe"
-    text, seconds = str(answer.get("text") or ""), wav_seconds(form.start, form.size)
+    text = str(answer.get("text") or "")
+    seconds = wav_seconds(form.start, form.size)
     kind, body = transcript(text, form.fields, task, seconds)
     exchange.reply.send(Response(200, body, [("Content-Type", kind)]))
 
