@@ -2970,12 +2970,11 @@ class AnswerReader:
             for id_ in unknown:
                 setattr(self, id_, str(value.get(id_) or ""))
             self._unknown_ids = [id_ for id_ in unknown if not getattr(self, id_)]
-        name = value.get("event")
+        name = str(value.get("event"))
         if name in _DELTAS and self.mode != "agent":
             self._deltas.learn(data)
-        translate = getattr(self, f"_on_{name}", None)
-        # What a workflow's events say is in their `data`.
-        return translate({**value, **object_of(value.get("data"))}) if translate else []
+        value.update(object_of(value.get("data")))  # a workflow's events say it there
+        return _READERS[name](self, value) if name in _READERS else []
 
     # Text and reasoning...
 
@@ -3141,6 +3140,7 @@ def _as_sent(stored: str, sent: str) -> str:
     return stored if stored.startswith(sent) else sent + stored[last.end() :]
 
 
+_READERS = {name[4:]: f for name, f in vars(AnswerReader).items() if name[:4] == "_on_"}
 _DELTAS = ("message", "agent_message", "text_chunk", "message_file")  # have text
 _NOT_ALL_SAID = ("stopped", "running", "paused")  # the last two of a stored run
 _LONG_EVENT = 4096  # characters; a text delta is shorter
@@ -3152,7 +3152,7 @@ def _can_skip(data: str) -> bool:
     if len(data) <= _LONG_EVENT:
         return not data or data == "ping"
     name = _EVENT_NAME.match(data)
-    return name is not None and not hasattr(AnswerReader, f"_on_{name[1]}")
+    return name is not None and name[1] not in _READERS
 
 
 class DeltaReader:

@@ -23,7 +23,7 @@ BUDGETS = {
     "JSON": 88,
     "Turn": 144,
     "Calls": 692,
-    "Dify": 842,
+    "Dify": 843,
     "Ids": 64,
     "OpenAI": 737,
     "Responses": 419,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 443,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7825
+WHOLE_BUDGET = 7826
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
