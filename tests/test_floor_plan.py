@@ -30,15 +30,15 @@ BUDGETS = {
     "Conversations": 404,
     "Pacer": 130,
     "Wire": 520,
-    "Upstream": 726,
+    "Upstream": 728,
     "Answers": 626,
-    "Handlers": 1019,
+    "Handlers": 1031,
     "Server": 289,
     "Page": 258,
     "Command line": 443,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7826
+WHOLE_BUDGET = 7840
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
