@@ -3780,9 +3780,27 @@ def in_rounds(messages: Iterable[Message]) -> list[Message]:
     """The messages, calls with those of the same answer, and results behind them.
 
     Some clients show the calls of several answers as one's, others one's as several.
+    A user's files are put to the words beside them.
     """
     runs = itertools.groupby(messages, lambda m: bool(m.tool_calls or m.call_id))
-    return [m for are, run in runs for m in (_by_answer([*run]) if are else run)]
+    return [m for are, run in runs for m in (_by_answer if are else _by_words)([*run])]
+
+
+def _by_words(messages: list[Message]) -> list[Message]:
+    """The messages, a user's that has only files joined to the next, or to the last.
+
+    Gradio sends files ahead of their question, and later shows both as one message.
+    """
+    said: list[Message] = []
+    for (role, _), run in itertools.groupby(messages, lambda m: (m.role, m.name)):
+        group = [*run]
+        if role == "user" and len(group) > 1:
+            numbered = enumerate(group, 1)
+            ends = [at for at, m in numbered if m.text.strip() or not m.attachments]
+            bounds = [0, *ends[:-1], len(group)]
+            group = [joined(group[a:b]) for a, b in zip(bounds, bounds[1:])]
+        said += group
+    return said
 
 
 def _by_answer(messages: list[Message]) -> list[Message]:
@@ -3801,12 +3819,12 @@ def _by_answer(messages: list[Message]) -> list[Message]:
     return [m for key, answer in calls.items() for m in (joined(answer), *results[key])]
 
 
-def joined(answer: Messages) -> Message:
-    """The messages of one answer as one."""
-    return answer[0]._replace(
-        text="\n".join(m.text for m in answer if m.text),
-        attachments=tuple(file for m in answer for file in m.attachments),
-        tool_calls=tuple(call for m in answer for call in m.tool_calls),
+def joined(said: Messages) -> Message:
+    """The messages of one answer, or one question, as one."""
+    return said[0]._replace(
+        text="\n".join(m.text for m in said if m.text),
+        attachments=tuple(file for m in said for file in m.attachments),
+        tool_calls=tuple(call for m in said for call in m.tool_calls),
     )
 
 

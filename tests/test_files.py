@@ -1113,6 +1113,23 @@ async def test_chat_with_a_stored_file_goes_on() -> None:
     assert second.json["conversation_id"]
 
 
+@pytest.mark.parametrize("route", ["chat/completions", "responses"])
+async def test_chat_with_files_goes_on_where_they_stood_apart(route: str) -> None:
+    """As gradio sends them first and shows them later."""
+    field = "messages" if route == "chat/completions" else "input"
+    link = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aaaa"}}
+    file, text = ({"role": "user", "content": c} for c in ([link], "Look"))
+    history = [*with_parts(link), {"role": "assistant", "content": "Seen."}]
+    async with proxy(chat_answer("Seen."), parameters=VISION, memory=True) as served:
+        for rows in ([file, text], [*history, {"role": "user", "content": "And?"}]):
+            body = {"model": "m", field: rows}
+            await (await served.open("POST", f"/v1/{route}", body)).read_rest()
+        first, second = served.turns
+    assert (first.json["query"], len(first.json["files"])) == ("Look", 1)
+    assert (second.json["query"], second.json.get("files")) == ("And?", None)
+    assert second.json["conversation_id"]
+
+
 async def test_file_of_a_conversation_says_whose_turn_it_is() -> None:
     async with proxy(parameters=VISION, memory=True) as served:
         value = await upload(served, pdf(user="al"))

@@ -755,9 +755,37 @@ def test_recording_in_json_brings_its_data(sound: JSONObject | None) -> None:
 
 
 def test_files_of_all_messages_are_kept_in_order() -> None:
-    ask = parsed(content(image(BASE64), image(URL)), content(file(base64_of(PDF))))
+    images, document = content(image(BASE64), image(URL)), content(file(base64_of(PDF)))
+    ask = parsed(images, {"role": "assistant", "content": "Seen."}, document)
     names = [[file.name for file in row.attachments] for row in ask.messages]
-    assert names == [["image.png", "Café.JPG"], ["file.pdf"]]
+    assert names == [["image.png", "Café.JPG"], [], ["file.pdf"]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["x", "y", "a"], ["a xy"]),
+        (["a", "x", "y"], ["a xy"]),
+        (["a", "x", "b"], ["a ", "b x"]),
+        (["x", "a", "b", "y"], ["a x", "b y"]),
+        (["x", "y"], [" xy"]),
+        (["a", " ", "b"], ["a ", "  ", "b "]),
+    ],
+)
+def test_files_belong_to_the_words_beside_them(
+    rows: list[str], said: list[str]
+) -> None:
+    """Gradio sends them ahead, n8n as a question is built; `x` and `y` are files."""
+    links = {row: {"url": f"https://files.example/{row}"} for row in "xy"}
+    parts = [
+        {"type": "image_url", "image_url": links[row]}
+        if row in links
+        else {"type": "text", "text": row}
+        for row in rows
+    ]
+    messages = parsed(*map(content, parts)).messages
+    files = ["".join(file.name for file in row.attachments) for row in messages]
+    assert [f"{row.text} {names}" for row, names in zip(messages, files)] == said
 
 
 @given(st.binary(max_size=50), st.booleans(), st.booleans())
