@@ -2452,6 +2452,7 @@ _SOUNDS = {
     **dict.fromkeys(("mp3", "mpeg", "mpga", "aac", "flac"), "mp3"),
     **dict.fromkeys(("ogg", "oga", "opus", "webm"), "mp3"),
     "amr": "amr",
+    "bin": "mp3",  # one that has neither a name nor a type, as of bytes in memory
 }
 
 

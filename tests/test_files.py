@@ -509,6 +509,15 @@ async def test_recording_is_called_what_dify_takes(
     assert got.json == {"text": f"transcribed {len(MP3)} bytes"}
 
 
+async def test_recording_may_have_no_name_and_no_type() -> None:
+    """As OpenAI's clients send bytes in memory; Dify wants some type of sound."""
+    async with proxy(parameters=AUDIO) as served:
+        form = form_of(MP3, "upload", "application/octet-stream", model="m")
+        got = await post(served, TRANSCRIPTS, form)
+        assert [row[2] for row in sent(served)] == ["audio/mp3"]
+    assert got.json == {"text": f"transcribed {len(MP3)} bytes"}
+
+
 async def test_transcription_as_json() -> None:
     """Open WebUI's "json" mode."""
     audio = {"data": base64.b64encode(MP3).decode(), "format": "mp3"}
