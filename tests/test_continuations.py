@@ -1121,6 +1121,20 @@ async def check_after(name: str, mode: str, version: str) -> None:
         client.check()
 
 
+async def test_conversation_that_a_turn_has_lost_is_learned_anew_by_its_name() -> None:
+    async with site() as served:
+        client = Client(served)
+        (named,) = await client.chat("one")
+        client.messages.append(user("two"))
+        await ENDED["fails"](served, client)
+        served.answers()
+        client = Client(served)
+        for text in ("three", "four"):
+            await client.say(text, conversation_id=named)
+        await client.say("five")
+        assert client.conversation == named
+
+
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 @pytest.mark.parametrize("refuse", REFUSED.values(), ids=REFUSED)
 async def test_conversation_goes_on_after_a_refusal(
