@@ -540,16 +540,29 @@ async def test_running_response_is_cancelled(mode: str) -> None:
     assert (text_of(end), end["status"]) == ("Half", "incomplete")
 
 
-async def test_running_response_is_of_no_use_to_another_user() -> None:
+async def run(served: Proxy, user: str, headers: dict[str, str]) -> tuple[Call, str]:
+    """Begin a streamed response; returns it and its path."""
+    body = {"model": "m", "input": "Hi", "stream": True, "user": user}
+    call = await served.open("POST", PATH, body, {**OFF, **headers})
+    await call.read_head()
+    first = await call.read_piece()
+    id_ = events_of(first.split(b"\n\n")[0])[0]["response"]["id"]
+    return call, f"{PATH}/{id_}"
+
+
+OTHERS = {
+    "user": [{"X-OpenWebUI-User-Id": name} for name in ("al", "bo")],
+    "key": [{"Authorization": f"Bearer sk-{n}"} for n in (1, 2)],
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+async def test_running_response_is_of_no_use_to_another(what: str) -> None:
     script = [fake.message("Half"), Sleep(100), *fake.chat_answer(" of it")]
-    own, other = ({"X-OpenWebUI-User-Id": name} for name in ("al", "bo"))
-    async with proxy(script) as served:
-        body = {"model": "m", "input": "Hi", "stream": True, "user": "al"}
-        call = await served.open("POST", PATH, body, OFF)
-        await call.read_head()
-        first = await call.read_piece()
-        id_ = events_of(first.split(b"\n\n")[0])[0]["response"]["id"]
-        path = f"{PATH}/{id_}"
+    own, other = OTHERS[what]
+    keys = {"VALID_API_KEYS": "sk-1,sk-2"} if what == "key" else {}
+    async with proxy(script, variables=keys) as served:
+        call, path = await run(served, "al", own)
         assert (await served.get(path, other)).status == 404
         assert (await served.get(f"{path}/cancel", other, method="POST")).status == 404
         assert served.dify.stops == []
@@ -557,6 +570,20 @@ async def test_running_response_is_of_no_use_to_another_user() -> None:
         await served.get(f"{path}/cancel", own, method="POST")
         await call.read_rest()
         assert [stop.user for stop in served.dify.stops] == ["al"]
+
+
+async def test_of_all_that_runs_the_response_that_is_named_is_cancelled() -> None:
+    script = [fake.message("Half"), Sleep(100), *fake.chat_answer(" of it")]
+    async with proxy(script) as served:
+        chat = await served.begin(stream=True)
+        await chat.read_head()
+        runs = {user: await run(served, user, {}) for user in ("al", "bo", "cy")}
+        for user in ("bo", "al", "cy"):
+            call, path = runs[user]
+            await served.get(f"{path}/cancel", method="POST")
+            await call.read_rest()
+        assert [stop.user for stop in served.dify.stops] == ["bo", "al", "cy"]
+        await chat.leave()
 
 
 async def test_finished_response_is_cancelled_as_it_is() -> None:
