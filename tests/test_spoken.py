@@ -266,7 +266,9 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 
 @pytest.mark.parametrize(
-    ("text", "finish"), [(CALL, "tool_calls"), ("", "stop")], ids=["call", "empty"]
+    ("text", "finish"),
+    [(CALL, "tool_calls"), (f"I look.\n{CALL}", "tool_calls"), ("", "stop")],
+    ids=["call", "text-beside-call", "empty"],
 )
 @WHOLE_OR_STREAMED
 async def test_what_is_no_text_is_not_said(
@@ -276,7 +278,10 @@ async def test_what_is_no_text_is_not_said(
         got = await served.chat(stream=stream, tools=TOOLS, **ASKED)
     if stream:
         check_chat_stream(got.chunks)
-        assert (audios_of(got.chunks), finishes(got.chunks)) == ([], [finish])
+        rows = audios_of(got.chunks)
+        shown = "".join(row.pop("transcript") for row in rows)
+        assert (shown, finishes(got.chunks)) == (text.replace(CALL, ""), [finish])
+        assert not any("data" in row for row in rows)
     else:
         assert "audio" not in got.message
         assert got.json["choices"][0]["finish_reason"] == finish
