@@ -1798,6 +1798,22 @@ async def test_failed_choice_does_not_wait_for_the_others(
         assert [stop.effective for stop in served.dify.stops] == [True]
 
 
+async def test_request_that_was_left_lasts_until_all_its_runs_are_stopped() -> None:
+    """The server would not wait for them at its end; one has no name for a while."""
+    scripts: list[list[Step]] = [
+        [fake.message("One."), Hang()],
+        [Sleep(5), fake.message("Two."), Hang()],
+    ]
+    async with proxy(lambda _: scripts.pop(0)) as served:
+        call = await served.begin(n=2, stream=True)
+        await served.dify.until(lambda: len(served.turns) == 2)
+        await asyncio.sleep(1)
+        await call.leave()
+        await served.dify.until(lambda: served.dify.stops)
+        assert await served.server.drain(30)
+        assert [stop.effective for stop in served.dify.stops] == [True, True]
+
+
 @pytest.mark.parametrize("turns", range(8))
 async def test_choice_that_was_late_writes_nothing_behind_the_end(
     turns: int, monkeypatch: pytest.MonkeyPatch
