@@ -531,6 +531,15 @@ async def test_transcription_as_json() -> None:
     assert got.body.decode() == f"{SAID}\n"
 
 
+async def test_recording_in_json_is_known_to_play_as_long_as_in_a_form() -> None:
+    audio = {"data": base64.b64encode(WAV).decode(), "format": "wav"}
+    body = {"model": "m", "input_audio": audio, "response_format": "verbose_json"}
+    async with proxy(parameters=AUDIO, transcript=SAID) as served:
+        data = json.dumps(body).encode()
+        got = await post(served, TRANSCRIPTS, data, "application/json")
+    assert got.json["duration"] == 1.5
+
+
 @pytest.mark.parametrize("size", [10, 2_000_000], ids=["small", "on-disk"])
 async def test_model_is_found_behind_the_file(size: int) -> None:
     """OpenAI's own curl examples put the file first."""
@@ -632,6 +641,7 @@ async def test_other_body_than_a_form_is_refused(path: str, content_type: str) -
     async with proxy(parameters=AUDIO) as served:
         got = await post(served, path, b"{}", content_type)
     assert (got.status, got.error["type"]) == (400, "invalid_request_error")
+    assert got.error["message"] == "A file must come as multipart/form-data."
 
 
 async def test_app_that_does_not_hear_is_not_sent_anything() -> None:
