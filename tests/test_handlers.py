@@ -974,6 +974,18 @@ async def test_pieces_pass_one_for_one_when_smoothing_is_off() -> None:
     assert got.deltas == pieces
 
 
+async def test_lags_are_told_to_a_client_that_asks() -> None:
+    async with proxy(fake.chat_answer("One.", " Two and three.")) as served:
+        asked = await served.chat({"X-OpenDify-Lag": "on"}, stream=True)
+        plain = await served.chat(stream=True)
+    lags = [row for row in asked.body.split(b"\n\n") if row.startswith(b":")]
+    assert lags[0] == b": lag 0.000"
+    assert all(0 < float(row[len(b": lag ") :]) <= 0.4 for row in lags[1:])
+    assert len(lags) == len([text for text in asked.deltas if text])
+    assert b": lag" not in plain.body
+    assert "".join(asked.deltas) == "".join(plain.deltas)
+
+
 async def test_text_is_held_no_longer_than_the_lag() -> None:
     script = [fake.message(LONG), Sleep(3), fake.message("Bye"), *fake.chat_answer()]
     async with proxy(script, variables={"STREAM_MAX_LAG": "0.3"}) as served:
