@@ -8508,7 +8508,6 @@ class PacedOutlet(Outlet):
         super().close()
         if self._due:
             self._due.cancel()
-            self._due = None
 
     def _rest_of(self, text: str) -> str:
         """The same; what is held of the old text is dropped."""
