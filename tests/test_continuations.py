@@ -617,7 +617,11 @@ async def test_answer_in_set_words_does_not_lead_into_another_chat(how: str) -> 
             await (await client.begin(n=2)).read_rest()
         served.answers()
         client.messages.append(assistant(CANNED))
+        turns = len(served.turns)
         await client.chat("thanks")
+        assert (
+            len(served.turns) == turns + 1
+        )  # Dify is not asked for what it can't have
 
 
 async def test_letter_identical_chats_are_never_shared() -> None:
@@ -1466,6 +1470,7 @@ async def test_apps_without_memory_are_told_everything(mode: str) -> None:
             await client.say(text)
             assert client.context == client.messages[:-1]
         assert client.conversation == ""
+        assert len(served.proxy.server._site.conversations) == 0
 
 
 # ------------------------------------------------------------------------------
