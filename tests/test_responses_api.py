@@ -1450,6 +1450,27 @@ async def test_item_gets_an_id_of_its_own(id_: Any) -> None:
     assert len(set(ids)) == 4
 
 
+@pytest.mark.parametrize(
+    "items",
+    [
+        pytest.param("One", id="no-array"),
+        pytest.param([user("Two"), user("Three")], id="too-many"),
+        pytest.param([{"role": "user", "content": 1}], id="not-understood"),
+    ],
+)
+async def test_items_that_no_turn_could_take_are_refused(
+    items: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opendify, "MAX_NAMED_ITEMS", 2)
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {"items": [user("One")]})).json
+        path = f"{CONVERSATIONS}/{made['id']}/items"
+        got = await post(served, path, {"items": items})
+        kept = (await served.get(path)).json["data"]
+    assert (got.status, got.error["type"]) == (400, "invalid_request_error")
+    assert [row["content"][0]["text"] for row in kept] == ["One"]
+
+
 @contextlib.asynccontextmanager
 async def first_turn() -> AsyncIterator[tuple[Proxy, Call, str]]:
     """Give a call that runs, and the path of the conversation that it begins."""
