@@ -9271,8 +9271,7 @@ class Archive:
                 raise bad_value("messages", _NO_SPOKEN % _shown(id_))
             texts[id_] = stored_answer(stored[place.message_id], ask.tools).text
         messages = (
-            m._replace(text=texts.get(m.spoken_id, m.text), spoken_id="")
-            for m in ask.messages
+            m._replace(text=texts.get(m.spoken_id, m.text)) for m in ask.messages
         )
         return ask._replace(messages=tuple(messages))
 
