@@ -1522,6 +1522,33 @@ async def test_item_that_is_deleted_during_a_turn_stays_so() -> None:
     assert "One" not in query and query.endswith("Three")
 
 
+@pytest.mark.parametrize(
+    ("shown", "is_known"),
+    [
+        (["q1", "a1", "q2", "a2"], True),
+        (["q2", "a2"], True),
+        (["a1", "q2", "a2"], True),
+        (["q1", "a1", "q", "a2"], False),
+        (["q", "a1", "q2", "a2"], False),
+        (["q1", "a1", "q2", "a"], False),
+        (["q1", "a", "q2", "a2"], False),
+        (["q1", "a1", "a2"], False),
+        (["q0", "a0", "q1", "a1", "q2", "a2"], False),
+        (["q1", "a1"], False),
+    ],
+)
+def test_history_is_known_if_it_is_what_dify_has_or_its_end(
+    shown: list[str], is_known: bool
+) -> None:
+    def messages(texts: list[str]) -> tuple[opendify.Message, ...]:
+        roles = {"q": "user", "a": "assistant"}
+        return tuple(opendify.Message(roles[text[0]], text) for text in texts)
+
+    known = messages(["q1", "a1", "q2", "a2"])
+    ask = opendify.Ask("m", (*messages(shown), opendify.Message("user", "q3")))
+    assert opendify.is_known_history(ask, known) == is_known
+
+
 def test_long_history_is_compared_in_little_time() -> None:
     known = [opendify.Message("user", "q"), opendify.Message("assistant", "a")]
     asked = [opendify.Message("user", "x")] * 100_000
