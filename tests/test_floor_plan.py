@@ -23,22 +23,22 @@ BUDGETS = {
     "JSON": 88,
     "Turn": 144,
     "Calls": 692,
-    "Dify": 843,
+    "Dify": 844,
     "Ids": 64,
-    "OpenAI": 737,
+    "OpenAI": 748,
     "Responses": 419,
     "Conversations": 404,
     "Pacer": 130,
     "Wire": 520,
     "Upstream": 728,
-    "Answers": 626,
-    "Handlers": 1031,
+    "Answers": 625,
+    "Handlers": 1030,
     "Server": 289,
     "Page": 258,
     "Command line": 443,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7840
+WHOLE_BUDGET = 7850
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
