@@ -9,6 +9,7 @@ import json
 import re
 import weakref
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import fake_dify as fake
@@ -1629,6 +1630,19 @@ async def test_conversation_without_an_item_is_its_users_still() -> None:
         got = await respond(served, conversation=made["id"], user="v")
         assert len(served.turns) == 1
     assert (got.status, got.error["param"]) == (400, "conversation")
+
+
+async def test_items_are_not_sought_in_another_app_that_has_the_model_s_name() -> None:
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        await answer(served, "Hi", conversation=made["id"])
+        client = served.server._site.dify
+        models = {"m": opendify.AppSettings("app-other", served.dify.base)}
+        client.use(replace(client.settings, model_config=models))
+        asked = len(served.dify.requests)
+        got = await served.get(f"{CONVERSATIONS}/{made['id']}/items")
+        assert (got.status, got.json["data"]) == (200, [])
+        assert len(served.dify.requests) == asked
 
 
 async def test_items_of_a_very_long_conversation_can_not_be_deleted(
