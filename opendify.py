@@ -3854,10 +3854,12 @@ def with_tool_names(messages: list[Message]) -> list[Message]:
 
 
 def _parse_stops(stop: Any) -> tuple[str, ...]:
-    stops = [stop] if isinstance(stop, str) else stop or []
+    if not stop:
+        return ()
+    stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise bad_type("stop", "a string or an array of strings")
-    if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_CHARS for stop in stops):
+    if len(stops) > MAX_STOPS or max(map(len, stops)) > MAX_STOP_CHARS:
         problem = f"at most {MAX_STOPS}, of {MAX_STOP_CHARS} characters each."
         raise bad_value("stop", problem)
     return tuple(filter(None, stops))

@@ -25,7 +25,7 @@ BUDGETS = {
     "Calls": 692,
     "Dify": 844,
     "Ids": 64,
-    "OpenAI": 748,
+    "OpenAI": 750,
     "Responses": 419,
     "Conversations": 404,
     "Pacer": 130,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 443,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7850
+WHOLE_BUDGET = 7852
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
