@@ -9338,8 +9338,11 @@ def stored_answer(turn: StoredTurn, tools: Iterable[Tool] = ()) -> Answer:
 
 def is_short(turn: StoredTurn) -> bool:
     """Whether the client has not got all calls, since it wanted one."""
-    written = turn._replace(told=turn.told._replace(is_serial=False))
-    return turn.told.is_serial and len(stored_answer(written).calls) > 1
+    if not turn.told.is_serial:
+        return False
+    reading = Reading(turn.told, turn.message_id, is_whole=True, spent=Usage())
+    reading.feed([*turn.parts])
+    return reading.is_short
 
 
 def stored_message(turn: StoredTurn, tools: Sequence[Tool]) -> Message:

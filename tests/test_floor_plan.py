@@ -32,13 +32,13 @@ BUDGETS = {
     "Wire": 520,
     "Upstream": 728,
     "Answers": 625,
-    "Handlers": 1030,
+    "Handlers": 1033,
     "Server": 289,
     "Page": 258,
     "Command line": 443,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7852
+WHOLE_BUDGET = 7855
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
