@@ -7133,6 +7133,7 @@ FORM_FRESH_S = 300.0  # what an app said of itself is asked again after this tim
 Connect = Callable[..., Awaitable[Wire]]
 RunInBackground = Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]
 Body = Union[bytes, Read]  # of a request; the latter gives it piece by piece
+IdleWire = tuple[Wire, asyncio.TimerHandle]  # and what will close it
 
 
 class Origin(NamedTuple):
@@ -7353,7 +7354,7 @@ class Pool:
         self.settings, self.run_in_background = settings, run_in_background
         self.is_closed = False
         self._connect = connect
-        self._idle: dict[Origin, deque[Wire]] = defaultdict(deque)
+        self._idle: dict[Origin, deque[IdleWire]] = defaultdict(deque)
         self._faults: dict[Origin, asyncio.Future[ProxyError]] = {}
 
     async def request(
@@ -7414,22 +7415,25 @@ class Pool:
     def give_back(self, origin: Origin, wire: Wire) -> None:
         """Keep a connection whose last response was read to its end."""
         wire.on_leave = wire.close
-        wire.set_deadline(IDLE_CONNECTION_S, functools.partial(_close_idle, wire))
+        wire.clear_deadline()  # it says nothing where stray bytes have come
+        loop = asyncio.get_running_loop()
+        closing = loop.call_later(IDLE_CONNECTION_S, wire.close)
         idle = self._idle[origin]
-        idle.append(wire)
+        idle.append((wire, closing))
         if len(idle) > MAX_IDLE_CONNECTIONS:
-            idle.popleft().close()
+            idle.popleft()[0].close()
 
     def close(self) -> None:
         """Close all idle connections, and keep none any more."""
         self.is_closed = True
-        for wire in itertools.chain.from_iterable(self._idle.values()):
+        for wire, _ in itertools.chain.from_iterable(self._idle.values()):
             wire.close()
 
     def _take_idle(self, origin: Origin) -> Wire | None:
         idle = self._idle[origin]
         while idle:
-            wire = idle.pop()  # the newest: it lives most likely
+            wire, closing = idle.pop()  # the newest: it lives most likely
+            closing.cancel()
             wire.on_leave = None
             if not wire.is_stale:
                 return wire
@@ -7516,12 +7520,6 @@ class Pool:
             if isinstance(error, _WIRE_ERRORS):
                 raise _error_from_wire(origin, error) from error
             raise
-
-
-def _close_idle(wire: Wire) -> ConnectionBroken:
-    """It was idle for too long: what its deadline calls."""
-    wire.close()
-    return ConnectionBroken("idle for too long")
 
 
 def _abort_made(opening: asyncio.Task[Wire]) -> None:

@@ -30,7 +30,7 @@ BUDGETS = {
     "Conversations": 404,
     "Pacer": 130,
     "Wire": 520,
-    "Upstream": 728,
+    "Upstream": 729,
     "Answers": 625,
     "Handlers": 1033,
     "Server": 289,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 443,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7855
+WHOLE_BUDGET = 7856
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
