@@ -6692,6 +6692,8 @@ class Wire(asyncio.Protocol):
         is_awaited = self._reader and not self._reader.done()
         if self._loop.time() < self._deadline:
             self._arm()
+        elif self.on_leave == self.close and not must_abort:
+            self.close()  # a pool has kept it so long: what came is stray
         elif self._unsent < self._was_unsent:  # it reads, if slowly
             self.set_deadline(WRITE_TIMEOUT_S, self._on_deadline, sends=True)
         elif self._buffer and not (is_awaited or must_abort):
@@ -7133,7 +7135,6 @@ FORM_FRESH_S = 300.0  # what an app said of itself is asked again after this tim
 Connect = Callable[..., Awaitable[Wire]]
 RunInBackground = Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]
 Body = Union[bytes, Read]  # of a request; the latter gives it piece by piece
-IdleWire = tuple[Wire, asyncio.TimerHandle]  # and what will close it
 
 
 class Origin(NamedTuple):
@@ -7354,7 +7355,7 @@ class Pool:
         self.settings, self.run_in_background = settings, run_in_background
         self.is_closed = False
         self._connect = connect
-        self._idle: dict[Origin, deque[IdleWire]] = defaultdict(deque)
+        self._idle: dict[Origin, deque[Wire]] = defaultdict(deque)
         self._faults: dict[Origin, asyncio.Future[ProxyError]] = {}
 
     async def request(
@@ -7415,25 +7416,22 @@ class Pool:
     def give_back(self, origin: Origin, wire: Wire) -> None:
         """Keep a connection whose last response was read to its end."""
         wire.on_leave = wire.close
-        wire.clear_deadline()  # it says nothing where stray bytes have come
-        loop = asyncio.get_running_loop()
-        closing = loop.call_later(IDLE_CONNECTION_S, wire.close)
+        wire.set_deadline(IDLE_CONNECTION_S, ConnectionBroken)
         idle = self._idle[origin]
-        idle.append((wire, closing))
+        idle.append(wire)
         if len(idle) > MAX_IDLE_CONNECTIONS:
-            idle.popleft()[0].close()
+            idle.popleft().close()
 
     def close(self) -> None:
         """Close all idle connections, and keep none any more."""
         self.is_closed = True
-        for wire, _ in itertools.chain.from_iterable(self._idle.values()):
+        for wire in itertools.chain.from_iterable(self._idle.values()):
             wire.close()
 
     def _take_idle(self, origin: Origin) -> Wire | None:
         idle = self._idle[origin]
         while idle:
-            wire, closing = idle.pop()  # the newest: it lives most likely
-            closing.cancel()
+            wire = idle.pop()  # the newest: it lives most likely
             wire.on_leave = None
             if not wire.is_stale:
                 return wire

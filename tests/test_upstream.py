@@ -1809,7 +1809,10 @@ async def test_tls_connection_is_made_and_reused(host: str) -> None:
     assert accepted == 1
 
 
-async def test_tls_connection_ends_though_its_peer_says_no_goodbye() -> None:
+@pytest.mark.parametrize("is_kept", [False, True])
+async def test_tls_connection_ends_though_its_peer_says_no_goodbye(
+    is_kept: bool,
+) -> None:
     """Before Python 3.11, asyncio would wait for it for ever."""
     peers: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
 
@@ -1825,6 +1828,7 @@ async def test_tls_connection_ends_though_its_peer_says_no_goodbye() -> None:
         trust = ssl.create_default_context(cafile=str(TLS / "authority.pem"))
         wire = await open_wire(*address, ssl=trust, server_hostname="localhost")
         peer = await peers.get()
+        wire.on_leave = wire.close if is_kept else None  # by a pool
         wire.close()
         await asyncio.sleep(WRITE_TIMEOUT_S + 1)
         assert wire._is_lost
