@@ -6416,11 +6416,10 @@ def _whole_chunks(data: bytes) -> bytes:
     instructions of a whole answer.
     """
     lines = data.split(b"\r\n")
-    sizes, chunks = lines[::2], lines[1::2]
-    for size, chunk in zip(sizes, chunks):
-        if not chunk or size != b"%x" % len(chunk):
-            return b""
-    return b"" if lines[-1] else b"".join(chunks)  # what follows the last line end
+    chunks = lines[1::2]
+    sizes = [b"%x" % len(chunk) for chunk in chunks]
+    is_whole = lines[::2] == [*sizes, b""]  # nothing follows the last line end
+    return b"".join(chunks) if is_whole and all(chunks) else b""
 
 
 @functools.lru_cache(maxsize=1024)

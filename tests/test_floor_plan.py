@@ -29,7 +29,7 @@ BUDGETS = {
     "Responses": 419,
     "Conversations": 404,
     "Pacer": 130,
-    "Wire": 522,
+    "Wire": 521,
     "Upstream": 725,
     "Answers": 625,
     "Handlers": 1033,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 443,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7853
+WHOLE_BUDGET = 7852
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
