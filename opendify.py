@@ -7042,21 +7042,15 @@ class Reply:
     """
 
     def __init__(self, wire: Wire, request: Request = NO_REQUEST) -> None:
+        self.request = request  # that it answers
         self.status = 0  # 0: not started
-        self.is_complete = False
+        self.is_complete = self.must_close = self._is_bare = False
         self.headers: list[tuple[str, str]] = []  # that go with any response
         self.body_bytes = 0
         self._wire = wire
         self._is_chunked = False
         self._head = b""
         self.drain = wire.drain  # wait until most of what was written is taken
-        self.suit(request)
-
-    def suit(self, request: Request) -> None:
-        """Be the reply to this request."""
-        self.must_close = ends_connection(request.headers, request.http_version)
-        self._is_bare = request.method == "HEAD"
-        self._is_old = request.http_version == "1.0"
 
     def send(self, response: Response) -> None:
         """The whole response at once."""
@@ -7065,9 +7059,12 @@ class Reply:
 
     def start(self, status: int, headers: Fields = (), size: int | None = None) -> None:
         """The head; without a size the body is chunked, or ends at the close."""
+        request = self.request
+        self.must_close |= ends_connection(request.headers, request.http_version)
+        self._is_bare = request.method == "HEAD"
         date = _http_date(int(time.time()))
         fields = [("Date", date), *headers, *self.headers]
-        self._is_chunked = size is None and not self._is_old
+        self._is_chunked = size is None and request.http_version != "1.0"
         if self._is_chunked:
             fields.append(("Transfer-Encoding", "chunked"))
         elif size is not None and status != 204:
@@ -10680,8 +10677,7 @@ class Server(Listener):
         exchange.decoder = decoder = body_decoder(request.headers, until_end=False)
         self.before_request()
         settings, reply = self._site.dify.settings, exchange.reply
-        reply.suit(request)
-        reply.must_close = reply.must_close or self._is_draining
+        reply.request, reply.must_close = request, self._is_draining
         check_host(request, settings, is_local=self.is_local)
         reply.headers += cors_headers(request)
         if request.method == "OPTIONS":

@@ -29,16 +29,16 @@ BUDGETS = {
     "Responses": 419,
     "Conversations": 404,
     "Pacer": 130,
-    "Wire": 521,
+    "Wire": 520,
     "Upstream": 725,
     "Answers": 625,
     "Handlers": 1033,
-    "Server": 289,
+    "Server": 288,
     "Page": 258,
     "Command line": 443,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7852
+WHOLE_BUDGET = 7850
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
