@@ -8244,6 +8244,7 @@ class Exchange:
     body_bytes: int = 0  # of the request, as far as read
     name_in_path: str = ""
     turn: Turn | None = None  # that Dify answers, or has answered last
+    key: str = ""  # that the client presents
     route: str = "-"  # the endpoint, for the metrics
     model: str = ""  # for the log and the metrics: only one that is known here
     first_text_at: float | None = None  # by the loop's clock
@@ -8264,8 +8265,7 @@ class Exchange:
 
     def user_of(self, name: str) -> str:
         """The end user's name in Dify, by the body, a header, or the key."""
-        key = client_key(self.request.headers)
-        return name or self.forwarded_user or user_of_key(key)
+        return name or self.forwarded_user or user_of_key(self.key)
 
     def explain(self, error: ProxyError) -> None:
         """Let an error name the model, and the field as the endpoint calls it."""
@@ -9509,8 +9509,7 @@ class Site:
 
     def owner_of(self, exchange: Exchange) -> str:
         """The client's key where keys tell clients apart; else all are one: ""."""
-        key = client_key(exchange.request.headers)
-        return key if self.dify.settings.valid_api_keys else ""
+        return exchange.key if self.dify.settings.valid_api_keys else ""
 
     def sealer(self, exchange: Exchange, app: AppSettings) -> IdSealer:
         """What makes and opens the ids of an app, and of a client's key."""
@@ -10469,9 +10468,9 @@ def find_handler(site: Site, exchange: Exchange) -> Handler:
         )
         error.headers.append(("Allow", allowed))
         raise error
-    exchange.route = endpoint
+    exchange.route, exchange.key = endpoint, client_key(request.headers)
     if endpoint not in OPEN_ENDPOINTS:
-        site.check_key(client_key(request.headers), exchange.peer)
+        site.check_key(exchange.key, exchange.peer)
     return methods[method]
 
 

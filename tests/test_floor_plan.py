@@ -32,13 +32,13 @@ BUDGETS = {
     "Wire": 520,
     "Upstream": 725,
     "Answers": 625,
-    "Handlers": 1033,
+    "Handlers": 1032,
     "Server": 288,
     "Page": 258,
     "Command line": 443,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7850
+WHOLE_BUDGET = 7849
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
