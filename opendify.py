@@ -6566,6 +6566,7 @@ class Wire(asyncio.Protocol):
         self.on_leave: Callable[[], None] | None = None  # the peer, though nobody reads
         self.on_data: Callable[[], None] | None = None  # called while a task waits
         self._loop = asyncio.get_running_loop()
+        self.peer = "-"  # its address, for the log
         # Until it is connected; and the one that stands under TLS.
         self._transport = self._plain = cast(asyncio.Transport, None)
         self._buffer = b""  # read, and not used yet
@@ -6581,12 +6582,6 @@ class Wire(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
 
     @property
-    def peer(self) -> str:
-        """The peer's address, for the log."""
-        name = self._transport.get_extra_info("peername")
-        return str(name[0]) if isinstance(name, tuple) else "-"
-
-    @property
     def _unsent(self) -> int:
         """Bytes that the socket has not taken yet; those under TLS may count twice."""
         try:
@@ -6600,6 +6595,8 @@ class Wire(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The connection is open."""
         self._transport = self._plain = cast(asyncio.Transport, transport)
+        if isinstance(address := transport.get_extra_info("peername"), tuple):
+            self.peer = str(address[0])
         if self._on_open:
             self._on_open(self)
 
@@ -11471,8 +11468,8 @@ async def _serve(settings: Settings, source: SettingsSource) -> int:
     if complaint:
         log.warning(complaint)
     dify = Dify(settings, open_wire)
-    site = Site(dify, conversations, lambda: secrets.token_hex(16))
-    server = Server(site, new_id=lambda: f"req_{secrets.token_hex(16)}")
+    site = Site(dify, conversations, lambda: os.urandom(16).hex())
+    server = Server(site, new_id=lambda: f"req_{os.urandom(16).hex()}")
 
     def reload() -> None:
         if changed := source.load_if_changed():

@@ -29,7 +29,7 @@ BUDGETS = {
     "Responses": 419,
     "Conversations": 404,
     "Pacer": 130,
-    "Wire": 520,
+    "Wire": 519,
     "Upstream": 725,
     "Answers": 625,
     "Handlers": 1032,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 443,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7849
+WHOLE_BUDGET = 7848
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
