@@ -6880,14 +6880,6 @@ class Request(NamedTuple):
 NO_REQUEST = Request("-", "-", "", {}, "1.0")  # until one is understood
 
 
-class Response(NamedTuple):
-    """A whole response; its length is written for it."""
-
-    status: int
-    body: bytes = b""
-    headers: Fields = ()
-
-
 # What h11 lets pass or mends: folded lines, control characters, a length given twice.
 _LENIENT = re.compile(
     rb"\r\n[ \t]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r\ncontent-length:(?:[^\r]*,"
@@ -7049,10 +7041,10 @@ class Reply:
         self._head = b""
         self.drain = wire.drain  # wait until most of what was written is taken
 
-    def send(self, response: Response) -> None:
+    def send(self, status: int, body: bytes = b"", headers: Fields = ()) -> None:
         """The whole response at once."""
-        self.start(response.status, response.headers, len(response.body))
-        self.end(response.body)
+        self.start(status, headers, len(body))
+        self.end(body)
 
     def start(self, status: int, headers: Fields = (), size: int | None = None) -> None:
         """The head; without a size the body is chunked, or ends at the close."""
@@ -9550,7 +9542,7 @@ def send_json(
 ) -> None:
     """Reply with JSON."""
     fields = [("Content-Type", "application/json"), *headers]
-    reply.send(Response(status, json_bytes(value), fields))
+    reply.send(status, json_bytes(value), fields)
 
 
 def _not_found(kind: str, id_: str) -> BadRequest:
@@ -9631,7 +9623,7 @@ async def show_metrics(site: Site, exchange: Exchange) -> None:
     }
     fields = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]
     body = site.metrics.render(gauges).encode("utf-8", "replace")
-    exchange.reply.send(Response(200, body, fields))
+    exchange.reply.send(200, body, fields)
 
 
 # Chat...
@@ -10101,7 +10093,7 @@ async def transcribe(site: Site, exchange: Exchange) -> None:
     text = str(answer.get("text") or "")
     seconds = wav_seconds(form.start, form.size)
     kind, body = transcript(text, form.fields, task, seconds)
-    exchange.reply.send(Response(200, body, [("Content-Type", kind)]))
+    exchange.reply.send(200, body, [("Content-Type", kind)])
 
 
 async def speak(site: Site, exchange: Exchange) -> None:
@@ -10677,7 +10669,7 @@ class Server(Listener):
         check_host(request, settings, is_local=self.is_local)
         reply.headers += cors_headers(request)
         if request.method == "OPTIONS":
-            reply.send(Response(204, b"", _preflight(request)))
+            reply.send(204, b"", _preflight(request))
             return
         handler = find_handler(self._site, exchange)
         limit = settings.max_body_mb << 20
@@ -11141,7 +11133,7 @@ async def show_page(site: Site, exchange: Exchange) -> None:
         ("Referrer-Policy", "no-referrer"),
         ("Cache-Control", "no-cache"),
     ]
-    exchange.reply.send(Response(200, text.encode(), headers))
+    exchange.reply.send(200, text.encode(), headers)
 
 
 ROUTES["/"] = {"GET": show_page}

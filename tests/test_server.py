@@ -33,7 +33,6 @@ from opendify import (
     Dify,
     Envelope,
     Exchange,
-    Response,
     Server,
     Site,
     open_conversations,
@@ -61,7 +60,7 @@ class Stage:
 
     async def echo(self, _: Site, exchange: Exchange) -> None:
         self.bodies.append(exchange.body)
-        exchange.reply.send(Response(200, exchange.body, [("Content-Type", "a/b")]))
+        exchange.reply.send(200, exchange.body, [("Content-Type", "a/b")])
 
     async def explode(self, _: Site, __: Exchange) -> None:
         raise RuntimeError("a secret detail")
@@ -91,7 +90,7 @@ class Stage:
         self.entered.set()
         try:
             await self.gate.wait()
-            exchange.reply.send(Response(200, b"late"))
+            exchange.reply.send(200, b"late")
         finally:
             self.ended.set()
 

@@ -28,7 +28,6 @@ from opendify import (
     ProxyError,
     Reply,
     Request,
-    Response,
     Wire,
     body_decoder,
     check_line_ends,
@@ -835,7 +834,7 @@ async def test_whole_reply(
     async with memory_wire() as (wire, transport):
         reply = Reply(wire, Request(method, "/", "", fields, version))
         reply.headers.append(("X", "y"))
-        reply.send(Response(200, b"hi", [("A", "b")]))
+        reply.send(200, b"hi", [("A", "b")])
         assert transport.sent == sent
         assert (reply.status, reply.is_complete, reply.must_close) == (200, True, close)
 
@@ -843,14 +842,14 @@ async def test_whole_reply(
 @pytest.mark.usefixtures("then")
 async def test_reply_without_content_has_no_length() -> None:
     async with memory_wire() as (wire, transport):
-        Reply(wire, Request("OPTIONS", "/", "", {})).send(Response(204))
+        Reply(wire, Request("OPTIONS", "/", "", {})).send(204)
         assert transport.sent == b"HTTP/1.1 204 No Content\r\n" + DATE + b"\r\n"
 
 
 @pytest.mark.usefixtures("then")
 async def test_reply_to_what_was_not_understood_closes() -> None:
     async with memory_wire() as (wire, transport):
-        Reply(wire).send(Response(400, b"no"))
+        Reply(wire).send(400, b"no")
         assert transport.sent == (
             b"HTTP/1.1 400 Bad Request\r\n" + DATE + b"Content-Length: 2\r\n"
             b"Connection: close\r\n\r\nno"
@@ -937,7 +936,7 @@ async def test_each_reply_has_the_date_of_its_start(
     for at, date in [(951782399.9, "Mon, 28 Feb 2000 23:59:59"), (0.0, EPOCH)]:
         monkeypatch.setattr("time.time", lambda at=at: at)
         async with memory_wire() as (wire, transport):
-            Reply(wire).send(Response(404))
+            Reply(wire).send(404)
             head = transport.sent.decode().split("\r\n")
         assert [row for row in head if row.startswith("Date")] == [f"Date: {date} GMT"]
 
