@@ -5984,8 +5984,8 @@ def _id(tail: Tail) -> bytes:
 
 
 def _unknown(scope: bytes, conversation_id: str) -> Tail:
-    """Of an unknown conversation we know one message: that there may be some."""
-    tail = Tail(scope, conversation_id, length=1)
+    """A conversation of which nothing is known but its id, which is its chain, too."""
+    tail = Tail(scope, conversation_id)
     return tail._replace(chain=_id(tail))
 
 
