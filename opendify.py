@@ -8374,8 +8374,13 @@ class Outlet:
 
     def _put_beside(self, part: Part, now: float) -> bytes:
         """What a part that is no text adds."""
-        if isinstance(part, (Media, Recast, Replace)):
-            return self._put_text(Text(self._words_for(part)), now)
+        if isinstance(part, Media):
+            words = media_text(part, is_first=not self._has_text)
+            return self._put_text(Text(words), now)
+        if isinstance(part, Replace):
+            return self._put_text(Text(self._rest_of(part.text)), now)
+        if isinstance(part, Recast):  # the thoughts are out as text: show their end
+            return self._put_text(Text("</think>\n\n"), now)
         if isinstance(part, Finish):
             self._finish = part
             return b""
@@ -8383,13 +8388,6 @@ class Outlet:
             self.calls.append(part)
             return self._flush() + self.stream.encode(part)
         return self.stream.encode(part)
-
-    def _words_for(self, part: Media | Recast | Replace) -> str:
-        if isinstance(part, Media):
-            return media_text(part, is_first=not self._has_text)
-        if isinstance(part, Replace):
-            return self._rest_of(part.text)
-        return "</think>\n\n"  # the thoughts are out as text: show where they end
 
     def _rest_of(self, text: str) -> str:
         """What is to be sent when `text` replaces the answer."""
