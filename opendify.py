@@ -7135,7 +7135,7 @@ class Proxy(NamedTuple):
 
     host: str
     port: int
-    headers: Sequence[tuple[str, str]]
+    headers: Fields
 
 
 @functools.lru_cache(maxsize=64)
@@ -9536,7 +9536,7 @@ def query_of(request: Request) -> dict[str, str]:
 
 
 def send_json(
-    reply: Reply, value: Any, headers: Sequence[tuple[str, str]] = (), status: int = 200
+    reply: Reply, value: Any, headers: Fields = (), status: int = 200
 ) -> None:
     """Reply with JSON."""
     fields = [("Content-Type", "application/json"), *headers]
@@ -10275,7 +10275,7 @@ async def _pass_file(
     site: Site,
     exchange: Exchange,
     response: UpstreamResponse,
-    headers: Sequence[tuple[str, str]],
+    headers: Fields,
     encode: Callable[[bytes], bytes] = bytes,
 ) -> None:
     """Carry a file from Dify to the client as it comes; encode(b"") is its end."""
