@@ -8056,12 +8056,12 @@ class Dify:
         kind = f"multipart/form-data; boundary={boundary}"
         return await self.api.request(app, path, body, UPLOAD_TIMEOUT_S, kind)
 
-    async def open_file(
+    async def fetch_file(
         self, app: AppSettings, path: str, body: bytes, missing: ProxyError | None
     ) -> UpstreamResponse:
-        """A file that a call gives, not read yet; raises `missing` if there is none.
+        """The file that answers a call, not read yet: of a GET, or a POST of a body.
 
-        The call is a GET, or a POST of a body.
+        Raises `missing`, if it is given, where Dify does not have the file.
         """
         timeout_s = self.settings.dify_first_event_timeout
         response = await self.api.request(app, path, body, timeout_s)
@@ -10136,7 +10136,7 @@ async def _open_speech(
     """The sound of a text, not read yet."""
     voice = voice_for(voice, (await site.dify.facts.form_of(app)).voice)
     body = {"text": text, "user": user, **({"voice": voice} if voice else {})}
-    response = await site.dify.open_file(app, "/text-to-audio", json_bytes(body), None)
+    response = await site.dify.fetch_file(app, "/text-to-audio", json_bytes(body), None)
     kind = response.content_type.lower()
     if not kind.startswith(("audio/", "application/octet-stream")):
         response.close()
@@ -10254,7 +10254,7 @@ async def get_file_content(site: Site, exchange: Exchange) -> None:
     path = f"/files/{upload_id}/preview?{query}"
     with while_present(exchange):
         missing = file_not_found(stored.name, _NO_CONTENT)
-        response = await site.dify.open_file(app, path, b"", missing)
+        response = await site.dify.fetch_file(app, path, b"", missing)
         name = urllib.parse.quote(stored.name, safe="")
         # As an attachment: a page that somebody uploaded must not be one of here.
         headers = [
