@@ -5590,9 +5590,10 @@ def plan_turn(
             along with a folded history as far as there is room, the newest first.
     """
     history, new = split_turn(ask)
-    opening = _opening("" if app.system_variable else ask.system)
+    system = "" if app.system_variable else ask.system  # that goes into the query
+    opening = _opening(system)
     if tail and tail.folded and not (app.history_variable or ask.conversation_id):
-        tail = None  # the input is gone that has its beginning
+        tail = None  # its beginning went into an input that is gone
     is_new, said = tail is None, [m for m in history if m.role != "system"]
     added = said if ask.is_all_new and not is_new else []  # the conversation lacks it
     if tail is None:
@@ -5603,11 +5604,11 @@ def plan_turn(
     if not is_new:
         part = _WITHIN if app.system_variable else _SYSTEM
         is_told = _told_hashes(scope, ask, history)[part] == tail.told[part]
-        told = opening + [m for m in history if m.role == "system"]
-        context = [*(_said_again(opening) if is_told else told), *added]
+        between = [m for m in history if m.role == "system"]
+        again = _opening(MUST_CALL if MUST_CALL in system else "")  # said each time
+        context = [*(again if is_told else opening + between), *added]
     carried, files = _with_room(history if is_new else added, new, has_room)
-    own = _own_inputs(app, ask.system, fold(elsewhere, carried) if elsewhere else "")
-    inputs = {**ask.inputs, **own}
+    inputs = {**ask.inputs, **_own_inputs(app, ask.system, fold(elsewhere, carried))}
     alone = ask.system if is_new or ask.system.strip() else _NEXT
     query = _query(ask, context, new, carried) if ask.messages else alone
     # Nobody can tell how a client shows an answer that was continued, or a title.
@@ -5617,18 +5618,13 @@ def plan_turn(
 
 
 def _own_inputs(app: AppSettings, system: str, history: str) -> dict[str, str]:
-    """What goes into the inputs that the app has for it, if there is any."""
+    """The system text and the history, where the app has inputs for them."""
     pairs = ((app.system_variable, system), (app.history_variable, history))
     return {name: text for name, text in pairs if name and text.strip()}
 
 
 def _opening(system: str) -> list[Message]:
     return [Message("system", system)] if system.strip() else []
-
-
-def _said_again(opening: list[Message]) -> list[Message]:
-    """Of a system text that was told before, what holds "this time"."""
-    return _opening(MUST_CALL) if any(MUST_CALL in m.text for m in opening) else []
 
 
 def _with_room(
