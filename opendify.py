@@ -5388,10 +5388,10 @@ AnswerStream = Union[ChatStream, ResponseStream]
 #     the table tells nothing to anyone without the key. It holds no text and no key.
 # (5) Reasoning, white space, text beside calls and system messages make no difference
 #     to a match. A system text is told to Dify when it differs from the one told last.
-# (6) Of transcripts with the same messages one of a turn with the same inputs matches,
-#     rather with the same system text.
-# (7) A question's context goes into `chain` only: a client that shows the question
-#     without it, as all do in later turns, matches as a window does.
+# (6) If several transcripts have the same messages, only those match that had the same
+#     inputs, and among these one with the same system text is preferred.
+# (7) A question's context counts in `chain` only: in later turns clients show the
+#     question without it, so their histories match as windows, not as a whole.
 #
 # Pure but for SQLite, which keeps the table in memory too; its failures mean "don't
 # know". `now` is wall-clock time in seconds, since a table outlives its process.
@@ -5409,7 +5409,8 @@ MAX_ALL_NAMED_BYTES = 256 << 20
 _MAX_CONVERSATION_ID_CHARS = 100  # Dify's ids have 36
 _KEPT_MESSAGES = 128  # a transcript's last ones, and so the longest window: 1 KiB
 _DIGEST_BYTES = 8
-# The hashes in `told`: of all system text, of inputs, of system text between messages.
+# Where `told` has the hashes of all system text, of inputs, and of the system text
+# that stands between messages, which it may lack.
 _SYSTEM, _INPUTS, _WITHIN = slice(8), slice(8, 16), slice(16, None)
 _CLEAR_BYTES = 200  # no greeting or other stock phrase is that long
 _BUSY_TIMEOUT_S = 0.05  # the event loop waits meanwhile
@@ -5514,7 +5515,7 @@ def split_turn(ask: Ask) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
 def is_side_request(ask: Ask) -> bool:
     """Whether a client asks for its own purposes: a title, tags, a summary.
 
-    None does so in a conversation to which it sends only what `is_all_new`.
+    Such requests bring the whole chat; one whose messages are `is_all_new` is none.
     """
     last = ask.messages[-1].text if ask.messages else ask.system
     is_own = last.lstrip().startswith(_SIDE_REQUESTS)
@@ -5525,7 +5526,10 @@ def is_side_request(ask: Ask) -> bool:
 
 
 def message_digest(scope: bytes, message: Message) -> bytes:
-    """What makes messages equal; ids of calls, an answer's name, contexts do not."""
+    """The hash by which messages are compared.
+
+    Ids of calls, the name of an answer and the context of a question do not count.
+    """
     role, files = message.role, message.attachments
     name = message.name if role != "assistant" else ""
     calls = [[call.name, _canonical(call.arguments)] for call in message.tool_calls]
@@ -5535,7 +5539,7 @@ def message_digest(scope: bytes, message: Message) -> bytes:
 
 
 def _matched_text(message: Message) -> str:
-    """Text that a match looks at; some clients drop that beside calls."""
+    """The text that is compared: none beside calls, where some clients drop it."""
     return "" if message.tool_calls else plain_text(message)
 
 
@@ -5557,7 +5561,7 @@ def _canonical(arguments: str) -> str:
 def _told_hashes(scope: bytes, ask: Ask, said: Messages, before: bytes = b"") -> bytes:
     """What Dify is told beside messages, as hashes.
 
-    Without a system text, what was told `before` holds; there may be no third hash.
+    Without a system text the hashes of what was told `before` still hold.
     """
     within = [m.text for m in said if m.role == "system"]
     opening = ask.system.replace(f" {MUST_CALL}", "")  # which is said each time
@@ -5726,6 +5730,7 @@ DELETE FROM opendify_tails WHERE used < 0;  -- fails if the file can't be writte
 # The columns are named as in older files: `system` holds a tail's `told`.
 _SELECT = """
 SELECT conversation_id, chain, length, digests, system, folded FROM opendify_tails"""
+# Any state will do; they are listed for the index, which has `chain` behind them.
 _MATCH = f"""{_SELECT}
 WHERE last = ? AND state IN ({_FREE}, {_TAKEN}, {_LOST}) AND used >= ?"""
 _PUT = f"""
@@ -5749,10 +5754,11 @@ _DROP_NAMED = "DELETE FROM opendify_named WHERE id = ?"
 
 @dataclass(frozen=True)
 class NamedConversation:
-    """One that a client made and named before any app was known.
+    """One that a client made through the Conversations API, by the id it got there.
 
-    `items` were given to it, and Dify does not have them yet. Its first turn binds it
-    to a Dify conversation of a model and an end user, under a `seal` of both.
+    `items` were given to it, and Dify does not have them yet. It is made without an
+    app: its first turn binds it to a Dify conversation of a model and an end user,
+    under a `seal` of both.
     """
 
     id: str
@@ -5846,12 +5852,13 @@ class Conversations:
             self._lose(tail, now)  # again: another process may have been in the way
 
     def forget(self, tail: Tail | None, *, is_gone: bool = False) -> None:
-        """Lose a conversation: Dify may remember what was not seen.
+        """Continue a conversation no more: Dify may remember what no client saw.
 
-        Its transcript stays, since another may end with the same words: who tries again
-        must not go on there. It stands alone, and the conversation can be learned anew
-        by its id, unless that is all that was known: somebody's first turn may be under
-        way there. Only what `is_gone`, even for Dify, leaves the table.
+        Its transcript stays, as lost and under another id: without it a repeated
+        request would match another conversation that ends with the same words. Its own
+        id can then be learned anew. If that was all that was known, it is lost as well:
+        somebody's first turn may be under way there. Only what `is_gone`, from Dify
+        too, leaves the table.
         """
         if tail and is_gone:
             self._run(_DROP, _id(tail))
@@ -5860,9 +5867,10 @@ class Conversations:
             self._run(_FORGET, _id(left), left.conversation_id, _id(tail))
 
     def note_shown(self, tail: Tail, now: float) -> None:
-        """A client shows what its conversation may not remember so.
+        """Remember as lost what a client shows, and Dify may not have so.
 
-        The transcript stands alone, lost as if it were taken: to find it is to fold.
+        A request with this history finds it and no other conversation, and is folded.
+        It is put as if it had been taken: no such row was, and so it is lost.
         """
         if tail.is_known and tail.conversation_id:
             self._put(_alone(tail)._replace(is_taken=True), now)
@@ -5906,7 +5914,7 @@ class Conversations:
                 self._run(_DROP_NAMED, id_)
 
     def _find(self, scope: bytes, ask: Ask, said: Messages, now: float) -> Tail | None:
-        """The conversation that ends with what was `said`, were it free."""
+        """The conversation that ends with what was `said`, free or not."""
         window = Tail(scope, chain=scope).extend(said)
         key = (window.digests[-_DIGEST_BYTES:], now - self._ttl_s)
         equal = f"{_MATCH} AND chain = ? ORDER BY state LIMIT {_MAX_CANDIDATES}"
@@ -5986,7 +5994,7 @@ def _unknown(scope: bytes, conversation_id: str) -> Tail:
 
 
 def _alone(tail: Tail) -> Tail:
-    """Its transcript, as that of a conversation which Dify does not have."""
+    """Its transcript, under an id that no conversation of Dify's has."""
     return tail._replace(conversation_id=tail.chain.hex())
 
 
