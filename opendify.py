@@ -6536,9 +6536,9 @@ def _parse_part_head(head: bytes) -> FormPart:
 
 
 def _parameters(field: str) -> dict[str, str]:
-    """Those of a header field: as they are, or encoded (RFC 5987), which is preferred.
+    """The parameters of a header field; encoded ones (RFC 5987) go before plain ones.
 
-    For a quote, browsers write `%22`, curl a backslash too.
+    For a quote, browsers write `%22`, curl also a backslash before it.
     """
     parameters = {}
     by_name = operator.itemgetter(0)
@@ -6567,7 +6567,7 @@ class Wire(asyncio.Protocol):
 
     def __init__(self, on_open: Callable[[Wire], None] | None = None) -> None:
         self._on_open = on_open
-        self.on_leave: Callable[[], None] | None = None  # the peer, though nobody reads
+        self.on_leave: Callable[[], None] | None = None  # called when the peer closes
         self.on_data: Callable[[], None] | None = None  # called while a task waits
         self._loop = asyncio.get_running_loop()
         self.peer = "-"  # its address, for the log
@@ -6718,7 +6718,7 @@ class Wire(asyncio.Protocol):
         return bool(self._buffer)
 
     def skip_empty_lines(self) -> bool:
-        """Drop those before a request; whether more is here."""
+        """Drop the empty lines before a request; whether anything else is here."""
         self._buffer = _without_empty_lines(self._buffer)
         return bool(self._buffer)
 
@@ -6841,7 +6841,7 @@ async def open_wire(*address: Any, **options: Any) -> Wire:
 
 
 def _without_empty_lines(data: bytes) -> bytes:
-    """Data without those that may stand before a head (RFC 9112, section 2.2)."""
+    """Data without the empty lines that may precede a head (RFC 9112, section 2.2)."""
     return re.sub(rb"\A(?:\r\n)+", b"", data) if data.startswith(b"\r\n") else data
 
 
@@ -6997,7 +6997,7 @@ def read_fields(fields: Collection[tuple[bytes, bytes]]) -> dict[str, str]:
     """Header fields by name; refuses what h11 lets pass and a strict reader must not.
 
     Two framings let two readers disagree about where a message ends: request smuggling
-    (RFC 9112, section 11.2). That one is given twice h11 and `_LENIENT` see.
+    (RFC 9112, section 11.2). h11 and `_LENIENT` refuse the same one given twice.
     """
     headers: dict[str, str] = {}
     for raw_name, raw_value in fields:
@@ -7135,7 +7135,7 @@ class Origin(NamedTuple):
 
 
 class Proxy(NamedTuple):
-    """What stands between; `headers` are for its eyes."""
+    """A proxy on the way; `headers` are for it alone."""
 
     host: str
     port: int
@@ -7150,7 +7150,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_address(host: str) -> bool:
-    """Whether a host is no name."""
+    """Whether a host is an IP address, and no name."""
     return ":" in host or re.fullmatch(r"[\d.]+", host, re.ASCII) is not None
 
 
@@ -7329,8 +7329,8 @@ class UpstreamResponse:
 class Pool:
     """Keeps connections to Dify for the next request, and knows how to open them.
 
-    It is given up with its settings. With others no connection is used again, since it
-    may lead through another proxy, and what failed may work.
+    Other settings need another pool: these connections may lead through a proxy that
+    is no longer to be used, and what could not be reached may be reached by now.
 
     Args:
         connect: opens a connection as `open_wire` does.
@@ -7597,7 +7597,7 @@ class TurnStream:
         self._decoder = SSEDecoder()
         self._parts: list[Part] = []  # that `read` is to return
         self._carry: Callable[[list[Part]], bool] | None = None
-        self._is_draining = False
+        self._is_draining = False  # `end` reads what nobody gets any more
         self.is_given_up = False  # the run may go on: it should be stopped
 
     async def read(self, *, until_stoppable: bool = False) -> list[Part]:
@@ -7623,10 +7623,10 @@ class TurnStream:
         return parts
 
     def carry_by(self, carry: Callable[[list[Part]], bool]) -> None:
-        """Hand text to `carry` while `read` waits, unless it refuses.
+        """Hand text to `carry` as it comes while `read` waits, unless it refuses.
 
-        No task is woken then, with a dozen coroutines: an event that comes alone costs
-        a fifth less.
+        So no task is woken, which would run through a dozen coroutines: an event that
+        comes alone costs a fifth less.
         """
         self._carry = carry
         self._response.on_data(self._on_data)
@@ -8268,7 +8268,7 @@ class Exchange:
             error.message = f"The model {self.model!r}: {error.message}"
 
     def leave(self) -> None:
-        """The client has gone; what serves it is interrupted if it wants to be."""
+        """The client has gone: those of its tasks end that are `waiting`."""
         self.has_left = True
         for task in self.waiting:
             task.cancel()
@@ -8316,7 +8316,7 @@ class Outlet:
 
     @property
     def is_behind(self) -> bool:
-        """Whether the client has other text than `text`."""
+        """Whether `text` lacks some of the answer: held back, or too long to keep."""
         return not self._sent.is_whole
 
     def begin(self, ids: DifyIds) -> None:
@@ -8468,7 +8468,7 @@ class PacedOutlet(Outlet):
 
     @property
     def is_behind(self) -> bool:
-        """Whether the client has other text than `text`."""
+        """Whether `text` lacks some of the answer: held back, or too long to keep."""
         return self._pacer.held > 0 or super().is_behind
 
     def put(self, parts: Sequence[Part]) -> None:
@@ -8556,7 +8556,7 @@ class Collector(Answer):
         self._exchange = exchange
 
     def begin(self, ids: DifyIds) -> None:
-        """Dify has accepted."""
+        """Keep the ids, the latest if it begins again."""
         self.ids = ids
 
     def put(self, parts: Sequence[Part]) -> None:
@@ -8578,8 +8578,8 @@ class Reading:
     """Reads an answer as its request demands: calls, stops, JSON.
 
     Parts go in as Dify's app makes them, and come out as the client is to get them:
-    none while the answer may still turn out not to do, since another would follow it.
-    `problem` says, when the answer is over, why it will not do; `is_cut`, that a stop
+    none while the answer may still prove unfit, since a second try would follow it.
+    `problem` says, when the answer is over, why it is unfit; `is_cut`, that a stop
     was found and the app need not go on; `usage` includes what was `spent` before.
     The ids of calls follow from a `seed`, the message's id, so that an answer that is
     read again has the same.
@@ -9177,7 +9177,7 @@ class Archive:
             return
         anchor = next(iter(places.values()))
         here, table = anchor.conversation_id, self.conversations
-        # It may name another, or one that is yet to be bound to its own.
+        # It may also name another conversation, or one that has none in Dify yet.
         is_here = (request.ask.conversation_id or request.conversation) in ("", here)
         if is_here and anchor.message_id != here:  # no run of a workflow
             question.tail = table.take_by_id(question.scope, here, self.wall_clock())
@@ -9320,7 +9320,7 @@ def stored_answer(turn: StoredTurn, tools: Iterable[Tool] = ()) -> Answer:
 
 
 def is_short(turn: StoredTurn) -> bool:
-    """Whether the client has not got all calls, since it wanted one."""
+    """Whether the app made several calls, and the client got the one that it wanted."""
     if not turn.told.is_serial:
         return False
     reading = Reading(turn.told, turn.message_id, is_whole=True, spent=Usage())
@@ -9329,7 +9329,7 @@ def is_short(turn: StoredTurn) -> bool:
 
 
 def stored_message(turn: StoredTurn, tools: Sequence[Tool]) -> Message:
-    """The same as a message of a history."""
+    """A stored answer as a message of a history."""
     answer = stored_answer(turn, tools)
     return Message("assistant", answer.text, tool_calls=tuple(answer.calls))
 
@@ -9434,8 +9434,8 @@ class Site:
     def check_key(self, key: str, peer: str) -> None:
         """Compare with all keys, so that the time tells nothing.
 
-        From where keys are guessed only those are taken that came from there before:
-        who guesses learns nothing, and shuts nobody out who shares the address.
+        An address that sends many wrong keys may use only those that it has used
+        before: who guesses learns nothing, and does not shut out its other clients.
         """
         valid = self.dify.settings.valid_api_keys
         if not valid:
@@ -9710,7 +9710,7 @@ async def create_response(site: Site, exchange: Exchange) -> None:
 def _in_conversation(
     site: Site, exchange: Exchange, request: ResponsesRequest
 ) -> tuple[ResponsesRequest, NamedConversation | None]:
-    """(the request with what its conversation has, or is bound to; that, if any)."""
+    """(the request, with what the conversation that it names has; that one, if any)."""
     if not request.conversation:
         return request, None
     named = _named(site, exchange, request.conversation)
@@ -9730,9 +9730,10 @@ async def _check_fits(site: Site, question: Question, named: NamedConversation) 
 
 
 def _bind(site: Site, question: Question, named: NamedConversation, turn: Turn) -> None:
-    """Dify has the conversation from this turn on, as it was when that began.
+    """Bind a named conversation to the one that a turn began in Dify, if it did.
 
-    Of a turn that failed, some releases remember nothing.
+    Dify has now what `named` held when the turn began; what has been added since awaits
+    the next one. Of a turn that failed, some releases remember nothing.
     """
     reader, scope = turn.stream.reader, turn.plan.tail.scope
     id_ = reader.conversation_id if reader.is_stored else ""
@@ -10018,7 +10019,7 @@ async def _all_of(
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         await asyncio.gather(*tasks)  # takes note of all errors
-    except asyncio.CancelledError:  # so are they, or see that the client has left
+    except asyncio.CancelledError:  # all are cancelled, or see that the client left
         await asyncio.wait(tasks)
         raise
     except Exception:
@@ -10833,7 +10834,7 @@ def _is_allowed(origin: str, host: str, allowed: Sequence[str]) -> bool:
 
 
 def cors_headers(request: Request) -> list[tuple[str, str]]:
-    """Headers that let a page read the response, errors included; it may call."""
+    """Headers that let a page which may call read the response, errors included."""
     origin = request.headers.get("origin")
     if origin is None:
         return []
@@ -10870,7 +10871,8 @@ async def _settled(tasks: Collection[asyncio.Task[Any]], seconds: float) -> None
 # What a browser shows at /: the apps, the settings of clients, and a playground. No
 # external resource, and a policy that names its style and its script by their hashes.
 # What comes from elsewhere becomes text, links and images by DOM calls, never HTML.
-# The script is a client like any other; X-OpenDify-Lag has it told lags, `: lag 0.1`.
+# The script is a client like any other, but asks by X-OpenDify-Lag for the lag of each
+# piece, which comes as a comment before it: `: lag 0.1`.
 
 _STYLE = """
 :root { color-scheme: light; --page: light-dark(#f4f6f5, #101415); --card:
