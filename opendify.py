@@ -10554,11 +10554,11 @@ class Listener:
         await asyncio.sleep(0)
         for server in self._servers:
             server.close()
-        await _settled(self._tasks, grace_s)
+        await _wait_for_end(self._tasks, grace_s)
         late = [task for task in self._tasks if not task.done()]
         for task in late:
             task.cancel()
-        await _settled(late, CANCEL_S)
+        await _wait_for_end(late, CANCEL_S)
         return not late
 
     def _accept(self, wire: Wire) -> None:
@@ -10596,7 +10596,7 @@ class Server(Listener):
         for exchange in self._site.in_flight:
             exchange.reply.must_close = True
         is_in_time = await self.stop(grace_s)
-        await _settled(self._site.dify.background, CANCEL_S)
+        await _wait_for_end(self._site.dify.background, CANCEL_S)
         return is_in_time
 
     async def serve(self, wire: Wire) -> None:
@@ -10620,7 +10620,7 @@ class Server(Listener):
 
     async def _serve_one(self, wire: Wire) -> bool:
         """One request and its response; whether another may follow."""
-        if not await self._is_called(wire):
+        if not await self._wait_for_request(wire):
             return False
         exchange = Exchange(Reply(wire), self._new_id(), wire.peer)
         wire.set_deadline(HEAD_TIMEOUT_S, _slow_request)
@@ -10646,7 +10646,7 @@ class Server(Listener):
             exchange.fail, exchange.turn, exchange.outlets = None, None, []
         return await _make_ready(exchange, wire)
 
-    async def _is_called(self, wire: Wire) -> bool:
+    async def _wait_for_request(self, wire: Wire) -> bool:
         """Wait for the next request; False if none will come."""
         if wire.has_unread:  # a client that sends ahead lets others have their turn
             await asyncio.sleep(0)
@@ -10858,7 +10858,7 @@ def _preflight(request: Request) -> list[tuple[str, str]]:
     return headers
 
 
-async def _settled(tasks: Collection[asyncio.Task[Any]], seconds: float) -> None:
+async def _wait_for_end(tasks: Collection[asyncio.Task[Any]], seconds: float) -> None:
     """Wait until all tasks have ended, but not for longer than that."""
     if tasks:
         await asyncio.wait(tasks, timeout=seconds)
