@@ -8675,7 +8675,7 @@ class Reading:
             if problem := json_problem(self._json.text, self._ask.output):
                 raise unsatisfied(self._ask, problem)
         elif self._is_json and not (self._json and has_call):
-            read = self._json.text or self.said.text if self._json else answer.text
+            read = (self._json.text or self.said.text) if self._json else answer.text
             text, problem = extract_json(read, self._ask.output)
             self.problem = "" if has_call else problem
             kinds = (Text, Reasoning, Recast, ToolCall)
@@ -10428,8 +10428,8 @@ def find_endpoint(path: str) -> tuple[str, str]:
     name = ""
     if deployment := _DEPLOYMENT.match(tail):
         name, tail = deployment.groups()
-    for endpoint, pattern in () if tail in _NO_NAMES else _PATTERNS:
-        if match := pattern.match(tail):
+    for endpoint, pattern in _PATTERNS:
+        if tail not in _NO_NAMES and (match := pattern.match(tail)):
             return endpoint, "/".join(match.groups())
     return tail, name
 
