@@ -4367,9 +4367,8 @@ class Envelope(NamedTuple):
 
     def head(self, kind: str) -> dict[str, Any]:
         """The keys with which an object of this kind begins."""
-        id_, created, model, *_ = self
-        about = {"id": id_, "object": kind, "created": created, "model": model}
-        return {**about, "system_fingerprint": "fp_opendify"}
+        about = {"id": self.id, "object": kind, "created": self.created}
+        return {**about, "model": self.model, "system_fingerprint": "fp_opendify"}
 
 
 class Answer:
