@@ -3509,7 +3509,7 @@ _UPLOADED = re.compile(r"/files/([0-9a-f-]{36})/(?:file|image)-preview\Z")
 # never expires; it is void once the key changes. UUIDs take 16 bytes: with a user's
 # name of 200 bytes an id has some 350 characters.
 
-MAX_ID_CHARS = 2000  # a user's name takes up to 1100; more is not worth the work
+MAX_ID_CHARS = 3000  # the longest names of a user and a file take 2600
 _TAG_BYTES = 16
 _UUID_PARTS = re.compile("(.{8})(.{4})(.{4})(.{4})(.{12})")
 _UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -4091,7 +4091,8 @@ def _attachment(source: str, name: str, stem: str, where: str) -> Attachment:
 def known_file(name: str, media_type: str, data: bytes = b"") -> Attachment:
     """A file under a name and a media type that Dify takes, guessed if need be."""
     media_type = media_type.partition(";")[0].strip().lower()
-    is_told = re.fullmatch(r"[\w.+-]+/[\w.+-]+", media_type, re.ASCII)
+    shape = r"[\w.+-]{1,127}/[\w.+-]{1,127}"  # RFC 6838, section 4.2
+    is_told = re.fullmatch(shape, media_type, re.ASCII)
     if not is_told or media_type == "application/octet-stream":
         media_type = _guess_media_type(name, data)
     return Attachment(_plain_name(name, media_type), media_type, data)
@@ -10234,7 +10235,7 @@ async def create_file(site: Site, exchange: Exchange) -> Json:
         file.media_type,
         str(form.size),
         str(int(site.wall_clock())),
-        form.fields.get("purpose", ""),
+        form.fields.get("purpose", "")[:20],  # the known ones are shorter
     )
     return file_object(stored, site.sealer(exchange, app))
 

@@ -870,6 +870,22 @@ async def test_file_is_uploaded_and_its_id_tells_all_of_it() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        pytest.param("😀" * 150, {"user": "😀" * 200}, id="names"),
+        pytest.param("a.pdf", {"purpose": "p" * 3000}, id="purpose"),
+    ],
+)
+async def test_id_of_a_file_is_good_however_long_what_it_tells(
+    name: str, fields: dict[str, str]
+) -> None:
+    body = form_of(b"%PDF-1", name, f"application/{'x' * 127}", **fields)
+    async with proxy(parameters=VISION) as served:
+        value = await upload(served, body)
+        assert (await served.get(f"{FILES}/{value['id']}")).json == value
+
+
 async def test_id_of_a_file_is_good_after_a_restart() -> None:
     async with proxy(parameters=VISION) as served:
         id_ = (await upload(served))["id"]
