@@ -1225,24 +1225,24 @@ def parse_tools(body: Json) -> tuple[tuple[Tool, ...], str]:
     Tools of other types than function and custom are ignored, as clients expect.
 
     Raises:
-        BadRequest: a tool must be called, and is not there.
+        BadRequest: they can't be read, or a tool must be called that is not there.
     """
-    given = body.get("tools") or body.get("functions") or []
-    choice = body.get("tool_choice") or body.get("function_call")
+    source = "tools" if body.get("tools") else "functions"
+    choice_name = "tool_choice" if body.get("tool_choice") else "function_call"
+    given, choice = body.get(source) or [], body.get(choice_name)
     if not (given or choice):  # nearly always
         return (), "auto"
     if not isinstance(given, list):
-        raise bad_type("tools" if body.get("tools") else "functions", "an array")
-    field_name = "tool_choice" if body.get("tool_choice") else "function_call"
+        raise bad_type(source, "an array")
     mode, names = _parse_choice(choice or "auto")
     if mode not in _MODES:
         problem = f"{mode!r} is none of auto, none, required, a tool, allowed_tools."
-        raise bad_value(field_name, problem)
-    known = _parse_tools(given, "" if body.get("tools") else "function")
+        raise bad_value(choice_name, problem)
+    known = _parse_tools(given, "function" if source == "functions" else "")
     tools = [tool for tool in known if not names or tool.name in names]
     if _MODES[mode] == "required" and not tools:
         problem = "it asks for a call of a function that is not in `tools`."
-        raise bad_value(field_name, problem)
+        raise bad_value(choice_name, problem)
     if not tools:
         return (), "auto"
     return (() if mode == "none" else tuple(tools)), _MODES[mode]
