@@ -2665,14 +2665,19 @@ def _beginnings(tag: str, last: str = "") -> str:
     return re.escape(tag[0]) + pattern
 
 
-def _state(tags: str, begun: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    return re.compile(tags, re.I), re.compile(rf"(?:{begun})\Z", re.I)
+class _State(NamedTuple):
+    """What is looked for in a block of reasoning, or outside of all."""
+
+    tags: re.Pattern[str]  # that end it, with the newlines that belong to them
+    begun: re.Pattern[str]  # what may become one of them, or an entity, with more text
 
 
-# For each state the tags that end it, with the newlines that belong to them, and what
-# may become one when more text comes: only that is held back, so never more than the
-# longest tag (or entity). A state is called by the beginning of the tag that closes its
-# block; "" is outside.
+def _state(tags: str, begun: str) -> _State:
+    return _State(re.compile(tags, re.I), re.compile(rf"(?:{begun})\Z", re.I))
+
+
+# The states by how the tag begins that closes the block; "" is outside. Only what has
+# `begun` is held back, so never more than the longest tag.
 _ATTRIBUTES, _SPACES = r"(?:\s[^<>]{0,64})?", r"\s{0,4}"
 _OPENING = rf"(?:<think{_ATTRIBUTES}>|{re.escape(_DETAILS)})"
 _STATES = {
@@ -2734,7 +2739,7 @@ class ReasoningSplitter:
     @property
     def is_inside(self) -> bool:
         """Whether a block of reasoning is open, or will be after what is held back."""
-        tag = _STATES[self._closing][0].match(self._held)
+        tag = _STATES[self._closing].tags.match(self._held)
         return not (self._closing or tag[0][1] == "/") if tag else bool(self._closing)
 
     def feed(self, text: str) -> list[Part]:
@@ -2757,14 +2762,13 @@ class ReasoningSplitter:
     def _split(self, text: str, *, is_last: bool) -> list[Part]:
         parts: list[Part] = []
         start = 0
-        tags, begun = _STATES[self._closing]
-        tag = tags.search(text)
-        while tag and (is_last or not _MORE_OF_TAG.match(text, tag.end())):
+        while tag := _STATES[self._closing].tags.search(text, start):
+            if not is_last and _MORE_OF_TAG.match(text, tag.end()):
+                break
             self._take(parts, text[start : tag.start()])
             self._cross(parts, tag[0])
             start = tag.end()
-            tags, begun = _STATES[self._closing]
-            tag = tags.search(text, start)
+        begun = _STATES[self._closing].begun
         held = None if is_last else tag or begun.search(text, start)
         end = held.start() if held else len(text)
         self._take(parts, text[start:end])
@@ -2925,9 +2929,8 @@ class AnswerReader:
         self.mode, self.app = mode, app
         own = "workflow_run_id" if mode == "workflow" else "conversation_id message_id"
         self._unknown_ids = f"task_id {own}".split()
-        self.is_finished = False
+        self.is_finished = self.is_closing = False
         self.is_stored = False  # as Dify says itself
-        self.is_closing = False
         self._deltas = DeltaReader()
         self._text = AnswerText()
         self._process = Process(mode, self._text.blocks, is_shown=show_process)
@@ -3455,8 +3458,7 @@ def stored_run(run: Json, app: AppSettings, query: str) -> StoredTurn:
     reader = AnswerReader("workflow", app)
     parts = reader._on_workflow_finished({**run, "outputs": outputs})
     id_, created = str(run.get("id") or ""), count_of(run.get("created_at"))
-    told = _told_in(inputs.values())
-    return StoredTurn(id_, id_, created, question, parts, told)
+    return StoredTurn(id_, id_, created, question, parts, _told_in(inputs.values()))
 
 
 def _told_in(values: Iterable[Any]) -> Ask:
