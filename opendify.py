@@ -728,6 +728,13 @@ def encode_comment(text: str) -> bytes:
 # them out. Knows nothing of what a value means.
 #
 #     '{"a": NaN}'  ->  {"a": None}  ->  b'{"a":null}'
+#
+# Four readers, by what they make of that:
+#
+#     decode_json        NaN becomes None                   (bodies of requests)
+#     read_json          so does what is nested too deeply  (what Dify sends)
+#     parse_json_text    both are errors                    (JSON as an answer)
+#     parse_sloppy_json  the same, after a repair           (calls that models write)
 
 MAX_NESTING = 100  # of lists and objects: the code that walks them is recursive
 _PAIRS = {"{": "}", "[": "]"}
@@ -772,7 +779,7 @@ def read_json(text: str) -> Any:
 
 
 def read_json_object(data: str | bytes) -> dict[str, Any] | None:
-    """The JSON object that is written there, likewise; None if it is none."""
+    """The same for an object; None if it is none, or no JSON."""
     with contextlib.suppress(ValueError):
         if isinstance(data, bytes):
             data = data.decode(json.detect_encoding(data))
@@ -3650,7 +3657,7 @@ class ChatRequest(NamedTuple):
     is_legacy: bool = False  # calls are answered as `function_call`
 
 
-def parse_json_object(body: bytes) -> dict[str, Any]:
+def parse_body(body: bytes) -> dict[str, Any]:
     """A request's body; NaN and the like, which are no JSON, become null.
 
     Raises:
@@ -9067,7 +9074,7 @@ class Form:
             self._reader = FormReader(content_type, self._exchange.read)
             await self._read_on(self._reader)
         elif "json" in content_type.lower() and self._exchange.route != "files":
-            body = parse_json_object(await read_whole(self._exchange.read))
+            body = parse_body(await read_whole(self._exchange.read))
             self.fields, self.file = parse_audio_request(body)
             self._store = io.BytesIO(self.file.data)
             self.size, self.start = len(self.file.data), self.file.data[:_START_BYTES]
@@ -9529,7 +9536,7 @@ def _body_of(exchange: Exchange) -> dict[str, Any]:
 
     It is not kept: an answer may take minutes, and the question may be long.
     """
-    body = parse_json_object(exchange.body)
+    body = parse_body(exchange.body)
     exchange.body = b""
     if exchange.name_in_path:
         body["model"] = exchange.name_in_path
@@ -9836,7 +9843,7 @@ def _frame(turn: StoredTurn, model: str, sealer: IdSealer, user: str) -> Respons
 
 async def create_conversation(site: Site, exchange: Exchange) -> Json:
     """`POST /conversations`."""
-    body = parse_json_object(exchange.body or b"{}")
+    body = parse_body(exchange.body or b"{}")
     id_, now = f"conv_{site.new_id()}", int(site.wall_clock())
     items = _with_items(site, body, ())
     named = NamedConversation(id_, now, _parse_metadata(body), items)
@@ -9851,7 +9858,7 @@ async def get_conversation(site: Site, exchange: Exchange) -> Json:
 async def update_conversation(site: Site, exchange: Exchange) -> Json:
     """`POST /conversations/{id}`: other metadata."""
     named = _named(site, exchange)
-    metadata = _parse_metadata(parse_json_object(exchange.body))
+    metadata = _parse_metadata(parse_body(exchange.body))
     return _keep(site, exchange, replace(named, metadata=metadata))
 
 
@@ -9865,7 +9872,7 @@ async def delete_conversation(site: Site, exchange: Exchange) -> Json:
 async def add_conversation_items(site: Site, exchange: Exchange) -> Json:
     """`POST /conversations/{id}/items`: they go to Dify with the next turn."""
     named = _named(site, exchange)
-    items = _with_items(site, parse_json_object(exchange.body), named.items)
+    items = _with_items(site, parse_body(exchange.body), named.items)
     _keep(site, exchange, replace(named, items=items))
     added = items[len(named.items) :]
     return list_page(added, {"order": "asc", "limit": "100"})

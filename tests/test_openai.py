@@ -73,7 +73,7 @@ def test_smallest_request() -> None:
 )
 def test_body_that_is_no_object_is_refused(body: bytes) -> None:
     with pytest.raises(BadRequest) as caught:
-        opendify.parse_json_object(body)
+        opendify.parse_body(body)
     assert (caught.value.param, caught.value.code) == (None, None)
 
 
@@ -82,16 +82,16 @@ def test_body_that_is_nested_too_deeply_is_refused(opening: str, closing: str) -
     depth = opendify.MAX_NESTING - 1  # the body is a level, too
     body = '{"x": %s1%s, "y": [[], {}]}'
     whole = body % (opening * depth, closing * depth)
-    assert opendify.parse_json_object(whole.encode())["y"] == [[], {}]
+    assert opendify.parse_body(whole.encode())["y"] == [[], {}]
     deeper = body % (opening * (depth + 1), closing * (depth + 1))
     with pytest.raises(BadRequest, match="100 levels"):
-        opendify.parse_json_object(deeper.encode())
+        opendify.parse_body(deeper.encode())
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf", b"  \r\n"])
 def test_body_that_is_an_object(mark: bytes) -> None:
     body = mark + '{"model": "应用"}'.encode()
-    assert opendify.parse_json_object(body) == {"model": "应用"}
+    assert opendify.parse_body(body) == {"model": "应用"}
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ REFUSED = [
 def test_numbers_that_json_lacks_are_null() -> None:
     """Python would write them to Dify, and back to the client."""
     body = b'{"temperature": NaN, "inputs": {"a": [1e999, -Infinity, 1.5]}}'
-    value = opendify.parse_json_object(b"\xef\xbb\xbf" + body)
+    value = opendify.parse_body(b"\xef\xbb\xbf" + body)
     assert value == {"temperature": None, "inputs": {"a": [None, None, 1.5]}}
 
 
