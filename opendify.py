@@ -965,11 +965,11 @@ Messages = Sequence[Message]  # of a history, in order
 # What Open WebUI puts before a question where it has found something: texts of files
 # or of the web, up to the end of their tag.
 CONTEXT_BEGINS = "### Task:\nRespond to the user query"
-_MAX_CONTEXT_CHARS = 16384  # Dify is not to remember longer ones beside new ones
+_MAX_CONTEXT_CHARS = 16384  # with longer ones, a conversation in Dify is not continued
 
 
 def context_of(message: Message) -> str:
-    """The context before a question, which its client shows in its own turn only."""
+    """What stands before a question, and is not sent with it again in later turns."""
     if message.role != "user" or not message.text.startswith(CONTEXT_BEGINS):
         return ""
     return "".join(message.text[:_MAX_CONTEXT_CHARS].rpartition("</context>")[:2])
@@ -1031,10 +1031,10 @@ class Ask(NamedTuple):
     """What a client wants of an app, whichever API it came by.
 
     `messages` is the whole visible history in order, the new message(s) last, without
-    the system text that opens it: that is `system`. `conversation_id` is the explicit
-    one, "" where the client named none: then one that has the history is looked for.
-    That conversation has all messages up to the last answer, unless `is_all_new`: then
-    it has none of them, and none is looked for.
+    the system text that opens it: that is `system`. `conversation_id` is the one that
+    the client named; if it is "", one with this history is looked for. Dify has all
+    messages up to the last answer in that conversation; none of them if `is_all_new`,
+    and then no conversation is looked for.
     """
 
     model: str
@@ -1078,7 +1078,7 @@ class Reasoning:
 class Replace:
     """Forget the text so far, this is it (moderation does that).
 
-    `reasoning` stood in the new text; what stood in the old one is forgotten, too.
+    `reasoning` is what stood in the new text; that of the old one is forgotten, too.
     """
 
     text: str
@@ -1176,7 +1176,7 @@ class KeptText:
         return "".join(self._pieces)
 
     def add(self, text: str) -> None:
-        """Some more of it."""
+        """Add more text."""
         self.size += len(text)
         self._pieces.append(text)
         if self.size > MAX_KEPT_CHARS:
@@ -1367,7 +1367,7 @@ _RETRY_TEXTS = {
 
 
 def describe_tools(tools: Sequence[Tool], mode: str, *, is_serial: bool = False) -> str:
-    """The words for the app, "" if there are none, about what `parse_tools` gives."""
+    """What the app is told of the tools that `parse_tools` gives, "" for nothing."""
     if not tools:
         return _NO_TOOLS_TEXT if mode == "none" else ""
     fields, lines = ("name", "description", "parameters"), []
@@ -1381,9 +1381,9 @@ def describe_tools(tools: Sequence[Tool], mode: str, *, is_serial: bool = False)
 
 
 def told_ask(text: str) -> Ask:
-    """What these words ask for that stand in a text: tools, calls, JSON.
+    """The tools and the output format that the app is told of in a text.
 
-    Of several lists of tools it is the last; of the JSON it is no more than its kind.
+    Of several lists of tools the last one counts; of a format only its kind is known.
     """
     _, is_json, what = text.rpartition(_FORMAT_TEXT.partition("{")[0])
     schema = {"type": "object"} if what.startswith("one JSON object") else {}
@@ -1407,7 +1407,7 @@ def describe_call(call: ToolCall) -> str:
 
 
 def describe_format(output: OutputFormat) -> str:
-    """The words for the app, "" for plain text."""
+    """What the app is told of the output format, "" for plain text."""
     if output.kind == "text":
         return ""
     what = "one JSON object" if output.schema.get("type") == "object" else "one value"
@@ -1419,7 +1419,7 @@ def describe_format(output: OutputFormat) -> str:
 
 
 def retry_text(demand: str, reason: str) -> str:
-    """The words of the one further try.
+    """What the app is told in its second and last try.
 
     Args:
         demand: the field that was not satisfied: "tool_choice" or "response_format".
@@ -1498,17 +1498,17 @@ _Calls = list[tuple[Tool, dict[str, Any]]]
 class CallReader:
     """Finds the tool calls in an answer; other parts go through.
 
-    All but reasoning end what is held back of the text before them. Call `feed` with
-    parts as they come, then `close`, which may be called again.
-    `calls` counts the calls so far; those beyond `most` are dropped. White space before
-    the first call, between calls and after the last one is dropped where no text stands
-    beside it.
+    Text that may be a call is held back until that is certain, or until a part comes
+    that is neither text nor reasoning. Call `feed` with parts as they come, then
+    `close`, which may be called again. `found` counts the calls so far; those beyond
+    `most` are dropped. White space before the first call, between calls and after the
+    last one is dropped where no text stands beside it.
     """
 
     def __init__(
         self, tools: Iterable[Tool], new_id: Callable[[], str], most: float = inf
     ) -> None:
-        self.calls = 0
+        self.found = 0
         self.most = most
         self._tools = {tool.name: tool for tool in tools}
         self._new_id = new_id
@@ -1537,7 +1537,7 @@ class CallReader:
         """What is still held back, as if no more text came."""
         done: list[Part] = []
         self._read(done, is_last=True)
-        if self._blank and not self.calls:
+        if self._blank and not self.found:
             done.append(Text(self._blank))
             self._blank = None
         return done
@@ -1579,9 +1579,9 @@ class CallReader:
         is_over = block.read(self._text, is_last=is_last)
         while block.taken and block.calls:
             tool, arguments = block.calls.pop(0)
-            self.calls += 1
+            self.found += 1
             self._tail = self._blank = ""
-            if self.calls <= self.most:
+            if self.found <= self.most:
                 text = json.dumps(arguments, ensure_ascii=False)
                 done.append(ToolCall(self._new_id(), tool.name, text, tool.is_custom))
         if is_over:
@@ -1616,9 +1616,9 @@ class _Unfinished(Exception):
 class _Block:
     """Text that begins as calls do, read token by token as it grows.
 
-    `calls` are those found since they were last looked at. They are certain once there
-    is text that is `taken`, so much of it is theirs. What takes a token raises
-    ValueError or LookupError if it is no part of calls.
+    `calls` are those that nobody has taken from it yet. They are certain once some text
+    is `taken`: so many characters of it are calls. A method that takes a token raises
+    ValueError or LookupError if it can't be part of calls.
     """
 
     def __init__(self, tools: Mapping[str, Tool]) -> None:
@@ -1859,7 +1859,7 @@ class _ValueEnd:
 class StopReader:
     """Cuts an answer before the first of its stop texts; other parts go through.
 
-    There is at least one, and none is empty. The first is the one that is complete
+    There is at least one, and none is empty. Of several the one counts that is complete
     first, as for a model that stops there. Once `is_cut`, the answer is over, however
     the app would have ended it: only its Citations and Usage still go through.
     """
@@ -1931,8 +1931,8 @@ class JsonReader:
         """The parts that are certain now."""
         done: list[Part] = []
         for part in parts:
-            if isinstance(part, Recast):  # what was read was no answer
-                self._is_over = bool(self.text)  # and is out already
+            if isinstance(part, Recast):  # what was read was reasoning
+                self._is_over = bool(self.text)  # the client has it: nothing can follow
                 self.text = self._held = ""
                 self._value = _ValueEnd()
             elif not isinstance(part, Text):
@@ -2074,7 +2074,7 @@ class _Checker:
     def _inner(
         self, value: Any, schema: Any, at: str
     ) -> Iterator[tuple[Any, Any, str]]:
-        """The values that other schemas are for, within this one or elsewhere."""
+        """(value, schema, place) of all that other schemas say, inside or elsewhere."""
         if "$ref" in schema:
             yield value, self._target(schema["$ref"]), at
         for part in schema.get("allOf", ()):
@@ -8621,7 +8621,7 @@ class Reading:
     @property
     def is_short(self) -> bool:
         """Whether the client lacks what the app wrote: the end, or further calls."""
-        has_all = not self._calls or self._calls.calls <= self._calls.most
+        has_all = not self._calls or self._calls.found <= self._calls.most
         return self.is_cut or not has_all
 
     def feed(self, parts: list[Part]) -> list[Part]:

@@ -601,11 +601,11 @@ def test_other_parts_keep_their_order_and_end_what_is_held() -> None:
     got = calls.feed(parts) + calls.close()
     wanted = [Reasoning("hm"), Text("a <tool_"), picture, Text(CALL[:-1])]
     assert joined(got) == [*wanted, Usage(1, 2), Finish()]
-    assert calls.calls == 0
+    assert calls.found == 0
     got = calls.feed([Reasoning("hm"), Text(f"\n{CALL[:-1]}"), Usage(1, 2), Finish()])
     call = ToolCall("call_1", "get_weather", '{"city": "Paris"}')
     assert joined(got) == [Reasoning("hm"), Text("\n"), call, Usage(1, 2), Finish()]
-    assert calls.calls == 1
+    assert calls.found == 1
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20, 40])
