@@ -2186,7 +2186,7 @@ class AppInput(NamedTuple):
 
 
 class AppForm(NamedTuple):
-    """What `GET /parameters` tells: inputs, files that may be sent, hearing, voice."""
+    """What `GET /parameters` says of an app: its inputs, files, and speech."""
 
     inputs: tuple[AppInput, ...] = ()
     uploads: Json = MappingProxyType({})
@@ -2417,8 +2417,8 @@ def _kind_among(
 ) -> str:
     """The kind that a file is sent as, where these are taken; "" if it is not taken.
 
-    Dify looks for the extension among the app's own only if the file is sent as custom.
-    A file of no other kind is left to Dify to judge: it may know a better name.
+    The app's own `extensions` are for files that are sent as custom. A file of no other
+    kind is not compared with them: Dify may learn another name for it from its URL.
     """
     kind = file_kind(file)
     if not kinds or kind in kinds:
@@ -2525,7 +2525,7 @@ def dify_request(
     else:
         body["inputs"] = {**common["inputs"], variable: query}
     if mode == "completion" and variable == "query":
-        body["query"] = query  # apps of old take it here
+        body["query"] = query  # old apps read it here
     return DifyRequest(_PATHS.get(mode, "/chat-messages"), body)
 
 
@@ -2556,8 +2556,8 @@ class MissingInput(UpstreamRejected):
 _MAX_TOLD = 10_000  # characters of an error that are searched for what it means
 _LONG_MESSAGE = re.compile(r"(.{1000}).+(.{1000})", re.DOTALL)  # its ends are shown
 _WRONG_MODE = ("not_chat_app", "app_unavailable", "not_workflow_app")
-# What words tell, of the message or, at the end, the code: most of these are 400, with
-# one code of Dify's or another.
+# What an error means by the words in its message or its code, which stands at the end.
+# Status and code say less: most of these are 400, with one of several codes of Dify's.
 _BY_WORDING: Mapping[str, type[ProxyError]] = {
     # Said by this app, not by one that a node calls...
     r"\Aconversation not exists|\bconversation_completed\Z": ConversationGone,
@@ -2725,8 +2725,8 @@ class ReasoningSplitter:
 
     Newlines beside the tags belong to the tags. A closing tag alone means that all
     the text before it was reasoning. A block never closed is reasoning to the end.
-    Neither reaches over a `restart`. Text may bypass it unless it `is_busy`; add
-    that to `size`, the characters of text since then.
+    Neither reaches over a `restart`. Text without a "<" need not be fed to it unless
+    it `is_busy`; add its length to `size`, the characters of text since the restart.
     """
 
     def __init__(self, blocks: Blocks) -> None:
@@ -2860,9 +2860,9 @@ class AnswerText:
         return self.add(text)
 
     def end_block(self) -> list[Part]:
-        """What is still held back: another node or round speaks now, or the same anew.
+        """What is still held back: a node or round is over, or begins anew.
 
-        A model that was cut while it thought has left its block open.
+        A model that was cut off while it thought has left its block open.
         """
         return self._splitter.restart()
 
@@ -2925,7 +2925,7 @@ class AnswerReader:
     `read` the events, in order, until `is_finished`; `end` when the body ends first,
     or when `is_closing` and nothing came for GRACE_S. The ids are "" until known; a
     workflow has no conversation and no message, but a run. An event is read by the
-    method that is called by its name, others are left out.
+    method `_on_` and its name; one without a method is skipped.
     """
 
     task_id = conversation_id = message_id = workflow_run_id = ""
@@ -3273,9 +3273,9 @@ class Appendix:
         self._files.setdefault(_SIGNATURE.sub("", url), (path, media))
 
     def _is_users(self, file: Json) -> bool:
-        """Whether it came with the question: newer releases list such files, too.
+        """Whether a file came with the question: newer releases list those, too.
 
-        A flow may answer with them.
+        In a flow it may be part of the answer.
         """
         if owner := file.get("belongs_to"):
             return bool(owner == "user")
@@ -3404,9 +3404,9 @@ def _texts(value: Any) -> tuple[str, ...]:
 class StoredTurn(NamedTuple):
     """A stored message or run: a question, and the parts of its answer.
 
-    `told` is what the app was told in this turn of tools and an output format; if the
-    turns before it were read too, the tools may be those of the last that told any. A
-    workflow's run is a conversation by itself: its id stands for both.
+    `told` has the tools and the output format that the app was told of in this turn,
+    or the tools of an earlier one, where those were read too. A workflow's run is a
+    conversation by itself: its id stands for both.
     """
 
     conversation_id: str
@@ -3471,7 +3471,7 @@ def stored_run(run: Json, app: AppSettings, query: str) -> StoredTurn:
 def _told_in(values: Iterable[Any]) -> Ask:
     """What the app was told to write, in its query or in whatever input.
 
-    A question in a folded history has the words of its own turn.
+    What stands in a folded history was told in earlier turns, and does not count.
     """
     texts = (_HISTORY.split(text, 1)[0] for text in values if isinstance(text, str))
     return told_ask("\n".join(texts))
@@ -3780,8 +3780,8 @@ def call_ids(message_id: str) -> Iterator[str]:
     return (f"call_{answer}_{number}" for number in count())
 
 
-def calling_answer(call_id: str) -> str:
-    """What all ids of an answer's calls begin with; "" if this is none of ours."""
+def answer_of_call(call_id: str) -> str:
+    """What the ids of all calls of its answer begin with; "" if it is none of ours."""
     is_ours = call_id.startswith("call_") and call_id[29:30] == "_"
     return call_id[:30] if is_ours else ""
 
@@ -3789,8 +3789,8 @@ def calling_answer(call_id: str) -> str:
 def in_rounds(messages: Iterable[Message]) -> list[Message]:
     """The messages, calls with those of the same answer, and results behind them.
 
-    Some clients show the calls of several answers as one's, others one's as several.
-    A user's files are put to the words beside them.
+    Some clients join the calls of several answers in a message, others spread those of
+    one. A user's message of nothing but files is joined to the words beside it.
     """
     runs = itertools.groupby(messages, lambda m: bool(m.tool_calls or m.call_id))
     return [m for are, run in runs for m in (_by_answer if are else _by_words)([*run])]
@@ -3814,16 +3814,16 @@ def _by_words(messages: list[Message]) -> list[Message]:
 
 
 def _by_answer(messages: list[Message]) -> list[Message]:
-    """Calls and results, as the app wrote and read them; as they are if it did not."""
+    """Calls and results by the answers that made them; unchanged if one is not ours."""
     calls: dict[str, list[Message]] = defaultdict(list)  # by answer
     results: dict[str, list[Message]] = defaultdict(list)  # of these calls
     for message in messages:
         said = message
         for call in message.tool_calls:
-            calls[calling_answer(call.id)].append(said._replace(tool_calls=(call,)))
+            calls[answer_of_call(call.id)].append(said._replace(tool_calls=(call,)))
             said = Message("assistant", "")  # its text goes with its first call
         if message.call_id:
-            results[calling_answer(message.call_id)].append(said)
+            results[answer_of_call(message.call_id)].append(said)
     if "" in calls or not results.keys() <= calls.keys():
         return messages
     return [m for key, answer in calls.items() for m in (joined(answer), *results[key])]
@@ -4011,7 +4011,7 @@ def parse_completion_request(body: Json) -> tuple[ChatRequest, list[Ask], list[s
     if body.get("suffix"):
         problem = "Unsupported parameter: 'suffix'; no app can write between two texts."
         raise BadRequest(problem, param="suffix", code="unsupported_parameter")
-    # The fields that both APIs have; the text of chat would be a Responses format.
+    # Fields that both APIs have; `text`, say, would be read as the format of Responses.
     fields = {name: body[name] for name in body if name not in _CHAT_ONLY}
     chat = parse_chat_request({**fields, "messages": [{"role": "user", "content": ""}]})
     each = [prompt for prompt in prompts for _ in range(chat.n)]
@@ -4238,7 +4238,7 @@ def _parse_spoken(body: Json, n: int) -> str | None:
 def voice_for(voice: str, own: str) -> str:
     """The voice to ask the app for: its `own` in the place of one of OpenAI's names.
 
-    These mean nothing to another provider's model, unless its own is one of them.
+    Those mean nothing to another provider's model, unless its own voice is one of them.
     """
     return own if own and own not in _VOICES and voice in _VOICES else voice
 
@@ -4537,7 +4537,7 @@ _HERE = {"@": 0}  # where the text of a chunk goes
 
 
 def _template(chunk: bytes, content: bytes = b"%b") -> bytes:
-    """All chunks like this one, with this content, whose %b is the text.
+    """A chunk with this content in the place of `_HERE`, for any text in that of %b.
 
     Written so, a chunk costs a twentieth of what `dumps` of the whole one would.
     """
@@ -4680,7 +4680,7 @@ class CompletionStream(ChatStream):
         return self._chunk(self._echo, **dify_key(ids))
 
     def encode(self, part: Part) -> bytes:
-        """The chunk that a part becomes; b"" for one that this API has no word for."""
+        """The chunk that a part becomes; b"" for one that this API has no place for."""
         if isinstance(part, Text):
             return self._text % json_string(part.text)
         if isinstance(part, Finish):
@@ -4753,9 +4753,9 @@ def url_of(resource: Json) -> str:
 # 10. Responses
 # ==============================================================================
 #
-# OpenAI's newer dialect, both ways, with the words of room 9: requests to an Ask,
-# answer parts to events and whole objects. Keeps nothing: its ids say where in Dify an
-# answer is.
+# OpenAI's newer dialect, both ways, built on the older one: requests to an Ask, answer
+# parts to events and whole objects. Keeps nothing: its ids say where in Dify an answer
+# is.
 
 # Requests...
 
@@ -4866,7 +4866,8 @@ def _id_in(value: Any) -> Any:
 def parse_items(value: Any) -> list[Item]:
     """The input in order; an answer's thoughts, text and calls are one message.
 
-    They come in any order. Two texts are two: agents that take turns leave several.
+    These come in any order. Two texts are two messages: agents that take turns leave
+    several.
     """
     if value is None or isinstance(value, str):
         return [Message("user", value)] if value else []
@@ -5070,7 +5071,7 @@ def stored_item(value: Any, id_: str, taken: Collection[str]) -> dict[str, Any]:
 
 
 def _complete(part: Any) -> Any:
-    """A part of a message; clients count on the lists that an answer's text has."""
+    """A part of a message; clients expect the lists that go with an answer's text."""
     is_answer = object_of(part).get("type") == "output_text"
     return {**_MESSAGE_SHAPE.part, **part} if is_answer else part
 
@@ -5199,7 +5200,11 @@ class _OpenItem:
         self.head = encode_event(fields + b',"sequence_number":', kind).rstrip()
 
     def update(self, status: str, **more: Any) -> str:
-        """Bring the item to where its text is, and its part has `more`."""
+        """Put the text so far into the item, with `more` fields of its part.
+
+        Returns:
+            the text.
+        """
         text = "".join(self.texts)
         part = {**self.shape.part, "text": text, **more}
         self.item[self.shape.key] = [part] if self.shape.part else text
@@ -5366,10 +5371,10 @@ class ResponseStream:
         return encode_event(json_bytes(event), kind)
 
 
-# Writes one answer as SSE, in the words of one API: `begin` once, then `encode` for
-# each part, in order, then `end`; `fail` instead at any time. `heartbeat` may be sent
-# between any two of them. `begin` waits until Dify's ids are known if it `needs_ids`;
-# `summary` has the token counts, once they are known.
+# Writes one answer as the SSE of one API: `begin` once, then `encode` for each part, in
+# order, then `end`; `fail` instead at any time. `heartbeat` may be sent between any two
+# of them. `begin` waits until Dify's ids are known if it `needs_ids`; `summary` has the
+# token counts, once they are known.
 AnswerStream = Union[ChatStream, ResponseStream]
 
 
