@@ -398,7 +398,7 @@ def test_markup_that_is_said_to_be_read_is(text: str) -> None:
     reader = opendify.CallReader(tools, lambda: "call_1")
     reader.feed([opendify.Text(text)])
     reader.close()
-    assert reader.calls == 1
+    assert reader.found == 1
 
 
 # ------------------------------------------------------------------------------

@@ -27,24 +27,24 @@ BUDGETS = {
     "Ids": 64,
     "OpenAI": 750,
     "Responses": 419,
-    "Conversations": 404,
+    "Conversations": 403,
     "Pacer": 130,
-    "Wire": 519,
+    "Wire": 515,
     "Upstream": 725,
-    "Answers": 625,
+    "Answers": 624,
     "Handlers": 1032,
     "Server": 288,
     "Page": 258,
     "Command line": 443,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7848
+WHOLE_BUDGET = 7843
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
-    "AnswerReader": 161,
+    "AnswerReader": 160,
     "Turns": 162,
-    "Wire": 192,
+    "Wire": 191,
 }
 
 PURE = set(list(BUDGETS)[: list(BUDGETS).index("Wire")])
