@@ -8288,17 +8288,22 @@ class Exchange:
             task.cancel()
 
 
-@contextlib.contextmanager
-def while_present(exchange: Exchange) -> Iterator[None]:
+class WhilePresent:
     """What runs inside ends when the client leaves, or has its response."""
-    if exchange.has_left or exchange.reply.is_complete:  # another choice has failed
-        raise ConnectionBroken("nobody waits")
-    task = cast("asyncio.Task[None]", asyncio.current_task())
-    exchange.waiting.add(task)
-    try:
-        yield
-    finally:
-        exchange.waiting.discard(task)
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._task = cast("asyncio.Task[None]", asyncio.current_task())
+
+    def __enter__(self) -> None:
+        """Begin; raises ConnectionBroken if that is so already."""
+        if self._exchange.has_left or self._exchange.reply.is_complete:
+            raise ConnectionBroken("nobody waits")  # another choice has failed
+        self._exchange.waiting.add(self._task)
+
+    def __exit__(self, *_: object) -> None:
+        """Whatever it ended with."""
+        self._exchange.waiting.discard(self._task)
 
 
 class Outlet:
@@ -8839,7 +8844,7 @@ class Turns:
         reading = Reading(question.ask, seed, is_whole=is_whole, spent=spent)
         is_stored, was_there = False, not exchange.has_left
         try:
-            with while_present(exchange):
+            with WhilePresent(exchange):
                 await self._pass_on(exchange, turn, sink, reading)
             will_do = not (reading.problem or reading.is_short or sink.is_behind)
             is_stored = reader.is_as_sent and joins and will_do
@@ -8937,7 +8942,7 @@ class Turns:
             app,
             functools.partial(question.has_room, form),
         )
-        with while_present(question.exchange):
+        with WhilePresent(question.exchange):
             request = await self._request_for(question, plan, mode, form)
         question.is_asked = True
         stream = await self.dify.open_turn(app, mode, request)
@@ -8982,7 +8987,7 @@ async def _begun(exchange: Exchange, turn: Turn) -> Turn:
     exchange.turn, stream = turn, turn.stream
     turn.first_parts = await stream.read(until_stoppable=True)
     if not (turn.first_parts or stream.reader.is_finished):  # it may be long till then
-        with while_present(exchange):
+        with WhilePresent(exchange):
             turn.first_parts = await stream.read()
     if turn.first_parts and isinstance(turn.first_parts[0], Failure):
         raise turn.first_parts[0].error
@@ -10098,7 +10103,7 @@ _LONG_SOUND = f"It is over {MAX_SOUND_BYTES >> 20} MB; a streamed answer may be 
 async def transcribe(site: Site, exchange: Exchange) -> None:
     """`POST /audio/transcriptions`, and translations: Dify has one for both."""
     form = Form(exchange)
-    with while_present(exchange), contextlib.closing(form):
+    with WhilePresent(exchange), contextlib.closing(form):
         file = await form.open()
         transcript_format(form.fields)  # refused before the upload, if known
         app = await _app_for(site, exchange, form)
@@ -10120,7 +10125,7 @@ async def speak(site: Site, exchange: Exchange) -> None:
     if not (await site.dify.facts.form_of(app)).speaks:
         raise _switched_off("Text to speech", exchange.model)
     user = exchange.user_of(speech.user)
-    with while_present(exchange):
+    with WhilePresent(exchange):
         response = await _open_speech(site, app, speech.text, speech.voice, user)
         if speech.is_sse:
             exchange.fail = encode_failure
@@ -10198,7 +10203,7 @@ async def _say(site: Site, question: Question, sink: Outlet | Collector) -> None
     try:
         if sink.is_behind:
             raise UpstreamFailed("The text is too long.")
-        with while_present(exchange):
+        with WhilePresent(exchange):
             response = await _open_speech(site, app, sink.text, voice, question.user)
             with contextlib.closing(response):
                 while data := await site.dify.read_file(response):
@@ -10235,7 +10240,7 @@ _NO_CONTENT = "Dify (from 1.7.2 on) gives a file back once a message has used it
 async def create_file(site: Site, exchange: Exchange) -> Json:
     """`POST /files`: to Dify; all that is known of the file goes into its id."""
     form = Form(exchange)
-    with while_present(exchange), contextlib.closing(form):
+    with WhilePresent(exchange), contextlib.closing(form):
         file = await form.open()
         app = await _app_for(site, exchange, form)
         form.limit(size_limit_mb(await site.dify.facts.form_of(app), file))
@@ -10271,7 +10276,7 @@ async def get_file_content(site: Site, exchange: Exchange) -> None:
     query = urllib.parse.urlencode({"user": stored.user})
     upload_id = urllib.parse.quote(stored.upload_id, safe="")
     path = f"/files/{upload_id}/preview?{query}"
-    with while_present(exchange):
+    with WhilePresent(exchange):
         missing = file_not_found(stored.name, _NO_CONTENT)
         response = await site.dify.fetch_file(app, path, b"", missing)
         name = urllib.parse.quote(stored.name, safe="")
