@@ -2758,7 +2758,7 @@ class ReasoningSplitter:
 
     def close(self) -> list[Part]:
         """What is still held back; no more text will come."""
-        return self._split(self._held, is_last=True)
+        return self._split(self._held, is_last=True) if self._held else []
 
     def restart(self) -> list[Part]:
         """What is still held back; an open block ends here: another will speak."""
