@@ -3192,7 +3192,7 @@ class DeltaReader:
         if key := _TEXT_KEY.search(data):
             before = data[: key.end()]
             after = data[_scan_string(data, len(before))[1] :]
-            value = json.loads(f'{before}\\u0000"{after}')
+            value = decode_json(f'{before}\\u0000"{after}')
             if "\0" in (value.get("answer"), object_of(value.get("data")).get("text")):
                 self._before, self._after = before, after
 
