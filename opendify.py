@@ -5468,17 +5468,17 @@ class Tail(NamedTuple):
         """Without the scope, which is secret."""
         return f"Tail({', '.join(map(repr, self[1:]))})"
 
-    def extend(self, messages: Messages) -> Tail:
-        """The tail with these messages behind it."""
-        chain = self.chain
-        said = [m for m in messages if m.role != "system"]
-        new = [message_digest(self.scope, m) for m in said]
-        for m, digest in zip(said, new):
-            told = digest + context_of(m).encode("utf-8", "replace")
-            chain = _hash(self.scope, chain + told, 16)
-        kept = b"".join([self.digests, *new])[-_KEPT_MESSAGES * _DIGEST_BYTES :]
-        length = self.length + len(new)
-        return self._replace(chain=chain, length=length, digests=kept)
+    def extend(self, messages: Messages, **more: Any) -> Tail:
+        """The tail with these messages behind it, and `more` that is another then."""
+        chain, digests = self.chain, [self.digests]
+        for m in messages:
+            if m.role != "system":
+                digests.append(message_digest(self.scope, m))
+                told = digests[-1] + context_of(m).encode("utf-8", "replace")
+                chain = _hash(self.scope, chain + told, 16)
+        kept = b"".join(digests)[-_KEPT_MESSAGES * _DIGEST_BYTES :]
+        length = self.length + len(digests) - 1
+        return self._replace(chain=chain, length=length, digests=kept, **more)
 
     def ends(self, longer: Tail) -> bool:
         """Whether this window ends that transcript, and stands nowhere else in it."""
@@ -5506,9 +5506,10 @@ class Plan(NamedTuple):
 
         What was new is hashed now, not while the question waits to be sent.
         """
-        tail, ask = self.tail.extend([*self.new, answer]), self.ask
+        tail, ask = self.tail, self.ask
         told = _told_hashes(tail.scope, ask, ask.messages, tail.told)
-        return tail._replace(conversation_id=conversation_id, told=told)
+        more = {"conversation_id": conversation_id, "told": told}
+        return tail.extend([*self.new, answer], **more)
 
 
 @functools.lru_cache(maxsize=256)
