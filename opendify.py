@@ -10091,7 +10091,8 @@ def with_words(ask: Ask, place: str) -> Ask:
     if place == "inputs" and tools:
         ask, tools = ask._replace(inputs={**ask.inputs, "tools": tools}), ""
     words = filter(None, (ask.system, tools, describe_format(ask.output)))
-    return ask._replace(system="\n\n".join(words))
+    system = "\n\n".join(words)
+    return ask if system == ask.system else ask._replace(system=system)
 
 
 # Audio...
