@@ -8177,6 +8177,7 @@ _ID_HEADERS = {
     "message_id": "X-Dify-Message-Id",
     "workflow_run_id": "X-Dify-Workflow-Run-Id",
 }
+_UNSAFE = re.compile(r"[^\w.~-]+", re.ASCII)  # in a header: it is percent-encoded
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _NO_COUNTS = [0] * (len(_BUCKETS_S) + 1)  # in each bucket, and above the last
 _QUESTION_PARAMS = {"responses": "input", "completions": "prompt"}  # else `messages`
@@ -8717,10 +8718,11 @@ def unsatisfied(ask: Ask, reason: str) -> UpstreamFailed:
 
 def id_headers(ids: DifyIds) -> list[tuple[str, str]]:
     """Dify's ids as response headers."""
-    return [
-        (_ID_HEADERS[name], urllib.parse.quote(id_, safe="", errors="replace"))
-        for name, id_ in ids.items()
-    ]
+    return [(_ID_HEADERS[name], _UNSAFE.sub(_quoted, ids[name])) for name in ids]
+
+
+def _quoted(unsafe: re.Match[str]) -> str:
+    return urllib.parse.quote(unsafe[0], safe="", errors="replace")
 
 
 @dataclass
