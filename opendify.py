@@ -10796,6 +10796,8 @@ def _body_reader(exchange: Exchange, wire: Wire, body: BodyDecoder, limit: int) 
         wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     async def read() -> bytes:
+        if body.is_complete:
+            return b""
         wire.set_deadline(BODY_TIMEOUT_S, _slow_request)
         data = await wire.read_body(body)
         wire.clear_deadline()
