@@ -1126,6 +1126,9 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
 
+NO_USAGE = Usage()
+
+
 @dataclass(frozen=True)
 class Finish:
     """The answer is complete: "stop", "length" or "content_filter"."""
@@ -3259,8 +3262,8 @@ class Appendix:
         self._base = base
         self._files: dict[str, tuple[str, Media]] = {}  # by URL, unsigned: path
         self._resources: list[Json] = []
-        self._usage = Usage()  # as message_end tells it
-        self._node_usage = Usage()  # of a run, where that is missing
+        self._usage = NO_USAGE  # as message_end tells it
+        self._node_usage = NO_USAGE  # of a run, where that is missing
 
     def add_file(self, value: Json) -> None:
         """A file that the app made: {"type", "url" or "remote_url", "filename"}."""
@@ -4388,7 +4391,7 @@ class Answer:
         self.calls: list[ToolCall] = []
         self.sounds: list[bytes] = []
         self.citations: tuple[Json, ...] = ()
-        self.usage = Usage()
+        self.usage = NO_USAGE
         self.finish_reason = ""  # until it is finished
         self._texts: list[str] = []
         self._reasonings: list[Reasoning] = []
@@ -4717,7 +4720,7 @@ _DONE = b"data: [DONE]\n\n"
 
 
 def _usage_of(answers: Iterable[Answer]) -> dict[str, Any]:
-    return _usage_object(sum((answer.usage for answer in answers), Usage()))
+    return _usage_object(functools.reduce(operator.add, [a.usage for a in answers]))
 
 
 def _usage_object(usage: Usage) -> dict[str, Any]:
@@ -8653,7 +8656,7 @@ class Reading:
         if self._stop and self._stop.is_cut and not self.is_cut:
             self.is_cut = True
             is_known = any(isinstance(part, Usage) for part in ready)
-            ready += [Finish()] if is_known else [Usage(), Finish()]
+            ready += [Finish()] if is_known else [NO_USAGE, Finish()]
         self._held += map(self._with_spent, ready)
         ends = [part for part in ready if isinstance(part, (Finish, Failure))]
         if not ends and self._is_open:
@@ -8735,7 +8738,7 @@ class Question:
     joins: bool  # whether it may continue a conversation, and be continued
     tail: Tail | None = None  # the conversation that it continues, once taken
     sent: dict[int, Attachment] = field(default_factory=dict)  # files, by their id()
-    spent: Usage = Usage()  # by a first try
+    spent: Usage = NO_USAGE  # by a first try
     is_asked: bool = False  # Dify may have got it
     is_accepted: bool = False  # Dify has begun to answer: it may remember the question
 
@@ -9330,7 +9333,7 @@ def stored_answer(turn: StoredTurn, tools: Iterable[Tool] = ()) -> Answer:
     """
     known = {tool.name: tool for tool in (*turn.told.tools, *tools)}
     ask = turn.told._replace(tools=tuple(known.values()))
-    reading = Reading(ask, turn.message_id, is_whole=True, spent=Usage())
+    reading = Reading(ask, turn.message_id, is_whole=True, spent=NO_USAGE)
     answer, parts = Answer(), reading.feed([*turn.parts])
     if reading.problem:  # it is no call, or not the JSON: it stays as it is
         told = ask._replace(output=OutputFormat(), tool_mode="auto")
@@ -9345,7 +9348,7 @@ def is_short(turn: StoredTurn) -> bool:
     """Whether the app made several calls, and the client got the one that it wanted."""
     if not turn.told.is_serial:
         return False
-    reading = Reading(turn.told, turn.message_id, is_whole=True, spent=Usage())
+    reading = Reading(turn.told, turn.message_id, is_whole=True, spent=NO_USAGE)
     reading.feed([*turn.parts])
     return reading.is_short
 
@@ -10022,7 +10025,7 @@ async def _answer_all(
         for sink in sinks:
             sink.close()
     if streams:
-        usage = sum((stream.summary.usage for stream in streams), Usage())
+        usage = sum((stream.summary.usage for stream in streams), NO_USAGE)
         ends = [outlet.end() for outlet in outlets]
         exchange.reply.end(b"".join(ends) + streams[0].end(usage))
         return
