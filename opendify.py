@@ -6334,7 +6334,8 @@ READ_BUFFER_BYTES = 64 * 1024
 WRITE_TIMEOUT_S = 60.0  # for a peer that reads nothing
 MAX_TIMER_S = 30.0
 
-# The size line of a chunk, behind the end of the chunk before it, and its beginnings.
+# A chunk's size line, with the line end of the chunk before it; and what may be the
+# beginning of one.
 MAX_EXTENSION_BYTES = 1024  # of a chunk; nobody reads it
 _SIZE_LINE = rb"([0-9A-Fa-f]{1,15})[ \t]{0,64}(?:;[^\r\n]{0,%d})?" % MAX_EXTENSION_BYTES
 _CHUNK = re.compile(rb"\r\n" + _SIZE_LINE)
@@ -6366,7 +6367,7 @@ class BodyDecoder:
         self._is_chunked = length is None
         self._left = length or 0  # of the body, or of the current chunk
         # Of chunked coding: bytes that are not understood yet. The line end behind a
-        # chunk is read with the next one; the body is taken as if the first had it.
+        # chunk is read with the next one; the first is read as if one came before it.
         self._buffer = b"\r\n"
 
     def feed(self, data: bytes) -> bytes:
@@ -6666,7 +6667,7 @@ class Wire(asyncio.Protocol):
             self.on_leave()
 
     def wake(self) -> None:
-        """Let the task go on that waits for bytes, be there any or not."""
+        """Wake the task that waits for bytes, whether there are any or not."""
         if self._reader and not self._reader.done():
             self._reader.set_result(None)
 
@@ -7129,7 +7130,7 @@ GRACE_S = 1.0  # for a chatflow's last event, once `AnswerReader.is_closing`
 CALL_TIMEOUT_S = 30.0  # for the head of a small call's answer
 UPLOAD_TIMEOUT_S = 120.0  # until Dify has stored a file, or heard a recording
 CIRCUIT_S = 1.0  # in which nobody tries an origin that could not be reached
-RACE_S = 2.0  # in which an idle connection is known to be closed; later, a run broke
+RACE_S = 2.0  # an end within it tells of a connection closed before, not of a run
 MAX_INTERIM_RESPONSES = 10  # 1xx before the final response
 STOP_DRAIN_S = 10.0  # reading on after a stop, so that Dify stores what it has
 MAX_ERROR_BYTES = 256 * 1024  # gateways send whole pages
@@ -9317,7 +9318,7 @@ def _with_tools(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
     last, known = Ask("", ()), []
     for turn in turns:
         last = turn.told if turn.told.tools else last
-        # What else is not told anew holds no more.
+        # All else holds only for the turn that is told it.
         mode, output = turn.told.tool_mode, turn.told.output
         told = last._replace(tool_mode=mode, output=output)
         known.append(turn._replace(told=told))
@@ -10178,7 +10179,7 @@ async def _open_speech(
 async def _with_speech(
     site: Site, exchange: Exchange, app: AppSettings, ask: Ask, now: UnixTime
 ) -> tuple[Ask, Spoken | None]:
-    """(the question with the spoken answers that it names, how its own is named).
+    """(the question with the texts of spoken answers, how its own is to be named).
 
     Nothing runs where an answer is to be spoken, and the app can't.
     """
@@ -10420,7 +10421,7 @@ ROUTES: dict[str, Mapping[str, Handler]] = {
 READING_ENDPOINTS = ("audio/transcriptions", "audio/translations", "files")
 OPEN_ENDPOINTS = ("/", "health", "ready")
 
-_PREFIX = re.compile(  # an endpoint is one, too, if another is behind it
+_PREFIX = re.compile(  # before an endpoint; another one may stand there, too
     r"\A(?:(?:v1|api|openai|(?:chat/)?completions(?=/.)"
     r"|responses(?=/(?:responses|models)(?:/|\Z)))(?:/|\Z))+"
 )
@@ -10674,7 +10675,7 @@ class Server(Listener):
 
     async def _wait_for_request(self, wire: Wire) -> bool:
         """Wait for the next request; False if none will come."""
-        if wire.has_unread:  # a client that sends ahead lets others have their turn
+        if wire.has_unread:  # it was sent ahead: first let others have their turn
             await asyncio.sleep(0)
         self._idle.add(wire)
         wire.set_deadline(IDLE_TIMEOUT_S, ConnectionBroken)
@@ -10819,7 +10820,7 @@ def check_host(request: Request, settings: Settings, *, is_local: bool) -> None:
 
     Raises:
         Forbidden: the request is another page's.
-        BadRequest: it does not tell.
+        BadRequest: it has no Host.
     """
     origin, host = request.headers.get("origin"), request.headers.get("host", "")
     allowed = [entry.rstrip("/").lower() for entry in settings.allowed_origins]
@@ -11326,7 +11327,7 @@ class SettingsSource:
         return settings
 
     def _look(self) -> tuple[float, float, int] | None:
-        """What tells that it has changed, or may be read now; a pipe is read once."""
+        """What changes with the file; None if it can't be read, or no second time."""
         with contextlib.suppress(OSError):
             if self._path.is_file():
                 found = self._path.stat()
