@@ -9719,7 +9719,7 @@ async def create_response(site: Site, exchange: Exchange) -> None:
     def whole(answers: Sequence[Answer], ids: DifyIds) -> dict[str, Any]:
         return response_object(replace(frame, ids=ids), answers[0])
 
-    question = Question(exchange, app, ask, True)
+    question = Question(exchange, app, ask, joins=True)
     if named:
         await _check_fits(site, question, named)
     with site.turns.holding(question):
@@ -10082,18 +10082,18 @@ def with_words(ask: Ask, place: str) -> Ask:
         ask: the question.
         place: of the words about tools, one of TOOLS_PLACES.
     """
-    if place != "off":
+    if place == "off":
+        if ask.tools and ask.tool_mode == "required":
+            raise BadRequest(
+                "Tools are switched off for this model.",
+                param="tool_choice",
+                code="unsupported_parameter",
+            )
+        ask, tools = ask._replace(tools=()), ""
+    else:
         has_called = any(m.tool_calls or m.role == "tool" for m in ask.messages)
         mode = "none" if has_called and not ask.tools else ask.tool_mode
         tools = describe_tools(ask.tools, mode, is_serial=ask.is_serial)
-    elif ask.tools and ask.tool_mode == "required":
-        raise BadRequest(
-            "Tools are switched off for this model.",
-            param="tool_choice",
-            code="unsupported_parameter",
-        )
-    else:
-        ask, tools = ask._replace(tools=()), ""
     if place == "inputs" and tools:
         ask, tools = ask._replace(inputs={**ask.inputs, "tools": tools}), ""
     words = filter(None, (ask.system, tools, describe_format(ask.output)))
