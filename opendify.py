@@ -6329,7 +6329,7 @@ def _ends_in_half_a_flag(text: str) -> bool:
 # nginx and Node allow 32 and 16 KiB; cookies of a shared host can be large.
 MAX_HEAD_BYTES = 32 * 1024
 MAX_FIELDS = 200  # Apache and Python's http.client allow 100
-# What a stream may hold unread before its socket is paused.
+# What a wire may hold unread before its transport is paused.
 READ_BUFFER_BYTES = 64 * 1024
 WRITE_TIMEOUT_S = 60.0  # for a peer that reads nothing
 MAX_TIMER_S = 30.0
@@ -10118,7 +10118,7 @@ async def transcribe(site: Site, exchange: Exchange) -> None:
         if not (await site.dify.facts.form_of(app)).hears:
             raise _switched_off("Speech to text", exchange.model)
         file = replace(file, media_type=audio_type(file))
-        answer = await _send_form(site, exchange, form, app, file)
+        answer = await _forward_file(site, exchange, form, app, file)
     task = "translate" if exchange.route.endswith("translations") else "transcribe"
     text = str(answer.get("text") or "")
     seconds = wav_seconds(form.start, form.size)
@@ -10252,7 +10252,7 @@ async def create_file(site: Site, exchange: Exchange) -> Json:
         file = await form.open()
         app = await _app_for(site, exchange, form)
         form.limit(size_limit_mb(await site.dify.facts.form_of(app), file))
-        answer = await _send_form(site, exchange, form, app, file)
+        answer = await _forward_file(site, exchange, form, app, file)
     if not answer.get("id"):
         raise UpstreamFailed(f"Dify gave the file {file.name!r} no id.")
     stored = StoredFile(
@@ -10333,7 +10333,7 @@ async def _app_for(site: Site, exchange: Exchange, form: Form) -> AppSettings:
     return await site.find_app(exchange, model)
 
 
-async def _send_form(
+async def _forward_file(
     site: Site, exchange: Exchange, form: Form, app: AppSettings, file: Attachment
 ) -> Json:
     """Pass a form's file on to Dify as it comes; returns Dify's answer."""
