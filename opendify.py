@@ -8849,21 +8849,21 @@ class Turns:
         seed = reader.message_id or reader.workflow_run_id or exchange.id
         is_whole, spent = isinstance(sink, Collector), question.spent
         reading = Reading(question.ask, seed, is_whole=is_whole, spent=spent)
-        is_stored, was_there = False, not exchange.has_left
+        can_go_on, was_there = False, not exchange.has_left
         try:
             with WhilePresent(exchange):
                 await self._pass_on(exchange, turn, sink, reading)
             will_do = not (reading.problem or reading.is_short or sink.is_behind)
-            is_stored = reader.is_as_sent and joins and will_do
+            can_go_on = reader.is_as_sent and joins and will_do
         except (asyncio.CancelledError, ConnectionBroken):
             sink.close()  # nobody reads any more
             has_all = was_there and joins and not sink.is_behind
             has_all &= reading.has_given_all(sink.text)
-            is_stored = await turn.stream.end() and has_all
+            can_go_on = await turn.stream.end() and has_all
             raise
         finally:
             turn.stream.close()
-            self._settle(turn, sink, is_stored=is_stored)
+            self._settle(turn, sink, can_go_on=can_go_on)
         return reading
 
     async def _pass_on(
@@ -8892,12 +8892,12 @@ class Turns:
         if not reading.problem:
             await sink.finish()
 
-    def _settle(self, turn: Turn, sink: Outlet | Collector, *, is_stored: bool) -> None:
+    def _settle(self, turn: Turn, sink: Outlet | Collector, *, can_go_on: bool) -> None:
         """Record where the conversation stands, or that nobody knows."""
         id_, now = turn.stream.reader.conversation_id, self.wall_clock()
         answer = Message("assistant", sink.text, tool_calls=tuple(sink.calls))
         tail = turn.plan.finish(id_, answer)
-        if is_stored and id_:
+        if can_go_on and id_:
             self.conversations.put(tail, now)
         else:
             self.conversations.forget(turn.plan.tail)
@@ -8942,13 +8942,8 @@ class Turns:
         has_files = any(message.attachments for message in ask.messages)
         needs_form = has_files or (mode not in CHAT_MODES and not app.query_variable)
         form = await self.dify.facts.form_of(app) if needs_form else NO_FORM
-        plan = plan_turn(
-            ask,
-            question.scope,
-            question.tail,
-            app,
-            functools.partial(question.has_room, form),
-        )
+        has_room = functools.partial(question.has_room, form)
+        plan = plan_turn(ask, question.scope, question.tail, app, has_room)
         with WhilePresent(question.exchange):
             request = await self._request_for(question, plan, mode, form)
         question.is_asked = True
