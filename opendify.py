@@ -4914,13 +4914,9 @@ def _parse_result(item: Json, where: str) -> Message:
     return Message("tool", text, attachments=files, call_id=call_id)
 
 
-def _parse_reference(item: Json, where: str) -> str | None:
-    return str(item["id"]) if item.get("id") else None
-
-
 _ITEMS: Mapping[str, Callable[[dict[str, Any], str], Item | None]] = {
     "message": parse_message,
-    "item_reference": _parse_reference,
+    "item_reference": lambda item, where: str(item.get("id") or ""),
     "function_call": _parse_call,
     "custom_tool_call": _parse_call,
     "function_call_output": _parse_result,
@@ -5091,9 +5087,9 @@ def list_page(items: Sequence[Json], query: Mapping[str, str]) -> dict[str, Any]
     except ValueError:
         raise bad_value("limit", "it must be a number from 1 to 100.") from None
     ordered = list(items) if query.get("order") == "asc" else list(reversed(items))
-    ids = [item["id"] for item in ordered]
+    places = {item["id"]: number for number, item in enumerate(ordered, 1)}
     after = query.get("after")
-    start = (ids.index(after) + 1 if after in ids else len(ids)) if after else 0
+    start = places.get(after, len(ordered)) if after else 0
     page = ordered[start : start + limit]
     return {
         "object": "list",
