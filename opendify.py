@@ -278,7 +278,8 @@ def written(value: Any) -> str:
         return "on" if value else "off"
     if isinstance(value, float):
         days, rest = divmod(value, _UNITS_S["d"])
-        return f"{days:g}d" if days and not rest else f"{value:g}"
+        number = f"{value:f}".rstrip("0").rstrip(".")  # with no exponent
+        return f"{days:.0f}d" if days and not rest else number
     return "" if value in ((), {}) else str(value)
 
 

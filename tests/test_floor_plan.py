@@ -17,7 +17,7 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 220,
+    "Settings": 221,
     "Errors": 80,
     "SSE": 61,
     "JSON": 88,

@@ -20,6 +20,7 @@ from opendify import (
     parse_settings,
     setting_rows,
     unknown_variables,
+    written,
 )
 
 BASE = "https://api.dify.ai/v1"
@@ -86,8 +87,8 @@ def test_setting_keeps_its_default_when_blank(variable: str, blank: str) -> None
 
 
 def test_default_as_written_is_the_default() -> None:
-    written = {variable: default for variable, default, _ in setting_rows()}
-    assert parse_settings(written) == parse_settings({})
+    defaults = {variable: default for variable, default, _ in setting_rows()}
+    assert parse_settings(defaults) == parse_settings({})
 
 
 @pytest.mark.parametrize(
@@ -566,6 +567,9 @@ def test_any_duration_is_its_number_times_its_unit(number: float, unit: str) -> 
     seconds = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[unit]
     settings = parse_settings({"DIFY_IDLE_TIMEOUT": text})
     assert settings.dify_idle_timeout == float(f"{number:.3f}") * seconds
+    text = written(settings.dify_idle_timeout)
+    again = parse_settings({"DIFY_IDLE_TIMEOUT": text}).dify_idle_timeout
+    assert again == pytest.approx(settings.dify_idle_timeout, rel=1e-12, abs=1e-6)
 
 
 @pytest.mark.parametrize(
