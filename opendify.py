@@ -4358,11 +4358,6 @@ def open_file(id_: str, sealer: IdSealer) -> StoredFile | None:
     return StoredFile(*fields) if fields else None
 
 
-def file_not_found(name: str, reason: str) -> BadRequest:
-    """The error for a file, or its content, that can't be had."""
-    return IdNotFound(f"No such File object: {name:.80}. {reason}")
-
-
 # Answers...
 
 
@@ -10277,7 +10272,7 @@ async def get_file_content(site: Site, exchange: Exchange) -> None:
     upload_id = urllib.parse.quote(stored.upload_id, safe="")
     path = f"/files/{upload_id}/preview?{query}"
     with WhilePresent(exchange):
-        missing = file_not_found(stored.name, _NO_CONTENT)
+        missing = IdNotFound(f"No such File object: {stored.name:.80}. {_NO_CONTENT}")
         response = await site.dify.fetch_file(app, path, b"", missing)
         name = urllib.parse.quote(stored.name, safe="")
         # As an attachment: a page that somebody uploaded must not be one of here.
@@ -10344,7 +10339,7 @@ async def _file_of(
         if stored := open_file(id_, site.sealer(exchange, app)):
             exchange.model = exchange.model or model
             return app, stored
-    raise file_not_found(id_, _NO_FILE)
+    raise IdNotFound(f"No such File object: {id_:.80}. {_NO_FILE}")
 
 
 async def _with_stored_files(site: Site, exchange: Exchange, ask: Ask) -> Ask:
