@@ -3797,7 +3797,10 @@ def in_rounds(messages: Iterable[Message]) -> list[Message]:
     one. A user's message of nothing but files is joined to the words beside it.
     """
     runs = itertools.groupby(messages, lambda m: bool(m.tool_calls or m.call_id))
-    return [m for are, run in runs for m in (_by_answer if are else _by_words)([*run])]
+    ordered: list[Message] = []
+    for is_of_calls, run in runs:
+        ordered += _by_answer([*run]) if is_of_calls else _by_words([*run])
+    return ordered
 
 
 def _by_words(messages: list[Message]) -> list[Message]:
