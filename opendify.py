@@ -8754,11 +8754,9 @@ class Question:
         return is_again or has_room(form, files, self.ask.inputs)
 
     def has_not_run(self, error: BaseException) -> bool:
-        """Whether after this error its conversation is as it was before."""
-        is_gone = isinstance(error, ConversationGone)
-        is_refused = isinstance(error, _REFUSALS) and not is_gone
+        """Whether after this error its conversation, if not gone, is as before."""
         is_unsent = not self.is_asked or getattr(error, "is_unsent", False)
-        return (is_refused or is_unsent) and not self.is_accepted
+        return (isinstance(error, _REFUSALS) or is_unsent) and not self.is_accepted
 
 
 @dataclass
@@ -8829,10 +8827,10 @@ class Turns:
             yield
         except BaseException as error:
             tail, question.tail = question.tail, None
-            if tail and question.has_not_run(error):
+            is_gone = isinstance(error, ConversationGone)
+            if tail and question.has_not_run(error) and not is_gone:
                 self.conversations.put(tail, self.wall_clock())
             else:
-                is_gone = isinstance(error, ConversationGone)
                 self.conversations.forget(tail, is_gone=is_gone)
             raise
 
@@ -9157,6 +9155,13 @@ class Form:
 # What Dify keeps of earlier turns...
 
 
+class PreviousGone(ConversationGone):
+    """Dify does not have the response that is named, nor its conversation."""
+
+    status, param = 400, "previous_response_id"
+    code = "previous_response_not_found"
+
+
 @dataclass(frozen=True)
 class Archive:
     """What Dify keeps of conversations, read back as clients know it.
@@ -9410,10 +9415,8 @@ def _not_empty(ask: Ask, request: ResponsesRequest) -> Ask:
 
 
 def _no_previous(id_: str) -> BadRequest:
-    return BadRequest(
-        f"Previous response with id {_shown(id_)} not found. Send the history instead.",
-        param="previous_response_id",
-        code="previous_response_not_found",
+    return PreviousGone(
+        f"Previous response with id {_shown(id_)} not found. Send the history instead."
     )
 
 

@@ -1264,11 +1264,15 @@ async def test_history_variable_is_sent_again_where_a_conversation_is_named() ->
 async def test_named_conversation_that_is_lost_is_told_before_a_turn_is_sent() -> None:
     """A chatflow of Dify 1.13 says nothing to it, for minutes."""
     async with site(config={"history_variable": "past"}, memory=True) as served:
-        lost = {"user": "al", "conversation_id": f"{7:032x}"}
-        client = Client(served, [user("one")], fields=lost)
-        got = await (await client.begin()).read_rest()
+        client = Client(served, fields={"user": "al"})
+        (lost,) = await client.chat("one")
+        served.dify.conversations.clear()
+        client.messages.append(user("two"))
+        got = await (await client.begin(conversation_id=lost)).read_rest()
         assert (got.status, got.error["code"]) == (404, "not_found")
-        assert served.turns == []
+        await client.send()  # nor by its history, from then on
+        asked = [served.conversation_of(turn) for turn in served.turns]
+        assert asked == ["", ""]
 
 
 async def test_history_variable_is_told_with_what_follows_a_response() -> None:

@@ -387,6 +387,19 @@ async def test_ids_of_items_are_not_those_of_responses() -> None:
         assert (await served.get(f"{PATH}/{message}")).status == 404
 
 
+async def test_history_after_a_response_that_dify_has_lost_is_asked_once() -> None:
+    """As the error wants it; chatflows would meet the old one with silence."""
+    async with proxy() as served:
+        one = await answer(served, "Hi")
+        served.dify.conversations.clear()
+        got = await respond(served, "More", previous_response_id=one["id"])
+        assert previous_error(got) == "previous_response_not_found"
+        said = {"role": "assistant", "content": text_of(one)}
+        await answer(served, [user("Hi"), said, user("More")])
+        asked = [row for row in served.dify.requests if row.path == "/chat-messages"]
+    assert ["conversation_id" in row.json for row in asked] == [False, False]
+
+
 async def test_id_is_of_no_use_to_another_user() -> None:
     async with proxy() as served:
         one = await answer(served, user="al")
