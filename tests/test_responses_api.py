@@ -1111,9 +1111,14 @@ async def test_stored_response_is_not_streamed() -> None:
 
 @BOTH
 async def test_second_try_is_what_goes_on(stream: bool) -> None:
-    """A response names the conversation of the try that it gives."""
+    """A response names the conversation of the try that it gives, however late."""
     texts = ["<think>hm</think>No.", CALL, "Sunny."]
-    async with replicas(script=lambda _: fake.chat_answer(texts.pop(0))) as (first, _):
+
+    def script(_: fake.Request) -> list[fake.Step]:
+        begins, *rest = fake.chat_answer("", texts.pop(0))
+        return [begins, Sleep(7), *rest]
+
+    async with replicas(script=script) as (first, _):
         required: Any = {"tools": [WEATHER], "tool_choice": "required"}
         one = await answer(first, "Rome?", stream=stream, **required)
         await answer(first, "And?", previous_response_id=one["id"])
