@@ -10998,9 +10998,11 @@ const make = (tag, content, fields) => {
   return node.append(...[content].flat().filter(Boolean)), node;
 };
 const link = (text, href) => make(href ? "a" : "b", text, { href, target: "_blank" });
-const render = (raw) => raw.split(LINK).map((part, i, { [i - 2]: sign, [i - 1]: to }) =>
+const prose = (raw) => raw.split(LINK).map((part, i, { [i - 2]: sign, [i - 1]: to }) =>
   i % 4 < 3 ? i % 4 ? "" : part : sign ? make("img", [], { alt: to, src: part }) :
     link(to.replace(/\\(.)/g, "$1") || part, part));
+const render = (raw) => raw.split(/^ *```[^`\n]*\n([^]*?)^ *```.*\n?/m).flatMap(
+  (part, i) => i % 2 ? make("pre", part) : prose(part));
 const fault = (error, ...facts) => Error([error?.message, ...facts,
   error?.code || error?.type].filter(Boolean).join(" · "));
 const told = ({ name, message }) => name !== "TypeError" ? message :

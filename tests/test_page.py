@@ -44,6 +44,8 @@ PIXEL = base64.b64decode(
     "kgAAAABJRU5ErkJggg=="
 )
 EVIL = "<img src=x onerror=alert(1)> [x](javascript:alert(1))"
+CODE = f"![a cat]({PICTURE})\n"
+TEXTS = {"code": f"Write\n```md\n{CODE}```\nor so.", "brackets": "[" * 60_000}
 SOURCE = {
     "position": 1,
     "dataset_name": "Handbook",
@@ -75,8 +77,9 @@ def answer(request: fake.Request) -> list[fake.Step]:
         return [fake.Status(400, body)]
     if "break" in query:
         return [fake.message("Half an"), fake.error_event("the model fell over")]
-    if "brackets" in query:
-        return [fake.message("[" * 60_000), fake.message_end()]
+    for word, text in TEXTS.items():
+        if word in query:
+            return [fake.message(text), fake.message_end()]
     if "hang" in query:
         return [fake.message("And then"), fake.Hang()]
     return fake.chat_answer(*words, delay=0 if "at once" in query else 0.03)
@@ -433,6 +436,14 @@ def test_markup_of_an_answer_is_text(tab: Tab) -> None:
     tab.is_done()
     assert EVIL in tab.page.text_content(".answer > .text")
     assert (tab.messages, tab.elsewhere) == ([], [PICTURE])
+
+
+def test_code_of_an_answer_is_shown_as_it_is(tab: Tab) -> None:
+    tab.ask("some code")
+    tab.is_done()
+    assert tab.text(".answer pre") == CODE.strip()
+    assert tab.text(".answer > .text") == f"Write\n{CODE}or so."
+    assert tab.elsewhere == []
 
 
 def test_answer_of_brackets_does_not_stop_the_page(tab: Tab) -> None:
