@@ -10967,16 +10967,16 @@ id="n1"></dd></div> <div id="lag"><dt data-zh="平滑延迟">Lag</dt><dd
 id="n2"></dd></div></dl></section> <section aria-labelledby="h3"><h2 id="h3"
 data-zh="连接客户端">Connect a client</h2> <div class="bar"><div><small
 data-zh="接口地址">Base URL</small><code id="base"></code></div> <button
-data-copy="base" data-zh="复制">Copy</button></div><div class="bar"><label> <span
-data-zh="客户端">Client</span> <select id="client"></select></label> <button
-data-copy="settings" data-zh="复制">Copy</button></div><pre id="settings"></pre>
-</section></main><p id="said" role="status"></p> <script
+data-copy="base"></button></div><div class="bar"><label><span data-zh="客户端">Client
+</span> <select id="client"></select></label> <button data-copy="settings"></button>
+</div><pre id="settings"></pre></section></main><p id="said" role="status"></p> <script
 type="module">@SCRIPT@</script></body></html>
 """
 _SCRIPT = r"""
 const $ = (id) => document.getElementById(id), now = () => performance.now() / 1000;
 const base = new URL("v1", location.href).href, root = document.documentElement;
 const zh = navigator.language.startsWith("zh"), talk = $("talk"), hint = $("hint");
+const copiers = document.querySelectorAll("[data-copy]");
 const say = (english, chinese) => zh ? chinese : english;
 const CLIENTS = { "Open WebUI": "OPENAI_API_BASE_URL=<v1>\nOPENAI_API_KEY=<key>",
   LobeChat: "OPENAI_PROXY_URL=<v1>\nOPENAI_API_KEY=<key>\nOPENAI_MODEL_LIST=-all,+<id>",
@@ -11017,7 +11017,7 @@ async function call(path, options = {}) {
 }
 const list = async (path) => (await (await call(path)).json()).data;
 async function load() {
-  $("door").hidden = key || !root.dataset.key;
+  showSettings(), $("door").hidden = key || !root.dataset.key;
   if (!$("door").hidden) return $("key").focus();
   try {
     const ids = (await list("/models")).map(({ id }) => id), was = $("model").value;
@@ -11040,6 +11040,7 @@ function showSettings() {
   const values = { v1: base, host: base.slice(0, -3), id, json: JSON.stringify(id) };
   $("settings").textContent = CLIENTS[$("client").value].replace(/<(\w+)>/g,
     (all, name) => values[name] || secret);
+  for (const button of copiers) button.textContent = say("Copy", "复制");
 }
 function draw() { // bars: pieces per second; line: lag; dashes: the first text
   const { pieces, lags, from, end } = run, counts = {}, last = pieces.length - 1;
@@ -11110,7 +11111,8 @@ async function chat(question) {
 const stop = () => run.stop?.abort(Error(say("Stopped.", "已停止。")));
 if (zh) for (const node of document.querySelectorAll("[data-zh]"))
   node.textContent = node.dataset.zh;
-for (const button of document.querySelectorAll("[data-copy]")) button.onclick = () => {
+for (const button of copiers) button.onclick = () => {
+  showSettings(); // no other button says any more that its text is copied
   getSelection().selectAllChildren($(button.dataset.copy));
   document.execCommand("copy"); // since plain http has no `navigator.clipboard`
   $("said").textContent = button.textContent = say("Copied", "已复制");

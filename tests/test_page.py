@@ -559,6 +559,10 @@ def test_settings_of_clients_are_copied(browser: Any, site: Site) -> None:
         tab.page.click("[data-copy=base]")
         assert tab.page.evaluate("navigator.clipboard.readText()") == site.url + "v1"
         assert tab.text("#said") == "Copied"
+        buttons = tab.page.locator("[data-copy]")
+        assert buttons.all_inner_texts() == ["Copied", "Copy"]
+        tab.page.select_option("#client", CLIENTS[0])
+        assert buttons.all_inner_texts() == ["Copy", "Copy"]
 
 
 def test_key_is_asked_for_and_kept_in_the_tab_only(browser: Any, guarded: Site) -> None:
