@@ -11026,7 +11026,7 @@ async function load() {
     if (key) sessionStorage.setItem("api-key", key);
     showSettings(), showApps(ids.map((id) => ({ id }))), showApps(await list("/apps"));
   } catch (error) {
-    $("apps").replaceChildren(make("li", told(error)));
+    $("apps").replaceChildren(make("li", told(error), { className: "error" }));
   }
 }
 const showApps = (apps) => $("apps").replaceChildren(...apps.map((app) => {
