@@ -5467,7 +5467,7 @@ class Tail(NamedTuple):
         return f"Tail({', '.join(map(repr, self[1:]))})"
 
     def extend(self, messages: Messages, **more: Any) -> Tail:
-        """The tail with these messages behind it, and `more` that is another then."""
+        """The tail with these messages behind it, and with `more` fields changed."""
         chain, digests = self.chain, [self.digests]
         for m in messages:
             if m.role != "system":

@@ -21,29 +21,29 @@ BUDGETS = {
     "Errors": 80,
     "SSE": 61,
     "JSON": 88,
-    "Turn": 144,
+    "Turn": 145,
     "Calls": 692,
     "Dify": 844,
     "Ids": 64,
-    "OpenAI": 750,
-    "Responses": 419,
-    "Conversations": 403,
+    "OpenAI": 751,
+    "Responses": 417,
+    "Conversations": 404,
     "Pacer": 130,
     "Wire": 515,
     "Upstream": 725,
-    "Answers": 624,
-    "Handlers": 1032,
-    "Server": 288,
-    "Page": 258,
+    "Answers": 617,
+    "Handlers": 1034,
+    "Server": 290,
+    "Page": 262,
     "Command line": 443,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7843
+WHOLE_BUDGET = 7846
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
     "AnswerReader": 160,
-    "Turns": 162,
+    "Turns": 157,
     "Wire": 191,
 }
 
