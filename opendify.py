@@ -10471,6 +10471,8 @@ def find_handler(site: Site, exchange: Exchange) -> Handler:
         )
     if methods is None:
         hint = "" if "/v1/" in request.path else " A base URL ends in /v1."
+        if request.path.rstrip("/").endswith("/v1"):  # as it is shown at the start
+            hint = " Clients add a path to it; for a browser there is a page at /."
         raise NotFound(f"Invalid URL ({request.method} {request.path}).{hint}")
     method = "GET" if request.method == "HEAD" else request.method
     if method not in methods:

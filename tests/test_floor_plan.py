@@ -32,13 +32,13 @@ BUDGETS = {
     "Wire": 515,
     "Upstream": 725,
     "Answers": 617,
-    "Handlers": 1034,
+    "Handlers": 1036,
     "Server": 290,
     "Page": 262,
     "Command line": 443,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7846
+WHOLE_BUDGET = 7848
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

@@ -357,14 +357,24 @@ def test_endpoint_is_found_by_the_tail(path: str, endpoint: str, name: str) -> N
     assert opendify.find_endpoint(path) == (endpoint, name)
 
 
+BASE_HINT = " Clients add a path to it; for a browser there is a page at /."
+
+
 @pytest.mark.parametrize(
-    "path", ["/v1", "/v1/chat", "/v1/chat/completionsx", "/v1/x", "/v1x/models"]
+    ("path", "hint"),
+    [
+        ("/v1", BASE_HINT),
+        ("/v1/", BASE_HINT),
+        ("/v1/chat", ""),
+        ("/v1/chat/completionsx", ""),
+        ("/v1/x", ""),
+        ("/v1x/models", " A base URL ends in /v1."),
+    ],
 )
-async def test_unknown_path_is_a_json_404(path: str) -> None:
+async def test_unknown_path_is_a_json_404(path: str, hint: str) -> None:
     async with proxy() as served:
         got = await served.get(path)
     assert (got.status, got.error["code"]) == (404, "unknown_url")
-    hint = "" if "/v1/" in path else " A base URL ends in /v1."
     assert got.error["message"] == f"Invalid URL (GET {path}).{hint}"
     assert got.headers["x-request-id"].startswith("req_")
 
