@@ -5701,8 +5701,8 @@ def fold(messages: Iterable[Message], carried: Messages = (), beside: str = "") 
     pairs = [_element(message, id(message) in with_files) for message in messages]
     texts = [beside, *(text for _, text in pairs)]
     used = {n for text in texts for n in _TAG.findall(text)}
-    free = next(n for n in count(2) if str(n) not in used)
-    tag = f"message-{free}" if used else "message"
+    numbers = (f"-{n}" for n in count(2) if str(n) not in used)
+    tag = f"message{next(numbers)}" if used else "message"
     return "\n".join(f"<{tag}{about}>\n{text}\n</{tag}>" for about, text in pairs)
 
 
