@@ -3941,19 +3941,21 @@ def parse_message(message: Any, where: str) -> Message:
     role = _ROLES.get(str(message.get("role")), "user")
     text, attachments = parse_content(message.get("content"), f"{where}.content")
     name = message.get("name") if message.get("name") != role else ""  # AutoGen's users
-    call_id = message.get("tool_call_id") if role == "tool" else ""
-    is_spoken = role == "assistant" and not text
-    spoken_id = object_of(message.get("audio")).get("id") if is_spoken else ""
+    spoken_id = call_id = ""
+    if role == "tool":
+        call_id = str(message.get("tool_call_id") or "")
+    elif role == "assistant" and not text:
+        spoken_id = str(object_of(message.get("audio")).get("id") or "")
     calls = parse_calls(message)
-    ids = (str(spoken_id or ""), str(call_id or ""))
-    return Message(role, text, str(name or ""), attachments, calls, *ids)
+    return Message(role, text, str(name or ""), attachments, calls, spoken_id, call_id)
 
 
 def parse_calls(message: Json) -> tuple[ToolCall, ...]:
     """Earlier calls of an assistant's message, of both generations."""
-    calls = objects_of(message.get("tool_calls"))
-    if message.get("function_call"):
-        calls.append({"function": message["function_call"]})
+    given, legacy = message.get("tool_calls"), message.get("function_call")
+    if not (given or legacy):  # nearly always
+        return ()
+    calls = objects_of(given) + ([{"function": legacy}] if legacy else [])
     parsed = []
     for call in calls:
         function, custom = call.get("function"), call.get("custom")
