@@ -3808,6 +3808,8 @@ def _by_words(messages: list[Message]) -> list[Message]:
 
     Gradio sends files ahead of their question, and later shows both as one message.
     """
+    if not any([m.attachments for m in messages]):  # nearly always
+        return messages
     said: list[Message] = []
     for (role, _), run in itertools.groupby(messages, lambda m: (m.role, m.name)):
         group = [*run]
