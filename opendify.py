@@ -6602,6 +6602,7 @@ class Wire(asyncio.Protocol):
         self._deadline = 0.0  # 0: none
         self._on_deadline: Fault = ConnectionBroken
         self._timer: asyncio.TimerHandle | None = None
+        self._check_at = inf  # when it is due; inf: it is not armed
 
     @property
     def _unsent(self) -> int:
@@ -6689,7 +6690,7 @@ class Wire(asyncio.Protocol):
         self._was_unsent = self._unsent if sends else 0
         self._deadline = self._loop.time() + seconds
         self._on_deadline = error
-        if self._timer is None or self._timer.when() > self._deadline:
+        if self._deadline < self._check_at:
             self._arm()
 
     def clear_deadline(self) -> None:
@@ -6699,11 +6700,11 @@ class Wire(asyncio.Protocol):
     def _arm(self) -> None:
         if self._timer:
             self._timer.cancel()
-        at = min(self._deadline, self._loop.time() + MAX_TIMER_S)
-        self._timer = self._loop.call_at(at, self._check_deadline)
+        self._check_at = min(self._deadline, self._loop.time() + MAX_TIMER_S)
+        self._timer = self._loop.call_at(self._check_at, self._check_deadline)
 
     def _check_deadline(self) -> None:
-        self._timer = None
+        self._check_at = inf
         if not self._deadline or self._is_lost:
             return
         must_abort = self._unsent or self._transport.is_closing()
