@@ -59,7 +59,6 @@ import logging
 import operator
 import os
 import re
-import secrets
 import signal
 import socket
 import sys
@@ -8029,7 +8028,7 @@ class Dify:
 
     async def upload(self, app: AppSettings, file: Attachment, user: str) -> str:
         """Upload a file; returns its id in Dify. Errors name the file."""
-        boundary = secrets.token_hex(16)
+        boundary = os.urandom(16).hex()
         body = upload_head(file, boundary) + file.data + upload_end(user, boundary)
         try:
             response = await self._send_form(app, "/files/upload", body, boundary)
@@ -8057,7 +8056,7 @@ class Dify:
             read: gives its next bytes, b"" at its end.
             user: gives the end user; asked when the file is through.
         """
-        boundary = secrets.token_hex(16)
+        boundary = os.urandom(16).hex()
 
         async def form() -> AsyncIterator[bytes]:
             yield upload_head(file, boundary)
