@@ -2709,7 +2709,7 @@ class Blocks:
     """Keeps blocks of reasoning apart: those of a tag, a node, a thought, a step."""
 
     def __init__(self) -> None:
-        self.has_thought = False  # reasoning of the app's own came
+        self.has_thought = False  # some of it is the model's, no line about a tool, say
         self._last: object = None  # the block that was last added to
 
     def add(self, block: tuple[str, object], text: str) -> list[Part]:
@@ -4572,20 +4572,6 @@ class ChatStream:
         self._reasoning = _template(chunk, b'{"reasoning_content":%b}')
         self._chars = 0
 
-    def heartbeat(self) -> bytes:
-        """A comment, which every reader skips."""
-        return encode_comment("keep-alive")
-
-    def end(self, usage: Usage) -> bytes:
-        """The end of the stream, once all its choices are finished."""
-        if not self._usage_key:
-            return _DONE
-        return self._chunk(None, usage=_usage_object(usage)) + _DONE
-
-    def fail(self, error: ProxyError) -> bytes:
-        """The end of a stream that can't be finished: no finish_reason, ever."""
-        return encode_failure(error)
-
     def begin(self, ids: DifyIds) -> bytes:
         """The first chunk: the role, and Dify's ids."""
         delta = {"role": "assistant", "content": self._no_content, "refusal": None}
@@ -4606,8 +4592,22 @@ class ChatStream:
             return self._chunk(cite(self.summary.citations, self._chars), reason)
         return b""
 
+    def end(self, usage: Usage) -> bytes:
+        """The end of the stream, once all its choices are finished."""
+        if not self._usage_key:
+            return _DONE
+        return self._chunk(None, usage=_usage_object(usage)) + _DONE
+
+    def fail(self, error: ProxyError) -> bytes:
+        """The end of a stream that can't be finished: no finish_reason, ever."""
+        return encode_failure(error)
+
+    def heartbeat(self) -> bytes:
+        """A comment, which every reader skips."""
+        return encode_comment("keep-alive")
+
     def _call(self, call: ToolCall) -> bytes:
-        """Two chunks: which tool, and with what. Legacy clients know but one call."""
+        """Two chunks: which tool, and with what. Legacy clients know only one call."""
         index = len(self.summary.calls) - 1
         kind, key, given = _given(call)
         named, rest = {"name": call.name, key: ""}, {key: given}
