@@ -5885,8 +5885,8 @@ class Conversations:
     def note_shown(self, tail: Tail, now: float) -> None:
         """Remember as lost what a client shows, and Dify may not have so.
 
-        A request with this history finds it and no other conversation, and is folded.
-        It is put as if it had been taken: no such row was, and so it is lost.
+        A request with this history finds it, rather than one that only ends so, and is
+        folded. It is put as if it had been taken: no such row was, so it is lost.
         """
         if tail.is_known and tail.conversation_id:
             self._put(_alone(tail)._replace(is_taken=True), now)
