@@ -10543,11 +10543,10 @@ class Listener:
 
     async def listen(self, host: str, port: int) -> list[tuple[str, int]]:
         """Begin to accept; returns the real addresses. Raises OSError."""
-        bind = functools.partial(
-            asyncio.get_running_loop().create_server,
-            *(lambda: Wire(self._accept), host, port),
-            backlog=BACKLOG if sys.platform == "win32" else ACCEPTS_AT_ONCE,
-        )
+        create_server = asyncio.get_running_loop().create_server
+        backlog = BACKLOG if sys.platform == "win32" else ACCEPTS_AT_ONCE
+        make_wire = functools.partial(Wire, self._accept)
+        bind = functools.partial(create_server, make_wire, host, port, backlog=backlog)
         try:
             server = await bind()
         except OSError as error:
