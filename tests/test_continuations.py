@@ -431,6 +431,30 @@ async def test_turn_that_a_restart_cut_is_not_continued(tmp_path: Path) -> None:
         assert len(dify.conversations) == 2
 
 
+async def test_question_that_a_restart_cut_is_not_put_to_the_same_conversation(
+    tmp_path: Path,
+) -> None:
+    """Dify may remember it, though it has not begun to answer."""
+    async with FakeDify() as dify:
+        served = Site(dify, "chat")
+        store = str(tmp_path / "conversations.db")
+        options = settings_of(dify, "chat", CONVERSATION_STORE=store)
+        client = Client(served)
+        async with served.serve(options) as proxy:
+            await client.chat("one")
+            served.answers([Hang()], stoppable=False)
+            client.messages.append(user("two"))
+            await client.begin()
+            await dify.until(lambda: len(served.turns) == 2)
+            assert not await proxy.server.drain(0)
+        served.answers()
+        async with served.serve(options):
+            await client.send()
+            client.check()
+        asked = [bool(served.conversation_of(turn)) for turn in served.turns]
+        assert asked == [False, True, False]
+
+
 @pytest.mark.real_clock
 async def test_two_processes_share_a_file(tmp_path: Path) -> None:
     async with FakeDify() as dify, contextlib.AsyncExitStack() as stack:
