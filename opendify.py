@@ -10635,7 +10635,7 @@ class Server(Listener):
                     self._refused.add(wire)
                     await _make_ready(exchange, wire)
                 return
-            while await self._serve_one(wire) and not self._is_draining:
+            while await self._serve_one(wire):
                 pass
         except (ConnectionBroken, ProxyError):
             pass  # it was told before

@@ -1219,6 +1219,23 @@ async def test_drain_answers_a_request_that_has_just_arrived(
         assert world.stage.bodies == [b"x"] * answer.startswith(b"HTTP/1.1 200")
 
 
+async def test_drain_answers_what_follows_a_response_that_did_not_say_close(
+    serving: Serving,
+) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        client.send(request("/nowhere", "Content-Length: 1", method="POST"))
+        reading = await client.read()
+        assert (reading.status, reading.says_close) == (404, False)
+        draining = asyncio.ensure_future(world.server.drain())
+        await asyncio.sleep(0.1)
+        client.send(b"x" + request("/t/echo", method="POST", body=b"y"))
+        reading = await client.read()
+        assert (reading.status, reading.body, reading.says_close) == (200, b"y", True)
+        assert await client.is_closed()
+        assert await draining
+
+
 async def test_drain_cuts_what_does_not_end(serving: Serving) -> None:
     async with serving() as world:
         clients = [await world.connect() for _ in range(2)]
