@@ -1382,6 +1382,15 @@ async def test_missing_input_lists_what_the_app_wants(mode: str, stream: bool) -
         assert text in got.error["message"]
 
 
+async def test_missing_input_lists_what_the_app_wants_by_now() -> None:
+    before = {"user_input_form": [fake.text_input("query")]}
+    async with proxy(mode="workflow", parameters=before) as served:
+        await served.chat()
+        served.dify.app(KEY, mode="workflow", parameters=FORM)
+        got = await served.chat()
+    assert got.status == 400 and "are: topic (" in got.error["message"]
+
+
 async def test_workflow_without_a_text_input_lists_its_inputs() -> None:
     async with proxy(mode="workflow", parameters={"user_input_form": [TONE]}) as served:
         got = await served.chat()
