@@ -755,6 +755,7 @@ async def test_deleted_conversation_costs_one_request(
         assert len(served.dify.requests) == before + 2
         assert await client.chat("four", stream=stream) == [fresh]
         assert len(served.dify.requests) == before + 3
+        assert len(served.proxy.server._site.conversations) == 1
 
 
 async def test_deleted_conversation_that_is_met_with_silence() -> None:
@@ -772,6 +773,13 @@ async def test_deleted_conversation_that_is_met_with_silence() -> None:
         await client.chat("two")
         _, fresh = served.dify.conversations
         assert await client.chat("three") == [fresh]
+
+
+async def test_new_conversation_that_is_met_with_silence_is_begun_once() -> None:
+    async with site("advanced-chat", "1.13.1") as served:
+        served.answers([Send(b""), Hang()])
+        got = await (await Client(served, [user("one")]).begin()).read_rest()
+        assert (got.error["type"], len(served.turns)) == ("server_error", 1)
 
 
 COMPLETED = "The conversation has ended. Please start a new conversation."
@@ -1297,6 +1305,7 @@ async def test_named_conversation_that_is_lost_is_told_before_a_turn_is_sent() -
         await client.send()  # nor by its history, from then on
         asked = [served.conversation_of(turn) for turn in served.turns]
         assert asked == ["", ""]
+        assert len(served.proxy.server._site.conversations) == 1
 
 
 async def test_history_variable_is_told_with_what_follows_a_response() -> None:
