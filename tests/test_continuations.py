@@ -775,11 +775,18 @@ async def test_deleted_conversation_that_is_met_with_silence() -> None:
         assert await client.chat("three") == [fresh]
 
 
-async def test_new_conversation_that_is_met_with_silence_is_begun_once() -> None:
-    async with site("advanced-chat", "1.13.1") as served:
+@pytest.mark.parametrize(("mode", "said"), [("advanced-chat", []), ("chat", ["one"])])
+async def test_silence_that_tells_of_no_lost_conversation_is_met_once(
+    mode: str, said: list[str]
+) -> None:
+    """A chatflow has none yet, or the app is one that would answer 404."""
+    async with site(mode, "1.13.1") as served:
+        client = Client(served)
+        await client.chat(*said)
         served.answers([Send(b""), Hang()])
-        got = await (await Client(served, [user("one")]).begin()).read_rest()
-        assert (got.error["type"], len(served.turns)) == ("server_error", 1)
+        client.messages.append(user("two"))
+        got = await (await client.begin()).read_rest()
+        assert (got.error["type"], len(served.turns)) == ("server_error", 1 + len(said))
 
 
 COMPLETED = "The conversation has ended. Please start a new conversation."
