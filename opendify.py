@@ -3638,8 +3638,8 @@ def open_place(
 # OpenAI's dialect, both ways: requests to an Ask, answer parts to chunks and whole
 # objects. Reads liberally (clients send nulls, strings for objects, fields that no app
 # can honour) and writes strictly (inside OpenAI's own schemas). What can't be read is a
-# BadRequest that names the field. Ids and times are arguments. Knows nothing of sockets,
-# and of Dify only what it takes.
+# BadRequest that names the field. Ids and times are arguments. Knows nothing of
+# sockets, and of Dify only what it takes.
 
 MAX_USER_CHARS = 200  # Dify keeps the end user's name in a column of 255
 MAX_STOPS, MAX_STOP_CHARS, MAX_CHOICES = 4, 1000, 8  # the first is OpenAI's own
