@@ -772,6 +772,34 @@ async def test_second_try_stays_in_the_conversation_that_was_named(
     assert got.headers["x-dify-conversation-id"] == named
 
 
+async def test_second_try_has_the_history_of_a_conversation_that_was_found() -> None:
+    async with proxy(says("Hello", "No.", OSLO), memory=True) as served:
+        messages = history_of((await served.chat()).message)
+        fields: JSONObject = {"tools": TOOLS, "tool_choice": "required"}
+        messages.append({"role": "user", "content": "Where?"})
+        await served.chat(messages=messages, **fields)
+    first, second, third = (turn.json.get("conversation_id") for turn in served.turns)
+    assert (first, bool(second), third) == (None, True, None)
+    said = re.findall(r"^(Hi|Hello|Where\?|No\.)$", query(served), re.MULTILINE)
+    assert said == ["Hi", "Hello", "Where?", "No."]
+
+
+async def test_second_try_repeats_nothing_where_a_response_is_followed() -> None:
+    async with proxy(says("Hello", "No.", GOOD), memory=True) as served:
+
+        async def respond(items: Any, **fields: Any) -> Got:
+            body = {"model": "m", "input": items, **fields}
+            call = await served.open("POST", "/v1/responses", body, {})
+            return await call.read_rest()
+
+        one = (await respond("Hi")).json["id"]
+        items = [*history_of({"content": "Ho"}), {"role": "user", "content": "Where?"}]
+        form = {"format": {"type": "json_object"}}
+        got = await respond(items, previous_response_id=one, text=form)
+        assert got.status == 200
+    assert ["Ho" in query(served, turn) for turn in (1, 2)] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("mode", "question"),
     [("completion", "Where?"), ("chat", "### Task:\nWhere?")],
