@@ -1164,12 +1164,15 @@ async def check_after(name: str, mode: str, version: str) -> None:
         client.check()
 
 
-async def test_conversation_that_a_turn_has_lost_is_learned_anew_by_its_name() -> None:
+@pytest.mark.parametrize("how", ["fails", "fails-at-once", "500"])
+async def test_conversation_that_a_turn_has_lost_is_learned_anew_by_its_name(
+    how: str,
+) -> None:
     async with site() as served:
         client = Client(served)
         (named,) = await client.chat("one")
         client.messages.append(user("two"))
-        await ENDED["fails"](served, client)
+        await ENDED[how](served, client)
         served.answers()
         client = Client(served)
         for text in ("three", "four"):
