@@ -1301,6 +1301,11 @@ async def test_history_variable_is_sent_again_where_a_conversation_is_named() ->
         assert [*past, *brief.context] == [*client.messages, *brief.messages[:-1]]
         await Client(served, fields={**named, "inputs": {"past": "mine"}}).say("five")
         assert served.turns[-1].json["inputs"] == {"past": "mine"}
+        fresh = Client(served, fields={"user": "al"})
+        for text in ("one", "two"):  # the app may have a default for who has no past
+            await fresh.say(text)
+            fresh.fields["conversation_id"] = fresh.conversation
+            assert served.turns[-1].json["inputs"] == {}
 
 
 async def test_named_conversation_that_is_lost_is_told_before_a_turn_is_sent() -> None:
