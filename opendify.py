@@ -4868,15 +4868,15 @@ def _id_in(value: Any) -> Any:
     return (value.get("id") if isinstance(value, dict) else value) or None
 
 
-def parse_items(value: Any) -> list[Item]:
-    """The input in order; an answer's thoughts, text and calls are one message.
+def parse_items(value: Any, name: str = "input") -> list[Item]:
+    """The items in order; an answer's thoughts, text and calls are one message.
 
     These come in any order. Two texts are two messages: agents that take turns leave
     several.
     """
     if value is None or isinstance(value, str):
         return [Message("user", value)] if value else []
-    parsed = parse_each(value, "input", "a string or an array of items", _parse_item)
+    parsed = parse_each(value, name, "a string or an array of items", _parse_item)
     groups: list[list[Any]] = []
     last: Message | None = None  # of an answer that the next item may belong to
     for item in filter(None, parsed):
@@ -9955,7 +9955,7 @@ def _with_items(site: Site, body: Json, kept: Sequence[Any]) -> tuple[Any, ...]:
         raise bad_type("items", "an array")
     if len(kept) + len(added or ()) > MAX_NAMED_ITEMS:
         raise bad_value("items", f"there may be {MAX_NAMED_ITEMS} at most.")
-    parse_items(added)  # refuses what no turn could take
+    parse_items(added, "items")  # refuses what no turn could take
     items, ids = list(kept), {item["id"] for item in kept}
     for value in added or ():
         item = stored_item(value, f"item_{site.new_id()}", ids)

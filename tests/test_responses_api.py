@@ -1470,15 +1470,15 @@ async def test_item_gets_an_id_of_its_own(id_: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "items",
+    ("items", "param"),
     [
-        pytest.param("One", id="no-array"),
-        pytest.param([user("Two"), user("Three")], id="too-many"),
-        pytest.param([{"role": "user", "content": 1}], id="not-understood"),
+        pytest.param("One", "items", id="no-array"),
+        pytest.param([user("Two"), user("Three")], "items", id="too-many"),
+        pytest.param([{**user(""), "content": 1}], "items[0].content", id="odd"),
     ],
 )
 async def test_items_that_no_turn_could_take_are_refused(
-    items: Any, monkeypatch: pytest.MonkeyPatch
+    items: Any, param: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(opendify, "MAX_NAMED_ITEMS", 2)
     async with proxy() as served:
@@ -1487,6 +1487,7 @@ async def test_items_that_no_turn_could_take_are_refused(
         got = await post(served, path, {"items": items})
         kept = (await served.get(path)).json["data"]
     assert (got.status, got.error["type"]) == (400, "invalid_request_error")
+    assert got.error["param"] == param
     assert [row["content"][0]["text"] for row in kept] == ["One"]
 
 
