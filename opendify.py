@@ -2341,9 +2341,8 @@ def size_limit_mb(form: AppForm, file: Attachment) -> int:
 
 def _size_problem(form: AppForm, file: Attachment) -> str:
     limit_mb, size = size_limit_mb(form, file), file.size or len(file.data)
-    if not limit_mb or size <= limit_mb << 20:
-        return ""
-    return f"it has {size / (1 << 20):.1f} MB, the app takes {limit_mb} MB"
+    is_large = limit_mb and size > limit_mb << 20
+    return f"it is too large: the app takes {limit_mb} MB" if is_large else ""
 
 
 def _problem_beside(rules: Json, file: Attachment) -> str:

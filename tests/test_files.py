@@ -1261,12 +1261,13 @@ async def test_file_that_is_named_often_is_sought_once(
 async def test_stored_file_over_the_limit_is_refused_in_a_chat() -> None:
     limits = {**VISION, "system_parameters": {"file_size_limit": 9}}
     async with proxy(parameters=limits) as served:
-        value = await upload(served, pdf(b"x" * 1_200_000))
+        value = await upload(served, pdf(b"x" * ((1 << 20) + 1)))
     async with proxy(parameters=VISION) as served:
         row = {"type": "file", "file": {"file_id": value["id"]}}
         got = await served.chat(messages=with_parts(row))
     assert got.status == 400
-    assert "'图 1.pdf' can't be sent: it has 1.1 MB" in got.error["message"]
+    reason = "it is too large: the app takes 1 MB."  # and not that it has 1.0 MB
+    assert got.error["message"] == f"The file '图 1.pdf' can't be sent: {reason}"
 
 
 # ------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ BUDGETS = {
     "JSON": 88,
     "Turn": 145,
     "Calls": 692,
-    "Dify": 844,
+    "Dify": 843,
     "Ids": 64,
     "OpenAI": 755,
     "Responses": 417,

@@ -1650,7 +1650,7 @@ NO_URLS = {
     [
         pytest.param({}, [IMAGE], ["image.png", "takes no files"], id="off"),
         pytest.param(ALL_FILES, [IMAGE] * 4, ["image.png", "3 files"], id="too-many"),
-        pytest.param(ALL_FILES, [BIG], ["big.txt", "1.0 MB", "1 MB"], id="too-big"),
+        pytest.param(ALL_FILES, [BIG], ["big.txt", "large", "1 MB"], id="too-big"),
         pytest.param(
             ONLY_IMAGES,
             [IMAGE, UPLOADED["file-data-url"][0]],
