@@ -8251,7 +8251,6 @@ class Exchange:
     body: bytes = b""
     fail: Callable[[ProxyError], bytes] | None = None
     has_left: bool = False
-    error: ProxyError | None = None  # that it ended with
     body_bytes: int = 0  # of the request, as far as read
     name_in_path: str = ""
     turn: Turn | None = None  # that Dify answers, or has answered last
@@ -10629,7 +10628,8 @@ class Server(Listener):
             most = self._site.dify.settings.max_connections
             if len(self._tasks) - len(self._refused) > most:
                 exchange = Exchange(Reply(wire), self._new_id(), wire.peer)
-                _refuse(exchange, Overloaded("Too many connections (MAX_CONNECTIONS)."))
+                error = Overloaded("Too many connections (MAX_CONNECTIONS).")
+                self._refuse(exchange, error)
                 if len(self._refused) < most:  # the others may not see the response
                     self._refused.add(wire)
                     await _make_ready(exchange, wire)
@@ -10655,13 +10655,13 @@ class Server(Listener):
             raise
         except asyncio.CancelledError:
             if not exchange.has_left:
-                _refuse(exchange, Overloaded("OpenDify is shutting down."))
+                self._refuse(exchange, Overloaded("OpenDify is shutting down."))
             raise
         except ProxyError as error:
-            _refuse(exchange, error)
+            self._refuse(exchange, error)
         except Exception:
             log.exception("a bug, in request %s", exchange.id)
-            _refuse(exchange, ProxyError("OpenDify failed; its log says more."))
+            self._refuse(exchange, ProxyError("OpenDify failed; its log says more."))
         finally:
             self._site.in_flight.discard(exchange)
             wire.on_leave = None
@@ -10710,6 +10710,23 @@ class Server(Listener):
             send_json(reply, value)
         await reply.drain()  # it is over when the client has it
 
+    def _refuse(self, exchange: Exchange, error: ProxyError) -> None:
+        """The error as a response, or as the end of one that has begun."""
+        reply = exchange.reply
+        exchange.explain(error)
+        if isinstance(error, _LAST_ERRORS):
+            reply.must_close = True
+        kind = type(error)
+        level = logging.WARNING if error.status >= 500 else logging.INFO
+        log.log(level, "%s: %s id=%s", kind.__name__, error.message, exchange.id)
+        if issubclass(kind, (UpstreamFailed, UpstreamTimeout, RateLimited)):
+            code = kind.code or "error"  # its own may be any text of Dify's
+            self._site.metrics.count("opendify_upstream_errors_total", kind=code)
+        if not reply.status:
+            send_json(reply, error_body(error), error_headers(error), error.status)
+        elif exchange.fail and not reply.is_complete:
+            reply.end(exchange.fail(error))
+
     def _note(self, exchange: Exchange) -> None:
         """One line for each request, never a key or a text; and the metrics."""
         metrics, request, reply = self._site.metrics, exchange.request, exchange.reply
@@ -10734,10 +10751,6 @@ class Server(Listener):
         )
         metrics.count("opendify_bytes_total", exchange.body_bytes, direction="in")
         metrics.count("opendify_bytes_total", reply.body_bytes, direction="out")
-        error = exchange.error
-        if isinstance(error, (UpstreamFailed, UpstreamTimeout, RateLimited)):
-            kind = type(error).code or "error"  # its own may be any text of Dify's
-            metrics.count("opendify_upstream_errors_total", kind=kind)
 
 
 def _slow_request() -> ProxyError:
@@ -10748,21 +10761,6 @@ def _slow_request() -> ProxyError:
 _LAST_ERRORS = (MalformedHTTP, HeadTooLarge, RequestTimeout, Overloaded)
 
 
-def _refuse(exchange: Exchange, error: ProxyError) -> None:
-    """The error as a response, or as the end of one that has begun."""
-    reply = exchange.reply
-    exchange.error = error
-    exchange.explain(error)
-    if isinstance(error, _LAST_ERRORS):
-        reply.must_close = True
-    log_level = logging.WARNING if error.status >= 500 else logging.INFO
-    log.log(log_level, "%s: %s id=%s", type(error).__name__, error.message, exchange.id)
-    if not reply.status:
-        send_json(reply, error_body(error), error_headers(error), error.status)
-    elif exchange.fail and not reply.is_complete:
-        reply.end(exchange.fail(error))
-
-
 async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
     """Have the reply taken, and throw away what is left of the request.
 
@@ -10770,7 +10768,6 @@ async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
         Whether the connection may go on.
     """
     reply, body = exchange.reply, exchange.decoder or BodyDecoder(-1)
-    exchange.error = None  # its traceback holds the exchange
     await reply.drain()
     if not body.is_complete:
         wire.set_deadline(DISCARD_S, ConnectionBroken)
