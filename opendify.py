@@ -5683,7 +5683,7 @@ def _query(ask: Ask, context: Messages, new: Messages, carried: Messages) -> str
     else:
         parts.append(fold([*context, *new], [*carried, *new]))
         ask_for = _NEXT if is_history or not new else ""
-        # An answer that is to be a call or JSON is another one; and so is another's.
+        # A call, JSON and the words of another speaker are no end of the last message.
         is_other = ask.tool_mode == "required" or ask.output.kind != "text"
         goes_on = not (new or is_other or ask.messages[-1].name)
         parts.append(_GO_ON if goes_on else ask_for)
@@ -6014,9 +6014,10 @@ def _alone(tail: Tail) -> Tail:
 
 
 def _told_alike(tails: Iterable[Tail], told: bytes) -> list[Tail]:
-    """Of tails with the same messages those with the same inputs, the likest first.
+    """Those of tails with the same messages that fit what is told now, the best first.
 
-    What the app has read for other inputs, a customer's number say, is another's.
+    Other inputs do not fit: what the app has read for them, for another customer's
+    number say, is not meant.
     """
     inputs = (told[_INPUTS], b"")  # unknown in older files
     alike = [tail for tail in tails if tail.told[_INPUTS] in inputs]
