@@ -10694,7 +10694,7 @@ class Server(Listener):
         self.before_request()
         settings, reply = self._site.dify.settings, exchange.reply
         reply.request, reply.must_close = request, self._is_draining
-        check_host(request, settings, is_local=self.is_local)
+        _check_origin(request, settings, is_local=self.is_local)
         reply.headers += cors_headers(request)
         if request.method == "OPTIONS":
             reply.send(204, b"", _preflight(request))
@@ -10807,11 +10807,12 @@ def _body_reader(exchange: Exchange, wire: Wire, body: BodyDecoder, limit: int) 
     return read
 
 
-def check_host(request: Request, settings: Settings, *, is_local: bool) -> None:
-    """Keep foreign web pages from a server that only this machine should reach.
+def _check_origin(request: Request, settings: Settings, *, is_local: bool) -> None:
+    """Refuse what a foreign web page makes the browser of a user send.
 
-    A page can make a browser send requests to 127.0.0.1 under a name of its own that
-    resolves there (DNS rebinding): the Host gives it away. So does the Origin any page.
+    The Origin tells whose page it is. But a page can also reach 127.0.0.1 under a name
+    of its own that resolves there (DNS rebinding), and so seem to be ours: the Host
+    gives it away where only this machine should reach the server.
 
     Raises:
         Forbidden: the request is another page's.
