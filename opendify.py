@@ -8696,7 +8696,7 @@ class Reading:
             self.problem = f"Call {names}."
         elif self._json and self._has_given and not has_call:
             if problem := json_problem(self._json.text, self._ask.output):
-                raise unsatisfied(self._ask, problem)
+                raise _unsatisfied(self._ask, problem)
         elif self._is_json and not (self._json and has_call):
             read = (self._json.text or self.said.text) if self._json else answer.text
             text, problem = extract_json(read, self._ask.output)
@@ -8707,7 +8707,7 @@ class Reading:
             self._held += [*answer.calls, *rest]
 
 
-def unsatisfied(ask: Ask, reason: str) -> UpstreamFailed:
+def _unsatisfied(ask: Ask, reason: str) -> UpstreamFailed:
     """The error where even the second try is not what the request demands."""
     if ask.tool_mode == "required":
         message = f"The app called no tool, although one was required. {reason}"
@@ -8821,7 +8821,7 @@ class Turns:
         question = Question(exchange, app, again, goes_on, None, sent, reading.usage)
         reading = await self._run_once(question, sink)
         if reading.problem:
-            raise unsatisfied(ask, reading.problem)
+            raise _unsatisfied(ask, reading.problem)
 
     @contextlib.contextmanager
     def holding(self, question: Question) -> Iterator[None]:
@@ -9243,7 +9243,7 @@ class Archive:
         if previous and anchor.message_id not in stored:
             raise _no_previous(previous)
         found = {
-            id_: turn.question if place.item == "in" else stored_message(turn, tools)
+            id_: turn.question if place.item == "in" else _stored_message(turn, tools)
             for id_, place in places.items()
             if (turn := stored.get(place.message_id))
         }
@@ -9253,7 +9253,7 @@ class Archive:
         end = ids.index(anchor.message_id) + 1 if anchor.message_id in ids else 0
         known = _transcript(turns[:end], tools)
         is_newest = 0 < end == len(turns)
-        if is_free and is_newest and not any(map(is_short, turns)):
+        if is_free and is_newest and not any(map(_is_short, turns)):
             ask = ask_of(request, found, told=known)
             is_known = is_known_history(ask, known)
             if previous or is_known:
@@ -9278,7 +9278,7 @@ class Archive:
         for id_, place in places.items():
             if not place or place.message_id not in stored:
                 raise bad_value("messages", _NO_SPOKEN % _shown(id_))
-            texts[id_] = stored_answer(stored[place.message_id], ask.tools).text
+            texts[id_] = _stored_answer(stored[place.message_id], ask.tools).text
         messages = (
             m._replace(text=texts.get(m.spoken_id, m.text)) for m in ask.messages
         )
@@ -9323,7 +9323,7 @@ def _with_tools(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
     return known
 
 
-def stored_answer(turn: StoredTurn, tools: Iterable[Tool] = ()) -> Answer:
+def _stored_answer(turn: StoredTurn, tools: Iterable[Tool] = ()) -> Answer:
     """What the app said, read as it was told to write: calls are no text.
 
     Args:
@@ -9336,14 +9336,14 @@ def stored_answer(turn: StoredTurn, tools: Iterable[Tool] = ()) -> Answer:
     answer, parts = Answer(), reading.feed([*turn.parts])
     if reading.problem:  # it is no call, or not the JSON: it stays as it is
         told = ask._replace(output=OutputFormat(), tool_mode="auto")
-        return stored_answer(turn._replace(told=told))
+        return _stored_answer(turn._replace(told=told))
     for part in parts:
         if not isinstance(part, Failure):
             answer.add(part)
     return answer
 
 
-def is_short(turn: StoredTurn) -> bool:
+def _is_short(turn: StoredTurn) -> bool:
     """Whether the app made several calls, and the client got the one that it wanted."""
     if not turn.told.is_serial:
         return False
@@ -9352,14 +9352,14 @@ def is_short(turn: StoredTurn) -> bool:
     return reading.is_short
 
 
-def stored_message(turn: StoredTurn, tools: Sequence[Tool]) -> Message:
+def _stored_message(turn: StoredTurn, tools: Sequence[Tool]) -> Message:
     """A stored answer as a message of a history."""
-    answer = stored_answer(turn, tools)
+    answer = _stored_answer(turn, tools)
     return Message("assistant", answer.text, tool_calls=tuple(answer.calls))
 
 
 def _transcript(turns: Iterable[StoredTurn], tools: Sequence[Tool]) -> list[Message]:
-    pairs = [(turn.question, stored_message(turn, tools)) for turn in turns]
+    pairs = [(turn.question, _stored_message(turn, tools)) for turn in turns]
     return [message for pair in pairs for message in pair]
 
 
@@ -9368,7 +9368,7 @@ def _tells_all(request: ResponsesRequest, turns: Sequence[StoredTurn]) -> bool:
 
     Not if a client has not got all of these turns: what was before them counts then.
     """
-    if any(map(is_short, turns)):
+    if any(map(_is_short, turns)):
         return False
     told = _transcript(turns, request.known_tools)
     messages = [*told, *(item for item in request.items if isinstance(item, Message))]
@@ -9658,7 +9658,7 @@ async def create_chat_completion(site: Site, exchange: Exchange) -> None:
     chat = parse_chat_request(_body_of(exchange))
     app = await site.find_app(exchange, chat.ask.model)
     envelope = _envelope(site, exchange, "chatcmpl", chat)
-    ask = await _with_stored_files(site, exchange, with_words(chat.ask, app.tools))
+    ask = await _with_stored_files(site, exchange, _with_words(chat.ask, app.tools))
     ask, spoken = await _with_speech(site, exchange, app, ask, envelope.created)
     streams = [
         SpokenStream(envelope, spoken) if spoken else ChatStream(envelope, index)
@@ -9720,7 +9720,7 @@ async def create_response(site: Site, exchange: Exchange) -> None:
         await _check_fits(site, question, named)
     with site.turns.holding(question):
         await site.archive.join(question, request, sealer)
-        ask = with_words(question.ask, app.tools)
+        ask = _with_words(question.ask, app.tools)
         question.ask = await _with_stored_files(site, exchange, ask)
     try:
         await _answer_all(site, [question], streams, whole)
@@ -9843,7 +9843,7 @@ async def _stored_response(
 def _as_response(frame: ResponseFrame, turn: StoredTurn) -> dict[str, Any]:
     last = turn.parts[-1] if turn.parts else None
     error = last.error if isinstance(last, Failure) else None
-    return response_object(frame, stored_answer(turn), error)
+    return response_object(frame, _stored_answer(turn), error)
 
 
 def _frame(turn: StoredTurn, model: str, sealer: IdSealer, user: str) -> ResponseFrame:
@@ -10071,7 +10071,7 @@ async def _run_turn(site: Site, question: Question, sink: Outlet | Collector) ->
         await _say(site, question, sink)
 
 
-def with_words(ask: Ask, place: str) -> Ask:
+def _with_words(ask: Ask, place: str) -> Ask:
     """The question with the words about its tools and its output's format.
 
     Args:
@@ -10695,7 +10695,7 @@ class Server(Listener):
         settings, reply = self._site.dify.settings, exchange.reply
         reply.request, reply.must_close = request, self._is_draining
         _check_origin(request, settings, is_local=self.is_local)
-        reply.headers += cors_headers(request)
+        reply.headers += _cors_headers(request)
         if request.method == "OPTIONS":
             reply.send(204, b"", _preflight(request))
             return
@@ -10820,11 +10820,11 @@ def _check_origin(request: Request, settings: Settings, *, is_local: bool) -> No
     """
     origin, host = request.headers.get("origin"), request.headers.get("host", "")
     allowed = [entry.rstrip("/").lower() for entry in settings.allowed_origins]
-    name = host_name(host)
+    name = _host_name(host)
     is_private = is_local and not settings.valid_api_keys
     if is_private and not name:
         raise BadRequest("The request has no Host header.")
-    hosts = (host_name(entry.partition("://")[2]) for entry in allowed)
+    hosts = (_host_name(entry.partition("://")[2]) for entry in allowed)
     if is_private and not (is_loopback(name) or "*" in allowed or name in hosts):
         raise Forbidden(
             f"The host {name!r} is not this server's. If it is meant, add "
@@ -10842,7 +10842,7 @@ def _check_origin(request: Request, settings: Settings, *, is_local: bool) -> No
 
 
 @functools.lru_cache(maxsize=64)
-def host_name(host: str) -> str:
+def _host_name(host: str) -> str:
     """A Host header without its port."""
     return re.sub(r":\d*\Z", "", host.lower()).strip("[]")
 
@@ -10854,11 +10854,11 @@ def _is_allowed(origin: str, host: str, allowed: Sequence[str]) -> bool:
         return True
     if scheme in ("http", "https"):
         is_one = re.fullmatch(r"[\w.:\[\]-]+", rest, re.ASCII) is not None
-        return is_one and (is_loopback(host_name(rest)) or rest == host)
+        return is_one and (is_loopback(_host_name(rest)) or rest == host)
     return scheme in _APP_SCHEMES and bool(rest)
 
 
-def cors_headers(request: Request) -> list[tuple[str, str]]:
+def _cors_headers(request: Request) -> list[tuple[str, str]]:
     """Headers that let a page which may call read the response, errors included."""
     origin = request.headers.get("origin")
     if origin is None:
