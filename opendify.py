@@ -9925,7 +9925,7 @@ async def delete_conversation_item(site: Site, exchange: Exchange) -> Json:
     if len(rest) == len(named.items):
         raise _not_found("Item", item_id)
     if len(rest) > MAX_NAMED_ITEMS:
-        raise BadRequest(f"Of more than {MAX_NAMED_ITEMS} items none can be deleted.")
+        raise BadRequest(f"Can't delete: more than {MAX_NAMED_ITEMS} items are left.")
     return _keep(site, exchange, replace(named, items=tuple(rest)))
 
 
@@ -10480,9 +10480,7 @@ def find_handler(site: Site, exchange: Exchange) -> Handler:
     method = "GET" if request.method == "HEAD" else request.method
     if method not in methods:
         allowed = ", ".join(methods)
-        error = MethodNotAllowed(
-            f"{request.method} is not possible here, but {allowed}."
-        )
+        error = MethodNotAllowed(f"{request.method} is not allowed; use {allowed}.")
         error.headers.append(("Allow", allowed))
         raise error
     exchange.route, exchange.key = endpoint, client_key(request.headers)

@@ -392,6 +392,7 @@ async def test_wrong_method(method: str, path: str, allowed: str) -> None:
         got = await served.get(path, method=method)
     assert (got.status, got.headers["allow"]) == (405, allowed)
     assert got.error["code"] == "method_not_supported"
+    assert got.error["message"] == f"{method} is not allowed; use {allowed}."
 
 
 def model(name: str, **more: str) -> JSONObject:

@@ -1677,6 +1677,7 @@ async def test_items_of_a_very_long_conversation_can_not_be_deleted(
         got = await served.get(f"{path}/{one['id']}", method="DELETE")
         assert (await served.get(path)).json["data"] == before
     assert (got.status, got.error["param"]) == (400, None)
+    assert got.error["message"] == "Can't delete: more than 2 items are left."
 
 
 async def test_id_that_a_client_gave_is_found_in_a_path() -> None:
