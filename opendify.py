@@ -8272,7 +8272,7 @@ class Exchange:
     def forwarded_user(self) -> str:
         """The end user that Open WebUI names in a header, "" if none."""
         name = self.request.headers.get("x-openwebui-user-id", "")
-        return user_name(urllib.parse.unquote(name))
+        return user_name(urllib.parse.unquote(name)) if name else ""
 
     def user_of(self, name: str) -> str:
         """The end user's name in Dify, by the body, a header, or the key."""
@@ -10433,7 +10433,7 @@ _PATTERNS = [  # of the endpoints that name something; a model's name may have s
 
 @functools.lru_cache(maxsize=64)
 def find_endpoint(path: str) -> tuple[str, str]:
-    """(endpoint, name in the path) of a request's path.
+    """(endpoint, name in the path, decoded) of a request's path.
 
     Clients are given base URLs with no `/v1`, with one or two, with `//`, with a
     reverse proxy's prefix, with the endpoint itself, or Azure's and the engines' forms
@@ -10441,7 +10441,7 @@ def find_endpoint(path: str) -> tuple[str, str]:
 
         /v1//chat/completions                          ("chat/completions", "")
         /openai/deployments/m/chat/completions         ("chat/completions", "m")
-        /v1/models/team%2Fapp               ("models/{model}", "team%2Fapp")
+        /v1/models/team%2Fapp                 ("models/{model}", "team/app")
         /v1/responses/resp_x/cancel         ("responses/{id}/cancel", "resp_x")
         /v1/conversations/c/items/i   ("conversations/{id}/items/{id}", "c/i")
     """
@@ -10453,8 +10453,8 @@ def find_endpoint(path: str) -> tuple[str, str]:
         name, tail = deployment.groups()
     for endpoint, pattern in _PATTERNS:
         if tail not in _NO_NAMES and (match := pattern.match(tail)):
-            return endpoint, "/".join(match.groups())
-    return tail, name
+            return endpoint, urllib.parse.unquote("/".join(match.groups()))
+    return tail, urllib.parse.unquote(name)
 
 
 def find_handler(site: Site, exchange: Exchange) -> Handler:
@@ -10464,8 +10464,7 @@ def find_handler(site: Site, exchange: Exchange) -> Handler:
         NotFound, MethodNotAllowed, Unauthorized, RateLimited.
     """
     request = exchange.request
-    endpoint, name = find_endpoint(request.path)
-    exchange.name_in_path = urllib.parse.unquote(name)
+    endpoint, exchange.name_in_path = find_endpoint(request.path)
     methods = ROUTES.get(endpoint)
     if endpoint in NOT_SERVED:
         raise NotFound(
