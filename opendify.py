@@ -5617,7 +5617,7 @@ def plan_turn(
     added = said if ask.is_all_new and not is_new else []  # the conversation lacks it
     if tail is None:
         folded = len(said) if app.history_variable else 0
-        tail = Tail(scope, chain=scope, folded=folded).extend(history)
+        tail = Tail(scope, chain=scope, folded=folded)
     elsewhere = () if added else _only_in_input(history, tail)
     context = [*opening, *history[len(elsewhere) :]]
     if not is_new:
@@ -5626,14 +5626,15 @@ def plan_turn(
         between = [m for m in history if m.role == "system"]
         again = _opening(MUST_CALL if MUST_CALL in system else "")  # said each time
         context = [*(again if is_told else opening + between), *added]
-    carried, files = _with_room(history if is_new else added, new, has_room)
+    lacked = history if is_new else added  # by the conversation
+    carried, files = _with_room(lacked, new, has_room)
     inputs = {**ask.inputs, **_own_inputs(app, ask.system, fold(elsewhere, carried))}
     alone = ask.system if is_new or ask.system.strip() else _NEXT
     query = _query(ask, context, new, carried) if ask.messages else alone
     # Nobody can tell how a client shows an answer that was continued, or a title.
     if not new or is_side_request(ask):
         tail = tail._replace(is_known=False)
-    return Plan(query or " ", inputs, tuple(files), tail, ask, (*added, *new))
+    return Plan(query or " ", inputs, tuple(files), tail, ask, (*lacked, *new))
 
 
 def _own_inputs(app: AppSettings, system: str, history: str) -> dict[str, str]:
@@ -5663,7 +5664,7 @@ def _only_in_input(history: tuple[Message, ...], tail: Tail) -> tuple[Message, .
     """The messages that Dify does not remember: they are an input of every turn."""
     if not tail.folded:
         return ()
-    at, remembered = len(history), tail.length - tail.folded
+    at, remembered = len(history), max(0, tail.length - tail.folded)
     while at and remembered:
         at -= 1
         remembered -= history[at].role != "system"
