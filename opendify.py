@@ -5282,10 +5282,18 @@ class ResponseStream:
         return b""
 
     def fail(self, error: ProxyError) -> bytes:
-        """The end of a stream that can't be finished; open items stay open."""
+        """The end of a stream that can't be finished; open items stay open.
+
+        It is told twice, as OpenAI does: without the first event AI SDK 5 and Pydantic
+        AI take the text for all of the answer, without the second Codex knows no end.
+        """
         begun = b"" if self.response else self.begin({})
         details = {"code": _failure_code(error), "message": error.message}
-        return begun + self._lifecycle("failed", error=details)
+        nested = {**error_body(error)["error"], **details}
+        number = next(self._numbers)
+        event = {**nested, "type": "error", "sequence_number": number, "error": nested}
+        told = encode_event(json_bytes(event), "error")
+        return begun + told + self._lifecycle("failed", error=details)
 
     def _finish(self) -> bytes:
         cause = _CAUSES.get(self.summary.finish_reason)

@@ -136,7 +136,7 @@ def _check_tool_calls(deltas: Sequence[dict[str, Any]]) -> None:
 # Responses...
 
 _TERMINAL = ("response.completed", "response.incomplete", "response.failed")
-_LIFECYCLE = ("response.created", "response.in_progress", *_TERMINAL)
+_LIFECYCLE = ("response.created", "response.in_progress", "error", *_TERMINAL)
 
 # What stands between an item's `added` and `done`: the event that opens its one part,
 # the deltas, their end with the key of the whole, and the end of the part.
@@ -157,12 +157,12 @@ def check_responses_stream(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Check the events of a Responses stream for shape and order.
 
     Every event fits its schema and has the next sequence_number. `created` comes first
-    and once, `in_progress` after it, one terminal event last; all tell of the same
-    response. Items are added at indexes 0, 1, 2 …, under ids of their own; each goes
-    from added through its parts and deltas to done, deltas joined are the whole, and
-    the response at the end has every item as it was done. Of the items only reasoning
-    comes while another one, the message, is open. In a failed stream items may stay
-    open.
+    and once, `in_progress` after it, one terminal event last, after an `error` if it
+    is a failure; all tell of the same response. Items are added at indexes 0, 1, 2 …,
+    under ids of their own; each goes from added through its parts and deltas to done,
+    deltas joined are the whole, and the response at the end has every item as it was
+    done. Of the items only reasoning comes while another one, the message, is open. In
+    a failed stream items may stay open.
 
     Returns:
         The response of the terminal event.
@@ -199,6 +199,9 @@ def _check_lifecycle(events: Sequence[dict[str, Any]]) -> None:
     assert types[-1] in _TERMINAL, f"no terminal event at the end: {events[-1]}"
     for event in events[:-1]:
         assert event["type"] not in _TERMINAL, f"ended too early: {event}"
+    errors = [at for at, name in enumerate(types) if name == "error"]
+    has_failed = types[-1] == "response.failed"
+    assert errors == ([len(types) - 2] if has_failed else []), types
     responses = [event["response"] for event in events if "response" in event]
     for response in responses:
         for constant in ("id", "created_at", "model"):

@@ -789,6 +789,11 @@ def test_failed_stream(error: ProxyError, code: str) -> None:
     events, end = streamed(Reasoning("a"), Text("Hi"), error=error)
     assert events[-1]["type"] == "response.failed"
     assert end["error"] == {"code": code, "message": "x"}
+    flat = {"code": code, "message": "x", "param": None}
+    number = len(events) - 2
+    about = {"type": "error", "sequence_number": number, "error": events[-2]["error"]}
+    assert events[-2] == {**flat, **about}
+    assert events[-2]["error"] == {**flat, "type": error.type}
     assert [item.get("status") for item in end["output"]] == [None, "incomplete"]
     assert end["output"][1]["content"][0]["text"] == "Hi"
 
@@ -816,6 +821,7 @@ def test_stream_that_fails_before_it_begins() -> None:
     assert [event["type"] for event in events] == [
         "response.created",
         "response.in_progress",
+        "error",
         "response.failed",
     ]
     assert open_place(SEALER, end["id"]) is None
