@@ -5622,19 +5622,18 @@ def plan_turn(
     if tail and tail.folded and not (app.history_variable or ask.conversation_id):
         tail = None  # its beginning went into an input that is gone
     is_new, said = tail is None, [m for m in history if m.role != "system"]
-    added = said if ask.is_all_new and not is_new else []  # the conversation lacks it
+    lacked: Messages = said if ask.is_all_new else ()  # by the conversation
     if tail is None:
         folded = len(said) if app.history_variable else 0
-        tail = Tail(scope, chain=scope, folded=folded)
-    elsewhere = () if added else _only_in_input(history, tail)
+        tail, lacked = Tail(scope, chain=scope, folded=folded), history
+    elsewhere = _only_in_input(history, tail) if is_new or not lacked else ()
     context = [*opening, *history[len(elsewhere) :]]
     if not is_new:
         part = _WITHIN if app.system_variable else _SYSTEM
         is_told = _told_hashes(scope, ask, history)[part] == tail.told[part]
         between = [m for m in history if m.role == "system"]
         again = _opening(MUST_CALL if MUST_CALL in system else "")  # said each time
-        context = [*(again if is_told else opening + between), *added]
-    lacked = history if is_new else added  # by the conversation
+        context = [*(again if is_told else opening + between), *lacked]
     carried, files = _with_room(lacked, new, has_room)
     inputs = {**ask.inputs, **_own_inputs(app, ask.system, fold(elsewhere, carried))}
     alone = ask.system if is_new or ask.system.strip() else _NEXT

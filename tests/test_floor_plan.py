@@ -26,19 +26,19 @@ BUDGETS = {
     "Dify": 843,
     "Ids": 64,
     "OpenAI": 755,
-    "Responses": 417,
+    "Responses": 421,
     "Conversations": 404,
     "Pacer": 130,
     "Wire": 516,
     "Upstream": 725,
-    "Answers": 617,
-    "Handlers": 1036,
-    "Server": 289,
+    "Answers": 616,
+    "Handlers": 1033,
+    "Server": 288,
     "Page": 262,
     "Command line": 443,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7851
+WHOLE_BUDGET = 7849
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

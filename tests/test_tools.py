@@ -600,8 +600,9 @@ async def test_result_of_a_function_comes_with_its_history() -> None:
 
 async def test_calls_of_answers_without_ids_have_different_ones() -> None:
     """A conversation that has both could not tell what their results answer."""
-    events = [{"event": "message", "answer": OSLO}, END]
-    async with proxy([fake.Send(b"".join(map(fake.encode_event, events)))]) as served:
+    events: list[dict[str, Any]] = [{"event": "message", "answer": OSLO}, END]
+    body = b"".join([fake.encode_event(event) for event in events])
+    async with proxy([fake.Send(body)]) as served:
         calls = [(await served.chat(tools=TOOLS)).message for _ in range(2)]
     first, second = (call["tool_calls"][0]["id"] for call in calls)
     assert first != second
