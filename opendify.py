@@ -2355,8 +2355,7 @@ def _problem_beside(rules: Json, file: Attachment) -> str:
     kinds, extensions = _allowed(rules)
     kinds = kinds or ("image",)
     if not _kind_among(file, kinds, extensions):
-        kind = file_kind(file)
-        return f"the app takes files of type {', '.join(kinds)}, not {kind}"
+        return f"the app takes files of type {', '.join(kinds)}, not {file_kind(file)}"
     methods = _texts(rules.get("allowed_file_upload_methods"))
     methods = methods or _texts(rules.get("transfer_methods"))
     method = "remote_url" if file.url and not file.upload_id else "local_file"
@@ -2383,11 +2382,14 @@ def place_files(
     inputs: dict[str, Any] = {}
     for input_ in form.inputs:
         if input_.type in ("file", "file-list") and input_.variable not in given:
-            kinds = [_kind_among(f, input_.kinds, input_.extensions) for f in rest]
-            fit = [n for n, kind in enumerate(kinds) if kind]
-            fit = fit[:1] if input_.type == "file" else fit
-            placed, taken = [_file_mapping(rest[n], kinds[n]) for n in fit], set(fit)
-            rest = [file for n, file in enumerate(rest) if n not in taken]
+            placed: list[dict[str, str]] = []
+            waiting, rest = rest, []
+            for file in waiting:
+                kind = _kind_among(file, input_.kinds, input_.extensions)
+                if kind and not (placed and input_.type == "file"):
+                    placed.append(_file_mapping(file, kind))
+                else:
+                    rest.append(file)
             if placed:
                 inputs[input_.variable] = placed[0] if input_.type == "file" else placed
     return inputs, rest
@@ -3692,13 +3694,12 @@ def parse_chat_request(body: Json) -> ChatRequest:
         BadRequest: a required field is missing, or one has the wrong type.
     """
     ask, stream = parse_ask(body), parse_stream(body)
-    options = object_of(body.get("stream_options"))
+    include_usage = bool(object_of(body.get("stream_options")).get("include_usage"))
     system, messages = _parse_messages(body.get("messages"))
     stops = _parse_stops(body.get("stop"))
     n = _parse_n(body.get("n"))
     voice = _parse_spoken(body, n)
     ask = ask._replace(system=system, messages=messages, stops=stops, voice=voice)
-    include_usage = bool(options.get("include_usage"))
     return ChatRequest(ask, stream, include_usage, n, _is_legacy(body))
 
 

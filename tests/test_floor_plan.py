@@ -23,9 +23,9 @@ BUDGETS = {
     "JSON": 88,
     "Turn": 145,
     "Calls": 692,
-    "Dify": 843,
+    "Dify": 845,
     "Ids": 64,
-    "OpenAI": 755,
+    "OpenAI": 754,
     "Responses": 421,
     "Conversations": 404,
     "Pacer": 130,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 443,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7849
+WHOLE_BUDGET = 7850
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
