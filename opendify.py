@@ -4408,11 +4408,16 @@ class Answer:
         """What the model thought, "" if nothing."""
         return "".join([part.text for part in self._reasonings])
 
-    def add(self, part: Part) -> None:
-        """Take the next part in; raises the error of a Failure."""
-        if isinstance(part, Text):  # nearly always
-            self._texts.append(part.text)
-        elif isinstance(part, Media):
+    def add(self, parts: Iterable[Part]) -> None:
+        """Take the next parts in; raises the error of a Failure."""
+        for part in parts:
+            if isinstance(part, Text):  # nearly always
+                self._texts.append(part.text)
+            else:
+                self._add_other(part)
+
+    def _add_other(self, part: Part) -> None:
+        if isinstance(part, Media):
             self._texts.append(media_text(part, is_first=not self.text))
         elif isinstance(part, Reasoning):
             self._reasonings.append(part)
@@ -4435,7 +4440,7 @@ class Answer:
             apart = "\n\n" if self._reasonings else ""
             self._reasonings.append(Reasoning(apart + reasoning, is_inline=True))
 
-    def _add_beside(self, part: ToolCall | Sound | Citations | Usage | Finish) -> None:
+    def _add_beside(self, part: Part) -> None:
         if isinstance(part, ToolCall):
             self.calls.append(part)
         elif isinstance(part, Sound):
@@ -4444,7 +4449,7 @@ class Answer:
             self.citations = part.resources
         elif isinstance(part, Usage):
             self.usage = part
-        else:
+        elif isinstance(part, Finish):
             self.finish_reason = part.reason
 
 
@@ -4584,7 +4589,7 @@ class ChatStream:
             return self._text % json_string(part.text)
         if isinstance(part, Reasoning):
             return self._reasoning % json_string(part.text)
-        self.summary.add(part)
+        self.summary.add([part])
         if isinstance(part, ToolCall):
             return self._call(part)
         if isinstance(part, Finish):
@@ -5275,7 +5280,7 @@ class ResponseStream:
         if isinstance(part, (Text, Reasoning)):
             shape = _MESSAGE_SHAPE if isinstance(part, Text) else _REASONING_SHAPE
             return self._write(shape, part.text) if part.text else b""
-        self.summary.add(part)
+        self.summary.add([part])
         return self._finish() if isinstance(part, Finish) else b""
 
     def end(self, usage: Usage) -> bytes:
@@ -8593,8 +8598,7 @@ class Collector(Answer):
 
     def put(self, parts: Sequence[Part]) -> None:
         """Take parts in; raises the error of a Failure."""
-        for part in parts:
-            self.add(part)
+        self.add(parts)
         if self._exchange.first_text_at is None and self.text:
             self._exchange.first_text_at = asyncio.get_running_loop().time()
 
@@ -8697,8 +8701,7 @@ class Reading:
     def _judge(self) -> None:
         """The answer is over: will it do? Beside a call no JSON is needed."""
         answer = Answer()  # it knows what was reasoning after all, calls too
-        for part in self._held:
-            answer.add(part)
+        answer.add(self._held)
         has_call = bool(answer.calls) if self._holds_all else self._has_call
         if self._ask.tool_mode == "required" and not has_call:
             names = ", ".join(tool.name for tool in self._ask.tools)
@@ -9348,9 +9351,7 @@ def _stored_answer(turn: StoredTurn, tools: Iterable[Tool] = ()) -> Answer:
     if reading.problem:  # it is no call, or not the JSON: it stays as it is
         told = ask._replace(output=OutputFormat(), tool_mode="auto")
         return _stored_answer(turn._replace(told=told))
-    for part in parts:
-        if not isinstance(part, Failure):
-            answer.add(part)
+    answer.add(part for part in parts if not isinstance(part, Failure))
     return answer
 
 
@@ -11681,8 +11682,7 @@ async def _ask(dify: Dify, app: AppSettings, mode: str, variable: str) -> str:
     try:
         until = started_at + ASK_S
         while parts := await asyncio.wait_for(stream.read(), until - time.monotonic()):
-            for part in parts:
-                answer.add(part)
+            answer.add(parts)
     except asyncio.TimeoutError:
         raise UpstreamTimeout(f"There is no whole answer after {ASK_S:g} s.") from None
     finally:

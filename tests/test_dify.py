@@ -67,9 +67,8 @@ def parts_of(row: Expected) -> tuple[list[Part], AnswerReader]:
 def joined(parts: list[Part], kind: type[Text] | type[Reasoning]) -> str:
     """All text of one kind, as a whole answer has it."""
     whole = Answer()
-    for part in parts:
-        if isinstance(part, (Text, Reasoning, Recast, Replace)):
-            whole.add(part)
+    kinds = (Text, Reasoning, Recast, Replace)
+    whole.add(part for part in parts if isinstance(part, kinds))
     return whole.text if kind is Text else whole.reasoning
 
 

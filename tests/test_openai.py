@@ -865,8 +865,7 @@ def test_calls_do_not_hide_that_an_answer_was_cut(reason: str) -> None:
     last = events(streamed(*parts))[-1]["choices"][0]
     assert last["finish_reason"] == reason
     whole = Answer()
-    for part in parts:
-        whole.add(part)
+    whole.add(parts)
     (choice,) = opendify.chat_completion(ENVELOPE, [whole], {})["choices"]
     assert choice["finish_reason"] == reason
 
@@ -965,8 +964,7 @@ def test_citations_without_a_url_are_no_annotations() -> None:
 def whole(*parts: Part, **ids: str) -> JSONObject:
     """Return the whole object that parts become, as it is sent."""
     answer = Answer()
-    for row in parts:
-        answer.add(row)
+    answer.add(parts)
     data = opendify.json_bytes(opendify.chat_completion(ENVELOPE, [answer], ids))
     value: JSONObject = json.loads(data)
     validate("CreateChatCompletionResponse", value)
@@ -1060,7 +1058,7 @@ def test_calls_are_withdrawn_with_their_text(withdrawing: Part) -> None:
 def test_failure_is_raised() -> None:
     error = UpstreamFailed("broken")
     with pytest.raises(UpstreamFailed) as caught:
-        Answer().add(Failure(error))
+        Answer().add([Failure(error)])
     assert caught.value is error
 
 

@@ -535,8 +535,7 @@ def streamed(
 def whole(*parts: Part, body: JSONObject | None = None) -> JSONObject:
     """Return the whole object that parts become, as it is sent."""
     answer = Answer()
-    for part in parts:
-        answer.add(part)
+    answer.add(parts)
     frame = replace(frame_of(body), ids=IDS)
     data = opendify.json_bytes(response_object(frame, answer))
     value: JSONObject = json.loads(data)
@@ -1117,7 +1116,7 @@ def test_stored_response_is_the_same_as_when_it_was_streamed() -> None:
 
 def test_failed_response_as_an_object() -> None:
     answer = Answer()
-    answer.add(Text("A"))
+    answer.add([Text("A")])
     value = response_object(frame_of(), answer, error=UpstreamFailed("x"))
     validate("Response", value)
     assert (value["status"], value["error"]["code"]) == ("failed", "server_error")
