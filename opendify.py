@@ -5044,9 +5044,13 @@ def response_object(
     return stream.response
 
 
+_TOLD = re.compile(r'\A<(message(?:-\d+)?) role="system">\n.*?\n</\1>\n\n?', re.DOTALL)
+
+
 def input_item(id_: str, message: Message) -> dict[str, Any]:
-    """A user's message as an item."""
-    content: list[dict[str, Any]] = [{"type": "input_text", "text": message.text}]
+    """A user's message as an item, without what the app was told before it."""
+    text = _TOLD.sub("", message.text)
+    content: list[dict[str, Any]] = [{"type": "input_text", "text": text}]
     for file in message.attachments:
         is_image = file.media_type.startswith("image/")
         image = {"type": "input_image", "image_url": file.url, "detail": "auto"}

@@ -456,6 +456,19 @@ async def test_stored_response_is_what_was_answered(stream: bool) -> None:
     assert item["content"] == [{"type": "input_text", "text": "Hi"}]
 
 
+async def test_shown_question_lacks_what_the_app_was_told() -> None:
+    """A client that shows it, and sends it back, goes on where it was."""
+    more: JSONObject = {"instructions": "Say </message>.", "tools": [WEATHER]}
+    async with proxy() as served:
+        one = await answer(served, "\nHi\n\nyou", **more)
+        items = await served.get(f"{PATH}/{one['id']}/input_items")
+        (item,) = items.json["data"]
+        back = [{key: item[key] for key in ("role", "content")}, *one["output"]]
+        two = await answer(served, [*back, user("More")], **more)
+    assert item["content"] == [{"type": "input_text", "text": "\nHi\n\nyou"}]
+    assert two["dify"]["conversation_id"] == one["dify"]["conversation_id"]
+
+
 async def test_stored_calls_are_those_of_the_answer() -> None:
     """The tools are told in the first turn only."""
     async with proxy(fake.chat_answer(f"Let me see.\n{CALL}")) as served:
