@@ -1038,6 +1038,35 @@ async def test_replaced_text_that_is_still_held_is_never_seen(stream: bool) -> N
     assert text == "He said nothing."
 
 
+@pytest.mark.parametrize(
+    ("answer", "shown"), [("Hello there", "Hello there"), ("Sorry.", "Hello")]
+)
+async def test_replaced_text_that_is_partly_out_gets_what_it_lacks(
+    answer: str, shown: str
+) -> None:
+    held = {"event": "message", "answer": LONG}
+    replaced = {"event": "message_replace", "answer": answer}
+    burst = b"".join(map(fake.encode_event, (held, replaced)))
+    script = [fake.message("Hello"), Sleep(1), Send(burst), *fake.chat_answer()]
+    async with proxy(script) as served:
+        got = await served.chat(stream=True)
+    assert "".join(got.deltas) == shown
+
+
+async def test_texts_of_one_read_are_known_though_they_are_not_paced() -> None:
+    """Their conversation goes on; and none that is empty makes a chunk."""
+    events = [{"event": "message", "answer": text} for text in ("b", "", "c")]
+    burst = Send(b"".join(map(fake.encode_event, events)))
+    script = [fake.message("a"), Sleep(1), burst, Sleep(1), *fake.chat_answer()]
+    async with proxy(script) as served:
+        got = await served.chat({"X-OpenDify-Smoothing": "off"}, stream=True)
+        contents = [delta_of(chunk).get("content") for chunk in got.chunks]
+        assert [text for text in contents if text is not None] == ["", "a", "b", "c"]
+        messages = [*HI, {"role": "assistant", "content": "abc"}, user("More")]
+        await served.chat(messages=messages)
+        assert served.turns[-1].json["query"] == "More"
+
+
 # ------------------------------------------------------------------------------
 # Errors
 # ------------------------------------------------------------------------------
