@@ -477,6 +477,12 @@ class Unauthorized(BadRequest):
     status = 401
 
 
+class KeysGuessed(BadRequest):
+    """Too many wrong keys came from there."""
+
+    status, type, code = 429, "requests", "rate_limit_exceeded"
+
+
 class Forbidden(BadRequest):
     """Not from here, or not for this key."""
 
@@ -9485,7 +9491,7 @@ class Site:
         matches = [hmac.compare_digest(given, known.encode()) for known in valid]
         is_shut = len(failures) >= MAX_KEY_FAILURES
         if is_shut and (peer, key) not in self._right_keys:
-            error = RateLimited("Too many wrong API keys from this address.")
+            error = KeysGuessed("Too many wrong API keys from this address.")
             error.headers.append(("Retry-After", f"{KEY_FAILURES_S:g}"))
             raise error
         if any(matches):
@@ -10477,7 +10483,7 @@ def find_handler(site: Site, exchange: Exchange) -> Handler:
     """The handler of a request.
 
     Raises:
-        NotFound, MethodNotAllowed, Unauthorized, RateLimited.
+        NotFound, MethodNotAllowed, Unauthorized, KeysGuessed.
     """
     request = exchange.request
     endpoint, exchange.name_in_path = find_endpoint(request.path)
@@ -10733,9 +10739,8 @@ class Server(Listener):
         kind = type(error)
         level = logging.WARNING if error.status >= 500 else logging.INFO
         log.log(level, "%s: %s id=%s", kind.__name__, error.message, exchange.id)
-        if issubclass(kind, (UpstreamFailed, UpstreamTimeout, RateLimited)):
-            code = kind.code or "error"  # its own may be any text of Dify's
-            self._site.metrics.count("opendify_upstream_errors_total", kind=code)
+        if issubclass(kind, _UPSTREAM_ERRORS):  # their own code may be any text of Dify's
+            self._site.metrics.count("opendify_upstream_errors_total", kind=kind.code)
         if not reply.status:
             send_json(reply, error_body(error), error_headers(error), error.status)
         elif exchange.fail and not reply.is_complete:
@@ -10771,6 +10776,7 @@ def _slow_request() -> ProxyError:
     return RequestTimeout("The request took too long to arrive.")
 
 
+_UPSTREAM_ERRORS = (UpstreamFailed, UpstreamTimeout, RateLimited, QuotaExceeded)
 # After these nobody knows where the next request begins, or none is to follow.
 _LAST_ERRORS = (MalformedHTTP, HeadTooLarge, RequestTimeout, Overloaded)
 

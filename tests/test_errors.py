@@ -33,6 +33,7 @@ TABLE = [
         None,  # a wrong key has a code, see `Site.check_key`
         (("WWW-Authenticate", "Bearer"),),
     ),
+    Row(opendify.KeysGuessed, 429, "requests", "rate_limit_exceeded", (LATER,)),
     Row(opendify.Forbidden, 403, INVALID, "permission_denied"),
     Row(opendify.NotFound, 404, INVALID, "unknown_url"),
     Row(opendify.IdNotFound, 404, INVALID, None),
@@ -114,6 +115,7 @@ def test_table_has_every_class_of_the_file() -> None:
 def test_server_errors_never_blame_the_request() -> None:
     blamed = {row.error for row in TABLE if row.type == INVALID}
     assert {row.error for row in TABLE if row.status < 500} - blamed == {
+        opendify.KeysGuessed,
         opendify.RateLimited,
         opendify.QuotaExceeded,
     }

@@ -40,8 +40,8 @@ from opendify import (
     WRITE_TIMEOUT_S,
     Dify,
     Exchange,
+    KeysGuessed,
     Listener,
-    RateLimited,
     Reply,
     Request,
     Server,
@@ -1060,7 +1060,7 @@ async def test_address_that_guesses_keys_has_to_wait() -> None:
             exchange.request = request
             try:
                 find_handler(site, exchange)
-            except (Unauthorized, RateLimited) as error:
+            except (Unauthorized, KeysGuessed) as error:
                 if error.status == 429:
                     assert error.headers == [("Retry-After", "60")]
                 return error.status
@@ -1089,7 +1089,7 @@ async def test_key_that_is_withdrawn_fails_without_being_counted_for_ever() -> N
             with pytest.raises(Unauthorized):
                 site.check_key("key-one", "203.0.113.7")
         assert len(site._key_failures["203.0.113.7"]) == MAX_KEY_FAILURES
-        with pytest.raises(RateLimited):
+        with pytest.raises(KeysGuessed):
             site.check_key("wrong", "203.0.113.7")
 
 

@@ -37,6 +37,7 @@ from fake_dify import (
 from test_faults import understand
 from test_upstream import HEAD, chunk, event, raw_server, read_request
 
+import opendify
 from opendify import (
     DRAIN_S,
     Dify,
@@ -303,6 +304,40 @@ async def test_codes_of_dify_make_no_metrics() -> None:
             await ask(front.port)
         samples = samples_of(await talk(front.port, get("/metrics")))
     assert samples['opendify_upstream_errors_total{kind="upstream_error"}'] == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "kind"),
+    [
+        (400, "no", None),  # the request's fault
+        (400, "Too many requests", "rate_limit_exceeded"),
+        (400, "insufficient_quota", "insufficient_quota"),
+        (504, "<html>", "upstream_timeout"),
+    ],
+)
+async def test_errors_of_dify_are_counted(
+    status: int, text: str, kind: str | None
+) -> None:
+    async with FakeDify() as dify, proxying(dify.base) as front:
+        dify.app(KEY, script=[Status(status, {"code": "x", "message": text})])
+        await ask(front.port)
+        samples = samples_of(await talk(front.port, get("/metrics")))
+    counted = {name for name in samples if name.startswith("opendify_upstream_err")}
+    expected = {f'opendify_upstream_errors_total{{kind="{kind}"}}'} if kind else set()
+    assert counted == expected
+
+
+async def test_guessed_keys_are_no_errors_of_dify(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(opendify.Wire, "peer", "203.0.113.7")
+    right, wrong = (f"Authorization: Bearer sk-{n}" for n in (1, 2))
+    async with FakeDify() as dify, proxying(dify.base, VALID_API_KEYS="sk-1") as front:
+        await talk(front.port, get("/metrics", right))
+        told = [await talk(front.port, get("/v1/models", wrong)) for _ in range(21)]
+        samples = samples_of(await talk(front.port, get("/metrics", right)))
+    assert [status_of(data) for data in told] == [401] * 20 + [429]
+    assert not any("upstream_errors" in name for name in samples)
 
 
 def test_large_counters_are_exact() -> None:
