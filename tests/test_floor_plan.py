@@ -33,12 +33,12 @@ BUDGETS = {
     "Upstream": 725,
     "Answers": 616,
     "Handlers": 1031,
-    "Server": 288,
+    "Server": 290,
     "Page": 262,
     "Command line": 442,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7855
+WHOLE_BUDGET = 7857
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
