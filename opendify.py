@@ -8905,10 +8905,8 @@ class Turns:
             await exchange.reply.drain()
             if sink.has_begun and reading.is_plain:
                 turn.stream.carry_by(carry)
-            if reading.is_cut:  # the rest is not needed
-                turn.stream.is_given_up = True
-                break
-            parts = await turn.stream.read()
+            turn.stream.is_given_up = reading.is_cut
+            parts = [] if reading.is_cut else await turn.stream.read()
         if not reading.problem:
             await sink.finish()
 
