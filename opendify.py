@@ -8861,7 +8861,7 @@ class Turns:
 
     async def _run_once(self, question: Question, sink: Outlet | Collector) -> Reading:
         """Ask, and carry the answer to the sink; the reading says if it will do."""
-        exchange, joins = question.exchange, question.joins
+        exchange = question.exchange
         turn = await self._open_turn(question)
         reader = turn.stream.reader
         seed = reader.message_id or reader.workflow_run_id or exchange.id
@@ -8872,16 +8872,16 @@ class Turns:
             with WhilePresent(exchange):
                 await self._pass_on(exchange, turn, sink, reading)
             will_do = not (reading.problem or reading.is_short or sink.is_behind)
-            can_go_on = reader.is_as_sent and joins and will_do
+            can_go_on = reader.is_as_sent and will_do
         except (asyncio.CancelledError, ConnectionBroken):
             sink.close()  # nobody reads any more
-            has_all = was_there and joins and not sink.is_behind
+            has_all = was_there and not sink.is_behind
             has_all &= reading.has_given_all(sink.text)
             can_go_on = await turn.stream.end() and has_all
             raise
         finally:
             turn.stream.close()
-            self._settle(turn, sink, can_go_on=can_go_on)
+            self._settle(turn, sink, can_go_on=can_go_on and question.joins)
         return reading
 
     async def _pass_on(
