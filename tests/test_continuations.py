@@ -1308,6 +1308,20 @@ async def test_history_variable_is_sent_again_where_a_conversation_is_named() ->
             assert served.turns[-1].json["inputs"] == {}
 
 
+@pytest.mark.parametrize(
+    ("config", "is_named"), [({}, True), ({"history_variable": "past"}, False)]
+)
+async def test_history_is_not_asked_for_where_it_is_no_input_or_is_shown(
+    config: JSONObject, is_named: bool
+) -> None:
+    async with site(config=config) as served:
+        client = Client(served)
+        (own,) = await client.chat("one")
+        before = len(served.dify.requests)
+        await client.say("two", **({"conversation_id": own} if is_named else {}))
+        assert len(served.dify.requests) == before + 1
+
+
 async def test_named_conversation_that_is_lost_is_told_before_a_turn_is_sent() -> None:
     """A chatflow of Dify 1.13 says nothing to it, for minutes."""
     async with site(config={"history_variable": "past"}, memory=True) as served:
