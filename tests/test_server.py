@@ -1344,6 +1344,22 @@ async def test_log_line_of_a_turn(
     ]
 
 
+async def test_log_counts_no_text_that_came_due_after_the_client_had_left(
+    serving: Serving, access_log: Callable[[], list[str]]
+) -> None:
+    async with FakeDify() as fake, serving(fake.base, STREAM_MAX_LAG="5") as world:
+        fake.app(KEY, script=[message("word " * 99), Hang()], stoppable=False)
+        client = await world.connect()
+        client.send(chat({**ASKS, "stream": True}))
+        await client.reader.readuntil(b"word")
+        client.close()
+        await fake.until(lambda: not fake.running)
+        await fake.until(access_log)
+    (line,) = access_log()
+    (chars,) = map(int, re.findall(r"chars=(\d+) client-left", line))
+    assert chars < 99
+
+
 async def test_log_never_holds_keys_or_texts(
     serving: Serving, caplog: pytest.LogCaptureFixture
 ) -> None:
