@@ -31,19 +31,19 @@ BUDGETS = {
     "Pacer": 130,
     "Wire": 516,
     "Upstream": 725,
-    "Answers": 616,
+    "Answers": 614,
     "Handlers": 1031,
     "Server": 290,
     "Page": 262,
     "Command line": 442,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7857
+WHOLE_BUDGET = 7855
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
     "AnswerReader": 160,
-    "Turns": 159,
+    "Turns": 157,
     "Wire": 192,
 }
 
