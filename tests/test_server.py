@@ -643,6 +643,20 @@ async def test_page_can_read_a_missing_key(serving: Serving) -> None:
 # ------------------------------------------------------------------------------
 
 
+async def test_connection_goes_on_after_an_answer_that_took_minutes(
+    serving: Serving,
+) -> None:
+    """No deadline is left of the request's body, which was there long ago."""
+    async with serving() as world:
+        client = await world.connect()
+        client.send(request("/t/wait", method="POST", body=b"x"))
+        await world.stage.entered.wait()
+        await asyncio.sleep(3 * BODY_TIMEOUT_S)
+        world.stage.gate.set()
+        assert (await client.read()).status == 200
+        assert (await client.ask("/health")).status == 200
+
+
 async def test_head_that_is_slow_is_refused_in_time(serving: Serving) -> None:
     async with serving() as world:
         client = await world.connect()
