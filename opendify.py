@@ -9952,7 +9952,7 @@ async def delete_conversation_item(site: Site, exchange: Exchange) -> Json:
 async def _items_of(
     site: Site, exchange: Exchange, named: NamedConversation
 ) -> list[dict[str, Any]]:
-    """What Dify has of a conversation, and what awaits a turn."""
+    """What Dify has of a conversation, and what awaits a turn, each id once."""
     items: list[dict[str, Any]] = []
     id_ = named.conversation_id
     app = (await site.models()).get(named.model) if id_ else None
@@ -9964,7 +9964,8 @@ async def _items_of(
             frame = _frame(turn, named.model, sealer, named.user)
             items.append(input_item(frame.id("msg_", "in"), turn.question))
             items += _as_response(frame, turn)["output"]
-    return [*items, *named.items]
+    known = {item["id"] for item in items}  # a waiting item may name one of these
+    return [*items, *(item for item in named.items if item["id"] not in known)]
 
 
 def _with_items(site: Site, body: Json, kept: Sequence[Any]) -> tuple[Any, ...]:

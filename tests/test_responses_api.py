@@ -1383,6 +1383,20 @@ async def test_item_with_nulls_can_be_paged_past() -> None:
     assert [item["content"][0]["text"] for item in rest["data"]] == ["Two"]
 
 
+@pytest.mark.parametrize("order", ["asc", "desc"])
+async def test_items_can_be_paged_when_one_is_named_again(order: str) -> None:
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        await answer(served, "One", conversation=made["id"])
+        path = f"{CONVERSATIONS}/{made['id']}/items"
+        before = (await served.get(f"{path}?order={order}")).json["data"]
+        await post(served, path, {"items": [reference(item) for item in before]})
+        first = (await served.get(f"{path}?order={order}&limit=1")).json
+        after = f"order={order}&after={first['last_id']}"
+        rest = (await served.get(f"{path}?{after}")).json
+    assert [*first["data"], *rest["data"]] == before
+
+
 async def test_conversation_survives_in_the_file(tmp_path: Any) -> None:
     variables = {"CONVERSATION_STORE": str(tmp_path / "c.sqlite")}
     async with replicas(variables) as (first, second):
