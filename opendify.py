@@ -10738,9 +10738,7 @@ class Server(Listener):
         kind = type(error)
         level = logging.WARNING if error.status >= 500 else logging.INFO
         log.log(level, "%s: %s id=%s", kind.__name__, error.message, exchange.id)
-        if issubclass(
-            kind, _UPSTREAM_ERRORS
-        ):  # their own code may be any text of Dify's
+        if issubclass(kind, _UPSTREAM_ERRORS):  # an error's own code may be any text
             self._site.metrics.count("opendify_upstream_errors_total", kind=kind.code)
         if not reply.status:
             send_json(reply, error_body(error), error_headers(error), error.status)

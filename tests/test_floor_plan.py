@@ -33,12 +33,12 @@ BUDGETS = {
     "Upstream": 725,
     "Answers": 614,
     "Handlers": 1032,
-    "Server": 290,
+    "Server": 288,
     "Page": 262,
     "Command line": 442,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7856
+WHOLE_BUDGET = 7854
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
