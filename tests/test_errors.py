@@ -48,6 +48,7 @@ TABLE = [
     Row(opendify.WrongMode, 400, INVALID, None),
     Row(opendify.MissingInput, 400, INVALID, None),
     Row(opendify.ConversationGone, 404, INVALID, "not_found"),
+    Row(opendify.PreviousGone, 400, INVALID, "previous_response_not_found"),
     Row(opendify.PromptTooLong, 400, INVALID, "context_length_exceeded"),
     Row(opendify.ContentRefused, 400, INVALID, "content_policy_violation"),
     Row(opendify.RateLimited, 429, "requests", "rate_limit_exceeded", (LATER,)),

@@ -330,7 +330,13 @@ async def test_errors_of_dify_are_counted(
 async def test_guessed_keys_are_no_errors_of_dify(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(opendify.Wire, "peer", "203.0.113.7")
+    connection_made = opendify.Wire.connection_made
+
+    def made_from_afar(wire: opendify.Wire, transport: asyncio.BaseTransport) -> None:
+        connection_made(wire, transport)
+        wire.peer = "203.0.113.7"
+
+    monkeypatch.setattr(opendify.Wire, "connection_made", made_from_afar)
     right, wrong = (f"Authorization: Bearer sk-{n}" for n in (1, 2))
     async with FakeDify() as dify, proxying(dify.base, VALID_API_KEYS="sk-1") as front:
         await talk(front.port, get("/metrics", right))
