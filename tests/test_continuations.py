@@ -388,11 +388,15 @@ async def test_client_that_sends_its_last_messages_continues(
         assert len(served.dify.conversations) == 1
 
 
+def with_file(dify: FakeDify, folder: Path) -> tuple[Site, opendify.Settings]:
+    """Return a site, and settings under which its table survives a restart."""
+    store = str(folder / "conversations.db")
+    return Site(dify, "chat"), settings_of(dify, "chat", CONVERSATION_STORE=store)
+
+
 async def test_conversation_goes_on_after_a_restart(tmp_path: Path) -> None:
     async with FakeDify() as dify:
-        served = Site(dify, "chat")
-        store = str(tmp_path / "conversations.db")
-        options = settings_of(dify, "chat", CONVERSATION_STORE=store)
+        served, options = with_file(dify, tmp_path)
         client, window = Client(served), Client(served, window=4)
         for number in range(4):
             async with served.serve(options):
@@ -414,9 +418,7 @@ async def test_history_is_folded_after_a_restart_without_a_file() -> None:
 
 async def test_turn_that_a_restart_cut_is_not_continued(tmp_path: Path) -> None:
     async with FakeDify() as dify:
-        served = Site(dify, "chat")
-        store = str(tmp_path / "conversations.db")
-        options = settings_of(dify, "chat", CONVERSATION_STORE=store)
+        served, options = with_file(dify, tmp_path)
         client = Client(served)
         async with served.serve(options) as proxy:
             await client.chat("one")
@@ -436,9 +438,7 @@ async def test_question_that_a_restart_cut_is_not_put_to_the_same_conversation(
 ) -> None:
     """Dify may remember it, though it has not begun to answer."""
     async with FakeDify() as dify:
-        served = Site(dify, "chat")
-        store = str(tmp_path / "conversations.db")
-        options = settings_of(dify, "chat", CONVERSATION_STORE=store)
+        served, options = with_file(dify, tmp_path)
         client = Client(served)
         async with served.serve(options) as proxy:
             await client.chat("one")

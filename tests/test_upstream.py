@@ -303,36 +303,33 @@ async def test_answer_without_a_length_has_an_end(
         assert now() == 0
 
 
-async def test_idle_connection_is_closed_when_dify_ends_it() -> None:
+@pytest.mark.parametrize(
+    ("last", "seconds"),
+    [
+        pytest.param(lambda writer: writer.write_eof(), 0.2, id="dify-ends-it"),
+        pytest.param(
+            lambda writer: writer.write(b"\r\n"),  # as some servers do behind a body
+            IDLE_CONNECTION_S + 1,
+            id="stray-bytes",
+        ),
+    ],
+)
+async def test_idle_connection_is_closed(
+    last: Callable[[asyncio.StreamWriter], None], seconds: float
+) -> None:
     ended = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)
         writer.write(json_answer({}))
         await asyncio.sleep(0.1)
-        writer.write_eof()
+        last(writer)
         await reader.read()
         ended.set()
 
     async with raw_server(serve) as base, client(base) as (dify, app):
         await dify.api.call(app, "/info")
-        await asyncio.wait_for(ended.wait(), 0.2)
-
-
-async def test_idle_connection_with_stray_bytes_is_closed_in_time() -> None:
-    ended = asyncio.Event()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_request(reader)
-        writer.write(json_answer({}))
-        await asyncio.sleep(0.1)
-        writer.write(b"\r\n")  # as some servers do behind a body
-        await reader.read()
-        ended.set()
-
-    async with raw_server(serve) as base, client(base) as (dify, app):
-        await dify.api.call(app, "/info")
-        await asyncio.wait_for(ended.wait(), IDLE_CONNECTION_S + 1)
+        await asyncio.wait_for(ended.wait(), seconds)
 
 
 @pytest.mark.parametrize(
