@@ -4733,7 +4733,7 @@ _DONE = b"data: [DONE]\n\n"
 
 
 def _usage_of(answers: Iterable[Answer]) -> dict[str, Any]:
-    return _usage_object(functools.reduce(operator.add, [a.usage for a in answers]))
+    return _usage_object(sum((answer.usage for answer in answers), NO_USAGE))
 
 
 def _usage_object(usage: Usage) -> dict[str, Any]:
@@ -5532,8 +5532,8 @@ class Plan(NamedTuple):
         """
         tail, ask = self.tail, self.ask
         told = _told_hashes(tail.scope, ask, ask.messages, tail.told)
-        more = {"conversation_id": conversation_id, "told": told}
-        return tail.extend([*self.new, answer], **more)
+        said = [*self.new, answer]
+        return tail.extend(said, conversation_id=conversation_id, told=told)
 
 
 @functools.lru_cache(maxsize=256)
@@ -10302,7 +10302,7 @@ async def get_file_content(site: Site, exchange: Exchange) -> None:
     upload_id = urllib.parse.quote(stored.upload_id, safe="")
     path = f"/files/{upload_id}/preview?{query}"
     with WhilePresent(exchange):
-        missing = IdNotFound(f"No such File object: {stored.name:.80}. {_NO_CONTENT}")
+        missing = _no_such_file(stored.name, _NO_CONTENT)
         response = await site.dify.fetch_file(app, path, b"", missing)
         name = urllib.parse.quote(stored.name, safe="")
         # As an attachment: a page that somebody uploaded must not be one of here.
@@ -10369,7 +10369,11 @@ async def _file_of(
         if stored := open_file(id_, site.sealer(exchange, app)):
             exchange.model = exchange.model or model
             return app, stored
-    raise IdNotFound(f"No such File object: {id_:.80}. {_NO_FILE}")
+    raise _no_such_file(id_, _NO_FILE)
+
+
+def _no_such_file(name: str, reason: str) -> BadRequest:
+    return IdNotFound(f"No such File object: {name:.80}. {reason}")
 
 
 async def _with_stored_files(site: Site, exchange: Exchange, ask: Ask) -> Ask:

@@ -32,13 +32,13 @@ BUDGETS = {
     "Wire": 516,
     "Upstream": 725,
     "Answers": 614,
-    "Handlers": 1032,
+    "Handlers": 1034,
     "Server": 288,
     "Page": 262,
     "Command line": 442,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7854
+WHOLE_BUDGET = 7856
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
