@@ -9088,9 +9088,9 @@ class Form:
 
     @property
     def model(self) -> str:
-        """The model that the form or the query names, "" if none does yet."""
-        query = query_of(self._exchange.request)
-        return self.fields.get("model") or query.get("model", "")
+        """The model that the path, the form or the query names, "" if none does yet."""
+        named = self._exchange.name_in_path or self.fields.get("model")
+        return named or query_of(self._exchange.request).get("model", "")
 
     @property
     def user(self) -> str:
@@ -10343,11 +10343,10 @@ async def _pass_file(
 
 async def _app_for(site: Site, exchange: Exchange, form: Form) -> AppSettings:
     """The app that is named, before the file or behind it; else the first."""
-    models, in_path = await site.models(), exchange.name_in_path
-    if not (form.model or in_path) and len(models) > 1:
+    models = await site.models()
+    if not form.model and len(models) > 1:
         await form.hold()
-    model = form.model or in_path or next(iter(models), "")
-    return await site.find_app(exchange, model)
+    return await site.find_app(exchange, form.model or next(iter(models), ""))
 
 
 async def _forward_file(
@@ -10356,8 +10355,8 @@ async def _forward_file(
     """Pass a form's file on to Dify as it comes; returns Dify's answer."""
     path = "/files/upload" if exchange.route == "files" else "/audio-to-text"
     answer = await site.dify.send_file(app, path, file, form.read, lambda: form.user)
-    if form.model not in ("", exchange.model):
-        raise _no_such_model(form.model, await site.models())
+    if form.model:  # perhaps it stands behind the file
+        await site.find_app(exchange, form.model)
     return answer
 
 

@@ -577,7 +577,7 @@ async def test_server_without_a_disk_takes_small_files_and_large_ones_in_order(
         (f"{TRANSCRIPTS}?model=m", {}),
         ("/openai/deployments/m/audio/transcriptions?api-version=1", {}),
         (TRANSCRIPTS, {"model": "m"}),
-        ("/openai/deployments/m/audio/transcriptions", {"model": "m"}),
+        ("/openai/deployments/m/audio/transcriptions", {"model": "whisper-1"}),
     ],
     ids=["query", "azure", "field", "azure-and-field"],
 )
