@@ -9148,7 +9148,8 @@ class Form:
 
     def close(self) -> None:
         """Let go of what is held."""
-        self._store.close()
+        with contextlib.suppress(OSError):  # a full disk, again
+            self._store.close()
 
     async def _read_on(self, reader: FormReader) -> None:
         """Read fields: those before the file, or those behind it."""

@@ -571,6 +571,17 @@ async def test_server_without_a_disk_takes_small_files_and_large_ones_in_order(
         assert await outcome(2_000_000, FILE_FIRST) == 503
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is full")
+async def test_disk_that_is_full_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it did not take is tried again when the file is closed."""
+    full = Path("/dev/full").open
+    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", lambda _: full("w+b"))
+    async with proxy(parameters=AUDIO, variables=two_apps()) as served:
+        got = await post(served, TRANSCRIPTS, form_of(MP3, order=FILE_FIRST, model="m"))
+    assert got.status == 503
+    assert "(No space left on device). Send the fields" in got.error["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "fields"),
     [
