@@ -10539,7 +10539,7 @@ ACCEPTS_AT_ONCE, BACKLOG = 16, 2048
 # megabytes, and then no more until a third of them has gone: a client that reads slowly
 # would seem not to read.
 NOT_SENT_BYTES = 128 * 1024
-DISCARD_S, DISCARD_BYTES = 2.0, 1024 * 1024  # of a request that was refused
+DISCARD_S = 2.0  # of a request that was refused
 CANCEL_S = 2.0  # for what was cut to stop its runs in Dify, and for the background
 DRAIN_S = 30.0  # Kubernetes kills after 30 s by default
 _CORS_EXPOSED = (
@@ -10787,6 +10787,8 @@ _LAST_ERRORS = (MalformedHTTP, HeadTooLarge, RequestTimeout, Overloaded)
 async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
     """Have the reply taken, and throw away what is left of the request.
 
+    However much that is: Node's `fetch` would lose the reply to a reset.
+
     Returns:
         Whether the connection may go on.
     """
@@ -10794,12 +10796,11 @@ async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
     await reply.drain()
     if not body.is_complete:
         wire.set_deadline(DISCARD_S, ConnectionBroken)
-    size = 0
-    while not body.is_complete and size < DISCARD_BYTES:
+    while not body.is_complete:
         if body.failure:
             body = BodyDecoder(-1)  # nobody knows what belongs to it
-        size += len(await wire.read_body(body))
-    return size < DISCARD_BYTES and reply.is_complete and not reply.must_close
+        await wire.read_body(body)
+    return reply.is_complete and not reply.must_close
 
 
 def _body_reader(exchange: Exchange, wire: Wire, body: BodyDecoder, limit: int) -> Read:

@@ -795,6 +795,15 @@ async def test_client_of_one_connection_too_many_can_send_its_request(
             assert now() == DISCARD_S
 
 
+async def test_client_that_is_refused_can_send_a_large_body(serving: Serving) -> None:
+    """Node's `fetch` and Python's `urllib` would lose the response to a reset."""
+    async with serving() as world:
+        client = await world.connect()
+        body = b"x" * 9_000_000
+        assert (await client.ask("/nowhere", method="POST", body=body)).status == 404
+        assert (await client.ask("/health")).status == 200
+
+
 async def test_client_that_is_refused_can_send_a_malformed_body(
     serving: Serving,
 ) -> None:
@@ -1027,17 +1036,6 @@ async def test_small_body_of_a_refused_request_is_thrown_away(serving: Serving) 
             reading = await client.ask("/nowhere", method="POST", body=body)
             assert (reading.status, reading.says_close) == (404, False)
         assert (await client.ask("/t/echo")).status == 200
-
-
-async def test_large_body_of_a_refused_request_closes_readably(
-    serving: Serving,
-) -> None:
-    async with serving() as world:
-        client = await world.connect()
-        reading = await client.ask("/nowhere", method="POST", body=b"x" * 9_000_000)
-        assert reading.status == 404
-        await client.is_closed()
-        assert now() <= 5
 
 
 async def test_body_that_never_comes_does_not_hold_the_connection(
