@@ -10737,8 +10737,9 @@ class Server(Listener):
         """The error as a response, or as the end of one that has begun."""
         reply = exchange.reply
         exchange.explain(error)
-        if isinstance(error, _LAST_ERRORS):
-            reply.must_close = True
+        # Who waits for a 100 may now send the next request in place of this one's body.
+        waits = exchange.request.expects_continue and not exchange.body_bytes
+        reply.must_close |= waits or isinstance(error, _LAST_ERRORS)
         kind = type(error)
         level = logging.WARNING if error.status >= 500 else logging.INFO
         log.log(level, "%s: %s id=%s", kind.__name__, error.message, exchange.id)
