@@ -5832,12 +5832,14 @@ class Conversations:
         most: how many there are at most; the one unused for longest goes first.
 
     Raises:
-        sqlite3.Error: the file can't be used. No method raises it later.
+        sqlite3.Error: the file can't be used. No method raises it later: then the last
+            such `failure` is told, and "don't know" is the answer.
     """
 
     def __init__(self, path: str, ttl_s: float, most: int = MAX_CONVERSATIONS) -> None:
         """Open the table, or make it."""
         self._ttl_s, self._most, self._puts = ttl_s, most, 0
+        self.failure = ""
         self._not_swept = inf  # named ones since a sweep, in bytes; none was yet
         self._waiting: list[Sequence[Any]] = []  # rows for _PUT, not in the table yet
         self._max_waiting = _MAX_WAITING if path == ":memory:" else 1
@@ -5923,27 +5925,32 @@ class Conversations:
         state = json.loads(rows[0][0]).items()
         return NamedConversation(**{name: v for name, v in state if name in known})
 
-    def keep(self, named: NamedConversation, owner: str, now: float) -> bool:
-        """Record it, with the texts that it has, and drop old ones; False if too long.
+    def keep(self, named: NamedConversation, owner: str, now: float) -> None:
+        """Record it, with the texts that it has, and drop old ones.
 
         What is beyond the limits in all goes now and then, since a sweep counts all:
         after so many, or after as many bytes as one may have.
+
+        Raises:
+            BodyTooLarge: it has more text than one may have.
+            Overloaded: the file can't be written.
         """
         # Bytes, whose length SQLite knows without reading them.
         state = json.dumps(dataclasses.asdict(named)).encode()
         if len(state) > MAX_NAMED_BYTES:
-            return False
+            most = f"{MAX_NAMED_BYTES >> 20} MiB"
+            text = f"A conversation's items that await a turn may have {most}."
+            raise BodyTooLarge(text)
         sql = "INSERT OR REPLACE INTO opendify_named VALUES (?, ?, ?, ?)"
-        self._run(sql, named.id, _owner(owner), now, state)
+        self._change(sql, named.id, _owner(owner), now, state)
         self._run("DELETE FROM opendify_named WHERE used < ?", now - self._ttl_s)
         self._not_swept += max(len(state), MAX_NAMED_BYTES // _SWEEP_EVERY)
         if self._not_swept > MAX_NAMED_BYTES:
             self._sweep_named()
-        return True
 
     def drop(self, named: NamedConversation) -> None:
-        """Forget it; Dify's conversation stays."""
-        self._run(_DROP_NAMED, named.id)
+        """Forget it; Dify's conversation stays. Raises Overloaded as `keep` does."""
+        self._change(_DROP_NAMED, named.id)
 
     def _sweep_named(self) -> None:
         self._not_swept, total = 0.0, 0
@@ -6004,9 +6011,16 @@ class Conversations:
         waiting, self._waiting = self._waiting, []
         rows = iter(waiting)
         for _ in waiting:  # one that fails takes no other with it
-            with contextlib.suppress(*_FAILURES):
+            try:
                 self._db.executemany(_PUT, rows)
                 return
+            except _FAILURES as error:
+                self._note(error)
+
+    def _change(self, sql: str, *values: Any) -> None:
+        """Change a row, or raise Overloaded: a client relies on it."""
+        if self._run(sql, *values)[1] != 1:
+            raise Overloaded("The table of conversations can't be written at present.")
 
     def _run(self, sql: str, *values: Any) -> tuple[list[Any], int]:
         if self._waiting:
@@ -6014,8 +6028,13 @@ class Conversations:
         try:
             cursor = self._db.execute(sql, values)
             return cursor.fetchall(), cursor.rowcount
-        except _FAILURES:
+        except _FAILURES as error:
+            self._note(error)
             return [], 0
+
+    def _note(self, error: Exception) -> None:
+        if isinstance(error, sqlite3.Error):  # else the client's id is to blame
+            self.failure = str(error)
 
 
 def _owner(key: str) -> bytes:
@@ -9790,7 +9809,8 @@ def _bind(site: Site, question: Question, named: NamedConversation, turn: Turn) 
             user=question.user,
             conversation_id=id_,
         )
-        _keep(site, exchange, bound)
+        with contextlib.suppress(Overloaded):  # the answer is there all the same
+            _keep(site, exchange, bound)
         # No chat with the same words may go on in it.
         if tail := site.conversations.take_by_id(scope, id_, now):
             site.conversations.put(tail._replace(digests=b""), now)
@@ -9996,9 +10016,7 @@ def _named(site: Site, exchange: Exchange, id_: str = "") -> NamedConversation:
 
 def _keep(site: Site, exchange: Exchange, named: NamedConversation) -> Json:
     """Record a client's conversation; returns it as the client sees it."""
-    if not site.conversations.keep(named, site.owner_of(exchange), site.wall_clock()):
-        most = f"{MAX_NAMED_BYTES >> 20} MiB"
-        raise BodyTooLarge(f"A conversation's items that await a turn may have {most}.")
+    site.conversations.keep(named, site.owner_of(exchange), site.wall_clock())
     return _shown_conversation(named)
 
 
@@ -11520,12 +11538,18 @@ async def _serve(settings: Settings, source: SettingsSource) -> int:
     site = Site(dify, conversations, lambda: os.urandom(16).hex())
     server = Server(site, new_id=lambda: f"req_{os.urandom(16).hex()}")
 
-    def reload() -> None:
+    told = ""  # once, not with each request
+
+    def look_around() -> None:
+        nonlocal told
         if changed := source.load_if_changed():
             dify.use(changed)
             _warn_of_strangers(changed, server)
+        if told != conversations.failure:
+            told = conversations.failure
+            log.warning("CONVERSATION_STORE: %s; chats start anew meanwhile", told)
 
-    server.before_request = reload
+    server.before_request = look_around
     with contextlib.closing(conversations), contextlib.closing(dify):
         return await _serve_until_signal(settings, server)
 

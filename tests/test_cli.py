@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import json
@@ -11,6 +12,7 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -1186,6 +1188,33 @@ def test_demo_says_that_it_takes_no_files(demo: subprocess.Popen[str]) -> None:
         message = json.load(refused)["error"]["message"]
     told = "The file 'a.txt' was refused: The demo app takes no files."
     assert (caught.value.code, message) == (400, told)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
+def test_file_that_fails_later_is_a_warning(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    path = str(tmp_path / "c.sqlite")
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with subprocess.Popen(
+        [*START, "--demo", "--port", "0"],
+        cwd=tmp_path,
+        env={**environment, "CONVERSATION_STORE": path},
+        encoding="utf-8",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout
+        url = process.stdout.readline().split()[-1]
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for _ in range(3):
+                with pytest.raises(urllib.error.HTTPError, match="503") as caught:
+                    direct.open(f"{url}/conversations", b"{}")
+                caught.value.close()
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate()
+    assert err.count("WARNING CONVERSATION_STORE: database is locked; ") == 1
 
 
 @pytest.mark.parametrize(("is_clean", "status"), [(True, 0), (False, 1)])

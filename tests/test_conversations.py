@@ -1705,6 +1705,26 @@ def test_id_that_is_none_of_dify_s_is_not_kept(store: Conversations) -> None:
     assert len(store) == 0
 
 
+def test_named_conversation_is_kept_or_dropped_or_refused(shared: Shared) -> None:
+    """A client relies on either, unlike on a chat's being found again."""
+    store, other = shared
+    named = NamedConversation("conv_1", 0, items=[])
+    store.keep(named, "key", 0.0)
+    assert store.failure == ""
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(opendify.Overloaded):
+        store.keep(replace(named, id="conv_2"), "key", 0.0)
+    with pytest.raises(opendify.Overloaded):
+        store.drop(named)
+    assert store.named("conv_1", "key", 0.0) == named
+    assert store.failure == "database is locked"
+
+
+def test_failure_is_not_that_of_a_client_s_id(store: Conversations) -> None:
+    store.put(Tail(SCOPE, "\ud800"), 0.0)
+    assert (len(store), store.failure) == (0, "")
+
+
 def test_named_conversations_are_so_many(
     store: Conversations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1722,11 +1742,10 @@ def test_named_conversations_have_room_for_so_much_text(
 ) -> None:
     monkeypatch.setattr(opendify, "MAX_NAMED_BYTES", 2000)
     monkeypatch.setattr(opendify, "MAX_ALL_NAMED_BYTES", 3000)
-    kept = [
+    for size in (1000, 1001, 1002):
         store.keep(NamedConversation(f"conv_{size}", 0, {}, ["x" * size]), "", size)
-        for size in (1000, 1001, 1002, 2000)
-    ]
-    assert kept == [True, True, True, False]
+    with pytest.raises(opendify.BodyTooLarge):
+        store.keep(NamedConversation("conv_2000", 0, {}, ["x" * 2000]), "", 2000)
     names = ("conv_1000", "conv_1001", "conv_1002", "conv_2000")
     assert [bool(store.named(name, "", 1.0)) for name in names] == [
         *(False, True, True, False)

@@ -27,18 +27,18 @@ BUDGETS = {
     "Ids": 64,
     "OpenAI": 758,
     "Responses": 423,
-    "Conversations": 404,
+    "Conversations": 415,
     "Pacer": 130,
     "Wire": 516,
     "Upstream": 725,
     "Answers": 614,
-    "Handlers": 1034,
+    "Handlers": 1033,
     "Server": 288,
     "Page": 262,
-    "Command line": 442,
+    "Command line": 447,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7856
+WHOLE_BUDGET = 7871
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

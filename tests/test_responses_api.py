@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import re
+import sqlite3
 import weakref
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -1404,6 +1405,18 @@ async def test_conversation_survives_in_the_file(tmp_path: Any) -> None:
         await answer(first, "Hi", conversation=made["id"])
         await answer(second, "More", conversation=made["id"])
         assert told(first) == [["Hi", "More"]]
+
+
+async def test_conversation_is_not_made_where_it_cannot_be_kept(tmp_path: Any) -> None:
+    path = str(tmp_path / "c.sqlite")
+    async with proxy(variables={"CONVERSATION_STORE": path}) as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            got = await post(served, CONVERSATIONS, {})
+            await answer(served, "Hi", conversation=made["id"])
+        assert (await post(served, CONVERSATIONS, {})).status == 200
+    assert (got.status, got.error["code"]) == (503, "server_is_overloaded")
 
 
 async def test_conversation_is_of_no_use_to_others() -> None:
