@@ -9533,32 +9533,42 @@ class Site:
 
         Old clients form-encode a name in a path: there a space is a plus.
         """
-        models = self.dify.settings.model_config
+        models, untold = self.dify.settings.model_config, None
         if model not in models:
-            models = await self.models()
+            models, untold = await self._all_models()
         for name in (model, model.replace("+", " ")):
             if name in models:
                 exchange.model = name
                 return models[name]
-        raise _no_such_model(model, models)
+        raise untold or _no_such_model(model, models)
 
     async def models(self) -> Mapping[str, AppSettings]:
         """All apps by model name; those of DIFY_API_KEYS by their names in Dify."""
+        models, _ = await self._all_models()
+        return models
+
+    async def _all_models(self) -> tuple[dict[str, AppSettings], ProxyError | None]:
+        """The same, and why some name is not told yet, though it may be later."""
+        untold: ProxyError | None = None
         settings = self.dify.settings
         models, base = dict(settings.model_config), settings.dify_api_base
         apps = [AppSettings(key, base) for key in settings.dify_api_keys]
         unnamed = [app for app in apps if not self.dify.facts.of(app).name]
         results = await _in_time(map(self.dify.facts.ask_info, unnamed))
         for app, got in zip(unnamed, results):
-            if isinstance(got, Exception) and not isinstance(got, asyncio.TimeoutError):
+            if isinstance(got, asyncio.TimeoutError):
+                untold = UpstreamTimeout("Dify does not tell an app's name in time.")
+            elif isinstance(got, Exception):
                 log.warning("%s of DIFY_API_KEYS: %s", mask_key(app.key), got)
+            if isinstance(got, ProxyError) and got.status >= 500 and not got.is_final:
+                untold = got
         for app in apps:
             digest = hashlib.sha256(app.key.encode()).hexdigest()
             name = self.dify.facts.of(app).name or f"app-{digest[:8]}"
             if name in models:
                 name = f"{name} ({digest[:4]})"
             models[name] = app
-        return models
+        return models, untold
 
     def owner_of(self, exchange: Exchange) -> str:
         """The client's key where keys tell clients apart; else all are one: ""."""

@@ -434,6 +434,28 @@ async def test_apps_without_a_model_name_are_listed_by_their_own() -> None:
     assert fourth.startswith("app-") and "broken" not in fourth
 
 
+@pytest.mark.parametrize(
+    ("steps", "status"),
+    [
+        ([fake.Status(502, "")], 502),
+        ([fake.Hang()], 504),
+        ([fake.Status(401, {"code": "unauthorized", "message": "No"})], 404),
+    ],
+    ids=["gone", "busy", "refused"],
+)
+async def test_model_may_exist_while_dify_does_not_tell_its_name(
+    steps: list[fake.Step], status: int
+) -> None:
+    """A client repeats no 404, and OpenDify may have started before Dify did."""
+    async with proxy(variables={"DIFY_API_KEYS": "app-one"}) as served:
+        served.dify.app("app-one", name="One", overrides={"/info": steps})
+        got = await served.chat(model="One")
+        served.dify.app("app-one", name="One")
+        assert (await served.chat(model="One")).status == 200
+        assert (await served.chat(model="Two")).status == 404
+    assert got.status == status
+
+
 async def test_key_that_dify_repeats_is_in_no_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
