@@ -33,12 +33,12 @@ BUDGETS = {
     "Upstream": 725,
     "Answers": 614,
     "Handlers": 1041,
-    "Server": 288,
+    "Server": 287,
     "Page": 262,
     "Command line": 447,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7879
+WHOLE_BUDGET = 7878
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
