@@ -8291,11 +8291,9 @@ class Exchange:
 
     request: Request = NO_REQUEST
     decoder: BodyDecoder | None = None  # of the request's body
-    read: Read  # more of it, where it is not read before as `body`
-    body: bytes = b""
+    read: Read  # more of it
     fail: Callable[[ProxyError], bytes] | None = None
     has_left: bool = False
-    body_bytes: int = 0  # of the request, as far as read
     name_in_path: str = ""
     turn: Turn | None = None  # that Dify answers, or has answered last
     key: str = ""  # that the client presents
@@ -9594,13 +9592,9 @@ def _no_such_model(model: str, models: Iterable[str]) -> ProxyError:
     )
 
 
-def _body_of(exchange: Exchange) -> dict[str, Any]:
-    """The request's JSON, its model as the path names it, if it does.
-
-    It is not kept: an answer may take minutes, and the question may be long.
-    """
-    body = parse_body(exchange.body)
-    exchange.body = b""
+async def _body_of(exchange: Exchange) -> dict[str, Any]:
+    """The request's JSON, its model as the path names it, if it does."""
+    body = parse_body(await read_whole(exchange.read))
     if exchange.name_in_path:
         body["model"] = exchange.name_in_path
     return body
@@ -9705,7 +9699,7 @@ async def show_metrics(site: Site, exchange: Exchange) -> None:
 
 async def create_chat_completion(site: Site, exchange: Exchange) -> None:
     """`POST /chat/completions`."""
-    chat = parse_chat_request(_body_of(exchange))
+    chat = parse_chat_request(await _body_of(exchange))
     app = await site.find_app(exchange, chat.ask.model)
     envelope = _envelope(site, exchange, "chatcmpl", chat)
     ask = await _with_stored_files(site, exchange, _with_words(chat.ask, app.tools))
@@ -9724,7 +9718,7 @@ async def create_chat_completion(site: Site, exchange: Exchange) -> None:
 
 async def create_completion(site: Site, exchange: Exchange) -> None:
     """`POST /completions`, the legacy API."""
-    chat, asks, echoes = parse_completion_request(_body_of(exchange))
+    chat, asks, echoes = parse_completion_request(await _body_of(exchange))
     app = await site.find_app(exchange, chat.ask.model)
     envelope = _envelope(site, exchange, "cmpl", chat)
     streams = [
@@ -9751,7 +9745,7 @@ def _envelope(
 
 async def create_response(site: Site, exchange: Exchange) -> None:
     """`POST /responses`."""
-    request = parse_responses_request(_body_of(exchange))
+    request = parse_responses_request(await _body_of(exchange))
     request, named = _in_conversation(site, exchange, request)
     app = await site.find_app(exchange, request.ask.model)
     # Its ids hold the user, whom its files may name.
@@ -9907,7 +9901,7 @@ def _frame(turn: StoredTurn, model: str, sealer: IdSealer, user: str) -> Respons
 
 async def create_conversation(site: Site, exchange: Exchange) -> Json:
     """`POST /conversations`."""
-    body = parse_body(exchange.body or b"{}")
+    body = parse_body(await read_whole(exchange.read) or b"{}")
     id_, now = f"conv_{site.new_id()}", int(site.wall_clock())
     items = _with_items(site, body, ())
     named = NamedConversation(id_, now, _parse_metadata(body), items)
@@ -9921,8 +9915,8 @@ async def get_conversation(site: Site, exchange: Exchange) -> Json:
 
 async def update_conversation(site: Site, exchange: Exchange) -> Json:
     """`POST /conversations/{id}`: other metadata."""
+    metadata = _parse_metadata(parse_body(await read_whole(exchange.read)))
     named = _named(site, exchange)
-    metadata = _parse_metadata(parse_body(exchange.body))
     return _keep(site, exchange, replace(named, metadata=metadata))
 
 
@@ -9935,8 +9929,9 @@ async def delete_conversation(site: Site, exchange: Exchange) -> Json:
 
 async def add_conversation_items(site: Site, exchange: Exchange) -> Json:
     """`POST /conversations/{id}/items`: they go to Dify with the next turn."""
+    body = parse_body(await read_whole(exchange.read))
     named = _named(site, exchange)
-    items = _with_items(site, parse_body(exchange.body), named.items)
+    items = _with_items(site, body, named.items)
     _keep(site, exchange, replace(named, items=items))
     added = items[len(named.items) :]
     return list_page(added, {"order": "asc", "limit": "100"})
@@ -10174,7 +10169,7 @@ async def transcribe(site: Site, exchange: Exchange) -> None:
 
 async def speak(site: Site, exchange: Exchange) -> None:
     """`POST /audio/speech`: audio as it comes, in the format that the app makes."""
-    speech = parse_speech_request(_body_of(exchange))
+    speech = parse_speech_request(await _body_of(exchange))
     app = await site.find_app(exchange, speech.model)
     if not (await site.dify.facts.form_of(app)).speaks:
         raise _switched_off("Text to speech", exchange.model)
@@ -10466,8 +10461,6 @@ ROUTES: dict[str, Mapping[str, Handler]] = {
     "ready": {"GET": show_readiness},
     "metrics": {"GET": show_metrics},
 }
-# Whose handlers read the body themselves: it may be large.
-READING_ENDPOINTS = ("audio/transcriptions", "audio/translations", "files")
 OPEN_ENDPOINTS = ("/", "health", "ready")
 
 _PREFIX = re.compile(  # before an endpoint; another one may stand there, too
@@ -10750,12 +10743,9 @@ class Server(Listener):
             reply.send(204, b"", _preflight(request))
             return
         handler = find_handler(self._site, exchange)
-        limit = settings.max_body_mb << 20
         wire.on_leave = exchange.leave
-        exchange.read = _body_reader(exchange, wire, decoder, limit)
-        if exchange.route not in READING_ENDPOINTS:
-            exchange.body = await read_whole(exchange.read)
-            del exchange.read  # it refers back to it
+        limit, metrics = settings.max_body_mb << 20, self._site.metrics
+        exchange.read = _body_reader(request, wire, decoder, limit, metrics)
         value = await handler(self._site, exchange)
         if value is not None:
             send_json(reply, value)
@@ -10800,7 +10790,6 @@ class Server(Listener):
         metrics.count(
             "opendify_requests_total", route=route, model=model, status=status
         )
-        metrics.count("opendify_bytes_total", exchange.body_bytes, direction="in")
         metrics.count("opendify_bytes_total", reply.body_bytes, direction="out")
 
 
@@ -10832,28 +10821,33 @@ async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
     return reply.is_complete and not reply.must_close
 
 
-def _body_reader(exchange: Exchange, wire: Wire, body: BodyDecoder, limit: int) -> Read:
+def _body_reader(
+    request: Request, wire: Wire, body: BodyDecoder, limit: int, metrics: Metrics
+) -> Read:
     """What reads the request's body; the client is told to send it."""
+    got = 0
 
     def check(size: int) -> None:
         if size > limit:
             raise BodyTooLarge(f"The body is over {limit >> 20} MiB (MAX_BODY_MB).")
 
     wire.clear_deadline()  # the head was in time
-    if COMPRESSED.search(exchange.request.headers.get("content-encoding", "")):
+    if COMPRESSED.search(request.headers.get("content-encoding", "")):
         raise UnsupportedCoding("Send the body without a Content-Encoding.")
-    check(int(exchange.request.headers.get("content-length", 0)))
-    if exchange.request.expects_continue and not body.is_complete:
+    check(int(request.headers.get("content-length", 0)))
+    if request.expects_continue and not body.is_complete:
         wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     async def read() -> bytes:
+        nonlocal got
         if body.is_complete:
             return b""
         wire.set_deadline(BODY_TIMEOUT_S, _slow_request)
         data = await wire.read_body(body)
         wire.clear_deadline()
-        exchange.body_bytes += len(data)
-        check(exchange.body_bytes)
+        metrics.count("opendify_bytes_total", len(data), direction="in")
+        got += len(data)
+        check(got)
         return data
 
     return read

@@ -59,8 +59,9 @@ class Stage:
     bodies: list[bytes] = field(default_factory=list)
 
     async def echo(self, _: Site, exchange: Exchange) -> None:
-        self.bodies.append(exchange.body)
-        exchange.reply.send(200, exchange.body, [("Content-Type", "a/b")])
+        body = await opendify.read_whole(exchange.read)
+        self.bodies.append(body)
+        exchange.reply.send(200, body, [("Content-Type", "a/b")])
 
     async def explode(self, _: Site, __: Exchange) -> None:
         raise RuntimeError("a secret detail")
@@ -85,6 +86,7 @@ class Stage:
 
     async def wait(self, _: Site, exchange: Exchange) -> None:
         """Answer when the gate opens, or end when the client leaves."""
+        await opendify.read_whole(exchange.read)
         task = cast("asyncio.Task[None]", asyncio.current_task())
         exchange.waiting.add(task)
         self.entered.set()
