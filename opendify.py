@@ -7656,7 +7656,7 @@ class TurnStream:
         self._dify, self._user, self._response = dify, user, response
         self._idle_timeout_s = dify.settings.dify_idle_timeout
         self._decoder = SSEDecoder()
-        self._parts: list[Part] = []  # that `read` is to return
+        self.parts: list[Part] = []  # that `read` is to return
         self._carry: Callable[[list[Part]], bool] | None = None
         self._is_draining = False  # `end` reads what nobody gets any more
         self.is_given_up = False  # the run may go on: it should be stopped
@@ -7666,21 +7666,21 @@ class TurnStream:
 
         With `until_stoppable` also [] when the run's task is known, which a stop names.
         """
-        while not (self._parts or self.reader.is_finished):
+        while not (self.parts or self.reader.is_finished):
             if until_stoppable and self.reader.task_id:
                 break
             data = b""
             try:
                 data = await self._response.read()
             except UpstreamTimeout as error:
-                self._parts += self._give_up(error)
+                self.parts += self._give_up(error)
             except ProxyError:
                 pass
             if data:
-                self._parts += self._translate(data)
-            elif not self._parts:
+                self.parts += self._translate(data)
+            elif not self.parts:
                 return await self._recover()
-        parts, self._parts = self._parts, []
+        parts, self.parts = self.parts, []
         return parts
 
     def carry_by(self, carry: Callable[[list[Part]], bool]) -> None:
@@ -7697,8 +7697,8 @@ class TurnStream:
         parts = self._translate(data)
         is_text = _FLOWING.issuperset(map(type, parts))
         if not (is_text and self._carry and self._carry(parts)):
-            self._parts = parts
-        if is_all or self._parts or self.reader.is_finished:
+            self.parts = parts
+        if is_all or self.parts or self.reader.is_finished:
             self._response.wake()
 
     async def _recover(self) -> list[Part]:
@@ -8803,11 +8803,10 @@ class Question:
 
 @dataclass
 class Turn:
-    """A turn that Dify has begun to answer; its first parts may be yet to come."""
+    """A turn that Dify has begun to answer."""
 
     plan: Plan
     stream: TurnStream
-    first_parts: list[Part]
 
     @property
     def is_final(self) -> bool:
@@ -8912,8 +8911,7 @@ class Turns:
                 sink.put(parts)
             return has_room
 
-        parts = turn.first_parts
-        while parts:
+        while parts := await turn.stream.read():
             ready = reading.feed(parts)
             # Until something is certain, an error can still be a status.
             if ready and not (sink.has_begun or isinstance(ready[0], Failure)):
@@ -8922,8 +8920,9 @@ class Turns:
             await exchange.reply.drain()
             if sink.has_begun and reading.is_plain:
                 turn.stream.carry_by(carry)
-            turn.stream.is_given_up = reading.is_cut
-            parts = [] if reading.is_cut else await turn.stream.read()
+            if reading.is_cut:
+                turn.stream.is_given_up = True
+                break
         if not reading.problem:
             await sink.finish()
 
@@ -8985,7 +8984,7 @@ class Turns:
         stream = await self.dify.open_turn(app, mode, request)
         question.is_accepted = True
         try:
-            return await _begun(question.exchange, Turn(plan, stream, []))
+            return await _begun(question.exchange, Turn(plan, stream))
         except (asyncio.CancelledError, ConnectionBroken):
             await stream.end()
             raise
@@ -9020,14 +9019,15 @@ class Turns:
 
 
 async def _begun(exchange: Exchange, turn: Turn) -> Turn:
-    """The turn with its first parts; raises the error that it begins with."""
+    """The turn, once its first parts are here; raises the error that it begins with."""
     exchange.turn, stream = turn, turn.stream
-    turn.first_parts = await stream.read(until_stoppable=True)
-    if not (turn.first_parts or stream.reader.is_finished):  # it may be long till then
+    parts = await stream.read(until_stoppable=True)
+    if not (parts or stream.reader.is_finished):  # it may be long till then
         with WhilePresent(exchange):
-            turn.first_parts = await stream.read()
-    if turn.first_parts and isinstance(turn.first_parts[0], Failure):
-        raise turn.first_parts[0].error
+            parts = await stream.read()
+    if parts and isinstance(parts[0], Failure):
+        raise parts[0].error
+    stream.parts = parts
     return turn
 
 
