@@ -8883,7 +8883,7 @@ class Turns:
         seed = reader.message_id or reader.workflow_run_id or exchange.id
         is_whole, spent = isinstance(sink, Collector), question.spent
         reading = Reading(question.ask, seed, is_whole=is_whole, spent=spent)
-        can_go_on, was_there = False, not exchange.has_left
+        can_go_on = False
         try:
             with WhilePresent(exchange):
                 await self._pass_on(exchange, turn, sink, reading)
@@ -8891,8 +8891,7 @@ class Turns:
             can_go_on = reader.is_as_sent and will_do
         except (asyncio.CancelledError, ConnectionBroken):
             sink.close()  # nobody reads any more
-            has_all = was_there and not sink.is_behind
-            has_all &= reading.has_given_all(sink.text)
+            has_all = not sink.is_behind and reading.has_given_all(sink.text)
             can_go_on = await turn.stream.end() and has_all
             raise
         finally:
