@@ -6773,11 +6773,6 @@ class Wire(asyncio.Protocol):
         is_over = self._transport.is_closing() or self._is_at_end or self._failure
         return bool(is_over or self._buffer or self._unsent)
 
-    @property
-    def has_unread(self) -> bool:
-        """Whether bytes are here that nobody took yet."""
-        return bool(self._buffer)
-
     def skip_empty_lines(self) -> bool:
         """Drop the empty lines before a request; whether anything else is here."""
         self._buffer = _without_empty_lines(self._buffer)
@@ -10715,17 +10710,15 @@ class Server(Listener):
 
     async def _wait_for_request(self, wire: Wire) -> bool:
         """Wait for the next request; False if none will come."""
-        if wire.has_unread:  # it was sent ahead: first let others have their turn
+        if wire.skip_empty_lines():  # sent ahead: first let others have their turn
             await asyncio.sleep(0)
         self._idle.add(wire)
         wire.set_deadline(IDLE_TIMEOUT_S, ConnectionBroken)
         try:
-            while wire.has_unread or not self._is_draining:
-                if not await wire.wait_for_data():
-                    break
-                if wire.skip_empty_lines():
-                    return True
-            return False
+            while not wire.skip_empty_lines():
+                if self._is_draining or not await wire.wait_for_data():
+                    return False
+            return True
         finally:
             self._idle.discard(wire)
 
