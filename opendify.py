@@ -9046,9 +9046,9 @@ async def _with_past(dify: Dify, question: Question, plan: Plan) -> Json:
 # ==============================================================================
 #
 # The routes, one coroutine each: it returns the JSON that answers a request, or replies
-# by itself. First comes what they share: Form reads a request that brings a file,
-# Archive reads what Dify keeps of earlier turns, and Site has the rest; each handler is
-# given it. Then come the handlers, API by API, then ROUTES, the table of all. Catches
+# by itself. First comes what they share: Form reads a request that brings a file, what
+# Dify keeps of earlier turns is read back, and Site has the rest; each handler is given
+# it. Then come the handlers, API by API, then ROUTES, the table of all. Catches
 # nothing that the error boundary of room 17 can answer. Never touches sockets or h11.
 
 MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
@@ -9199,150 +9199,139 @@ class PreviousGone(ConversationGone):
     code = "previous_response_not_found"
 
 
-@dataclass(frozen=True)
-class Archive:
-    """What Dify keeps of conversations, read back as clients know it.
+async def _join(
+    site: Site, question: Question, request: ResponsesRequest, sealer: IdSealer
+) -> None:
+    """Ask what the request asks, in the conversation that it continues, taken.
 
-    Args:
-        dify: the client of Dify.
-        conversations: what is known of them.
-        wall_clock: seconds since the epoch.
+    An answer that is named is continued where it stands, if Dify's conversation
+    ends with it and nobody else has a turn there. Else its history is folded.
     """
+    user, previous = question.user, request.previous_response_id
+    latest_first = dict.fromkeys((previous, *reversed(request.references)))
+    places = {
+        id_: place
+        for id_ in itertools.islice(latest_first, 1 + MAX_REFERENCES)
+        if (place := open_place(sealer, id_, user=user))
+    }
+    if previous and not (previous in places and previous.startswith("resp_")):
+        raise _no_previous(previous)
+    if not places:
+        question.ask = await _join_named(site, question, request)
+        return
+    anchor = next(iter(places.values()))
+    here, table = anchor.conversation_id, site.conversations
+    # It may also name another conversation, or one that has none in Dify yet.
+    is_here = (request.ask.conversation_id or request.conversation) in ("", here)
+    if is_here and anchor.message_id != here:  # no run of a workflow
+        question.tail = table.take_by_id(question.scope, here, site.wall_clock())
+    question.ask = await _join_at(site, question, request, places)
+    if question.tail and question.ask.conversation_id != here:
+        table.put(question.tail, site.wall_clock())
+        question.tail = None
 
-    dify: Dify
-    conversations: Conversations
-    wall_clock: Callable[[], float]
 
-    async def join(
-        self, question: Question, request: ResponsesRequest, sealer: IdSealer
-    ) -> None:
-        """Ask what the request asks, in the conversation that it continues, taken.
+async def _join_named(site: Site, question: Question, request: ResponsesRequest) -> Ask:
+    """The question in the conversation of its id, if any, or in a new one."""
+    app, id_ = question.app, request.ask.conversation_id
+    told: list[Message] = []
+    here = Place(question.user, id_, "")
+    has_results = any(getattr(item, "role", "") == "tool" for item in request.items)
+    if has_results and id_ and await site.dify.facts.mode_of(app) in CHAT_MODES:
+        turns, _ = await site.dify.messages(app, here)
+        told = _transcript(_with_tools(turns), request.known_tools)
+    ask = ask_of(request, {}, told=told)
+    is_all_new = ask.is_all_new and not is_known_history(ask, told)
+    return _not_empty(ask._replace(is_all_new=is_all_new), request)
 
-        An answer that is named is continued where it stands, if Dify's conversation
-        ends with it and nobody else has a turn there. Else its history is folded.
-        """
-        user, previous = question.user, request.previous_response_id
-        latest_first = dict.fromkeys((previous, *reversed(request.references)))
-        places = {
-            id_: place
-            for id_ in itertools.islice(latest_first, 1 + MAX_REFERENCES)
-            if (place := open_place(sealer, id_, user=user))
-        }
-        if previous and not (previous in places and previous.startswith("resp_")):
-            raise _no_previous(previous)
-        if not places:
-            question.ask = await self._join_named(question, request)
-            return
-        anchor = next(iter(places.values()))
-        here, table = anchor.conversation_id, self.conversations
-        # It may also name another conversation, or one that has none in Dify yet.
-        is_here = (request.ask.conversation_id or request.conversation) in ("", here)
-        if is_here and anchor.message_id != here:  # no run of a workflow
-            question.tail = table.take_by_id(question.scope, here, self.wall_clock())
-        question.ask = await self._join_at(question, request, places)
-        if question.tail and question.ask.conversation_id != here:
-            table.put(question.tail, self.wall_clock())
-            question.tail = None
 
-    async def _join_named(self, question: Question, request: ResponsesRequest) -> Ask:
-        """The question in the conversation of its id, if any, or in a new one."""
-        app, id_ = question.app, request.ask.conversation_id
-        told: list[Message] = []
-        here = Place(question.user, id_, "")
-        has_results = any(getattr(item, "role", "") == "tool" for item in request.items)
-        if has_results and id_ and await self.dify.facts.mode_of(app) in CHAT_MODES:
-            turns, _ = await self.dify.messages(app, here)
-            told = _transcript(_with_tools(turns), request.known_tools)
-        ask = ask_of(request, {}, told=told)
-        is_all_new = ask.is_all_new and not is_known_history(ask, told)
-        return _not_empty(ask._replace(is_all_new=is_all_new), request)
+async def _join_at(
+    site: Site, question: Question, request: ResponsesRequest, places: dict[str, Place]
+) -> Ask:
+    """The question as it continues the first place's conversation, or folds it.
 
-    async def _join_at(
-        self, question: Question, request: ResponsesRequest, places: Mapping[str, Place]
-    ) -> Ask:
-        """The question as it continues the first place's conversation, or folds it.
+    Only the former has the conversation's id; the question must have its tail.
+    """
+    app, is_free = question.app, question.tail is not None
+    previous, tools = request.previous_response_id, request.known_tools
+    anchor, stored = next(iter(places.values())), {}
+    # Nearly always the newest answer is named and nothing else: one turn tells all.
+    if is_free and not request.references:
+        newest, _ = await site.dify.messages(app, anchor, most=1)
+        if _tells_all(request, newest):
+            stored = {turn.message_id: turn for turn in newest}
+    if anchor.message_id not in stored:
+        stored = await _turns_of_all(site, app, places.values())
+    if previous and anchor.message_id not in stored:
+        raise _no_previous(previous)
+    found = {
+        id_: turn.question if place.item == "in" else _stored_message(turn, tools)
+        for id_, place in places.items()
+        if (turn := stored.get(place.message_id))
+    }
+    here = anchor.conversation_id
+    turns = [turn for turn in stored.values() if turn.conversation_id == here]
+    ids = [turn.message_id for turn in turns]
+    end = ids.index(anchor.message_id) + 1 if anchor.message_id in ids else 0
+    known = _transcript(turns[:end], tools)
+    is_newest = 0 < end == len(turns)
+    if is_free and is_newest and not any(map(_is_short, turns)):
+        ask = ask_of(request, found, told=known)
+        is_known = is_known_history(ask, known)
+        if previous or is_known:
+            return ask._replace(conversation_id=here, is_all_new=not is_known)
+    ask = _not_empty(ask_of(request, found, known if previous else ()), request)
+    # Another replica may have gone on there: the table would find it as it was.
+    is_all_new = ask.is_all_new or not (is_newest or ask.conversation_id)
+    return ask._replace(is_all_new=is_all_new)
 
-        Only the former has the conversation's id; the question must have its tail.
-        """
-        app, is_free = question.app, question.tail is not None
-        previous, tools = request.previous_response_id, request.known_tools
-        anchor, stored = next(iter(places.values())), {}
-        # Nearly always the newest answer is named and nothing else: one turn tells all.
-        if is_free and not request.references:
-            newest, _ = await self.dify.messages(app, anchor, most=1)
-            if _tells_all(request, newest):
-                stored = {turn.message_id: turn for turn in newest}
-        if anchor.message_id not in stored:
-            stored = await self.turns_of_all(app, places.values())
-        if previous and anchor.message_id not in stored:
-            raise _no_previous(previous)
-        found = {
-            id_: turn.question if place.item == "in" else _stored_message(turn, tools)
-            for id_, place in places.items()
-            if (turn := stored.get(place.message_id))
-        }
-        here = anchor.conversation_id
-        turns = [turn for turn in stored.values() if turn.conversation_id == here]
-        ids = [turn.message_id for turn in turns]
-        end = ids.index(anchor.message_id) + 1 if anchor.message_id in ids else 0
-        known = _transcript(turns[:end], tools)
-        is_newest = 0 < end == len(turns)
-        if is_free and is_newest and not any(map(_is_short, turns)):
-            ask = ask_of(request, found, told=known)
-            is_known = is_known_history(ask, known)
-            if previous or is_known:
-                return ask._replace(conversation_id=here, is_all_new=not is_known)
-        ask = _not_empty(ask_of(request, found, known if previous else ()), request)
-        # Another replica may have gone on there: the table would find it as it was.
-        is_all_new = ask.is_all_new or not (is_newest or ask.conversation_id)
-        return ask._replace(is_all_new=is_all_new)
 
-    async def with_spoken(
-        self, app: AppSettings, ask: Ask, sealer: IdSealer, user: str
-    ) -> Ask:
-        """The question with the texts of the answers that are named by their audio.
+async def _with_spoken(
+    site: Site, app: AppSettings, ask: Ask, sealer: IdSealer, user: str
+) -> Ask:
+    """The question with the texts of the answers that are named by their audio.
 
-        Raises:
-            BadRequest: an id is not ours, or Dify does not have its answer any more.
-        """
-        ids = [message.spoken_id for message in ask.messages if message.spoken_id]
-        places = {id_: open_place(sealer, id_, "audio_", user=user) for id_ in ids}
-        stored = await self.turns_of_all(app, filter(None, places.values()))
-        texts: dict[str, str] = {}
-        for id_, place in places.items():
-            if not place or place.message_id not in stored:
-                raise bad_value("messages", _NO_SPOKEN % _shown(id_))
-            texts[id_] = _stored_answer(stored[place.message_id], ask.tools).text
-        messages = (
-            m._replace(text=texts.get(m.spoken_id, m.text)) for m in ask.messages
-        )
-        return ask._replace(messages=tuple(messages))
+    Raises:
+        BadRequest: an id is not ours, or Dify does not have its answer any more.
+    """
+    ids = [message.spoken_id for message in ask.messages if message.spoken_id]
+    places = {id_: open_place(sealer, id_, "audio_", user=user) for id_ in ids}
+    stored = await _turns_of_all(site, app, filter(None, places.values()))
+    texts: dict[str, str] = {}
+    for id_, place in places.items():
+        if not place or place.message_id not in stored:
+            raise bad_value("messages", _NO_SPOKEN % _shown(id_))
+        texts[id_] = _stored_answer(stored[place.message_id], ask.tools).text
+    messages = (m._replace(text=texts.get(m.spoken_id, m.text)) for m in ask.messages)
+    return ask._replace(messages=tuple(messages))
 
-    async def turns_of_all(
-        self, app: AppSettings, places: Iterable[Place]
-    ) -> dict[str, StoredTurn]:
-        """The turns of the places' first few conversations, in order, by their ids."""
-        by_conversation = {place.conversation_id: place for place in places}
-        stored: dict[str, StoredTurn] = {}
-        for place in list(by_conversation.values())[:MAX_CONVERSATIONS_READ]:
-            for turn in await self.turns_of(app, place):
-                stored[turn.message_id] = turn
-        return stored
 
-    async def turns_of(self, app: AppSettings, place: Place) -> list[StoredTurn]:
-        """All turns of a conversation, as far as Dify still has them."""
-        turns: list[StoredTurn] = []
-        for _ in range(MAX_PAGES):
-            first_id = turns[0].message_id if turns else ""
-            page, has_more = await self.dify.messages(app, place, first_id=first_id)
-            turns = [*page, *turns]
-            if not (page and has_more):
-                break
-        if turns and turns[0].past:  # all others have the same
-            question = turns[0].question
-            text = f"{turns[0].past}\n\n{question.text}"
-            turns[0] = turns[0]._replace(question=question._replace(text=text))
-        return _with_tools(turns)
+async def _turns_of_all(
+    site: Site, app: AppSettings, places: Iterable[Place]
+) -> dict[str, StoredTurn]:
+    """The turns of the places' first few conversations, in order, by their ids."""
+    by_conversation = {place.conversation_id: place for place in places}
+    stored: dict[str, StoredTurn] = {}
+    for place in list(by_conversation.values())[:MAX_CONVERSATIONS_READ]:
+        for turn in await _turns_of(site, app, place):
+            stored[turn.message_id] = turn
+    return stored
+
+
+async def _turns_of(site: Site, app: AppSettings, place: Place) -> list[StoredTurn]:
+    """All turns of a conversation, as far as Dify still has them."""
+    turns: list[StoredTurn] = []
+    for _ in range(MAX_PAGES):
+        first_id = turns[0].message_id if turns else ""
+        page, has_more = await site.dify.messages(app, place, first_id=first_id)
+        turns = [*page, *turns]
+        if not (page and has_more):
+            break
+    if turns and turns[0].past:  # all others have the same
+        question = turns[0].question
+        text = f"{turns[0].past}\n\n{question.text}"
+        turns[0] = turns[0]._replace(question=question._replace(text=text))
+    return _with_tools(turns)
 
 
 def _with_tools(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
@@ -9478,7 +9467,6 @@ class Site:
         self.dify, self.conversations = dify, conversations
         self.new_id, self.wall_clock = new_id, wall_clock
         self.turns = Turns(dify, conversations, wall_clock)
-        self.archive = Archive(dify, conversations, wall_clock)
         self.metrics = Metrics()
         self.in_flight: set[Exchange] = set()
         self.created = int(wall_clock())  # the time of each model
@@ -9757,7 +9745,7 @@ async def create_response(site: Site, exchange: Exchange) -> None:
     if named:
         await _check_fits(site, question, named)
     with site.turns.holding(question):
-        await site.archive.join(question, request, sealer)
+        await _join(site, question, request, sealer)
         ask = _with_words(question.ask, app.tools)
         question.ask = await _with_stored_files(site, exchange, ask)
     try:
@@ -9873,7 +9861,7 @@ async def _stored_response(
         if not place:
             continue
         exchange.model = model
-        for turn in await site.archive.turns_of(app, place):
+        for turn in await _turns_of(site, app, place):
             if turn.message_id == place.message_id:
                 return _frame(turn, model, sealer, place.user), turn
     raise _not_found("Response", id_)
@@ -9980,7 +9968,7 @@ async def _items_of(
         exchange.model = named.model
         place = Place(named.user, id_, "")
         sealer = site.sealer(exchange, app)
-        for turn in await site.archive.turns_of(app, place):
+        for turn in await _turns_of(site, app, place):
             frame = _frame(turn, named.model, sealer, named.user)
             items.append(input_item(frame.id("msg_", "in"), turn.question))
             items += _as_response(frame, turn)["output"]
@@ -10224,7 +10212,7 @@ async def _with_speech(
     if is_spoken and not (await site.dify.facts.form_of(app)).speaks:
         raise _switched_off("Text to speech", exchange.model, "modalities")
     user, sealer = exchange.user_of(ask.user), site.sealer(exchange, app)
-    ask = await site.archive.with_spoken(app, ask, sealer, user)
+    ask = await _with_spoken(site, app, ask, sealer, user)
     frame = ResponseFrame(now, exchange.model, echo_of({}), sealer, user, site.new_id())
 
     def id_of(ids: DifyIds) -> str:

@@ -1631,7 +1631,7 @@ async def deleting(
     served: Proxy, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[None]:
     """What is done inside happens while an item is deleted, and Dify is asked."""
-    turns_of, asked, gate = opendify.Archive.turns_of, asyncio.Event(), asyncio.Event()
+    turns_of, asked, gate = opendify._turns_of, asyncio.Event(), asyncio.Event()
 
     async def wait(*args: Any) -> Any:
         asked.set()
@@ -1639,7 +1639,7 @@ async def deleting(
         return await turns_of(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(opendify.Archive, "turns_of", wait)
+        patched.setattr(opendify, "_turns_of", wait)
         deletion = asyncio.ensure_future(served.get(path, method="DELETE"))
         await asked.wait()
     yield
