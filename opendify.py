@@ -4705,7 +4705,7 @@ class CompletionStream(ChatStream):
 
 
 def text_completion(
-    envelope: Envelope, answers: Sequence[Answer], echoes: Sequence[str], ids: DifyIds
+    envelope: Envelope, echoes: Sequence[str], answers: Sequence[Answer], ids: DifyIds
 ) -> dict[str, Any]:
     """The whole object of a legacy completion."""
     choices = [
@@ -9690,10 +9690,7 @@ async def create_chat_completion(site: Site, exchange: Exchange) -> None:
         SpokenStream(envelope, spoken) if spoken else ChatStream(envelope, index)
         for index in range(chat.n if chat.stream else 0)
     ]
-
-    def whole(answers: Sequence[Answer], ids: DifyIds) -> dict[str, Any]:
-        return chat_completion(envelope, answers, ids, spoken)
-
+    whole = functools.partial(chat_completion, envelope, spoken=spoken)
     questions = [Question(exchange, app, ask, chat.n == 1) for _ in range(chat.n)]
     await _answer_all(site, questions, streams, whole)
 
@@ -9707,10 +9704,7 @@ async def create_completion(site: Site, exchange: Exchange) -> None:
         CompletionStream(envelope, index, echo)
         for index, echo in enumerate(echoes if chat.stream else ())
     ]
-
-    def whole(answers: Sequence[Answer], ids: DifyIds) -> dict[str, Any]:
-        return text_completion(envelope, answers, echoes, ids)
-
+    whole = functools.partial(text_completion, envelope, echoes)
     questions = [Question(exchange, app, ask, len(asks) == 1) for ask in asks]
     await _answer_all(site, questions, streams, whole)
 
