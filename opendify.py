@@ -8973,7 +8973,7 @@ class Turns:
         has_room = functools.partial(question.has_room, form)
         plan = plan_turn(ask, question.scope, question.tail, app, has_room)
         with WhilePresent(question.exchange):
-            request = await self._request_for(question, plan, mode, form)
+            request = await _request_for(self.dify, question, plan, mode, form)
         question.is_asked = True
         stream = await self.dify.open_turn(app, mode, request)
         question.is_accepted = True
@@ -8985,31 +8985,6 @@ class Turns:
         except BaseException:
             stream.close()
             raise
-
-    async def _request_for(
-        self, question: Question, plan: Plan, mode: str, form: AppForm
-    ) -> DifyRequest:
-        """The request to Dify, with its files uploaded."""
-        app, trace_id = question.app, question.exchange.id
-        inputs = await _with_past(self.dify, question, plan)
-        common = {"inputs": inputs, "user": question.user, "trace_id": trace_id}
-        if plan.files:
-            check_files(form, plan.files, inputs)
-            files = [await self._uploaded(question, file) for file in plan.files]
-            placed, beside = place_files(form, files, inputs)
-            common["inputs"] = {**inputs, **placed}
-            common["files"] = files_beside(form, beside)
-        variable = query_variable(mode, form, app.query_variable)
-        conversation_id = plan.tail.conversation_id
-        return dify_request(mode, plan.query, common, variable, conversation_id)
-
-    async def _uploaded(self, question: Question, file: Attachment) -> Attachment:
-        """The file as Dify knows it: its data is uploaded, once a request."""
-        sent = question.sent.get(id(file), file)
-        if not (sent.url or sent.upload_id):
-            id_ = await self.dify.upload(question.app, file, question.user)
-            sent = replace(file, upload_id=id_)
-        return question.sent.setdefault(id(file), sent)
 
 
 async def _begun(exchange: Exchange, turn: Turn) -> Turn:
@@ -9023,6 +8998,33 @@ async def _begun(exchange: Exchange, turn: Turn) -> Turn:
         raise parts[0].error
     stream.parts = parts
     return turn
+
+
+async def _request_for(
+    dify: Dify, question: Question, plan: Plan, mode: str, form: AppForm
+) -> DifyRequest:
+    """The request to Dify, with its files uploaded."""
+    app, trace_id = question.app, question.exchange.id
+    inputs = await _with_past(dify, question, plan)
+    common = {"inputs": inputs, "user": question.user, "trace_id": trace_id}
+    if plan.files:
+        check_files(form, plan.files, inputs)
+        files = [await _uploaded(dify, question, file) for file in plan.files]
+        placed, beside = place_files(form, files, inputs)
+        common["inputs"] = {**inputs, **placed}
+        common["files"] = files_beside(form, beside)
+    variable = query_variable(mode, form, app.query_variable)
+    conversation_id = plan.tail.conversation_id
+    return dify_request(mode, plan.query, common, variable, conversation_id)
+
+
+async def _uploaded(dify: Dify, question: Question, file: Attachment) -> Attachment:
+    """The file as Dify knows it: its data is uploaded, once a request."""
+    sent = question.sent.get(id(file), file)
+    if not (sent.url or sent.upload_id):
+        id_ = await dify.upload(question.app, file, question.user)
+        sent = replace(file, upload_id=id_)
+    return question.sent.setdefault(id(file), sent)
 
 
 async def _with_past(dify: Dify, question: Question, plan: Plan) -> Json:
