@@ -83,7 +83,7 @@ from itertools import count
 from math import exp, inf, isclose, isfinite, sqrt
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Callable, NamedTuple, Union, cast
+from typing import IO, Any, Callable, NamedTuple, TypeVar, Union, cast
 
 try:
     import sqlite3
@@ -104,6 +104,7 @@ log = logging.getLogger("opendify")
 
 Json = Mapping[str, Any]  # an object of JSON, to be read; what is made is a dict
 UnixTime = int  # seconds since 1970, as Dify and OpenAI tell a time
+T = TypeVar("T")
 
 # ==============================================================================
 # 1. Settings
@@ -600,6 +601,16 @@ def bad_value(field_name: str, problem: str) -> BadRequest:
     """The error for a value that a field can't have."""
     message = f"Invalid value for '{field_name}': {problem}"
     return BadRequest(message, param=field_name, code="invalid_value")
+
+
+def of_type(value: Any, kind: type[T], field_name: str, wanted: str = "") -> T:
+    """The value of a field; raises BadRequest if it is of another type."""
+    if not isinstance(value, kind):
+        raise bad_type(field_name, wanted or _JSON_TYPES[kind])
+    return value
+
+
+_JSON_TYPES: Mapping[type, str] = {str: "a string", list: "an array", dict: "an object"}
 
 
 def missing_parameter(field_name: str) -> BadRequest:
@@ -1248,8 +1259,7 @@ def parse_tools(body: Json) -> tuple[tuple[Tool, ...], str]:
     given, choice = body.get(source) or [], body.get(choice_name)
     if not (given or choice):  # nearly always
         return (), "auto"
-    if not isinstance(given, list):
-        raise bad_type(source, "an array")
+    given = of_type(given, list, source)
     mode, names = _parse_choice(choice or "auto")
     if mode not in _MODES:
         problem = f"{mode!r} is none of auto, none, required, a tool, allowed_tools."
@@ -1330,10 +1340,9 @@ def parse_output_format(body: Json) -> OutputFormat:
     if kind != "json_schema" or not isinstance(spec, dict):
         raise bad_value(f"{where}.type", "it must be text, json_object or json_schema.")
     spec = object_of(spec.get("json_schema") or spec)
-    schema = spec.get("schema")
-    if not isinstance(schema, dict):
-        place = f"{where}.json_schema" if where == "response_format" else where
-        raise bad_type(f"{place}.schema", "a JSON Schema, an object")
+    place = f"{where}.json_schema" if where == "response_format" else where
+    wanted = "a JSON Schema, an object"
+    schema = of_type(spec.get("schema"), dict, f"{place}.schema", wanted)
     if spec.get("description"):
         schema = {"description": spec["description"], **schema}
     return OutputFormat(kind, str(spec.get("name") or ""), schema, where)
@@ -3755,9 +3764,7 @@ def _parse_required(body: Json, name: str) -> str:
     text = body.get(name)
     if text is None or text == "":
         raise missing_parameter(name)
-    if not isinstance(text, str):
-        raise bad_type(name, "a string")
-    return text
+    return of_type(text, str, name)
 
 
 def parse_each(
@@ -3768,11 +3775,10 @@ def parse_each(
     Raises:
         BadRequest: it is no list, as `wanted` says that it must be, or too long.
     """
-    if not isinstance(given, list):
-        raise bad_type(name, wanted)
-    if len(given) > MAX_MESSAGES:
+    values = of_type(given, list, name, wanted)
+    if len(values) > MAX_MESSAGES:
         raise bad_value(name, f"there may be {MAX_MESSAGES} at most.")
-    return [parse(value, f"{name}[{index}]") for index, value in enumerate(given)]
+    return [parse(value, f"{name}[{index}]") for index, value in enumerate(values)]
 
 
 def _parse_messages(given: Any) -> tuple[str, tuple[Message, ...]]:
@@ -3907,10 +3913,7 @@ def parse_inputs(direct: Any, in_metadata: Any) -> dict[str, Any]:
         except ValueError:
             raise bad_value("metadata.inputs", "it is not JSON text.") from None
     for name, value in (("metadata.inputs", in_metadata), ("inputs", direct)):
-        if isinstance(value, dict):
-            inputs.update(value)
-        elif value not in (None, ""):
-            raise bad_type(name, "an object")
+        inputs.update(of_type({} if value in (None, "") else value, dict, name))
     return inputs
 
 
@@ -3943,8 +3946,7 @@ _ROLES |= {"developer": "system", "function": "tool"}  # every other is the user
 
 def parse_message(message: Any, where: str) -> Message:
     """One message of a history."""
-    if not isinstance(message, dict):
-        raise bad_type(where, "an object")
+    message = of_type(message, dict, where)
     role = _ROLES.get(str(message.get("role")), "user")
     text, attachments = parse_content(message.get("content"), f"{where}.content")
     name = message.get("name") if message.get("name") != role else ""  # AutoGen's users
@@ -3990,18 +3992,15 @@ def parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...]
 def _parse_part(part: Any, where: str) -> str | Attachment | None:
     if isinstance(part, str):
         return part
-    if not isinstance(part, dict):
-        raise bad_type(where, "an object")
+    part = of_type(part, dict, where)
     kind = str(part.get("type"))
     if kind in _FILE_PARTS:
         return _parse_file(part, where)
     if kind in ("thinking", "redacted_thinking", "reasoning"):
         return None  # clients of other APIs send back what an assistant thought
     text = part.get("text", part.get("refusal"))
-    if isinstance(text, str):
-        return text
-    if "text" in part:
-        raise bad_type(f"{where}.text", "a string")
+    if "text" in part or isinstance(text, str):
+        return of_type(text, str, f"{where}.text")
     raise bad_value(where, f"content of type {kind!r:.100} can't be sent to an app.")
 
 
@@ -4229,9 +4228,7 @@ def parse_audio_request(body: Json) -> tuple[dict[str, str], Attachment]:
 def _parse_voice(voice: Any, field_name: str) -> str:
     voice = voice.get("id") if isinstance(voice, dict) else voice
     voice = "" if voice in (None, "default") else voice
-    if not isinstance(voice, str):
-        raise bad_type(field_name, "a string, or an object with an `id`")
-    return voice
+    return of_type(voice, str, field_name, "a string, or an object with an `id`")
 
 
 def _parse_spoken(body: Json, n: int) -> str | None:
@@ -4241,8 +4238,7 @@ def _parse_spoken(body: Json, n: int) -> str | None:
         return None
     if audio is None:
         raise missing_parameter("audio")
-    if not isinstance(audio, dict):
-        raise bad_type("audio", "an object")
+    audio = of_type(audio, dict, "audio")
     if n > 1:
         raise bad_value("n", "a spoken answer has one choice.")
     if audio.get("format") not in (None, *_SOUND_FORMATS):
@@ -4818,9 +4814,7 @@ def parse_responses_request(body: Json) -> ResponsesRequest:
     conversation = _parse_id(body, "conversation")
     if previous and conversation:
         raise bad_value("previous_response_id", "it can't go with a `conversation`.")
-    instructions = body.get("instructions") or ""
-    if not isinstance(instructions, str):
-        raise bad_type("instructions", "a string")
+    instructions = of_type(body.get("instructions") or "", str, "instructions")
     items: Sequence[Item] = parse_items(body.get("input"))
     if not items and not previous and not conversation:
         raise missing_parameter("input")
@@ -4868,10 +4862,7 @@ def ask_of(
 
 
 def _parse_id(body: Json, name: str) -> str:
-    value = _id_in(body.get(name))
-    if value is not None and not isinstance(value, str):
-        raise bad_type(name, "a string")
-    return value or ""
+    return of_type(_id_in(body.get(name)) or "", str, name)
 
 
 def _id_in(value: Any) -> Any:
@@ -4905,8 +4896,7 @@ def _parse_item(item: Any, where: str) -> Item | None:
     """An item of a kind that says something to an app; None for all others."""
     if isinstance(item, str):
         return Message("user", item)
-    if not isinstance(item, dict):
-        raise bad_type(where, "an object")
+    item = of_type(item, dict, where)
     kind = item.get("type") or ("message" if "role" in item else "item_reference")
     parse = _ITEMS.get(str(kind))
     return parse(item, where) if parse else None
@@ -9974,14 +9964,13 @@ async def _items_of(
 
 def _with_items(site: Site, body: Json, kept: Sequence[Any]) -> tuple[Any, ...]:
     """The items of a conversation and those that a request adds, under ids."""
-    added = body.get("items")
-    if added is not None and not isinstance(added, list):
-        raise bad_type("items", "an array")
-    if len(kept) + len(added or ()) > MAX_NAMED_ITEMS:
+    given = body.get("items")
+    added = of_type([] if given is None else given, list, "items")
+    if len(kept) + len(added) > MAX_NAMED_ITEMS:
         raise bad_value("items", f"there may be {MAX_NAMED_ITEMS} at most.")
     parse_items(added, "items")  # refuses what no turn could take
     items, ids = list(kept), {item["id"] for item in kept}
-    for value in added or ():
+    for value in added:
         item = stored_item(value, f"item_{site.new_id()}", ids)
         items.append(item)
         ids.add(item["id"])
@@ -10004,10 +9993,7 @@ def _keep(site: Site, exchange: Exchange, named: NamedConversation) -> Json:
 
 
 def _parse_metadata(body: Json) -> dict[str, Any]:
-    metadata = body.get("metadata") or {}
-    if not isinstance(metadata, dict):
-        raise bad_type("metadata", "an object")
-    return metadata
+    return of_type(body.get("metadata") or {}, dict, "metadata")
 
 
 def _shown_conversation(named: NamedConversation) -> Json:
