@@ -3325,8 +3325,9 @@ class Appendix:
         total = count_of(data.get("total_tokens")) or self._node_usage.total_tokens
         completion = min(self._node_usage.completion_tokens, total)
         self._node_usage = Usage(total - completion, completion)
-        outputs = object_of(data.get("outputs"))
-        for file in [*objects_of(data.get("files")), *_files_in(outputs)]:
+        files = objects_of(data.get("files"))
+        _without_files(object_of(data.get("outputs")), files)
+        for file in files:
             self.add_file(file)
 
     def parts(self, answer: str) -> list[Part]:
@@ -3366,7 +3367,7 @@ def answer_from_outputs(outputs: Json, variable: str, mode: str) -> str:
     if mode != "workflow":
         return str(outputs.get("answer") or "")
     named = {variable: outputs[variable]} if variable in outputs else outputs
-    texts = {key: x for key, item in named.items() for x in _without_files(item)}
+    texts = {key: x for key, item in named.items() for x in _without_files(item, [])}
     usual = [texts[name] for name in _OUTPUT_NAMES if isinstance(texts.get(name), str)]
     if usual:
         return next(filter(None, usual), "")
@@ -3374,29 +3375,21 @@ def answer_from_outputs(outputs: Json, variable: str, mode: str) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _files_in(value: Any) -> list[Json]:
-    """The file objects in an output, however deep in lists and objects."""
-    if _is_file(value):
-        return [value]
-    items = list(value.values()) if isinstance(value, dict) else value
-    items = items if isinstance(items, list) else []
-    return [file for item in items for file in _files_in(item)]
+def _without_files(value: Any, files: list[dict[str, Any]]) -> list[Any]:
+    """[an output without the files in it], or [] if it held nothing else.
 
-
-def _without_files(value: Any) -> list[Any]:
-    """[an output without the files in it], or [] if it held nothing else."""
-    if _is_file(value):
+    The files, however deep in lists and objects, are added to `files`.
+    """
+    if object_of(value).get("dify_model_identity") == "__dify__file__":
+        files.append(value)
         return []
     kept = value
     if isinstance(value, dict):
-        kept = {key: x for key, item in value.items() for x in _without_files(item)}
+        pairs = [(key, _without_files(item, files)) for key, item in value.items()]
+        kept = {key: x for key, items in pairs for x in items}
     elif isinstance(value, list):
-        kept = [x for item in value for x in _without_files(item)]
+        kept = [x for item in value for x in _without_files(item, files)]
     return [kept] if kept or not value else []
-
-
-def _is_file(value: Any) -> bool:
-    return object_of(value).get("dify_model_identity") == "__dify__file__"
 
 
 def _usage(value: Any) -> Usage:
