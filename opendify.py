@@ -2182,7 +2182,7 @@ _HOLDS: Mapping[str, tuple[str, Callable[[Any, Any], bool]]] = {
 # workflow_finished. In a chatflow message_end comes before that one (1.13.1 and
 # later), after it (before 1.13) or never (1.13.0), hence `AnswerReader.is_closing`.
 # The end of the body ends nothing, and pings prove nothing. The reader knows the
-# events; AnswerText, Process and Appendix know what they add to the answer.
+# events; Blocks, AnswerText and Appendix know what they add to the answer.
 
 
 # What an app is...
@@ -2722,11 +2722,16 @@ _MORE_OF_TAG = re.compile(rf"(?:{_beginnings(_MARKER)})?\Z")  # newlines may com
 
 
 class Blocks:
-    """Keeps blocks of reasoning apart: those of a tag, a node, a thought, a step."""
+    """Keeps blocks of reasoning apart: those of a tag, a node, a thought, a step.
 
-    def __init__(self) -> None:
+    Lines about tools, steps and logs come once, and only if the operator wants them.
+    """
+
+    def __init__(self, *, has_lines: bool = False) -> None:
         self.has_thought = False  # some of it is the model's, no line about a tool, say
+        self._has_lines = has_lines
         self._last: object = None  # the block that was last added to
+        self._told: dict[str, str] = {}  # thoughts and lines, by id
 
     def add(self, block: tuple[str, object], text: str) -> list[Part]:
         """More reasoning of one block: (its kind, its id)."""
@@ -2737,6 +2742,28 @@ class Blocks:
         self._last = block
         self.has_thought = self.has_thought or block[0] in ("tag", "node", "thought")
         return [Reasoning(text, block[0] == "tag")]
+
+    def add_line(self, kind: str, value: Json, line: str) -> list[Part]:
+        """A line about something that has an id; "" for none yet."""
+        block = (kind, value.get("id"))
+        key = repr(block)
+        if not (self._has_lines and line) or key in self._told:
+            return []
+        self._told[key] = line
+        return self.add(block, line)
+
+    def add_round(self, value: Json, *, is_thought: bool) -> list[Part]:
+        """A snapshot of an agent's round: of a tool, or of text that may be thought."""
+        names = ("id", "tool", "thought")
+        id_, tool, thought = (str(value.get(name) or "") for name in names)
+        if tool:
+            line = f"Tool: {tool} {value.get('tool_input') or ''}".rstrip()
+            told = line if value.get("observation") else ""
+            return self.add_line("tool", value, told)
+        if not (is_thought and thought):
+            return []
+        last, self._told[id_] = self._told.get(id_, ""), thought
+        return self.add(("thought", id_), thought.removeprefix(last))
 
 
 class ReasoningSplitter:
@@ -2835,11 +2862,11 @@ class AnswerText:
     `close` it at the end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: Blocks) -> None:
         self.kept = KeptText()  # as Dify sent it
         self.is_replaced = False  # by moderation: Dify may have stored another
-        self.blocks = Blocks()
-        self._splitter = ReasoningSplitter(self.blocks)
+        self._blocks = blocks
+        self._splitter = ReasoningSplitter(blocks)
         self._half = ""  # the first half of a surrogate pair
         self._source: object = None  # where the text is from: [node, variable]
 
@@ -2902,7 +2929,7 @@ class AnswerText:
         if parts is not None:
             return parts
         self.is_replaced, self._half = True, ""
-        self.kept, self._splitter = KeptText(), ReasoningSplitter(self.blocks)
+        self.kept, self._splitter = KeptText(), ReasoningSplitter(self._blocks)
         text = reasoning = ""
         for part in self.add(whole) + self._splitter.close():
             if isinstance(part, Recast):
@@ -2958,8 +2985,8 @@ class AnswerReader:
         self.is_finished = self.is_closing = False
         self.is_stored = False  # as Dify says itself
         self._deltas = DeltaReader()
-        self._text = AnswerText()
-        self._process = Process(mode, self._text.blocks, is_shown=show_process)
+        self._blocks = Blocks(has_lines=show_process)
+        self._text = AnswerText(self._blocks)
         self._appendix = Appendix(mode, app.base)
         self._has_rounds = False  # an agent_message had text
         self._has_asked = False  # the user, for what the run pauses for
@@ -3032,23 +3059,23 @@ class AnswerReader:
 
     def _on_reasoning_chunk(self, data: dict[str, Any]) -> list[Part]:
         block = ("node", data.get("node_id"))
-        return self._text.blocks.add(block, str(data.get("reasoning") or ""))
+        return self._blocks.add(block, str(data.get("reasoning") or ""))
 
     # What happens beside the text...
 
     def _on_agent_thought(self, value: dict[str, Any]) -> list[Part]:
         ended = self._text.end_block() if self.mode != "agent" else []
-        return ended + self._process.thought(value)
+        return ended + self._blocks.add_round(value, is_thought=self.mode == "agent")
 
     def _on_node_started(self, data: dict[str, Any]) -> list[Part]:
         title = data.get("title") or data.get("node_type")
-        return self._process.line("step", data, f"Step: {title}" if title else "")
+        return self._blocks.add_line("step", data, f"Step: {title}" if title else "")
 
     _on_iteration_started = _on_loop_started = _on_node_started  # come in its place
 
     def _on_agent_log(self, data: dict[str, Any]) -> list[Part]:
         ended = self._text.end_node(data.get("node_id"))  # or what it says in a round
-        return ended + self._process.line("log", data, str(data.get("label") or ""))
+        return ended + self._blocks.add_line("log", data, str(data.get("label") or ""))
 
     def _on_node_finished(self, data: dict[str, Any]) -> list[Part]:
         self._appendix.add_node(data)
@@ -3074,9 +3101,9 @@ class AnswerReader:
         metadata = object_of(value.get("metadata"))
         self._appendix.add_message(objects_of(value.get("files")), metadata)
         parts: list[Part] = []
-        if not self._text.blocks.has_thought:
+        if not self._blocks.has_thought:
             for node, text in object_of(metadata.get("reasoning")).items():
-                parts += self._text.blocks.add(("node", node), str(text or ""))
+                parts += self._blocks.add(("node", node), str(text or ""))
         is_answered = self._text.has_come or self.is_closing
         if self.mode == "advanced-chat" and not is_answered:
             self.is_closing = True  # the outputs may have it
@@ -3219,40 +3246,6 @@ class DeltaReader:
 _TEXT_KEY = re.compile(r'"(?:answer|text)":\s*"')
 # What `json.loads` reads strings with: (text, where it begins) -> (string, its end).
 _scan_string: Callable[[str, int], tuple[str, int]] = vars(json.decoder)["scanstring"]
-
-
-class Process:
-    """What a run does beside its text, as blocks of reasoning.
-
-    Lines about tools, steps and logs come once, and only if the operator wants them.
-    """
-
-    def __init__(self, mode: str, blocks: Blocks, *, is_shown: bool) -> None:
-        self._mode = mode
-        self._blocks = blocks
-        self._is_shown = is_shown
-        self._told: dict[str, str] = {}  # by id
-
-    def thought(self, value: Json) -> list[Part]:
-        """A snapshot of an agent's round; of `agent` without a tool it is reasoning."""
-        names = ("id", "tool", "thought")
-        id_, tool, thought = (str(value.get(name) or "") for name in names)
-        if tool:
-            line = f"Tool: {tool} {value.get('tool_input') or ''}".rstrip()
-            return self.line("tool", value, line if value.get("observation") else "")
-        if self._mode != "agent" or not thought:
-            return []
-        last, self._told[id_] = self._told.get(id_, ""), thought
-        return self._blocks.add(("thought", id_), thought.removeprefix(last))
-
-    def line(self, kind: str, value: Json, line: str) -> list[Part]:
-        """A line about something that has an id; "" for none yet."""
-        block = (kind, value.get("id"))
-        key = repr(block)
-        if not (self._is_shown and line) or key in self._told:
-            return []
-        self._told[key] = line
-        return self._blocks.add(block, line)
 
 
 def _text_of_form(data: Json) -> str:

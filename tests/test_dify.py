@@ -33,7 +33,6 @@ from opendify import (
     Finish,
     Media,
     Part,
-    Process,
     ProxyError,
     Reasoning,
     ReasoningSplitter,
@@ -994,7 +993,7 @@ def test_delta_reader_reads_what_is_like_its_example(kind: str) -> None:
 
 
 def test_text_is_completed_where_it_begins_alike() -> None:
-    text = AnswerText()
+    text = AnswerText(Blocks())
     assert text.add_all(["<think>a", "</think>Hel"]) == [
         Reasoning("a", is_inline=True),
         Text("Hel"),
@@ -1005,7 +1004,7 @@ def test_text_is_completed_where_it_begins_alike() -> None:
 
 
 def test_text_is_replaced_where_it_begins_otherwise() -> None:
-    text = AnswerText()
+    text = AnswerText(Blocks())
     assert text.add("Hel") == [Text("Hel")]
     assert text.replace("Hello") == [Text("lo")]
     assert not text.is_replaced
@@ -1022,20 +1021,21 @@ def test_blocks_of_reasoning_stand_apart() -> None:
     assert blocks.has_thought
 
 
-def test_process_tells_each_line_once() -> None:
+def test_each_line_of_reasoning_comes_once() -> None:
     row = {"id": "1"}
-    process = Process("workflow", Blocks(), is_shown=True)
-    assert process.line("step", row, "Step: LLM") == [Reasoning("Step: LLM")]
-    assert process.line("log", row, "R 1") == [Reasoning("\n\nR 1")]
-    assert process.line("step", row, "Step: LLM") == []
-    hidden = Process("workflow", Blocks(), is_shown=False)
-    assert hidden.line("step", row, "Step: LLM") == []
+    blocks = Blocks(has_lines=True)
+    assert blocks.add_line("step", row, "Step: LLM") == [Reasoning("Step: LLM")]
+    assert blocks.add_line("log", row, "R 1") == [Reasoning("\n\nR 1")]
+    assert blocks.add_line("step", row, "Step: LLM") == []
+    assert Blocks().add_line("step", row, "Step: LLM") == []
 
 
-def test_process_tells_what_is_new_of_a_thought() -> None:
-    process = Process("agent", Blocks(), is_shown=False)
-    thoughts = [process.thought({"id": "1", "thought": text}) for text in ("a", "ab")]
+def test_what_is_new_of_a_thought_is_reasoning() -> None:
+    blocks = Blocks()
+    rounds = [{"id": "1", "thought": text} for text in ("a", "ab")]
+    thoughts = [blocks.add_round(row, is_thought=True) for row in rounds]
     assert thoughts == [[Reasoning("a")], [Reasoning("b")]]
+    assert blocks.add_round({**rounds[0], "id": "2"}, is_thought=False) == []
 
 
 def test_appendix_leaves_out_files_that_the_answer_has() -> None:
