@@ -2766,51 +2766,133 @@ class Blocks:
         return self.add(("thought", id_), thought.removeprefix(last))
 
 
-class ReasoningSplitter:
-    """Tells reasoning from answer in text with tags, however the text is cut.
+class AnswerText:
+    """Turns what an app says into parts, however it is cut.
 
-    Newlines beside the tags belong to the tags. A closing tag alone means that all
-    the text before it was reasoning. A block never closed is reasoning to the end.
-    Neither reaches over a `restart`. Text without a "<" need not be fed to it unless
-    it `is_busy`; add its length to `size`, the characters of text since the restart.
+    Reasoning may stand in it, in tags; what comes by itself goes to the same `blocks`.
+    Newlines beside the tags belong to the tags. A closing tag alone means that all the
+    text before it was reasoning. A block never closed is reasoning to the end.
+
+    Text belongs to its source; what one leaves open ends with it, and a closing tag
+    does not reach over its beginning. `close` it at the end.
     """
 
     def __init__(self, blocks: Blocks) -> None:
-        self.size = 0
+        self.kept = KeptText()  # as Dify sent it
+        self.is_replaced = False  # by moderation: Dify may have stored another
         self._blocks = blocks
-        self._number = 0  # of the last block
-        self._has_block = False  # since the restart
-        self._held = ""
+        self._source: object = None  # where the text is from: [node, variable]
+        self._half = ""  # the first half of a surrogate pair
+        self._held = ""  # what may be a tag, or a part of one
         self._closing = ""  # the tag that ends the block we are in; "" outside
-        self._is_escaped = False
+        self._is_escaped = False  # what that block holds
+        self._number = 0  # of the last block
+        # Since the source began:
+        self._has_block = False
+        self._size = 0  # of its text, in characters
 
     @property
-    def is_busy(self) -> bool:
-        """Whether text that holds no tag is more than text."""
-        return bool(self._held or self._closing)
+    def has_come(self) -> bool:
+        """Whether there is text, or was."""
+        return bool(self.kept.size or self.is_replaced)
+
+    def add_all(self, texts: Sequence[str]) -> list[Part]:
+        """A part for each text."""
+        if not texts:
+            return []
+        text = "".join(texts)
+        if self._half or self._held or self._closing or _UNUSUAL.search(text):
+            return [part for text in texts for part in self.add(text)]
+        self.kept.add(text)
+        self._size += len(text)
+        return [Text(text) for text in texts if text]
+
+    def add(self, text: str) -> list[Part]:
+        """The parts that are certain by this text."""
+        if self._half or not text.isascii():
+            text = self._whole_characters(text)
+        if not text:
+            return []
+        self.kept.add(text)
+        if "<" in text or self._held or self._closing:
+            return self._split(self._held + text, is_last=False)
+        self._size += len(text)
+        return [Text(text)]
+
+    def add_from(self, source: object, text: str) -> list[Part]:
+        """The same for the text of a source: [node, variable]."""
+        if source != self._source:
+            # The words of an Answer node may frame those of others.
+            is_framed = _texts(self._source)[1:] == ("answer",)
+            if not (is_framed and self._is_inside):
+                self._source = source
+                return self.end_block() + self.add(text)
+        return self.add(text)
+
+    def end_block(self) -> list[Part]:
+        """What is still held back: a node or round is over, or begins anew.
+
+        A model that was cut off while it thought has left its block open.
+        """
+        parts = self._let_go()
+        self._closing, self._has_block, self._size = "", False, 0
+        return parts
+
+    def end_node(self, node: object) -> list[Part]:
+        """The same, if the text is from this node."""
+        return self.end_block() if _texts(self._source)[:1] == (node,) else []
+
+    def complete(self, whole: str) -> list[Part] | None:
+        """The rest of the whole text; None if it does not begin as this one."""
+        if not self.kept.is_whole or not whole.startswith(self.kept.text):
+            return None
+        self._half = ""  # the whole has both
+        return self.add(whole[self.kept.size :])
+
+    def replace(self, whole: str) -> list[Part]:
+        """Begin anew with this text, or go on if it begins as this one."""
+        parts = self.complete(whole)
+        if parts is not None:
+            return parts
+        self.is_replaced, self.kept = True, KeptText()
+        self._half = self._held = ""
+        self._number = 0
+        self.end_block()
+        text = reasoning = ""
+        for part in self.add(whole) + self._let_go():
+            if isinstance(part, Recast):
+                text, reasoning = "", reasoning + text
+            elif isinstance(part, Reasoning):
+                reasoning += part.text
+            elif isinstance(part, Text):
+                text += part.text
+        return [Replace(text, reasoning.lstrip("\n"))]
+
+    def close(self) -> list[Part]:
+        """What is still held back; no more text will come."""
+        parts = self._let_go()
+        if self._half:
+            self._half = ""
+            parts.append(Text("\ufffd"))
+        return parts
+
+    def _whole_characters(self, text: str) -> str:
+        """Join surrogate halves that came apart; one that stays alone is U+FFFD."""
+        text, self._half = self._half + text, ""
+        if "\ud800" <= text[-1:] <= "\udbff":
+            text, self._half = text[:-1], text[-1]
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+    # Reasoning in tags...
 
     @property
-    def is_inside(self) -> bool:
+    def _is_inside(self) -> bool:
         """Whether a block of reasoning is open, or will be after what is held back."""
         tag = _STATES[self._closing].tags.match(self._held)
         return not (self._closing or tag[0][1] == "/") if tag else bool(self._closing)
 
-    def feed(self, text: str) -> list[Part]:
-        """The parts that are certain now."""
-        if not ("<" in text or self.is_busy):
-            self.size += len(text)
-            return [Text(text)]
-        return self._split(self._held + text, is_last=False)
-
-    def close(self) -> list[Part]:
-        """What is still held back; no more text will come."""
+    def _let_go(self) -> list[Part]:
         return self._split(self._held, is_last=True) if self._held else []
-
-    def restart(self) -> list[Part]:
-        """What is still held back; an open block ends here: another will speak."""
-        parts = self.close()
-        self._closing, self._has_block, self.size = "", False, 0
-        return parts
 
     def _split(self, text: str, *, is_last: bool) -> list[Part]:
         parts: list[Part] = []
@@ -2832,9 +2914,9 @@ class ReasoningSplitter:
         """Go over a tag, into a block of reasoning or out of it."""
         if self._closing or tag.startswith("</"):
             self._closing = ""
-            if self.size and not self._has_block:
-                parts.append(Recast(self.size))
-                self.size = 0
+            if self._size and not self._has_block:
+                parts.append(Recast(self._size))
+                self._size = 0
         else:
             self._closing = "</details" if tag[1] in "dD" else "</think"
             self._is_escaped = _MARKER in tag
@@ -2850,110 +2932,8 @@ class ReasoningSplitter:
                 text = html.unescape(text)
             parts += self._blocks.add(("tag", self._number), text)
         elif text:
-            self.size += len(text)
+            self._size += len(text)
             parts.append(Text(text))
-
-
-class AnswerText:
-    """Turns what an app says into parts, however it is cut.
-
-    Reasoning may stand in it, in tags; what comes by itself goes to the same `blocks`.
-    Text belongs to its source; a block of reasoning that one leaves open ends with it.
-    `close` it at the end.
-    """
-
-    def __init__(self, blocks: Blocks) -> None:
-        self.kept = KeptText()  # as Dify sent it
-        self.is_replaced = False  # by moderation: Dify may have stored another
-        self._blocks = blocks
-        self._splitter = ReasoningSplitter(blocks)
-        self._half = ""  # the first half of a surrogate pair
-        self._source: object = None  # where the text is from: [node, variable]
-
-    @property
-    def has_come(self) -> bool:
-        """Whether there is text, or was."""
-        return bool(self.kept.size or self.is_replaced)
-
-    def add_all(self, texts: Sequence[str]) -> list[Part]:
-        """A part for each text."""
-        if not texts:
-            return []
-        text = "".join(texts)
-        if self._half or self._splitter.is_busy or _UNUSUAL.search(text):
-            return [part for text in texts for part in self.add(text)]
-        self.kept.add(text)
-        self._splitter.size += len(text)
-        return [Text(text) for text in texts if text]
-
-    def add(self, text: str) -> list[Part]:
-        """The parts that are certain by this text."""
-        if self._half or not text.isascii():
-            text = self._whole_characters(text)
-        if not text:
-            return []
-        self.kept.add(text)
-        return self._splitter.feed(text)
-
-    def add_from(self, source: object, text: str) -> list[Part]:
-        """The same for the text of a source: [node, variable]."""
-        if source != self._source:
-            # The words of an Answer node may frame those of others.
-            is_framed = _texts(self._source)[1:] == ("answer",)
-            if not (is_framed and self._splitter.is_inside):
-                self._source = source
-                return self.end_block() + self.add(text)
-        return self.add(text)
-
-    def end_block(self) -> list[Part]:
-        """What is still held back: a node or round is over, or begins anew.
-
-        A model that was cut off while it thought has left its block open.
-        """
-        return self._splitter.restart()
-
-    def end_node(self, node: object) -> list[Part]:
-        """The same, if the text is from this node."""
-        return self.end_block() if _texts(self._source)[:1] == (node,) else []
-
-    def complete(self, whole: str) -> list[Part] | None:
-        """The rest of the whole text; None if it does not begin as this one."""
-        if not self.kept.is_whole or not whole.startswith(self.kept.text):
-            return None
-        self._half = ""  # the whole has both
-        return self.add(whole[self.kept.size :])
-
-    def replace(self, whole: str) -> list[Part]:
-        """Begin anew with this text, or go on if it begins as this one."""
-        parts = self.complete(whole)
-        if parts is not None:
-            return parts
-        self.is_replaced, self._half = True, ""
-        self.kept, self._splitter = KeptText(), ReasoningSplitter(self._blocks)
-        text = reasoning = ""
-        for part in self.add(whole) + self._splitter.close():
-            if isinstance(part, Recast):
-                text, reasoning = "", reasoning + text
-            elif isinstance(part, Reasoning):
-                reasoning += part.text
-            elif isinstance(part, Text):
-                text += part.text
-        return [Replace(text, reasoning.lstrip("\n"))]
-
-    def close(self) -> list[Part]:
-        """What is still held back; no more text will come."""
-        parts = self._splitter.close()
-        if self._half:
-            self._half = ""
-            parts.append(Text("\ufffd"))
-        return parts
-
-    def _whole_characters(self, text: str) -> str:
-        """Join surrogate halves that came apart; one that stays alone is U+FFFD."""
-        text, self._half = self._half + text, ""
-        if "\ud800" <= text[-1:] <= "\udbff":
-            text, self._half = text[:-1], text[-1]
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 _UNUSUAL = re.compile("[<\ud800-\udfff]")  # a tag may begin; half a surrogate pair

@@ -35,7 +35,6 @@ from opendify import (
     Part,
     ProxyError,
     Reasoning,
-    ReasoningSplitter,
     Recast,
     Replace,
     SSEDecoder,
@@ -177,9 +176,9 @@ MARKER = "<!--dify-deepseek-reasoning-->"
 
 def split(*pieces: str) -> tuple[str, str]:
     """(reasoning, text) of an answer that comes in pieces."""
-    splitter = ReasoningSplitter(Blocks())
-    parts = [part for piece in pieces for part in splitter.feed(piece)]
-    parts += splitter.close()
+    said = AnswerText(Blocks())
+    parts = [part for piece in pieces for part in said.add(piece)]
+    parts += said.close()
     return joined(parts, Reasoning), joined(parts, Text)
 
 
@@ -219,9 +218,9 @@ def test_reasoning_is_told_from_text_however_it_is_cut(
 
 
 def test_text_before_a_closing_tag_alone_was_reasoning() -> None:
-    splitter = ReasoningSplitter(Blocks())
-    assert splitter.feed("I think so.</thi") == [Text("I think so.")]
-    assert splitter.feed("nk>\n\nYes") == [Recast(11), Text("Yes")]
+    said = AnswerText(Blocks())
+    assert said.add("I think so.</thi") == [Text("I think so.")]
+    assert said.add("nk>\n\nYes") == [Recast(11), Text("Yes")]
 
 
 def test_a_closing_tag_with_nothing_before_it_says_nothing() -> None:
@@ -238,7 +237,7 @@ def test_many_tags_in_one_event_take_little_time() -> None:
 
 
 def test_nothing_longer_than_the_longest_tag_is_held_back() -> None:
-    splitter = ReasoningSplitter(Blocks())
+    said = AnswerText(Blocks())
     given_, out = "", ""
     for piece in [
         "<",
@@ -253,7 +252,7 @@ def test_nothing_longer_than_the_longest_tag_is_held_back() -> None:
         DETAILS[:-1],
     ]:
         given_ += piece
-        parts = splitter.feed(piece)
+        parts = said.add(piece)
         out += "".join(part.text for part in parts if isinstance(part, Text))
         assert len(given_) - len(out) < len(DETAILS)
         held = given_[len(out) :]
@@ -292,8 +291,8 @@ def test_any_cut_gives_the_same_parts(answer: str, data: Any) -> None:
 
 @given(st.lists(SCRAPS, max_size=12).map("".join))
 def test_no_character_is_lost_but_tags_and_their_newlines(answer: str) -> None:
-    splitter = ReasoningSplitter(Blocks())
-    parts = splitter.feed(answer) + splitter.close()
+    said = AnswerText(Blocks())
+    parts = said.add(answer) + said.close()
     kept = "".join(part.text for part in parts if isinstance(part, (Text, Reasoning)))
 
     def plain(text: str) -> str:
