@@ -2243,18 +2243,6 @@ def parse_form(parameters: Json) -> AppForm:
     )
 
 
-def mode_from_probe(conversations: str, completion_stop: str) -> str:
-    """The mode of an app where Dify is older than 1.4, whose `/info` does not tell it.
-
-    Args:
-        conversations: code of the error that `GET /conversations` gave, "" if none.
-        completion_stop: the same of `POST /completion-messages/{any}/stop`.
-    """
-    if conversations != "not_chat_app":
-        return "chat"  # or an agent or a chatflow: the same endpoint serves all three
-    return "workflow" if completion_stop == "app_unavailable" else "completion"
-
-
 _QUERY_NAMES = ("query", "input", "prompt", "question", "text")
 _TEXT_TYPES = ("text-input", "paragraph")
 
@@ -7941,19 +7929,21 @@ class Facts:
         return mode if mode in APP_MODES else ""
 
     async def _probe(self, app: AppSettings) -> str:
-        """Calls that run no model; their refusals tell the mode."""
-        codes = []
-        task = "00000000-0000-0000-0000-000000000000"
-        for path, value in (
-            ("/conversations?user=opendify&limit=1", None),
-            (f"/completion-messages/{task}/stop", {"user": "opendify"}),
-        ):
-            try:
-                await self._api.call(app, path, value)
-                codes.append("")
-            except UpstreamRejected as refusal:
-                codes.append(refusal.code or "")
-        return mode_from_probe(*codes)
+        """The mode by calls that run no model, where `/info` does not tell it."""
+        conversations = "/conversations?user=opendify&limit=1"
+        if await self._refusal(app, conversations) != "not_chat_app":
+            return "chat"  # or an agent or a chatflow: one endpoint serves all three
+        stop = "/completion-messages/00000000-0000-0000-0000-000000000000/stop"
+        code = await self._refusal(app, stop, {"user": "opendify"})
+        return "workflow" if code == "app_unavailable" else "completion"
+
+    async def _refusal(self, app: AppSettings, path: str, value: Any = None) -> str:
+        """The code by which Dify refuses a call, "" if it does not."""
+        try:
+            await self._api.call(app, path, value)
+        except UpstreamRejected as refusal:
+            return refusal.code or ""
+        return ""
 
 
 class Dify:

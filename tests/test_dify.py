@@ -1187,18 +1187,6 @@ def test_output_of_a_chatflow_that_is_the_answer(
     assert opendify.answer_from_outputs(outputs, "text", "advanced-chat") == text
 
 
-@pytest.mark.parametrize(
-    ("conversations", "stop", "mode"),
-    [
-        ("", "", "chat"),
-        ("not_chat_app", "", "completion"),
-        ("not_chat_app", "app_unavailable", "workflow"),
-    ],
-)
-def test_mode_from_probe(conversations: str, stop: str, mode: str) -> None:
-    assert opendify.mode_from_probe(conversations, stop) == mode
-
-
 # ------------------------------------------------------------------------------
 # Files
 # ------------------------------------------------------------------------------
