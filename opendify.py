@@ -946,7 +946,7 @@ class Attachment:
 class ToolCall:
     """One call of a client's tool; `arguments` is JSON text.
 
-    A custom tool is called with one text, `input`, which is its only argument here.
+    A custom tool is called with one text, which is its only argument here: `input`.
     """
 
     id: str
@@ -955,8 +955,10 @@ class ToolCall:
     is_custom: bool = False
 
     @property
-    def input(self) -> str:
-        """What a custom tool is given."""
+    def given(self) -> str:
+        """What the tool is given: its arguments, or a custom tool's text."""
+        if not self.is_custom:
+            return self.arguments
         text = (read_json_object(self.arguments) or {}).get("input", self.arguments)
         return text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
 
@@ -4482,15 +4484,13 @@ def _said_aloud(answer: Answer, spoken: Spoken, ids: DifyIds) -> dict[str, Any]:
 
 
 def _call_object(call: ToolCall) -> dict[str, Any]:
-    kind, key, given = _given(call)
-    return {"id": call.id, "type": kind, kind: {"name": call.name, key: given}}
+    kind, key = _CALL_FORMS[call.is_custom]
+    return {"id": call.id, "type": kind, kind: {"name": call.name, key: call.given}}
 
 
-def _given(call: ToolCall) -> tuple[str, str, str]:
-    """(the call's type, which is the key of what is called, that of `given`, given)."""
-    if call.is_custom:
-        return "custom", "input", call.input
-    return "function", "arguments", call.arguments
+# By whether the tool is a custom one: a call's type, which is also the key of what is
+# called, and the key of what it is given.
+_CALL_FORMS = {False: ("function", "arguments"), True: ("custom", "input")}
 
 
 def _finish_reason(answer: Answer, is_legacy: bool) -> str:
@@ -4570,8 +4570,8 @@ class ChatStream:
     def _call(self, call: ToolCall) -> bytes:
         """Two chunks: which tool, and with what. Legacy clients know only one call."""
         index = len(self.summary.calls) - 1
-        kind, key, given = _given(call)
-        named, rest = {"name": call.name, key: ""}, {key: given}
+        kind, key = _CALL_FORMS[call.is_custom]
+        named, rest = {"name": call.name, key: ""}, {key: call.given}
         if self._is_legacy:
             deltas = () if index else (named, rest)
             return b"".join(self._chunk({"function_call": delta}) for delta in deltas)
@@ -5320,10 +5320,8 @@ class ResponseStream:
         return events + self._event("output_item.done", output_index=at, item=item)
 
     def _call(self, call: ToolCall) -> bytes:
-        shape, text = _CALL_SHAPE, call.arguments
-        if call.is_custom:
-            shape, text = _CUSTOM_SHAPE, call.input
-        written = self._write(shape, text, call_id=call.id, name=call.name)
+        shape = _CUSTOM_SHAPE if call.is_custom else _CALL_SHAPE
+        written = self._write(shape, call.given, call_id=call.id, name=call.name)
         return written + self._close(shape.prefix)
 
     # Events...

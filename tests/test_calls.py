@@ -110,7 +110,7 @@ def test_custom_tool_is_called_with_a_text(given: dict[str, Any], text: str) -> 
     found = calls.feed([Text(f"<tool_call>\n{written}\n</tool_call>")])
     (call,) = found
     assert isinstance(call, ToolCall)
-    assert (call.name, call.input) == ("patch", text)
+    assert (call.name, call.given) == ("patch", text)
 
 
 @pytest.mark.parametrize("part", [Recast(10), Replace("So:")])
