@@ -4816,7 +4816,8 @@ def ask_of(
 
 
 def _parse_id(body: Json, name: str) -> str:
-    return of_type(_id_in(body.get(name)) or "", str, name)
+    value = _id_in(body.get(name))
+    return "" if value is None else of_type(value, str, name)
 
 
 def _id_in(value: Any) -> Any:
@@ -10672,7 +10673,8 @@ class Server(Listener):
         reply = exchange.reply
         exchange.explain(error)
         # Who waits for a 100 may now send the next request in place of this one's body.
-        waits = exchange.request.expects_continue and not exchange.body_bytes
+        is_whole = exchange.decoder is None or exchange.decoder.is_complete
+        waits = exchange.request.expects_continue and not is_whole
         reply.must_close |= waits or isinstance(error, _LAST_ERRORS)
         kind = type(error)
         level = logging.WARNING if error.status >= 500 else logging.INFO

@@ -18,33 +18,32 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
     "Settings": 221,
-    "Errors": 82,
+    "Errors": 87,
     "SSE": 61,
     "JSON": 88,
-    "Turn": 145,
-    "Calls": 692,
-    "Dify": 845,
+    "Turn": 147,
+    "Calls": 690,
+    "Dify": 824,
     "Ids": 64,
-    "OpenAI": 758,
-    "Responses": 423,
+    "OpenAI": 742,
+    "Responses": 416,
     "Conversations": 415,
     "Pacer": 130,
-    "Wire": 516,
+    "Wire": 513,
     "Upstream": 725,
-    "Answers": 614,
-    "Handlers": 1041,
+    "Answers": 611,
+    "Handlers": 1026,
     "Server": 287,
     "Page": 262,
     "Command line": 447,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7878
+WHOLE_BUDGET = 7819
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
     "AnswerReader": 160,
-    "Turns": 157,
-    "Wire": 192,
+    "Wire": 189,
 }
 
 PURE = set(list(BUDGETS)[: list(BUDGETS).index("Wire")])
