@@ -1545,6 +1545,39 @@ async def test_upload_over_a_slow_line_has_the_time_that_it_needs(is_tls: bool) 
         assert now() > 1.5 * UPLOAD_TIMEOUT_S
 
 
+async def send_pieces(dify: Dify, app: AppSettings, every_s: float = 0) -> Any:
+    """Send a file in four pieces; return what Dify answers."""
+    pieces = iter([b"x"] * 4)
+
+    async def read() -> bytes:
+        await asyncio.sleep(every_s)
+        return next(pieces, b"")
+
+    file = Attachment("a.png", "image/png")
+    return await dify.send_file(app, "/files/upload", file, read, lambda: USER)
+
+
+async def test_upload_of_a_slow_client_has_the_time_that_it_needs() -> None:
+    almost_s = UPLOAD_TIMEOUT_S - 1
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        script = [Sleep(almost_s), Status(201, {"id": "f"})]
+        fake.app(KEY, overrides={"/files/upload": script})
+        assert await send_pieces(dify, app, every_s=almost_s) == {"id": "f"}
+        assert now() == 6 * almost_s
+
+
+@pytest.mark.parametrize(("option", "count"), [("keep-alive", 1), ("close", 2)])
+async def test_connection_of_an_upload_is_used_again_unless_the_answer_says_close(
+    option: str, count: int
+) -> None:
+    answer = json_answer({"id": "f"}, f"Connection: {option}")
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, overrides={"/files/upload": [Raw(answer)]})
+        assert await send_pieces(dify, app) == {"id": "f"}
+        await dify.api.call(app, "/info")
+        assert fake.connections == count
+
+
 async def test_connection_is_closed_when_the_client_leaves_after_an_early_answer() -> (
     None
 ):
