@@ -9903,14 +9903,18 @@ async def _items_of(
 ) -> list[dict[str, Any]]:
     """What Dify has of a conversation, and what awaits a turn, each id once."""
     items: list[dict[str, Any]] = []
-    id_ = named.conversation_id
-    app = (await site.models()).get(named.model) if id_ else None
-    if app and named.is_bound_to(scope_of(app.key, named.user)):
-        exchange.model = named.model
-        place = Place(named.user, id_, "")
+    models = await site.models() if named.conversation_id else {}
+    bound = [
+        model
+        for model, app in models.items()
+        if named.is_bound_to(scope_of(app.key, named.user))
+    ]
+    if bound:  # by another name, if the model has got one since
+        exchange.model = model = named.model if named.model in bound else bound[0]
+        app, place = models[model], Place(named.user, named.conversation_id, "")
         sealer = site.sealer(exchange, app)
         for turn in await _turns_of(site, app, place):
-            frame = _frame(turn, named.model, sealer, named.user)
+            frame = _frame(turn, model, sealer, named.user)
             items.append(input_item(frame.id("msg_", "in"), turn.question))
             items += _as_response(frame, turn)["output"]
     known = {item["id"] for item in items}  # a waiting item may name one of these

@@ -1407,6 +1407,21 @@ async def test_conversation_survives_in_the_file(tmp_path: Any) -> None:
         assert told(first) == [["Hi", "More"]]
 
 
+async def test_items_are_found_when_their_model_has_another_name() -> None:
+    """`.env` has changed; the app's key tells that it is the same."""
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        path = f"{CONVERSATIONS}/{made['id']}/items"
+        await answer(served, "Hi", conversation=made["id"])
+        before = (await served.get(path)).json
+        dify = served.server._site.dify
+        app = dify.settings.model_config["m"]
+        apps = {"m": replace(app, key="app-other"), "new": app}
+        dify.use(replace(dify.settings, model_config=apps))
+        assert (await served.get(path)).json == before
+    assert len(before["data"]) == 2
+
+
 async def test_conversation_is_not_made_where_it_cannot_be_kept(tmp_path: Any) -> None:
     path = str(tmp_path / "c.sqlite")
     async with proxy(variables={"CONVERSATION_STORE": path}) as served:
