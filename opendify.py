@@ -242,7 +242,7 @@ def parse_settings(variables: Mapping[str, str]) -> Settings:
     settings = Settings(**values)
     complaints += [*_complaints_of_urls(settings), *_complaints(settings)]
     if complaints:  # a key may have got into another variable
-        raise SettingsError(re.sub(r"\bapp-\w{9,}", "app-…", "\n".join(complaints)))
+        raise SettingsError(mask_app_keys("\n".join(complaints)))
     base = settings.dify_api_base.rstrip("/")
     apps = {
         model: replace(app, base=(app.base or base).rstrip("/"))
@@ -270,6 +270,11 @@ def _hint(name: str, known: Sequence[str]) -> str:
 def mask_key(key: str) -> str:
     """A key as it may be shown: its beginning, and that there is more."""
     return key[:6] + "…" if len(key) > 8 else "…"
+
+
+def mask_app_keys(text: str) -> str:
+    """A text that others wrote, without what may be an app's key in it."""
+    return re.sub(r"\bapp-\w{9,}", "app-…", text)
 
 
 def written(value: Any) -> str:
@@ -9514,10 +9519,9 @@ async def _in_time(awaitables: Iterable[Awaitable[Any]]) -> list[Any]:
 
 def _no_such_model(model: str, models: Iterable[str]) -> ProxyError:
     known = ", ".join(models) or "none"
-    shown = re.sub(r"app-[\w-]+", lambda key: mask_key(key[0]), model)  # a pasted key
+    shown = _shown(mask_app_keys(model))  # one may have been pasted
     return ModelNotFound(
-        f"The model {_shown(shown)} does not exist here. Available: {known}.",
-        param="model",
+        f"The model {shown} does not exist here. Available: {known}.", param="model"
     )
 
 
@@ -10695,7 +10699,8 @@ class Server(Listener):
         metrics, request, reply = self._site.metrics, exchange.request, exchange.reply
         took_s = asyncio.get_running_loop().time() - exchange.started_at
         metrics.observe("opendify_request_seconds", took_s)
-        told = [request.method, request.path, str(reply.status or "-")]
+        path = mask_app_keys(request.path)
+        told = [request.method, path, str(reply.status or "-")]
         if exchange.model:
             told.append(f"model={exchange.model!r}")
         if exchange.first_text_at is not None:

@@ -1334,13 +1334,15 @@ async def test_log_has_one_line_a_request(
         await client.ask("/health")
         await client.ask("/v1/nowhere?secret=1", method="POST", body=b"x")
         await client.ask("/t/explode")
+        await client.ask("/v1/models/app-aBc123XyZ?x")  # a key taken for a model's name
         client.send(b"nonsense\r\n\r\n")
         await client.is_closed()
     assert access_log() == [
         "GET /health 200 took=…s id=req_1",
         "POST /v1/nowhere 404 took=…s id=req_2",
         "GET /t/explode 500 took=…s id=req_3",
-        "- - 400 took=…s id=req_4",
+        "GET /v1/models/app-… 404 took=…s id=req_4",
+        "- - 400 took=…s id=req_5",
     ]
 
 
