@@ -8155,7 +8155,7 @@ class Dify:
 # keeps a whole one.
 
 MAX_TRIES = 3  # of one turn: the mode that Dify told may be wrong, too
-HEAD_AFTER_S = 5.0  # the status line waits for Dify's first event, this long at most
+HEAD_AFTER_S = 5.0  # the status line waits for the answer, this long at most
 MAX_HELD_CHARS = 128 * 1024  # by the pacer: nobody reads so fast that it would show
 KEEP_ALIVE_S = 15.0  # nginx closes after 60 s of silence, Node's fetch after 300 s
 SSE_HEADERS = [
