@@ -11013,7 +11013,8 @@ const showApps = (apps) => $("apps").replaceChildren(...apps.map((app) => {
 }), apps.length ? "" : say("No app is configured.", "没有配置应用。"));
 function showSettings() {
   const id = $("model").value || "MODEL", secret = root.dataset.key || "any";
-  const values = { v1: base, host: base.slice(0, -3), id, json: JSON.stringify(id) };
+  const json = JSON.stringify(id).replaceAll("'", "\\u0027"); // for the shell
+  const values = { v1: base, host: base.slice(0, -3), id, json };
   $("settings").textContent = CLIENTS[$("client").value].replace(/<(\w+)>/g,
     (all, name) => values[name] || secret);
   for (const button of copiers) button.textContent = say("Copy", "复制");

@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import threading
 import urllib.error
@@ -563,6 +564,16 @@ def test_settings_of_clients_are_copied(browser: Any, site: Site) -> None:
         assert buttons.all_inner_texts() == ["Copied", "Copy"]
         tab.page.select_option("#client", CLIENTS[0])
         assert buttons.all_inner_texts() == ["Copy", "Copy"]
+
+
+def test_settings_hold_any_name_of_a_model(browser: Any) -> None:
+    name = """Bob's "test" \\ 助手"""
+    models = json.dumps({name: "app-good"})
+    with running_site(MODEL_CONFIG=models) as site, opened(browser, site.url) as tab:
+        tab.text("#apps .good")
+        tab.page.select_option("#client", "curl")
+        words = shlex.split(tab.page.text_content("#settings"))
+    assert json.loads(words[words.index("-d") + 1])["model"] == name
 
 
 def test_key_is_asked_for_and_kept_in_the_tab_only(browser: Any, guarded: Site) -> None:
