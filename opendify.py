@@ -2274,7 +2274,8 @@ def query_variable(mode: str, form: AppForm, configured: str = "") -> str:
     if mode == "completion":
         return "query"
     problem = "This app has no text input that could take the message."
-    raise WrongMode(f"{problem} {describe_inputs(form)}")
+    cure = "Add one, or set `query_variable` to any name: Dify ignores unknown ones."
+    raise WrongMode(f"{problem} {cure} {describe_inputs(form)}")
 
 
 def describe_inputs(form: AppForm) -> str:

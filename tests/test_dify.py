@@ -1135,8 +1135,10 @@ def test_workflow_without_text_input_is_refused_with_its_inputs() -> None:
     size = AppInput("size", "select", REQUIRED, ("S", "L"))
     with pytest.raises(
         opendify.BadRequest, match=r"size \(select, required, one of S, L"
-    ):
+    ) as caught:
         opendify.query_variable("workflow", form(size))
+    assert "`query_variable` to any name" in caught.value.message
+    assert opendify.query_variable("workflow", form(size), "any name") == "any name"
     assert opendify.query_variable("completion", form()) == "query"
 
 
