@@ -1075,6 +1075,11 @@ class Ask(NamedTuple):
     stops: tuple[str, ...] = ()
     voice: str | None = None  # to say the answer in, "" for the app's; None: in writing
 
+    @property
+    def is_strict(self) -> bool:
+        """Whether its answer must be a call, or JSON: if it is not, it is asked anew."""
+        return self.tool_mode == "required" or self.output.kind != "text"
+
 
 # The parts of an answer, in the order in which they come: reasoning, text and calls
 # mixed, then files, citations and usage, then exactly one Finish or Failure. Where the
@@ -5657,8 +5662,7 @@ def _query(ask: Ask, context: Messages, new: Messages, carried: Messages) -> str
         parts.append(fold([*context, *new], [*carried, *new]))
         ask_for = _NEXT if is_history or not new else ""
         # A call, JSON and the words of another speaker are no end of the last message.
-        is_other = ask.tool_mode == "required" or ask.output.kind != "text"
-        goes_on = not (new or is_other or ask.messages[-1].name)
+        goes_on = not (new or ask.is_strict or ask.messages[-1].name)
         parts.append(_GO_ON if goes_on else ask_for)
     return "\n\n".join(part for part in parts if part)
 
@@ -8447,7 +8451,8 @@ class Outlet:
         """Dify has no text: begin without it, then keep the connection alive."""
         now, turn = self._loop.time(), self._exchange.turn
         is_only = self._exchange.outlets == [self]
-        ids = turn.ids if turn and turn.is_final and is_only else {}
+        # A second try would have others.
+        ids = turn.ids if turn and is_only and not turn.plan.ask.is_strict else {}
         if self._reply.must_drain:  # what is on its way keeps it alive
             self._written_at = now
         elif not self.has_begun and (ids or not self.stream.needs_ids):
@@ -8753,12 +8758,6 @@ class Turn:
 
     plan: Plan
     stream: TurnStream
-
-    @property
-    def is_final(self) -> bool:
-        """Whether no second try can follow, with other ids."""
-        ask = self.plan.ask
-        return ask.tool_mode != "required" and ask.output.kind == "text"
 
     @property
     def ids(self) -> dict[str, str]:
