@@ -1077,7 +1077,7 @@ class Ask(NamedTuple):
 
     @property
     def is_strict(self) -> bool:
-        """Whether its answer must be a call, or JSON: if it is not, it is asked anew."""
+        """Whether its answer must be a call, or JSON, and is asked for again if not."""
         return self.tool_mode == "required" or self.output.kind != "text"
 
 
@@ -6564,7 +6564,7 @@ def _parameters(field: str) -> dict[str, str]:
 
 
 class Wire(asyncio.Protocol):
-    """One connection: reads heads and bodies, writes bytes, keeps deadlines.
+    """One connection: reads and writes bytes, keeps deadlines.
 
     A protocol of its own: with asyncio's streams an open answer takes 15% more memory.
     Only one task reads: it is woken when something has come, unless `on_data` takes
@@ -6586,7 +6586,7 @@ class Wire(asyncio.Protocol):
         self.peer = "-"  # its address, for the log
         # Until it is connected; and the one that stands under TLS.
         self._transport = self._plain = cast(asyncio.Transport, None)
-        self._buffer = b""  # read, and not used yet
+        self.unread = b""  # what came and nobody has taken yet; some is put back
         self._is_paused = False  # reading, since too much is unused
         self._is_at_end = False  # the peer sends nothing more
         self._is_lost = False  # the connection
@@ -6620,14 +6620,14 @@ class Wire(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Some bytes came."""
-        self._buffer = self._buffer + data if self._buffer else data
-        if len(self._buffer) > READ_BUFFER_BYTES and not self._reader:
+        self.unread = self.unread + data if self.unread else data
+        if len(self.unread) > READ_BUFFER_BYTES and not self._reader:
             self._is_paused = True
             self._transport.pause_reading()
         if not self.on_data:
             self.wake()
             return
-        while self._buffer and self._reader and not self._reader.done():
+        while self.unread and self._reader and not self._reader.done():
             self.on_data()
 
     def eof_received(self) -> bool:
@@ -6710,7 +6710,7 @@ class Wire(asyncio.Protocol):
             self.close()  # a pool has kept it so long: what came is stray
         elif self._unsent < self._was_unsent:  # it reads, if slowly
             self.set_deadline(WRITE_TIMEOUT_S, self._on_deadline, sends=True)
-        elif self._buffer and not (is_awaited or must_abort):
+        elif self.unread and not (is_awaited or must_abort):
             self._deadline = 0.0  # we are late, not the peer
         else:
             self._failure = self._failure or self._on_deadline()
@@ -6724,12 +6724,7 @@ class Wire(asyncio.Protocol):
     def is_stale(self) -> bool:
         """Whether an idle connection is of no use any more."""
         is_over = self._transport.is_closing() or self._is_at_end or self._failure
-        return bool(is_over or self._buffer or self._unsent)
-
-    def skip_empty_lines(self) -> bool:
-        """Drop the empty lines before a request; whether anything else is here."""
-        self._buffer = _without_empty_lines(self._buffer)
-        return bool(self._buffer)
+        return bool(is_over or self.unread or self._unsent)
 
     async def wait_for_data(self) -> bool:
         """Whether anything comes, or `wake` is called, before the peer closes.
@@ -6739,67 +6734,30 @@ class Wire(asyncio.Protocol):
         """
         if self._reader:
             raise RuntimeError("two tasks read one connection")
-        if not (self._buffer or self._failure or self._is_at_end):
+        if not (self.unread or self._failure or self._is_at_end):
             self._reader = self._loop.create_future()
             try:
                 await self._reader
             finally:
                 self._reader = None
-        if self._failure and not self._buffer:
+        if self._failure and not self.unread:
             raise self._failure
-        return bool(self._buffer) or not self._is_at_end
+        return bool(self.unread) or not self._is_at_end
 
     async def read(self) -> bytes:
         """Some bytes, b"" at the end; raises as `wait_for_data`."""
-        if not self._buffer:
+        if not self.unread:
             await self.wait_for_data()
-        return self._take()
+        return self.take()
 
-    def _take(self) -> bytes:
+    def take(self) -> bytes:
         """What is read, READ_BUFFER_BYTES at most."""
-        data = self._buffer[:READ_BUFFER_BYTES]
-        self._buffer = self._buffer[READ_BUFFER_BYTES:]
-        if self._is_paused and not self._buffer:
+        data = self.unread[:READ_BUFFER_BYTES]
+        self.unread = self.unread[READ_BUFFER_BYTES:]
+        if self._is_paused and not self.unread:
             self._is_paused = False
             self._transport.resume_reading()
         return data
-
-    async def read_head(self) -> bytes:
-        """The next head, its blank line included; b"" if the peer closed before one."""
-        data, checked = b"", 0
-        while more := await self.read():
-            data = _without_empty_lines(data + more)
-            end = data.find(b"\r\n\r\n", max(0, checked - 3))
-            if (len(data) if end < 0 else end) > MAX_HEAD_BYTES:
-                raise HeadTooLarge(f"The head is over {MAX_HEAD_BYTES >> 10} KiB.")
-            if end >= 0:
-                self._buffer = data[end + 4 :] + self._buffer
-                return data[: end + 4]
-            check_line_ends(data[max(0, checked - 1) :])
-            checked = len(data)
-        if data:
-            raise ConnectionBroken("closed in the middle of a head")
-        return b""
-
-    async def read_body(self, decoder: BodyDecoder) -> bytes:
-        """The next bytes of a body; b"" when it is complete, or `wake` was called."""
-        while not decoder.is_complete:
-            if decoder.failure:
-                raise decoder.failure
-            if not (self._buffer or await self.wait_for_data()):
-                decoder.feed_eof()
-            elif not self._buffer:
-                break
-            elif body := self.take_body(decoder):
-                return body
-        return b""
-
-    def take_body(self, decoder: BodyDecoder) -> bytes:
-        """What has come of a body."""
-        body = decoder.feed(self._take())
-        if decoder.is_complete:
-            self._buffer = decoder.rest + self._buffer
-        return body
 
     # Writing...
 
@@ -6846,7 +6804,31 @@ async def open_wire(*address: Any, **options: Any) -> Wire:
     return wire
 
 
-# Heads...
+# Heads and bodies...
+
+
+async def read_head(wire: Wire) -> bytes:
+    """The next head, its blank line included; b"" if the peer closed before one."""
+    data, checked = b"", 0
+    while more := await wire.read():
+        data = _without_empty_lines(data + more)
+        end = data.find(b"\r\n\r\n", max(0, checked - 3))
+        if (len(data) if end < 0 else end) > MAX_HEAD_BYTES:
+            raise HeadTooLarge(f"The head is over {MAX_HEAD_BYTES >> 10} KiB.")
+        if end >= 0:
+            wire.unread = data[end + 4 :] + wire.unread
+            return data[: end + 4]
+        check_line_ends(data[max(0, checked - 1) :])
+        checked = len(data)
+    if data:
+        raise ConnectionBroken("closed in the middle of a head")
+    return b""
+
+
+def skip_empty_lines(wire: Wire) -> bool:
+    """Drop the empty lines before a request; whether anything else is here."""
+    wire.unread = _without_empty_lines(wire.unread)
+    return bool(wire.unread)
 
 
 def _without_empty_lines(data: bytes) -> bytes:
@@ -6992,6 +6974,28 @@ def body_decoder(headers: Mapping[str, str], *, until_end: bool) -> BodyDecoder:
     if "content-length" in headers:
         return BodyDecoder(int(headers["content-length"]))
     return BodyDecoder(-1 if until_end else 0)
+
+
+async def read_body(wire: Wire, decoder: BodyDecoder) -> bytes:
+    """The next bytes of a body; b"" when it is complete, or `wake` was called."""
+    while not decoder.is_complete:
+        if decoder.failure:
+            raise decoder.failure
+        if not (wire.unread or await wire.wait_for_data()):
+            decoder.feed_eof()
+        elif not wire.unread:
+            break
+        elif body := take_body(wire, decoder):
+            return body
+    return b""
+
+
+def take_body(wire: Wire, decoder: BodyDecoder) -> bytes:
+    """What has come of a body."""
+    body = decoder.feed(wire.take())
+    if decoder.is_complete:
+        wire.unread = decoder.rest + wire.unread
+    return body
 
 
 async def read_whole(read: Read) -> bytes:
@@ -7274,7 +7278,7 @@ class UpstreamResponse:
     async def read(self) -> bytes:
         """The next bytes of the body; b"" at its end."""
         try:
-            data = await self._wire.read_body(self._body)
+            data = await read_body(self._wire, self._body)
         except _WIRE_ERRORS as error:
             raise _error_from_wire(self._origin, error) from error
         if self._body.is_complete:
@@ -7291,7 +7295,7 @@ class UpstreamResponse:
 
     def read_now(self) -> tuple[bytes, bool]:
         """(what has come of the body, whether that is all that will be understood)."""
-        data = self._wire.take_body(self._body)
+        data = take_body(self._wire, self._body)
         return data, self._body.is_complete or self._body.failure is not None
 
     async def read_all(self, limit: int) -> bytes:
@@ -7529,7 +7533,7 @@ async def _tunnel(wire: Wire, proxy: Proxy, origin: Origin) -> None:
     where = _authority(origin)
     fields = [("Host", where), *proxy.headers]
     wire.write(encode_head(f"CONNECT {where} HTTP/1.1", fields))
-    head = await wire.read_head()
+    head = await read_head(wire)
     if not re.match(rb"HTTP/1\.[01] 2\d\d[ \r]", head):
         answer = head.partition(b"\r\n")[0].decode("latin-1") or "nothing"
         raise ConfigurationFault(
@@ -7560,7 +7564,7 @@ async def _read_response_head(wire: Wire) -> ResponseHead:
             f"the scheme in {BASE_SETTING}."
         )
     for _ in range(MAX_INTERIM_RESPONSES):
-        head = await wire.read_head()
+        head = await read_head(wire)
         if not _INTERIM.match(head):
             return _parse_response_head(head)
     raise MalformedHTTP("no response came")
@@ -10643,12 +10647,12 @@ class Server(Listener):
 
     async def _wait_for_request(self, wire: Wire) -> bool:
         """Wait for the next request; False if none will come."""
-        if wire.skip_empty_lines():  # sent ahead: first let others have their turn
+        if skip_empty_lines(wire):  # sent ahead: first let others have their turn
             await asyncio.sleep(0)
         self._idle.add(wire)
         wire.set_deadline(IDLE_TIMEOUT_S, ConnectionBroken)
         try:
-            while not wire.skip_empty_lines():
+            while not skip_empty_lines(wire):
                 if self._is_draining or not await wire.wait_for_data():
                     return False
             return True
@@ -10657,7 +10661,7 @@ class Server(Listener):
 
     async def _answer(self, exchange: Exchange, wire: Wire) -> None:
         """Read the request, find its handler, and let that reply."""
-        exchange.request = request = parse_request_head(await wire.read_head())
+        exchange.request = request = parse_request_head(await read_head(wire))
         exchange.decoder = decoder = body_decoder(request.headers, until_end=False)
         self.before_request()
         settings, reply = self._site.dify.settings, exchange.reply
@@ -10744,7 +10748,7 @@ async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
     while not body.is_complete:
         if body.failure:
             body = BodyDecoder(-1)  # nobody knows what belongs to it
-        await wire.read_body(body)
+        await read_body(wire, body)
     return reply.is_complete and not reply.must_close
 
 
@@ -10770,7 +10774,7 @@ def _body_reader(
         if body.is_complete:
             return b""
         wire.set_deadline(BODY_TIMEOUT_S, _slow_request)
-        data = await wire.read_body(body)
+        data = await read_body(wire, body)
         wire.clear_deadline()
         metrics.count("opendify_bytes_total", len(data), direction="in")
         got += len(data)
@@ -11690,10 +11694,10 @@ class DemoApp(Listener):
     async def serve(self, wire: Wire) -> None:
         """One connection of the client of Dify."""
         with contextlib.closing(wire), contextlib.suppress(ConnectionBroken):
-            while head := await wire.read_head():
+            while head := await read_head(wire):
                 request = parse_request_head(head)
                 decoder = body_decoder(request.headers, until_end=False)
-                body = await read_whole(functools.partial(wire.read_body, decoder))
+                body = await read_whole(functools.partial(read_body, wire, decoder))
                 await self._reply(Reply(wire, request), request, body)
 
     async def _reply(self, reply: Reply, request: Request, body: bytes) -> None:

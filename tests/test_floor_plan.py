@@ -17,33 +17,32 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 221,
+    "Settings": 223,
     "Errors": 87,
     "SSE": 61,
     "JSON": 88,
-    "Turn": 147,
+    "Turn": 150,
     "Calls": 690,
-    "Dify": 824,
+    "Dify": 825,
     "Ids": 64,
     "OpenAI": 742,
     "Responses": 416,
-    "Conversations": 415,
+    "Conversations": 414,
     "Pacer": 130,
     "Wire": 513,
     "Upstream": 725,
-    "Answers": 611,
-    "Handlers": 1026,
-    "Server": 287,
-    "Page": 262,
+    "Answers": 607,
+    "Handlers": 1029,
+    "Server": 288,
+    "Page": 263,
     "Command line": 447,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7819
+WHOLE_BUDGET = 7825
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
-    "AnswerReader": 160,
-    "Wire": 189,
+    "AnswerReader": 160
 }
 
 PURE = set(list(BUDGETS)[: list(BUDGETS).index("Wire")])

@@ -34,7 +34,10 @@ from opendify import (
     encode_head,
     ends_connection,
     parse_request_head,
+    read_body,
     read_fields,
+    read_head,
+    skip_empty_lines,
 )
 
 GET = b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -48,7 +51,7 @@ class PieceWire(Wire):
         self.pieces = list(filter(None, pieces))
 
     async def wait_for_data(self) -> bool:
-        if self._buffer:
+        if self.unread:
             return True
         if self.pieces:
             self.data_received(self.pieces.pop(0))
@@ -336,9 +339,9 @@ def test_what_nobody_needs_is_bounded_however_it_is_cut(
 async def test_what_came_before_malformed_framing_is_handed_out() -> None:
     decoder = BodyDecoder(None)
     async with memory_wire(b"2\r\nab\r\n1\r\nc\r\nno size") as (wire, _):
-        assert await wire.read_body(decoder) == b"abc"
+        assert await read_body(wire, decoder) == b"abc"
         with pytest.raises(MalformedHTTP):
-            await wire.read_body(decoder)
+            await read_body(wire, decoder)
 
 
 def test_space_before_an_extension_is_fine() -> None:
@@ -407,7 +410,7 @@ async def test_wire_leaves_what_follows_a_body(
     async with memory_wire(*cut(framed + rest, places)) as (wire, _):
         decoder = BodyDecoder(None)
         body = b""
-        while piece := await wire.read_body(decoder):
+        while piece := await read_body(wire, decoder):
             body += piece
         left = b""
         while piece := await wire.read():
@@ -420,10 +423,10 @@ async def test_wire_leaves_what_follows_a_body(
 # ------------------------------------------------------------------------------
 
 
-async def read_head(*pieces: bytes) -> tuple[bytes, bytes]:
+async def first_head(*pieces: bytes) -> tuple[bytes, bytes]:
     """(head, what follows it), as a wire reads them."""
     async with memory_wire(*pieces) as (wire, _):
-        head = await wire.read_head()
+        head = await read_head(wire)
         left = b""
         while piece := await wire.read():
             left += piece
@@ -435,8 +438,8 @@ async def read_head(*pieces: bytes) -> tuple[bytes, bytes]:
 async def test_head_is_the_same_wherever_it_is_cut(before: bytes, rest: bytes) -> None:
     data = before + GET + rest
     for place in range(len(data)):
-        assert await read_head(*cut(data, [place])) == (GET, rest)
-    assert await read_head(*bytewise(data)) == (GET, rest)
+        assert await first_head(*cut(data, [place])) == (GET, rest)
+    assert await first_head(*bytewise(data)) == (GET, rest)
 
 
 @pytest.mark.parametrize(
@@ -457,60 +460,60 @@ async def test_head_is_the_same_wherever_it_is_cut(before: bytes, rest: bytes) -
 async def test_bare_line_end_is_refused_wherever_it_is_cut(data: bytes) -> None:
     for pieces in (*(cut(data, [n]) for n in range(len(data))), bytewise(data)):
         with pytest.raises(MalformedHTTP):
-            parse_request_head((await read_head(*pieces))[0])
+            parse_request_head((await first_head(*pieces))[0])
 
 
 @pytest.mark.parametrize("size", [1000, 4096, 10**6])
 async def test_head_has_a_limit(size: int) -> None:
     start = b"GET / HTTP/1.1\r\nA: "
     fits = start + b"x" * (MAX_HEAD_BYTES - len(start)) + b"\r\n\r\n"
-    assert await read_head(*cut(fits, range(0, 70000, size))) == (fits, b"")
+    assert await first_head(*cut(fits, range(0, 70000, size))) == (fits, b"")
     over = start + b"x" * (MAX_HEAD_BYTES - len(start) + 1) + b"\r\n\r\n"
     with pytest.raises(HeadTooLarge):
-        await read_head(*cut(over, range(0, 70000, size)))
+        await first_head(*cut(over, range(0, 70000, size)))
 
 
 async def test_endless_head_is_refused_at_the_limit() -> None:
     async with memory_wire(*[b"x" * 1024] * 100) as (wire, _):
         with pytest.raises(HeadTooLarge):
-            await wire.read_head()
+            await read_head(wire)
         assert len(await wire.read()) == 1024  # it did not read all
 
 
 @pytest.mark.parametrize("before", [b"", b"\r\n", b"\r\n\r\n"])
 async def test_end_before_a_head_is_no_error(before: bytes) -> None:
-    assert await read_head(before) == (b"", b"")
+    assert await first_head(before) == (b"", b"")
 
 
 async def test_many_empty_lines_take_little_time() -> None:
     """The first one comes in two reads, so that it is not the server that skips it."""
     with at_most(40):
         lines = b"\n" + b"\r\n" * 32_000 + b"\r"
-        assert await read_head(b"\r", *[lines] * 40, b"\n" + GET) == (GET, b"")
+        assert await first_head(b"\r", *[lines] * 40, b"\n" + GET) == (GET, b"")
 
 
 async def test_end_within_a_head_is_a_broken_connection() -> None:
     for size in range(1, len(GET)):
         with pytest.raises(ConnectionBroken):
-            await read_head(GET[:size])
+            await first_head(GET[:size])
 
 
 async def test_what_comes_in_pieces_before_a_read_is_kept() -> None:
     async with memory_wire() as (wire, _):
         for piece in bytewise(GET):
             wire.data_received(piece)
-        assert await wire.read_head() == GET
+        assert await read_head(wire) == GET
 
 
 async def test_pipelined_heads_are_read_one_by_one() -> None:
     other = GET.replace(b"/x", b"/y")
     async with memory_wire(GET + other) as (wire, _):
         assert await wire.wait_for_data()
-        assert await wire.read_head() == GET
-        assert wire.skip_empty_lines()
+        assert await read_head(wire) == GET
+        assert skip_empty_lines(wire)
         assert await wire.wait_for_data()
-        assert await wire.read_head() == other
-        assert not wire.skip_empty_lines()
+        assert await read_head(wire) == other
+        assert not skip_empty_lines(wire)
         assert not await wire.wait_for_data()
 
 
@@ -1024,7 +1027,7 @@ async def test_deadline_of_a_head_counts_from_its_beginning() -> None:
         for second in range(20):
             asyncio.get_running_loop().call_later(second, far.send, b"x")
         with pytest.raises(TooLate):
-            await wire.read_head()
+            await read_head(wire)
         assert now() == 5
 
 
