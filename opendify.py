@@ -7325,12 +7325,12 @@ class UpstreamResponse:
         else:
             self._wire.abort()
 
-    def close_soon(self) -> None:
+    def close_soon(self, run_in_background: RunInBackground) -> None:
         """As `close`, but read what little is left first, to keep the connection."""
         if not (self._is_released or self._is_lingering):
             self._is_lingering = True
             self._wire.on_data = None  # nobody needs what is left
-            task = self._pool.run_in_background(self._linger())
+            task = run_in_background(self._linger())
             task.add_done_callback(lambda _: self.close())
 
     async def _linger(self) -> None:
@@ -7348,14 +7348,10 @@ class Pool:
     Args:
         connect: opens a connection as `open_wire` does.
         settings: the time to connect, proxies, authorities to trust.
-        run_in_background: runs what nobody waits for.
     """
 
-    def __init__(
-        self, connect: Connect, settings: Settings, run_in_background: RunInBackground
-    ) -> None:
-        self.settings, self.run_in_background = settings, run_in_background
-        self.is_closed = False
+    def __init__(self, connect: Connect, settings: Settings) -> None:
+        self.settings, self.is_closed = settings, False
         self._connect = connect
         self._idle: dict[Origin, deque[Wire]] = defaultdict(deque)
         self._faults: dict[Origin, asyncio.Future[ProxyError]] = {}
@@ -7687,7 +7683,7 @@ class TurnStream:
         if self.is_given_up and self.reader.task_id:
             self._dify.run_in_background(self.end())
         elif self.reader.is_finished:
-            self._response.close_soon()
+            self._response.close_soon(self._dify.run_in_background)
         else:
             self._response.close()
 
@@ -7969,7 +7965,7 @@ class Dify:
     def __init__(self, settings: Settings, connect: Connect) -> None:
         self._connect = connect
         self.background: set[asyncio.Task[Any]] = set()
-        self.api = Api(Pool(connect, settings, self.run_in_background))
+        self.api = Api(Pool(connect, settings))
         self.facts = Facts(self.api)
 
     @property
@@ -7980,7 +7976,7 @@ class Dify:
     def use(self, settings: Settings) -> None:
         """Go on with other settings."""
         self.api.pool.close()
-        self.api.pool = Pool(self._connect, settings, self.run_in_background)
+        self.api.pool = Pool(self._connect, settings)
 
     def close(self) -> None:
         """End what runs in the background, and close the connections that are kept."""
