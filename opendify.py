@@ -5766,14 +5766,12 @@ class NamedConversation:
         """Whether a turn of this app and user may go there."""
         return not self.seal or self.seal == _hash(scope, b"named", 16).hex()
 
-    def bind(
-        self, scope: bytes, told: Sequence[Any], **fields: Any
-    ) -> NamedConversation:
+    def bind(self, scope: bytes, told: Sequence[Any], **more: Any) -> NamedConversation:
         """The same after a turn, which has told Dify these items."""
         ids = {item["id"] for item in told}
         items = tuple(item for item in self.items if item["id"] not in ids)
         seal = _hash(scope, b"named", 16).hex()
-        return replace(self, items=items, seal=seal, **fields)
+        return replace(self, items=items, seal=seal, **more)
 
 
 class Conversations:
@@ -9733,13 +9731,8 @@ def _bind(site: Site, question: Question, named: NamedConversation, turn: Turn) 
     exchange, now = question.exchange, site.wall_clock()
     latest = site.conversations.named(named.id, site.owner_of(exchange), now)
     if id_ and latest and latest.conversation_id == named.conversation_id:
-        bound = latest.bind(
-            scope,
-            named.items,
-            model=exchange.model,
-            user=question.user,
-            conversation_id=id_,
-        )
+        whose = {"model": exchange.model, "user": question.user}
+        bound = latest.bind(scope, named.items, conversation_id=id_, **whose)
         with contextlib.suppress(Overloaded):  # the answer is there all the same
             _keep(site, exchange, bound)
         # No chat with the same words may go on in it.
