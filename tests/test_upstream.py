@@ -304,18 +304,19 @@ async def test_answer_without_a_length_has_an_end(
 
 
 @pytest.mark.parametrize(
-    ("last", "seconds"),
+    ("last", "read_after_s", "seconds"),
     [
-        pytest.param(lambda writer: writer.write_eof(), 0.2, id="dify-ends-it"),
+        pytest.param(lambda writer: writer.write_eof(), 0, 0.2, id="dify-ends-it"),
+        pytest.param(lambda writer: writer.write_eof(), 1, 0.1, id="ended-before"),
         pytest.param(
             lambda writer: writer.write(b"\r\n"),  # as some servers do behind a body
-            IDLE_CONNECTION_S + 1,
+            *(0, IDLE_CONNECTION_S + 1),
             id="stray-bytes",
         ),
     ],
 )
 async def test_idle_connection_is_closed(
-    last: Callable[[asyncio.StreamWriter], None], seconds: float
+    last: Callable[[asyncio.StreamWriter], None], read_after_s: float, seconds: float
 ) -> None:
     ended = asyncio.Event()
 
@@ -328,7 +329,9 @@ async def test_idle_connection_is_closed(
         ended.set()
 
     async with raw_server(serve) as base, client(base) as (dify, app):
-        await dify.api.call(app, "/info")
+        response = await dify.api.request(app, "/info")
+        await asyncio.sleep(read_after_s)
+        await dify.api.read_object(response, app)
         await asyncio.wait_for(ended.wait(), seconds)
 
 
@@ -681,6 +684,8 @@ async def test_connection_of_old_settings_is_not_used_again() -> None:
         await running.read_all(1000)
         await dify.api.call(app, "/info")
         assert fake.connections == 3
+        await some_turns()
+        assert fake.open_connections == 1
 
 
 async def test_origins_do_not_share_connections() -> None:
