@@ -7428,10 +7428,9 @@ class Pool:
         idle = self._idle[origin]
         while idle:
             wire = idle.pop()  # the newest: it lives most likely
-            wire.on_leave = None
-            if not wire.is_stale:
+            if not wire.is_stale:  # else it closes soon, as if it were still kept
+                wire.on_leave = None
                 return wire
-            wire.close()
         return None
 
     # Opening...

@@ -332,6 +332,8 @@ async def test_idle_connection_is_closed(
         response = await dify.api.request(app, "/info")
         await asyncio.sleep(read_after_s)
         await dify.api.read_object(response, app)
+        await asyncio.sleep(0.15)
+        await dify.api.call(app, "/info")  # finds that it is of no use
         await asyncio.wait_for(ended.wait(), seconds)
 
 
