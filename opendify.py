@@ -5414,7 +5414,8 @@ _MAX_SWEPT = 200  # old tails
 _NEXT = "Write the assistant's next message."
 _GO_ON = "Continue your last message exactly where it ends, without repeating it."
 _SIDE_REQUESTS = (
-    "### Task:",  # Open WebUI; the others are of NextChat and its descendants
+    "### Task:",  # Open WebUI; the last four are of NextChat and its descendants
+    *("Managed memory ", "[SUGGESTION MODE:"),  # Qwen Code, after each turn
     "Please generate a four to five word title",
     "使用四到五个字直接返回这句话的简要主题",
     "Summarize the discussion briefly in",
@@ -5506,7 +5507,7 @@ def split_turn(ask: Ask) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
 
 
 def is_side_request(ask: Ask) -> bool:
-    """Whether a client asks for its own purposes: a title, tags, a summary.
+    """Whether a client asks for its own purposes: a title, tags, what to remember.
 
     Such requests bring the whole chat; one whose messages are `is_all_new` is none.
     """

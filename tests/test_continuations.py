@@ -1379,6 +1379,10 @@ SIDE_REQUESTS = {
         *talk("one", "Answer 1.", "two", "Answer 2."),
         system("Summarize the discussion briefly in 200 words or less"),
     ],
+    "qwen-code-memory": [
+        *talk("one", "Answer 1.", "two", "Answer 2."),
+        user("Managed memory directory: `/home/ada/memory`\n\nScan the conversation"),
+    ],
     "nextchat-summary-cn": [
         *talk("one", "Answer 1.", "two", "Answer 2."),
         system("简要总结一下对话内容，用作后续的上下文提示 prompt，控制在 200 字以内"),

@@ -145,6 +145,9 @@ def test_new_is_what_follows_the_last_answer(roles: str, new: int) -> None:
         "使用四到五个字直接返回这句话的简要主题，不要解释",
         "Summarize the discussion briefly in 200 words or less",
         "简要总结一下对话内容，用作后续的上下文提示 prompt，控制在 200 字以内",
+        "Managed memory directory: `/home/ada/memory`\n\nScan the recent conversation",
+        "Managed memory has TWO directories. Choose which to write each memory into",
+        "[SUGGESTION MODE: Suggest what the user might naturally type next.]",
     ],
 )
 def test_side_requests_neither_join_nor_move_a_conversation(
