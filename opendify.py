@@ -9470,7 +9470,7 @@ class Site:
             if name in models:
                 exchange.model = name
                 return models[name]
-        raise untold or _no_such_model(model, models)
+        raise _no_such_model(model, models, untold)
 
     async def models(self) -> Mapping[str, AppSettings]:
         """All apps by model name; those of DIFY_API_KEYS by their names in Dify."""
@@ -9515,9 +9515,14 @@ async def _in_time(awaitables: Iterable[Awaitable[Any]]) -> list[Any]:
     return await asyncio.gather(*timed, return_exceptions=True)
 
 
-def _no_such_model(model: str, models: Iterable[str]) -> ProxyError:
+def _no_such_model(
+    model: str, models: Iterable[str], untold: ProxyError | None = None
+) -> ProxyError:
     known = ", ".join(models) or "none"
     shown = _shown(mask_app_keys(model))  # one may have been pasted
+    if untold:
+        untold.message = f"The model {shown} is not known yet: {untold.message}"
+        return untold
     return ModelNotFound(
         f"The model {shown} does not exist here. Available: {known}.", param="model"
     )

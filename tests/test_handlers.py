@@ -454,6 +454,7 @@ async def test_model_may_exist_while_dify_does_not_tell_its_name(
         assert (await served.chat(model="One")).status == 200
         assert (await served.chat(model="Two")).status == 404
     assert got.status == status
+    assert got.error["message"].startswith("The model 'One' ")
 
 
 async def test_key_that_dify_repeats_is_in_no_log(
