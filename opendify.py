@@ -124,6 +124,7 @@ BASE_SETTING = "DIFY_API_BASE (or the model's `base`)"  # as errors name it
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _ON, _OFF = ("on", "true", "yes", "1"), ("off", "false", "no", "0")
+_PROXIES = ("https_proxy", "http_proxy")
 
 
 class SettingsError(Exception):
@@ -234,6 +235,8 @@ def parse_settings(variables: Mapping[str, str]) -> Settings:
         default, least = setting.metadata["default"], setting.metadata["least"]
         try:
             text = text.upper() if setting.name == "log_level" else text
+            if setting.name in _PROXIES and re.fullmatch(r"[^/]+:\d+", text):
+                text = f"http://{text}"  # as curl and others read it
             values[setting.name] = value = _PARSERS[type(default)](text)
             if least is not None and value < least:
                 raise ValueError(f"must be {least:g} or more, not {text}")
@@ -295,7 +298,7 @@ def mask_password(url: str) -> str:
 
 def _complaints_of_urls(settings: Settings) -> Iterator[str]:
     """What is wrong with addresses; no password in them is shown."""
-    names = ("dify_api_base", "https_proxy", "http_proxy")
+    names = ("dify_api_base", *_PROXIES)
     urls = {name.upper(): getattr(settings, name) for name in names}
     for model, app in settings.model_config.items():
         urls[f"MODEL_CONFIG: base of {model!r}"] = app.base

@@ -141,6 +141,9 @@ def test_default_as_written_is_the_default() -> None:
         pytest.param(
             "HTTPS_PROXY", "http://me:x@p:3128", "http://me:x@p:3128", id="proxy"
         ),
+        pytest.param(
+            "HTTP_PROXY", "me:x@p:3128", "http://me:x@p:3128", id="proxy-as-curl-has-it"
+        ),
     ],
 )
 def test_value_parses(variable: str, text: str, value: object) -> None:
@@ -231,8 +234,8 @@ DURATION = "must be seconds, or like 30s, 5m, 12h, 7d, not"
         ),
         pytest.param(
             "HTTPS_PROXY",
-            "proxy:3128",
-            "must be a URL like http://host:3128, not 'proxy:3128'",
+            "socks5://proxy:1080",
+            "must be a URL like http://host:3128, not 'socks5://proxy:1080'",
             id="proxy",
         ),
         pytest.param(
@@ -500,7 +503,7 @@ def test_key_in_a_wrong_variable_is_in_no_complaint(variable: str, text: str) ->
     "url",
     [
         "socks5://me:our-secret@proxy:1080",
-        "me:our-secret@proxy:3128",
+        "me:our-secret@proxy",
         "http://me:p/our-secret@proxy:3128",
     ],
 )
