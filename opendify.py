@@ -2330,8 +2330,8 @@ def has_room(form: AppForm, files: Sequence[Attachment], given: Json) -> bool:
     """
     if rules := _upload_rules(form):
         return len(files) <= (count_of(rules.get("number_limits")) or 1)
-    inputs, beside = place_files(form, files, given)
-    return len(files) <= len(inputs) and not beside
+    inputs, _ = place_files(form, files, given)
+    return len(files) <= len(inputs)  # each of these has one at least
 
 
 def _upload_rules(form: AppForm) -> dict[str, Any]:
@@ -2819,7 +2819,7 @@ class AnswerText:
             return []
         self.kept.add(text)
         if "<" in text or self._held or self._closing:
-            return self._split(self._held + text, is_last=False)
+            return self._split(text)
         self._size += len(text)
         return [Text(text)]
 
@@ -2838,7 +2838,7 @@ class AnswerText:
 
         A model that was cut off while it thought has left its block open.
         """
-        parts = self._let_go()
+        parts = self._split("", is_last=True) if self._held else []
         self._closing, self._has_block, self._size = "", False, 0
         return parts
 
@@ -2863,7 +2863,7 @@ class AnswerText:
         self._number = 0
         self.end_block()
         text = reasoning = ""
-        for part in self.add(whole) + self._let_go():
+        for part in self.add(whole) + self._split("", is_last=True):
             if isinstance(part, Recast):
                 text, reasoning = "", reasoning + text
             elif isinstance(part, Reasoning):
@@ -2874,7 +2874,7 @@ class AnswerText:
 
     def close(self) -> list[Part]:
         """What is still held back; no more text will come."""
-        parts = self._let_go()
+        parts = self._split("", is_last=True) if self._held else []
         if self._half:
             self._half = ""
             parts.append(Text("\ufffd"))
@@ -2895,12 +2895,9 @@ class AnswerText:
         tag = _STATES[self._closing].tags.match(self._held)
         return not (self._closing or tag[0][1] == "/") if tag else bool(self._closing)
 
-    def _let_go(self) -> list[Part]:
-        return self._split(self._held, is_last=True) if self._held else []
-
-    def _split(self, text: str, *, is_last: bool) -> list[Part]:
+    def _split(self, more: str, *, is_last: bool = False) -> list[Part]:
         parts: list[Part] = []
-        start = 0
+        text, start = self._held + more, 0
         while tag := _STATES[self._closing].tags.search(text, start):
             if not is_last and _MORE_OF_TAG.match(text, tag.end()):
                 break
@@ -2929,7 +2926,7 @@ class AnswerText:
 
     def _take(self, parts: list[Part], text: str) -> None:
         """Add the text as a part."""
-        if text and self._closing:
+        if self._closing:
             if self._is_escaped:
                 import html  # noqa: PLC0415  (at the top it costs each start 3 ms)
 
@@ -3883,7 +3880,8 @@ def parse_inputs(direct: Any, in_metadata: Any) -> dict[str, Any]:
         except ValueError:
             raise bad_value("metadata.inputs", "it is not JSON text.") from None
     for name, value in (("metadata.inputs", in_metadata), ("inputs", direct)):
-        inputs.update(of_type({} if value in (None, "") else value, dict, name))
+        if value not in (None, ""):
+            inputs.update(of_type(value, dict, name))
     return inputs
 
 
