@@ -1965,9 +1965,9 @@ class JsonReader:
         done: list[Part] = []
         for part in parts:
             if isinstance(part, Recast):  # what was read was reasoning
-                self._is_over = bool(self.text)  # the client has it: nothing can follow
+                # The client has it: nothing can follow.
+                self._is_over |= bool(self.text)
                 self.text = self._held = ""
-                self._value = _ValueEnd()
             elif not isinstance(part, Text):
                 done.append(part)
             elif more := self._read(part.text):

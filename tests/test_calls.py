@@ -1105,6 +1105,7 @@ def test_json_in_what_turns_out_to_be_reasoning_is_not_read() -> None:
     assert not reader.feed([Text("I think of {"), Recast(12), Text("So: ")])
     assert reader.feed([Text('{"a": 1}')]) == [Text('{"a": 1}')]
     assert not reader.feed([Recast(12), Text('{"b": 1}')])  # too late to say another
+    assert not reader.feed([Recast(8), Text('{"c": 1}')])  # still
     assert reader.text == ""
 
 
