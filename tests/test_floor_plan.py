@@ -17,20 +17,20 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 223,
+    "Settings": 226,
     "Errors": 87,
     "SSE": 61,
     "JSON": 88,
     "Turn": 150,
-    "Calls": 690,
-    "Dify": 825,
+    "Calls": 689,
+    "Dify": 823,
     "Ids": 64,
-    "OpenAI": 742,
+    "OpenAI": 743,
     "Responses": 416,
-    "Conversations": 414,
+    "Conversations": 413,
     "Pacer": 130,
     "Wire": 513,
-    "Upstream": 725,
+    "Upstream": 721,
     "Answers": 607,
     "Handlers": 1029,
     "Server": 288,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 447,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7825
+WHOLE_BUDGET = 7821
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
