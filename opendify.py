@@ -8668,12 +8668,9 @@ class Reading:
     @property
     def _is_open(self) -> bool:
         """Whether the answer may still turn out not to do."""
-        if self._holds_all:
-            return True
-        if self._has_call:
-            return False
-        has_json = not self._json or bool(self._json.text)
-        return self._ask.tool_mode == "required" or not has_json
+        lacks_json = self._json is not None and not self._json.text
+        lacks = self._ask.tool_mode == "required" or lacks_json
+        return self._holds_all or (lacks and not self._has_call)
 
     def _judge(self) -> None:
         """The answer is over: will it do? Beside a call no JSON is needed."""

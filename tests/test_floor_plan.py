@@ -31,14 +31,14 @@ BUDGETS = {
     "Pacer": 130,
     "Wire": 513,
     "Upstream": 721,
-    "Answers": 607,
+    "Answers": 604,
     "Handlers": 1029,
     "Server": 288,
     "Page": 263,
     "Command line": 447,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7821
+WHOLE_BUDGET = 7818
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
