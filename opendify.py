@@ -5481,7 +5481,7 @@ class Plan(NamedTuple):
     ask: Ask
     new: Messages
 
-    def finish(self, conversation_id: str, answer: Message) -> Tail:
+    def tail_after(self, conversation_id: str, answer: Message) -> Tail:
         """The tail to put into the table when Dify and the client have the answer.
 
         What was new is hashed now, not while the question waits to be sent.
@@ -8870,7 +8870,7 @@ class Turns:
         """Record where the conversation stands, or that nobody knows."""
         id_, now = turn.stream.reader.conversation_id, self.wall_clock()
         answer = Message("assistant", sink.text, tool_calls=tuple(sink.calls))
-        tail = turn.plan.finish(id_, answer)
+        tail = turn.plan.tail_after(id_, answer)
         if can_go_on and id_:
             self.conversations.put(tail, now)
         else:

@@ -159,7 +159,7 @@ def test_side_requests_neither_join_nor_move_a_conversation(
         assert is_side_request(request)
         assert store.take(request, SCOPE, 0.0) is None
         plan = plan_turn(request, SCOPE, None)
-        store.put(plan.finish("side", answer("Greetings")), 0.0)
+        store.put(plan.tail_after("side", answer("Greetings")), 0.0)
     assert len(store) == 1
     assert found(store, ask_of("hi", "Hello!", "And now?")) == "c"
 
@@ -522,7 +522,7 @@ def test_an_answer_to_be_continued_starts_anew_and_is_not_recorded(
     request = ask(*chat(*TALK))
     assert store.take(request, SCOPE, 0.0) is None
     plan = plan_turn(request, SCOPE, None)
-    store.put(plan.finish("c2", answer("more")), 0.0)
+    store.put(plan.tail_after("c2", answer("more")), 0.0)
     assert len(store) == 1
 
 
@@ -538,7 +538,7 @@ def test_an_explicit_id_is_taken_as_given_and_moves_its_tail(
     tail = store.take(named, SCOPE, 0.0)
     plan = plan_turn(named, SCOPE, tail)
     assert (plan.query, plan.tail.conversation_id) == ("only the new one", "c")
-    store.put(plan.finish("c", answer("an answer")), 0.0)
+    store.put(plan.tail_after("c", answer("an answer")), 0.0)
     assert found(store, ask_of(*TALK, "new")) == ""
     whole = (*TALK, "only the new one", "an answer")
     assert found(store, ask_of(*whole, "new")) == "c"
@@ -549,7 +549,7 @@ def test_an_unknown_id_is_learned_from_its_end_only(store: Conversations) -> Non
     for text in (LONG + "1", LONG + "2"):
         plan = plan_turn(named, SCOPE, store.take(named, SCOPE, 0.0))
         assert (plan.query, plan.tail.conversation_id) == ("u2", "c")
-        store.put(plan.finish("c", answer(text)), 0.0)
+        store.put(plan.tail_after("c", answer(text)), 0.0)
     assert found(store, ask_of("u2", LONG + "2", "new")) == "c"
     assert found(store, ask_of("u2", LONG + "1", "u2", LONG + "2", "new")) == "c"
     assert found(store, ask_of("u1", "a1", "u2", LONG + "1", "new")) == ""
@@ -558,7 +558,7 @@ def test_an_unknown_id_is_learned_from_its_end_only(store: Conversations) -> Non
 def test_what_is_known_by_its_end_is_never_a_whole_match(store: Conversations) -> None:
     named = ask(user("hi"), conversation_id="c")
     plan = plan_turn(named, SCOPE, store.take(named, SCOPE, 0.0))
-    store.put(plan.finish("c", answer("Hello!")), 0.0)
+    store.put(plan.tail_after("c", answer("Hello!")), 0.0)
     assert found(store, ask_of("hi", "Hello!", "new")) == ""
 
 
@@ -569,8 +569,8 @@ def test_two_turns_at_once_by_id_leave_nothing_to_find(store: Conversations) -> 
     named = ask(user("me too"), conversation_id="c")
     second = plan_turn(named, SCOPE, store.take(named, SCOPE, 0.0))
     assert second.tail.conversation_id == "c"
-    store.put(second.finish("c", answer(LONG + "second")), 0.0)
-    store.put(first.finish("c", answer(LONG + "first")), 0.0)
+    store.put(second.tail_after("c", answer(LONG + "second")), 0.0)
+    store.put(first.tail_after("c", answer(LONG + "first")), 0.0)
     assert found(store, ask_of("me too", LONG + "second", "x")) == ""
     assert found(store, ask_of(*TALK, "new", LONG + "first", "x")) == ""
     third = store.take(named, SCOPE, 0.0)
@@ -585,7 +585,7 @@ def test_an_answer_continued_by_id_is_learned_anew(store: Conversations) -> None
         tail = store.take(named, SCOPE, 0.0)
         assert tail is not None
         assert tail.is_taken
-        store.put(plan_turn(named, SCOPE, tail).finish("c", answer(text)), 0.0)
+        store.put(plan_turn(named, SCOPE, tail).tail_after("c", answer(text)), 0.0)
         assert len(store) == 0
     assert found(store, ask_of(*TALK, "new")) == ""
 
@@ -596,7 +596,7 @@ def test_ids_that_are_no_ids_do_no_harm(store: Conversations) -> None:
         tail = store.take(named, SCOPE, 0.0)
         assert tail is not None
         assert tail.conversation_id == bad
-        store.put(plan_turn(named, SCOPE, tail).finish(bad, answer("x")), 0.0)
+        store.put(plan_turn(named, SCOPE, tail).tail_after(bad, answer("x")), 0.0)
         store.forget(tail, is_gone=True)
     assert len(store) == 0
 
@@ -618,7 +618,7 @@ def turn(
     tail = store.take(request, SCOPE, 0.0)
     plan = plan_turn(request, SCOPE, tail, system_variable=variable)
     name = plan.tail.conversation_id or fresh
-    store.put(plan.finish(name, answer(text)), 0.0)
+    store.put(plan.tail_after(name, answer(text)), 0.0)
     return plan.query, name
 
 
@@ -641,7 +641,7 @@ def test_a_tool_loop_is_one_conversation(store: Conversations) -> None:
     call = answer("Let me see.", ToolCall("call_1", "weather", '{"city": "Rome"}'))
     first = ask(user("Weather?"))
     plan = plan_turn(first, SCOPE, store.take(first, SCOPE, 0.0))
-    store.put(plan.finish("c", call), 0.0)
+    store.put(plan.tail_after("c", call), 0.0)
     result = Message("tool", "21 degrees", name="call_1")
     sent_back = answer("Let me see.", ToolCall("call_1", "weather", '{"city":"Rome"}'))
     query, name = turn(store, ask(user("Weather?"), sent_back, result), "Warm.", "c2")
@@ -723,7 +723,7 @@ def test_equal_talks_of_an_older_file_keep_to_their_system_texts(
     systems = ("Be brief.", "Be kind.", "", "Be rude.")
     for system in systems:
         plan = plan_turn(ask(user("hi"), system=system), SCOPE, None)
-        tail = plan.finish(f"c {system}", answer("Hello!"))
+        tail = plan.tail_after(f"c {system}", answer("Hello!"))
         store.put(tail._replace(told=tail.told[:8] if system else b""), 0.0)
     for system in systems:
         request = ask(*chat("hi", "Hello!", "and?"), system=system)
@@ -794,7 +794,7 @@ def test_a_system_variable_takes_the_system_text_in_every_turn() -> None:
     plan = plan_turn(request, SCOPE, None, system_variable="persona")
     assert plan.query == "hi"
     assert plan.inputs == {"lang": "en", "persona": "Be brief."}
-    tail = plan.finish("c", answer("Hello!"))
+    tail = plan.tail_after("c", answer("Hello!"))
     request = ask(*chat("hi", "Hello!", "new"), system="Be kind.")
     plan = plan_turn(request, SCOPE, tail, system_variable="persona")
     assert (plan.query, plan.inputs) == ("new", {"persona": "Be kind."})
@@ -815,7 +815,7 @@ def test_a_single_message_is_sent_as_it_is() -> None:
 
 @pytest.mark.parametrize("role", ["system", "tool"])
 def test_a_single_message_of_no_user_says_whose_it_is(role: str) -> None:
-    tail = plan_turn(ask_of("hi"), SCOPE, None).finish("c", answer("Hello!"))
+    tail = plan_turn(ask_of("hi"), SCOPE, None).tail_after("c", answer("Hello!"))
     request = ask(*chat("hi", "Hello!"), Message(role, "12:00"))
     told = f'<message role="{role}">\n12:00\n</message>'
     assert plan_turn(request, SCOPE, tail).query == told
@@ -992,15 +992,15 @@ def test_a_history_variable_takes_the_history_as_long_as_dify_has_not_got_it() -
         '<message role="assistant">\na1\n</message>'
     )
     assert (plan.query, plan.inputs["past"]) == ("u2", past)
-    tail = plan.finish("c", answer("a2"))
+    tail = plan.tail_after("c", answer("a2"))
     request = ask(*chat("u1", "a1", "u2", "a2", "u3"))
     plan = plan_turn(request, SCOPE, tail, **options)
     assert (plan.query, plan.inputs) == ("u3", {"past": past})
-    tail = plan.finish("c", answer("a3"))
+    tail = plan.tail_after("c", answer("a3"))
     request = ask(*chat("u1", "a1", "u2", "a2", "u3", "a3", "u4")[1:])
     plan = plan_turn(request, SCOPE, tail, **options)
     assert plan.inputs == {"past": past.partition("\n</message>\n")[2]}
-    tail = plan.finish("c", answer("a4"))
+    tail = plan.tail_after("c", answer("a4"))
     request = ask(*chat("u1", "a1", "u2", "a2", "u3", "a3", "u4", "a4", "u5")[4:])
     assert plan_turn(request, SCOPE, tail, **options).inputs == {}
 
@@ -1011,7 +1011,7 @@ def test_a_history_in_an_input_that_is_gone_starts_a_new_conversation() -> None:
         ask(*chat("u1", "a1", "u2")), SCOPE, None, history_variable="past"
     )
     request = ask(*chat("u1", "a1", "u2", "a2", "u3"))
-    plan = plan_turn(request, SCOPE, first.finish("c", answer("a2")))
+    plan = plan_turn(request, SCOPE, first.tail_after("c", answer("a2")))
     assert plan == plan_turn(request, SCOPE, None)
     assert [plan.query.count(text) for text in ("u1", "a1", "u2", "a2")] == [1] * 4
 
@@ -1035,7 +1035,7 @@ def test_system_text_does_not_count_among_what_dify_remembers() -> None:
     rains, snows = Message("system", "It rains."), Message("system", "It snows.")
     talk = (user("u1"), rains, answer("a1"), user("u2"), snows)
     first = plan_turn(ask(*talk), SCOPE, None, history_variable="past")
-    tail = first.finish("c", answer("a2"))
+    tail = first.tail_after("c", answer("a2"))
     request = ask(*talk, answer("a2"), user("u3"))
     plan = plan_turn(request, SCOPE, tail, history_variable="past")
     assert (plan.query, plan.inputs) == ("u3", first.inputs)
@@ -1046,7 +1046,7 @@ def test_what_a_conversation_lacks_is_told_once() -> None:
     first = plan_turn(
         ask(*chat("u1", "a1", "u2")), SCOPE, None, history_variable="past"
     )
-    tail = first.finish("c", answer("a2"))
+    tail = first.tail_after("c", answer("a2"))
     talk = (*chat("u3", "a3"), Message("system", "rain"), *chat("u4", "a4", "u5"))
     request = ask(*talk)._replace(is_all_new=True)
     plan = plan_turn(request, SCOPE, tail, history_variable="past")
@@ -1575,7 +1575,7 @@ class Clients(RuleBasedStateMachine):
             turn = self.end(chat, said)
             chat.shown.append(said)
             store = self.stores[which % len(self.stores)]
-            store.put(turn.plan.finish(turn.name, said), 0.0)
+            store.put(turn.plan.tail_after(turn.name, said), 0.0)
 
     @rule(i=CHATS, stored=st.sampled_from(["", "OK"]), is_shown=st.booleans())
     def leave_early(self, i: int, stored: str, is_shown: bool) -> None:
