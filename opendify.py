@@ -5972,7 +5972,7 @@ class Conversations:
 
     def _change(self, sql: str, *values: Any) -> None:
         """Change a row, or raise Overloaded: a client relies on it."""
-        if self._run(sql, *values)[1] != 1:
+        if self._run(sql, *values)[1] < 0:
             raise Overloaded("The table of conversations can't be written at present.")
 
     def _run(self, sql: str, *values: Any) -> tuple[list[Any], int]:
@@ -5983,7 +5983,7 @@ class Conversations:
             return cursor.fetchall(), cursor.rowcount
         except _FAILURES as error:
             self._note(error)
-            return [], 0
+            return [], -1
 
     def _note(self, error: Exception) -> None:
         if isinstance(error, sqlite3.Error):  # else the client's id is to blame
