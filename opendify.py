@@ -11626,7 +11626,14 @@ def _notes_on(app: AppSettings, form: AppForm, variable: str) -> list[Note]:
         need = "required of clients" if input_.required else "optional"
         inputs.append(f"{input_.variable} ({roles.get(input_.variable, need)})")
     speech = ["speech to text"] * form.hears + ["text to speech"] * form.speaks
+    named = {*app.inputs, app.system_variable, app.history_variable}
+    named |= {variable} if app.query_variable else set()
+    named |= {"tools"} if app.tools == "inputs" else set()
+    known = {"", "query", *(input_.variable for input_ in form.inputs)}
+    lost = named - known  # old text generators do not declare their `query`
+    warning = f"Dify ignores what the app has no input for: {', '.join(sorted(lost))}."
     notes = {"inputs": inputs, "uploads": [describe_uploads(form)], "speech": speech}
+    notes["warning"] = [warning] * bool(lost)
     return [(topic, ", ".join(texts)) for topic, texts in notes.items() if any(texts)]
 
 

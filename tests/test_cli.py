@@ -740,6 +740,28 @@ async def test_check_tells_which_input_takes_the_message(
 
 
 @pytest.mark.real_clock
+async def test_check_warns_of_inputs_that_the_app_lacks(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dify ignores them in silence."""
+    config = {
+        "inputs": {"tone": "calm", "city": "Rome"},
+        "query_variable": "text",
+        "system_variable": "abuot",
+        "history_variable": "past",
+        "tools": "inputs",
+    }
+    form = {"user_input_form": [text_input("tone"), text_input("past")]}
+    lost = {"chat": "abuot, city, tools", "workflow": "abuot, city, text, tools"}
+    for mode, names in lost.items():
+        _, told = await notes_on(
+            run, monkeypatch, config=config, mode=mode, parameters=form
+        )
+        warning = f"warning: Dify ignores what the app has no input for: {names}."
+        assert told[1:] == [warning]
+
+
+@pytest.mark.real_clock
 async def test_check_tells_of_a_workflow_that_takes_no_message(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
