@@ -9461,9 +9461,10 @@ class Site:
 
         Old clients form-encode a name in a path: there a space is a plus.
         """
-        models, untold = self.dify.settings.model_config, None
+        models, untold = self.known_models(), None
         if model not in models:
-            models, untold = await self._all_models()
+            untold = await self._learn_names()
+            models = self.known_models()
         for name in (model, model.replace("+", " ")):
             if name in models:
                 exchange.model = name
@@ -9471,32 +9472,40 @@ class Site:
         raise _no_such_model(model, models, untold)
 
     async def models(self) -> Mapping[str, AppSettings]:
-        """All apps by model name; those of DIFY_API_KEYS by their names in Dify."""
-        models, _ = await self._all_models()
-        return models
+        """All apps by model name, as far as Dify tells the names in time."""
+        await self._learn_names()
+        return self.known_models()
 
-    async def _all_models(self) -> tuple[dict[str, AppSettings], ProxyError | None]:
-        """The same, and why some name is not told yet, though it may be later."""
-        untold: ProxyError | None = None
-        settings = self.dify.settings
-        models, base = dict(settings.model_config), settings.dify_api_base
-        apps = [AppSettings(key, base) for key in settings.dify_api_keys]
-        unnamed = [app for app in apps if not self.dify.facts.of(app).name]
-        results = await _in_time(map(self.dify.facts.ask_info, unnamed))
-        for app, got in zip(unnamed, results):
+    async def _learn_names(self) -> ProxyError | None:
+        """Ask Dify for names that are not known; returns why one may be known later."""
+        facts, untold = self.dify.facts, None
+        apps = [app for app in self._keyed_apps() if not facts.of(app).name]
+        results = await _in_time(map(facts.ask_info, apps))
+        for app, got in zip(apps, results):
             if isinstance(got, asyncio.TimeoutError):
                 untold = UpstreamTimeout("Dify does not tell an app's name in time.")
-            elif isinstance(got, Exception):
+            elif isinstance(got, ProxyError):
                 log.warning("%s of DIFY_API_KEYS: %s", mask_key(app.key), got)
-            if isinstance(got, ProxyError) and got.status >= 500 and not got.is_final:
-                untold = got
-        for app in apps:
+                untold = untold if got.status < 500 or got.is_final else got
+        return untold
+
+    def _keyed_apps(self) -> list[AppSettings]:
+        settings = self.dify.settings
+        return [AppSettings(k, settings.dify_api_base) for k in settings.dify_api_keys]
+
+    def known_models(self) -> Mapping[str, AppSettings]:
+        """All apps by model name; those of DIFY_API_KEYS as far as Dify has named them.
+
+        One of them that never answers must not hold up the others' turns.
+        """
+        models = dict(self.dify.settings.model_config)
+        for app in self._keyed_apps():
             digest = hashlib.sha256(app.key.encode()).hexdigest()
             name = self.dify.facts.of(app).name or f"app-{digest[:8]}"
             if name in models:
                 name = f"{name} ({digest[:4]})"
             models[name] = app
-        return models, untold
+        return models
 
     def owner_of(self, exchange: Exchange) -> str:
         """The client's key where keys tell clients apart; else all are one: ""."""

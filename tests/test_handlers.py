@@ -417,21 +417,31 @@ async def test_models_of_the_configuration_are_listed_without_asking_dify() -> N
     assert got.json == {"object": "list", "data": [model(name) for name in names]}
 
 
-async def test_apps_without_a_model_name_are_listed_by_their_own() -> None:
-    variables = {"DIFY_API_KEYS": "app-one,app-two,app-broken"}
+async def test_apps_without_a_model_name_are_listed_by_their_own(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    variables = {"DIFY_API_KEYS": "app-one,app-two,app-broken,app-slow"}
     async with proxy(variables=variables) as served:
         served.dify.app("app-one", name="Helper 一")
         served.dify.app("app-two", name="m")
+        served.dify.app("app-slow", overrides={"/info": [fake.Hang()]})
         got = await served.get("/v1/models")
-        first, second, third, fourth = [row["id"] for row in got.json["data"]]
-        chat = await served.chat(model=second)
+        assert [row["id"] for row in got.json["data"]] == [
+            *("m", "Helper 一"),
+            "m (503e)",  # the name is taken
+            *("app-ce5ac345", "app-d4cf0029"),  # that Dify does not tell
+        ]
+        asked = len(served.dify.requests)
+        begun = asyncio.get_running_loop().time()
+        chat = await served.chat(model="Helper 一")
         assert chat.message["content"].startswith("Hello! You said: Hi")
-        assert served.turns[-1].key == "app-one"
-        await served.chat(model=third)
-        assert served.turns[-1].key == "app-two"
-    assert (first, second) == ("m", "Helper 一")
-    assert third.startswith("m (")  # the name is taken
-    assert fourth.startswith("app-") and "broken" not in fourth
+        await served.chat(model="m (503e)")
+        await served.chat()
+        assert asyncio.get_running_loop().time() < begun + 3  # nobody waits for a name
+        assert len(served.dify.requests) == asked + 5  # the mode of two, three turns
+    assert [row.key for row in served.turns] == ["app-one", "app-two", KEY]
+    (warning,) = [row for row in caplog.messages if "DIFY_API_KEYS" in row]
+    assert warning.startswith("app-br… of DIFY_API_KEYS: ")
 
 
 @pytest.mark.parametrize(
