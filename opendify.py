@@ -9478,15 +9478,17 @@ class Site:
 
     async def _learn_names(self) -> ProxyError | None:
         """Ask Dify for names that are not known; returns why one may be known later."""
-        facts, untold = self.dify.facts, None
+        facts = self.dify.facts
+        untold: ProxyError | None = None
         apps = [app for app in self._keyed_apps() if not facts.of(app).name]
         results = await _in_time(map(facts.ask_info, apps))
         for app, got in zip(apps, results):
             if isinstance(got, asyncio.TimeoutError):
                 untold = UpstreamTimeout("Dify does not tell an app's name in time.")
-            elif isinstance(got, ProxyError):
+            elif isinstance(got, Exception):
                 log.warning("%s of DIFY_API_KEYS: %s", mask_key(app.key), got)
-                untold = untold if got.status < 500 or got.is_final else got
+            if isinstance(got, ProxyError) and got.status >= 500 and not got.is_final:
+                untold = got
         return untold
 
     def _keyed_apps(self) -> list[AppSettings]:
@@ -9645,7 +9647,7 @@ async def create_chat_completion(site: Site, exchange: Exchange) -> None:
     chat = parse_chat_request(await _body_of(exchange))
     app = await site.find_app(exchange, chat.ask.model)
     envelope = _envelope(site, exchange, "chatcmpl", chat)
-    ask = await _with_stored_files(site, exchange, _with_words(chat.ask, app.tools))
+    ask = _with_stored_files(site, exchange, _with_words(chat.ask, app.tools))
     ask, spoken = await _with_speech(site, exchange, app, ask, envelope.created)
     streams = [
         SpokenStream(envelope, spoken) if spoken else ChatStream(envelope, index)
@@ -9687,7 +9689,7 @@ async def create_response(site: Site, exchange: Exchange) -> None:
     app = await site.find_app(exchange, request.ask.model)
     # Its ids hold the user, whom its files may name.
     items = tuple(item for item in request.items if isinstance(item, Message))
-    ask = await _with_stored_files(site, exchange, request.ask._replace(messages=items))
+    ask = _with_stored_files(site, exchange, request.ask._replace(messages=items))
     user, sealer = exchange.user_of(ask.user), site.sealer(exchange, app)
     now, new_id = int(site.wall_clock()), site.new_id()
     frame = ResponseFrame(now, exchange.model, request.echo, sealer, user, new_id)
@@ -9702,7 +9704,7 @@ async def create_response(site: Site, exchange: Exchange) -> None:
     with site.turns.holding(question):
         await _join(site, question, request, sealer)
         ask = _with_words(question.ask, app.tools)
-        question.ask = await _with_stored_files(site, exchange, ask)
+        question.ask = _with_stored_files(site, exchange, ask)
     try:
         await _answer_all(site, [question], streams, whole)
     finally:
@@ -10247,13 +10249,13 @@ async def list_files(site: Site, exchange: Exchange) -> Json:
 
 async def get_file(site: Site, exchange: Exchange) -> Json:
     """`GET /files/{id}`: what the id says."""
-    app, stored = await _file_of(site, exchange, exchange.name_in_path)
+    app, stored = _file_of(site, exchange, exchange.name_in_path)
     return file_object(stored, site.sealer(exchange, app))
 
 
 async def get_file_content(site: Site, exchange: Exchange) -> None:
     """`GET /files/{id}/content`; Dify has it once a message has used the file."""
-    app, stored = await _file_of(site, exchange, exchange.name_in_path)
+    app, stored = _file_of(site, exchange, exchange.name_in_path)
     query = urllib.parse.urlencode({"user": stored.user})
     upload_id = urllib.parse.quote(stored.upload_id, safe="")
     path = f"/files/{upload_id}/preview?{query}"
@@ -10272,7 +10274,7 @@ async def get_file_content(site: Site, exchange: Exchange) -> None:
 
 async def delete_file(site: Site, exchange: Exchange) -> Json:
     """`DELETE /files/{id}`: Dify's API can't delete, and the answer says so."""
-    await _file_of(site, exchange, exchange.name_in_path)
+    _file_of(site, exchange, exchange.name_in_path)
     return {"id": exchange.name_in_path, "object": "file", "deleted": False}
 
 
@@ -10299,7 +10301,7 @@ async def _pass_file(
 
 async def _app_for(site: Site, exchange: Exchange, form: Form) -> AppSettings:
     """The app that is named, before the file or behind it; else the first."""
-    models = await site.models()
+    models = site.known_models()
     if not form.model and len(models) > 1:
         await form.hold()
     return await site.find_app(exchange, form.model or next(iter(models), ""))
@@ -10316,11 +10318,11 @@ async def _forward_file(
     return answer
 
 
-async def _file_of(
+def _file_of(
     site: Site, exchange: Exchange, id_: str
 ) -> tuple[AppSettings, StoredFile]:
     """The app and the upload behind an id; raises BadRequest if it is not ours."""
-    for model, app in (await site.models()).items():
+    for model, app in site.known_models().items():
         if stored := open_file(id_, site.sealer(exchange, app)):
             exchange.model = exchange.model or model
             return app, stored
@@ -10331,13 +10333,13 @@ def _no_such_file(name: str, reason: str) -> BadRequest:
     return IdNotFound(f"No such File object: {name:.80}. {reason}")
 
 
-async def _with_stored_files(site: Site, exchange: Exchange, ask: Ask) -> Ask:
+def _with_stored_files(site: Site, exchange: Exchange, ask: Ask) -> Ask:
     """The question with its stored files; as their uploader's, if it names no user."""
     files = [file for message in ask.messages for file in message.attachments]
     ids = dict.fromkeys(file.file_id for file in files if file.file_id)
     if not ids:
         return ask
-    known = {id_: (await _file_of(site, exchange, id_))[1] for id_ in ids}
+    known = {id_: _file_of(site, exchange, id_)[1] for id_ in ids}
     messages = []
     for message in ask.messages:
         files = [

@@ -20,7 +20,7 @@ from typing import Any, cast
 from urllib.parse import quote
 
 import pytest
-from fake_dify import Close, Raw, Status, Wait, chat_answer
+from fake_dify import Close, Hang, Raw, Status, Wait, chat_answer
 from schemas import validate
 from test_end_to_end import run_client
 from test_handlers import (
@@ -914,6 +914,15 @@ async def test_id_is_another_client_s_when_clients_have_keys() -> None:
     assert (mine.status, other.status) == (200, 404)
 
 
+async def test_files_need_no_app_to_tell_its_name() -> None:
+    variables = {"DIFY_API_KEYS": "app-slow"}
+    async with proxy(parameters=VISION, variables=variables) as served:
+        served.dify.app("app-slow", overrides={"/info": [Hang()]})
+        id_ = (await upload(served, pdf(model="m")))["id"]
+        assert (await served.get(f"{FILES}/{id_}")).json["id"] == id_
+        assert asyncio.get_running_loop().time() < 3
+
+
 async def test_list_of_files_is_empty_and_ends() -> None:
     async with proxy() as served:
         got = await served.get(f"{FILES}?purpose=vision&limit=2")
@@ -1077,7 +1086,7 @@ async def test_names_are_not_asked_for_after_the_client_left() -> None:
     async with proxy(variables={"DIFY_API_KEYS": "app-one"}) as served:
         served.dify.app("app-one", overrides={"/info": [Wait(gate)]})
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
-        form = pdf()
+        form = pdf(model="Helper")
         head = b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
         kind = b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
         writer.write(head % len(form) + kind + form)

@@ -32,13 +32,13 @@ BUDGETS = {
     "Wire": 513,
     "Upstream": 721,
     "Answers": 604,
-    "Handlers": 1029,
+    "Handlers": 1034,
     "Server": 288,
     "Page": 263,
-    "Command line": 447,
+    "Command line": 454,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7818
+WHOLE_BUDGET = 7830
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
