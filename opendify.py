@@ -1948,12 +1948,13 @@ _MAYBE_JSON = re.compile(r"[\[{]\s{0,999}\Z")
 class JsonReader:
     """Passes on the JSON in an answer, without fences and talk, and the other parts.
 
-    `text` is the JSON so far, "" until some has begun. At the end `json_problem` tells
-    whether it is whole and valid.
+    `text` is the JSON so far, "" until some has begun; `talk` is the text until then.
+    At the end `json_problem` tells whether it is whole and valid.
     """
 
     def __init__(self, output: OutputFormat) -> None:
         self.text = ""
+        self.talk = KeptText()
         is_object = output.schema.get("type") == "object"
         self._start = _OBJECT if is_object else _OBJECT_OR_ARRAY
         self._held = ""
@@ -1968,6 +1969,7 @@ class JsonReader:
                 # The client has it: nothing can follow.
                 self._is_over |= bool(self.text)
                 self.text = self._held = ""
+                self.talk = KeptText()
             elif not isinstance(part, Text):
                 done.append(part)
             elif more := self._read(part.text):
@@ -1979,6 +1981,7 @@ class JsonReader:
             return ""
         self._held += text
         if not self.text:
+            self.talk.add(text)
             start = self._start.search(self._held) or _MAYBE_JSON.search(self._held)
             self._held = self._held[start.start() :] if start else ""
             if not start or start.re is _MAYBE_JSON:
@@ -8684,7 +8687,8 @@ class Reading:
             if problem := json_problem(self._json.text, self._ask.output):
                 raise _unsatisfied(self._ask, problem)
         elif self._is_json and not (self._json and has_call):
-            read = (self._json.text or self.said.text) if self._json else answer.text
+            reader = self._json
+            read = (reader.text or reader.talk.text) if reader else answer.text
             text, problem = extract_json(read, self._ask.output)
             self.problem = "" if has_call else problem
             kinds = (Text, Reasoning, Recast, ToolCall)

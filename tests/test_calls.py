@@ -632,6 +632,14 @@ def test_long_answer_is_not_kept_for_its_tools() -> None:
     assert size < 100_000
 
 
+def test_json_in_what_was_reasoning_is_no_answer() -> None:
+    """Not even if it must be mended, and is looked for when all is said."""
+    reading = Reading(Ask("m", (), output=ANY), "m", is_whole=False, spent=Usage())
+    parts: list[Part] = [Text("They want {'a': 1}."), Recast(19), Text("No."), Finish()]
+    assert reading.feed(parts) == []
+    assert "not valid JSON" in reading.problem
+
+
 def test_reasoning_beside_a_stop_does_not_part_it() -> None:
     stop = StopReader(["END"])
     got = stop.feed([Text("a E"), Reasoning("Step: Log"), Text("ND b")])
