@@ -10654,12 +10654,12 @@ class Server(Listener):
 
     async def _wait_for_request(self, wire: Wire) -> bool:
         """Wait for the next request; False if none will come."""
-        if skip_empty_lines(wire):  # sent ahead: first let others have their turn
+        if wire.unread:  # it was sent ahead: first let others have their turn
             await asyncio.sleep(0)
         self._idle.add(wire)
         wire.set_deadline(IDLE_TIMEOUT_S, ConnectionBroken)
         try:
-            while not skip_empty_lines(wire):
+            while not (wire.unread and skip_empty_lines(wire)):
                 if self._is_draining or not await wire.wait_for_data():
                     return False
             return True
