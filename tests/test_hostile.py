@@ -970,7 +970,7 @@ async def test_key_in_the_place_of_a_model_is_nowhere_shown(
 ) -> None:
     caplog.set_level(logging.INFO)
     audio = {"data": "AAAA", "format": "wav"}
-    body = {"model": "app-pasted", "input": "x", "voice": "v", "input_audio": audio}
+    body = {"model": "app-pastedkey", "input": "x", "voice": "v", "input_audio": audio}
     kind = "Content-Type: application/json"
     async with hosting() as host:
         asked = post(json.dumps(body), kind, "Connection: close", path=path)
