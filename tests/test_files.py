@@ -20,7 +20,7 @@ from typing import Any, cast
 from urllib.parse import quote
 
 import pytest
-from fake_dify import Close, Hang, Raw, Status, Wait, chat_answer
+from fake_dify import Close, Hang, Raw, Status, Step, Wait, chat_answer
 from schemas import validate
 from test_end_to_end import run_client
 from test_handlers import (
@@ -518,6 +518,19 @@ async def test_recording_may_have_no_name_and_no_type() -> None:
     assert got.json == {"text": f"transcribed {len(MP3)} bytes"}
 
 
+async def test_recording_of_silence_has_an_empty_transcript() -> None:
+    overrides = {"/audio-to-text": [Status(200, {"text": None})]}
+    async with proxy(parameters=AUDIO, overrides=overrides) as served:
+        got = await post(served, TRANSCRIPTS, form_of(MP3, model="m"))
+    assert (got.status, got.json) == (200, {"text": ""})
+
+
+async def test_recording_is_not_sent_for_a_transcript_that_can_not_be() -> None:
+    async with proxy(parameters=AUDIO) as served:
+        got = await post(served, TRANSCRIPTS, form_of(MP3, response_format="xml"))
+        assert (got.status, sent(served)) == (400, [])
+
+
 async def test_transcription_as_json() -> None:
     """Open WebUI's "json" mode."""
     audio = {"data": base64.b64encode(MP3).decode(), "format": "mp3"}
@@ -569,6 +582,8 @@ async def test_server_without_a_disk_takes_small_files_and_large_ones_in_order(
         assert await outcome(10, FILE_FIRST) == 200
         assert await outcome(2_000_000, "fields, file") == 200
         assert await outcome(2_000_000, FILE_FIRST) == 503
+    async with proxy(parameters=AUDIO) as served:  # only one app can be meant
+        assert await outcome(2_000_000, FILE_FIRST) == 200
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is full")
@@ -791,16 +806,22 @@ async def test_speech_without_sound_is_an_error(answer: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [b"", b"Content-Type: application/octet-stream\r\n"], ids=["none", "any"]
+    ("kind", "wanted"),
+    [
+        pytest.param("", "application/octet-stream", id="none"),
+        pytest.param(*["application/octet-stream"] * 2, id="any"),
+        pytest.param(*["Audio/MPEG"] * 2, id="upper-case"),
+    ],
 )
-async def test_speech_may_be_of_a_type_that_says_nothing(kind: bytes) -> None:
-    answer = b"HTTP/1.1 200 OK\r\n" + kind + b"Content-Length: 3\r\n\r\nID3"
+async def test_speech_may_be_of_any_type_of_sound(kind: str, wanted: str) -> None:
+    field = f"Content-Type: {kind}\r\n" if kind else ""
+    answer = f"HTTP/1.1 200 OK\r\n{field}Content-Length: 3\r\n\r\nID3".encode()
     async with proxy(
         parameters=AUDIO, overrides={"/text-to-audio": [Raw(answer)]}
     ) as served:
         got = await speak(served)
     assert (got.status, got.body) == (200, b"ID3")
-    assert got.headers["content-type"] == "application/octet-stream"
+    assert got.headers["content-type"] == wanted
 
 
 async def test_speech_that_breaks_off_is_not_complete() -> None:
@@ -818,12 +839,13 @@ async def test_speech_that_breaks_off_is_not_complete() -> None:
 
 async def test_voices_and_models_are_those_of_the_apps_that_speak() -> None:
     """As Open WebUI asks for them."""
-    models = {name: {"key": f"k-{name}", "mode": "chat"} for name in "abc"}
+    models = {name: {"key": f"k-{name}", "mode": "chat"} for name in "abcd"}
     speech = {"enabled": True, "language": "", "voice": "longxiaochun"}
     async with proxy(variables={"MODEL_CONFIG": json.dumps(models)}) as served:
         served.dify.app("k-a", parameters={"text_to_speech": speech})
         served.dify.app("k-b", parameters=AUDIO)
         served.dify.app("k-c")
+        served.dify.app("k-d", parameters=AUDIO, overrides={"/parameters": [Hang()]})
         voices = await served.get("/v1/audio/voices")
         speakers = await served.get("/v1/audio/models")
     rows = [{"id": name, "name": name} for name in ("longxiaochun", "default")]
@@ -951,6 +973,40 @@ async def test_unknown_file_is_not_found(method: str, tail: str) -> None:
         assert (got.status, got.error["param"], got.error["code"]) == (404, "id", None)
 
 
+async def test_file_that_gets_no_id_is_an_error() -> None:
+    overrides = {"/files/upload": [Status(201, {"name": "a"})]}
+    async with proxy(parameters=VISION, overrides=overrides) as served:
+        got = await post(served, FILES, pdf())
+    assert (got.status, got.error["code"]) == (502, "upstream_error")
+    assert got.error["message"] == "Dify gave the file '图 1.pdf' no id."
+
+
+@contextlib.asynccontextmanager
+async def stored(*content: Step) -> AsyncIterator[tuple[Proxy, str]]:
+    """Give a proxy, and the path to a file's content, which is this in Dify."""
+    async with proxy(parameters=VISION) as served:
+        id_ = (await upload(served))["id"]
+        (upload_id,) = served.dify.uploads
+        path = f"/files/{upload_id}/preview"
+        served.dify.app(KEY, overrides={path: content})
+        yield served, f"{FILES}/{id_}/content"
+
+
+async def test_content_may_be_empty() -> None:
+    async with stored(Status(200, b"")) as (served, path):
+        got = await served.get(path)
+    assert (got.status, got.body) == (200, b"")
+
+
+async def test_content_is_given_up_when_the_client_leaves() -> None:
+    async with stored(Hang()) as (served, path):
+        call = await served.open("GET", path)
+        await served.dify.until(lambda: served.dify.running)
+        await call.leave()
+        await served.dify.until(lambda: not served.dify.running)
+        assert asyncio.get_running_loop().time() < 10
+
+
 async def test_content_is_what_dify_gives() -> None:
     page = b"<script>alert(1)</script>" * 4000
     kind = {"Content-Type": "text/html; charset=utf-8"}
@@ -970,12 +1026,9 @@ async def test_content_is_what_dify_gives() -> None:
 
 @pytest.mark.parametrize("status", [403, 404])
 async def test_content_that_dify_does_not_give_is_not_found(status: int) -> None:
-    async with proxy(parameters=VISION) as served:
-        id_ = (await upload(served))["id"]
-        (upload_id,) = served.dify.uploads
-        refusal = [Status(status, {"code": "file_not_found", "message": "No."})]
-        served.dify.app(KEY, overrides={f"/files/{upload_id}/preview": refusal})
-        got = await served.get(f"{FILES}/{id_}/content")
+    refusal = Status(status, {"code": "file_not_found", "message": "No."})
+    async with stored(refusal) as (served, path):
+        got = await served.get(path)
     assert (got.status, got.error["param"]) == (404, "id")
     assert "1.7.2" in got.error["message"]
 
@@ -1078,6 +1131,27 @@ async def test_upload_is_given_up_when_the_client_leaves() -> None:
         writer.close()
         await served.dify.until(lambda: served.dify.open_connections <= 1)
         assert served.dify.uploads == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "body"),
+    [
+        (TRANSCRIPTS, type_of("b"), form_of(MP3, model="m")),
+        (SPEECH, "application/json", b'{"model": "m", "input": "Hi", "voice": "v"}'),
+    ],
+    ids=["heard", "said"],
+)
+async def test_sound_is_given_up_when_the_client_leaves(
+    path: str, kind: str, body: bytes
+) -> None:
+    hanging = {"/audio-to-text": [Hang()], "/text-to-audio": [Hang()]}
+    async with proxy(parameters=AUDIO, overrides=hanging) as served:
+        asking = asyncio.ensure_future(post(served, path, body, kind))
+        await served.dify.until(lambda: served.dify.running)
+        await served.asked[0].leave()
+        await served.dify.until(lambda: not served.dify.running)
+        assert asyncio.get_running_loop().time() < 10
+        await asyncio.gather(asking, return_exceptions=True)
 
 
 async def test_names_are_not_asked_for_after_the_client_left() -> None:
