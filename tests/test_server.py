@@ -1348,7 +1348,10 @@ async def test_log_has_one_line_a_request(
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_log_line_of_a_turn(
-    serving: Serving, access_log: Callable[[], list[str]], stream: bool
+    serving: Serving,
+    access_log: Callable[[], list[str]],
+    caplog: pytest.LogCaptureFixture,
+    stream: bool,
 ) -> None:
     async with FakeDify() as fake, serving(fake.base) as world:
         fake.app(KEY, script=chat_answer("Hello", " world", delay=1))
@@ -1360,6 +1363,7 @@ async def test_log_line_of_a_turn(
         "POST /v1/chat/completions 200 model='m' first=…s took=…s chars=11 id="
         + reading.headers["x-request-id"]
     ]
+    assert re.search(r" first=1\.\d+s took=[23]\.", caplog.text)
 
 
 async def test_log_counts_no_text_that_came_due_after_the_client_had_left(
