@@ -22,7 +22,7 @@ BUDGETS = {
     "SSE": 61,
     "JSON": 88,
     "Turn": 150,
-    "Calls": 689,
+    "Calls": 692,
     "Dify": 823,
     "Ids": 64,
     "OpenAI": 743,
@@ -31,14 +31,14 @@ BUDGETS = {
     "Pacer": 130,
     "Wire": 513,
     "Upstream": 721,
-    "Answers": 604,
+    "Answers": 605,
     "Handlers": 1034,
     "Server": 288,
     "Page": 263,
     "Command line": 454,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7830
+WHOLE_BUDGET = 7834
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
