@@ -4390,10 +4390,20 @@ class Answer:
                 self._add_other(part)
 
     def _add_other(self, part: Part) -> None:
+        if isinstance(part, Reasoning):
+            self._reasonings.append(part)
+        elif isinstance(part, Usage):
+            self.usage = part
+        elif isinstance(part, Finish):
+            self.finish_reason = part.reason
+        elif isinstance(part, Failure):
+            raise part.error
+        else:
+            self._add_rare(part)
+
+    def _add_rare(self, part: Part) -> None:
         if isinstance(part, Media):
             self._texts.append(media_text(part, is_first=not self.text))
-        elif isinstance(part, Reasoning):
-            self._reasonings.append(part)
         elif isinstance(part, Replace):
             self._reasonings = [r for r in self._reasonings if not r.is_inline]
             self._leave(part.text, part.reasoning)
@@ -4401,10 +4411,12 @@ class Answer:
             text = self.text
             at = max(len(text) - part.size, 0)  # calls may be gone from it
             self._leave(text[:at], text[at:])
-        elif isinstance(part, Failure):
-            raise part.error
-        else:
-            self._add_beside(part)
+        elif isinstance(part, ToolCall):
+            self.calls.append(part)
+        elif isinstance(part, Sound):
+            self.sounds.append(part.data)
+        elif isinstance(part, Citations):
+            self.citations = part.resources
 
     def _leave(self, text: str, reasoning: str) -> None:
         """Only this is left of the text so far, and this of it is reasoning."""
@@ -4412,18 +4424,6 @@ class Answer:
         if reasoning:
             apart = "\n\n" if self._reasonings else ""
             self._reasonings.append(Reasoning(apart + reasoning, is_inline=True))
-
-    def _add_beside(self, part: Part) -> None:
-        if isinstance(part, ToolCall):
-            self.calls.append(part)
-        elif isinstance(part, Sound):
-            self.sounds.append(part.data)
-        elif isinstance(part, Citations):
-            self.citations = part.resources
-        elif isinstance(part, Usage):
-            self.usage = part
-        elif isinstance(part, Finish):
-            self.finish_reason = part.reason
 
 
 def media_text(media: Media, *, is_first: bool) -> str:
@@ -4702,8 +4702,7 @@ def _usage_of(answers: Iterable[Answer]) -> dict[str, Any]:
 
 
 def _usage_object(usage: Usage) -> dict[str, Any]:
-    keys = ("prompt_tokens", "completion_tokens", "total_tokens")
-    return {key: getattr(usage, key) for key in keys}
+    return {**vars(usage), "total_tokens": usage.total_tokens}
 
 
 def cite(resources: Sequence[Json], at: int) -> dict[str, Any]:
