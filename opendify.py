@@ -9995,11 +9995,12 @@ async def _answer_all(
     collectors = [] if streams else [Collector(exchange) for _ in questions]
     sinks: list[Outlet | Collector] = [*outlets, *collectors]
     try:
-        turns = [_run_turn(site, *pair) for pair in zip(questions, sinks)]
-        if len(turns) == 1:
-            await turns[0]
+        if len(questions) == 1:
+            await site.turns.run(questions[0], sinks[0])
         else:
-            await _all_of(site, exchange, turns)
+            await _all_of(site, exchange, map(site.turns.run, questions, sinks))
+        if questions[0].ask.voice is not None:  # then it is the only one
+            await _say(site, questions[0], sinks[0])
     finally:
         for sink in sinks:
             sink.close()
@@ -10044,13 +10045,6 @@ def _outlet(site: Site, question: Question, stream: AnswerStream) -> Outlet:
         return Outlet(exchange, stream)
     pacer = Pacer(site.dify.settings.stream_max_lag)
     return PacedOutlet(exchange, stream, pacer, site.metrics)
-
-
-async def _run_turn(site: Site, question: Question, sink: Outlet | Collector) -> None:
-    """One turn, said aloud if that is wanted."""
-    await site.turns.run(question, sink)
-    if question.ask.voice is not None:
-        await _say(site, question, sink)
 
 
 def _with_words(ask: Ask, place: str) -> Ask:
