@@ -6963,10 +6963,11 @@ def encode_head(start: str, fields: Fields) -> bytes:
 
     h11 would check the grammar of our own names, too, at ten times the price.
     """
-    head = "\r\n".join([start, *map("%s: %s".__mod__, fields)])
-    if not len(fields) == head.count("\r") == head.count("\n"):
+    lines = [start, *map(": ".join, fields)]
+    text = "".join(lines)
+    if "\r" in text or "\n" in text:
         raise ValueError("a line end in a header field")
-    return head.encode("latin-1") + b"\r\n\r\n"
+    return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
 
 
 def body_decoder(headers: Mapping[str, str], *, until_end: bool) -> BodyDecoder:
