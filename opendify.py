@@ -689,7 +689,7 @@ class SSEDecoder:
         if is_whole and self._size == len(data) and not self._data:
             # Dify's form, as a rule: nothing but whole events of one line each.
             events = data[6:-2].decode("utf-8", "replace").split("\n\ndata: ")
-            if data.count(b"\n") == 2 * len(events):
+            if "\n" not in "".join(events):
                 self._size, self._encoding = 0, "utf-8"
                 return events
         end = data.rfind(b"\n") + 1
