@@ -2808,7 +2808,9 @@ class AnswerText:
         if not texts:
             return []
         text = "".join(texts)
-        if self._half or self._held or self._closing or _UNUSUAL.search(text):
+        has_half = not text.isascii() and _HALF.search(text)
+        is_busy = self._half or self._held or self._closing
+        if has_half or is_busy or "<" in text:
             return [part for text in texts for part in self.add(text)]
         self.kept.add(text)
         self._size += len(text)
@@ -2940,7 +2942,7 @@ class AnswerText:
             parts.append(Text(text))
 
 
-_UNUSUAL = re.compile("[<\ud800-\udfff]")  # a tag may begin; half a surrogate pair
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 
 
 # Events to parts...
