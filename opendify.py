@@ -8179,7 +8179,7 @@ _ID_HEADERS = {
     "message_id": "X-Dify-Message-Id",
     "workflow_run_id": "X-Dify-Workflow-Run-Id",
 }
-_UNSAFE = re.compile(r"[^\w.~-]+", re.ASCII)  # in a header: it is percent-encoded
+_SAFE = re.compile(r"[\w.~-]*", re.ASCII)  # in a header; all else is percent-encoded
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _NO_COUNTS = [0] * (len(_BUCKETS_S) + 1)  # in each bucket, and above the last
 _QUESTION_PARAMS = {"responses": "input", "completions": "prompt"}  # else `messages`
@@ -8714,11 +8714,12 @@ def _unsatisfied(ask: Ask, reason: str) -> UpstreamFailed:
 
 def id_headers(ids: DifyIds) -> list[tuple[str, str]]:
     """Dify's ids as response headers."""
-    return [(_ID_HEADERS[name], _UNSAFE.sub(_quoted, ids[name])) for name in ids]
+    return [(_ID_HEADERS[name], _quoted(ids[name])) for name in ids]
 
 
-def _quoted(unsafe: re.Match[str]) -> str:
-    return urllib.parse.quote(unsafe[0], safe="", errors="replace")
+def _quoted(id_: str) -> str:
+    is_safe = _SAFE.fullmatch(id_)
+    return id_ if is_safe else urllib.parse.quote(id_, safe="", errors="replace")
 
 
 @dataclass
