@@ -2989,17 +2989,14 @@ class AnswerReader:
             events: the data of each.
         """
         parts: list[Part] = []
-        texts: list[str] = []  # of the deltas in a row
-        for event in () if self.is_finished else events:
-            text = self._deltas.text_of(event)
-            if text is not None:
-                texts.append(text)
-                continue
-            parts += self._text.add_all(texts) + self._read(event)
-            texts = []
-            if self.is_finished:
+        rest = iter(events)
+        while not self.is_finished:
+            texts, other = self._deltas.texts_of(rest)
+            parts += self._text.add_all(texts)
+            if other is None:
                 break
-        return parts + self._text.add_all(texts)
+            parts += self._read(other)
+        return parts
 
     def _read(self, data: str) -> list[Part]:
         """The parts that one event adds; [] for one that adds none."""
@@ -3016,9 +3013,9 @@ class AnswerReader:
                 setattr(self, id_, str(value.get(id_) or ""))
             self._unknown_ids = [id_ for id_ in unknown if not getattr(self, id_)]
         name = str(value.get("event"))
-        if name in _DELTAS and self.mode != "agent":
-            self._deltas.learn(data)
         value.update(object_of(value.get("data")))  # a workflow's events say it there
+        if name in _DELTAS and self.mode != "agent":
+            self._deltas.learn(data, value)
         return _READERS[name](self, value) if name in _READERS else []
 
     # Text and reasoning...
@@ -3210,25 +3207,30 @@ class DeltaReader:
     def __init__(self) -> None:
         self._before = self._after = ""  # what stands around the text, once known
 
-    def text_of(self, data: str) -> str | None:
-        """The text of an event that is like the last example, else None."""
-        if not self._before or not data.startswith(self._before):
-            return None
-        try:
-            text, end = _scan_string(data, len(self._before))
-        except ValueError:
-            return None
-        return text if data[end:] == self._after else None
+    def texts_of(self, events: Iterator[str]) -> tuple[list[str], str | None]:
+        """(the texts of the next events, the first that is not like the example)."""
+        texts: list[str] = []
+        before, after = self._before, self._after
+        for event in events:
+            if not before or not event.startswith(before):
+                return texts, event
+            try:
+                text, end = _scan_string(event, len(before))
+            except ValueError:
+                return texts, event
+            if event[end:] != after:
+                return texts, event
+            texts.append(text)
+        return texts, None
 
-    def learn(self, data: str) -> None:
-        """Take an event for the example."""
+    def learn(self, data: str, value: Json) -> None:
+        """Take an event, of this value, for the example."""
         self._before = ""
-        if key := _TEXT_KEY.search(data):
-            before = data[: key.end()]
-            after = data[_scan_string(data, len(before))[1] :]
-            value = decode_json(f'{before}\\u0000"{after}')
-            if "\0" in (value.get("answer"), object_of(value.get("data")).get("text")):
-                self._before, self._after = before, after
+        starts = [key.end() for key in _TEXT_KEY.finditer(data)]
+        if len(starts) == 1:
+            text, end = _scan_string(data, starts[0])
+            if text in (value.get("answer"), value.get("text")):
+                self._before, self._after = data[: starts[0]], data[end:]
 
 
 _TEXT_KEY = re.compile(r'"(?:answer|text)":\s*"')

@@ -980,15 +980,31 @@ def test_pause_says_what_it_waits_for(
 
 @pytest.mark.parametrize("kind", ["message", "text_chunk"])
 def test_delta_reader_reads_what_is_like_its_example(kind: str) -> None:
-    deltas = DeltaReader()
-    assert deltas.text_of(text_event(kind, "a", "llm")) is None
-    deltas.learn(text_event(kind, "a", "llm"))
-    assert deltas.text_of(text_event(kind, 'b"\n', "llm")) == 'b"\n'
-    assert deltas.text_of(text_event(kind, "c", "other")) is None
-    assert deltas.text_of(text_event(kind, "c", "llm")[:-1]) is None
-    assert deltas.text_of(text_event(kind, "c", "llm")) == "c"
-    deltas.learn(event(event=kind, id="2"))
-    assert deltas.text_of(text_event(kind, "d", "llm")) is None
+    deltas, field = DeltaReader(), "answer" if kind == "message" else "text"
+    first, other, nothing = (
+        text_event(kind, "a", "llm"),
+        text_event(kind, "c", "other"),
+        event(event=kind, id="2"),
+    )
+    assert deltas.texts_of(iter([first])) == ([], first)
+    deltas.learn(first, {field: "a"})
+    alike = [text_event(kind, text, "llm") for text in ('b"\n', "", "c")]
+    rest = iter([*alike, other, *alike, alike[0][:-1]])
+    assert deltas.texts_of(rest) == (['b"\n', "", "c"], other)
+    assert deltas.texts_of(rest) == (['b"\n', "", "c"], alike[0][:-1])
+    assert deltas.texts_of(rest) == ([], None)
+    deltas.learn(nothing, {})
+    assert deltas.texts_of(iter(alike)) == ([], alike[0])
+
+
+@pytest.mark.parametrize(
+    "of", [{"answer": "a"}, {"text": "a"}, {"text": "b", "more": {"answer": "a"}}]
+)
+def test_another_text_in_an_event_is_not_its_own(of: Any) -> None:
+    before = [event(event="message", of=of, answer=text) for text in "abc"]
+    behind = [event(event="message", answer=text, of=of) for text in "abc"]
+    alone = [event(event="message", answer=None, of={"text": text}) for text in "abc"]
+    assert read("chat", *before, *behind, *alone) == [Text(text) for text in "abcabc"]
 
 
 def test_text_is_completed_where_it_begins_alike() -> None:
