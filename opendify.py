@@ -3761,7 +3761,9 @@ def _parse_messages(given: Any) -> tuple[str, tuple[Message, ...]]:
     if given is None or given == []:
         raise missing_parameter("messages")
     messages = parse_each(given, "messages", "an array", parse_message)
-    return split_system(with_tool_names(in_rounds(messages)))
+    if any([m.role == "tool" or m.tool_calls or m.attachments for m in messages]):
+        messages = with_tool_names(in_rounds(messages))
+    return split_system(messages)
 
 
 def call_ids(message_id: str) -> Iterator[str]:
