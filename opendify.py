@@ -5679,7 +5679,7 @@ def _query(ask: Ask, context: Messages, new: Messages, carried: Messages) -> str
     return "\n\n".join(part for part in parts if part)
 
 
-def fold(messages: Iterable[Message], carried: Messages = (), beside: str = "") -> str:
+def fold(messages: Messages, carried: Messages = (), beside: str = "") -> str:
     """Messages as text, between tags that neither they nor the text beside contain.
 
         <message role="user" name="Ada">
@@ -5688,23 +5688,25 @@ def fold(messages: Iterable[Message], carried: Messages = (), beside: str = "") 
 
     The files of `carried` messages go with the query, those of others don't.
     """
+    if not messages:
+        return ""
     with_files = set(map(id, carried))
     pairs = [_element(message, id(message) in with_files) for message in messages]
-    texts = [beside, *(text for _, text in pairs)]
-    used = {n for text in texts for n in _TAG.findall(text)}
-    numbers = (f"-{n}" for n in count(2) if str(n) not in used)
-    tag = f"message{next(numbers)}" if used else "message"
-    return "\n".join(f"<{tag}{about}>\n{text}\n</{tag}>" for about, text in pairs)
+    used = {*_TAG.findall("\n".join([beside, *[text for _, text in pairs]]))}
+    numbers = (n for n in count(2) if str(n) not in used)
+    tag = f"message-{next(numbers)}" if used else "message"
+    return "\n".join([f"<{tag}{about}>\n{text}\n</{tag}>" for about, text in pairs])
 
 
 def _element(message: Message, is_carried: bool) -> tuple[str, str]:
     """(attributes, text) of a message; its calls are written as the app writes them."""
-    file_key = "file" if is_carried else "file_not_included"
-    named = [("role", message.role), ("name", message.name)]
-    given = [*named, (file_key, _file_names(message))]
+    given = {"role": message.role, "name": message.name}
+    if message.attachments:
+        given["file" if is_carried else "file_not_included"] = _file_names(message)
+    quoted = json.encoder.encode_basestring
+    about = [f" {name}={quoted(value)}" for name, value in given.items() if value]
     texts = [message.text, *map(describe_call, message.tool_calls)]
-    about = "".join(f" {k}={json.encoder.encode_basestring(v)}" for k, v in given if v)
-    return about, "\n".join(text for text in texts if text)
+    return "".join(about), "\n".join(filter(None, texts))
 
 
 def _file_names(message: Message) -> str:
