@@ -3732,7 +3732,7 @@ def split_system(items: Sequence[Any], first: str = "") -> tuple[str, tuple[Any,
     while at < len(items) and getattr(items[at], "role", "") == "system":
         texts.append(items[at].text)
         at += 1
-    return "\n\n".join(text for text in texts if text.strip()), tuple(items[at:])
+    return "\n\n".join([text for text in texts if text.strip()]), tuple(items[at:])
 
 
 def _parse_required(body: Json, name: str) -> str:
@@ -4706,7 +4706,7 @@ _DONE = b"data: [DONE]\n\n"
 
 
 def _usage_of(answers: Iterable[Answer]) -> dict[str, Any]:
-    return _usage_object(sum((answer.usage for answer in answers), NO_USAGE))
+    return _usage_object(sum([answer.usage for answer in answers], NO_USAGE))
 
 
 def _usage_object(usage: Usage) -> dict[str, Any]:
@@ -5662,7 +5662,7 @@ def _only_in_input(history: tuple[Message, ...], tail: Tail) -> tuple[Message, .
 
 def _query(ask: Ask, context: Messages, new: Messages, carried: Messages) -> str:
     """The new messages and, if need be, what Dify does not know yet, as one text."""
-    is_history = any(message.role != "system" for message in context)
+    is_history = any([message.role != "system" for message in context])
     parts = ["The conversation so far:"] if is_history else []
     if len(new) == 1 and new[0].role == "user" and not new[0].name:
         text = new[0].text  # as it is: apps search and branch by their query
@@ -5676,7 +5676,7 @@ def _query(ask: Ask, context: Messages, new: Messages, carried: Messages) -> str
         # A call, JSON and the words of another speaker are no end of the last message.
         goes_on = not (new or ask.is_strict or ask.messages[-1].name)
         parts.append(_GO_ON if goes_on else ask_for)
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(filter(None, parts))
 
 
 def fold(messages: Messages, carried: Messages = (), beside: str = "") -> str:
@@ -8928,7 +8928,7 @@ class Turns:
     async def _try_turn(self, question: Question, mode: str) -> Turn:
         """One attempt; raises what Dify says before its first word."""
         app, ask = question.app, question.ask
-        has_files = any(message.attachments for message in ask.messages)
+        has_files = any([message.attachments for message in ask.messages])
         needs_form = has_files or (mode not in CHAT_MODES and not app.query_variable)
         form = await self.dify.facts.form_of(app) if needs_form else NO_FORM
         has_room = functools.partial(question.has_room, form)
@@ -10075,7 +10075,7 @@ def _with_words(ask: Ask, place: str) -> Ask:
             )
         ask, tools = ask._replace(tools=()), ""
     else:
-        has_called = any(m.tool_calls or m.role == "tool" for m in ask.messages)
+        has_called = any([m.tool_calls or m.role == "tool" for m in ask.messages])
         mode = "none" if has_called and not ask.tools else ask.tool_mode
         tools = describe_tools(ask.tools, mode, is_serial=ask.is_serial)
     if place == "inputs" and tools:
@@ -10168,7 +10168,7 @@ async def _with_speech(
     Nothing runs where an answer is to be spoken, and the app can't.
     """
     is_spoken = ask.voice is not None
-    if not (is_spoken or any(message.spoken_id for message in ask.messages)):
+    if not (is_spoken or any([message.spoken_id for message in ask.messages])):
         return ask, None
     if is_spoken and not (await site.dify.facts.form_of(app)).speaks:
         raise _switched_off("Text to speech", exchange.model, "modalities")
@@ -10345,7 +10345,7 @@ def _no_such_file(name: str, reason: str) -> BadRequest:
 def _with_stored_files(site: Site, exchange: Exchange, ask: Ask) -> Ask:
     """The question with its stored files; as their uploader's, if it names no user."""
     files = [file for message in ask.messages for file in message.attachments]
-    ids = dict.fromkeys(file.file_id for file in files if file.file_id)
+    ids = dict.fromkeys([file.file_id for file in files if file.file_id])
     if not ids:
         return ask
     known = {id_: _file_of(site, exchange, id_)[1] for id_ in ids}
