@@ -3914,6 +3914,7 @@ def user_name(name: str) -> str:
     return "user-" + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
 
 
+@functools.lru_cache(maxsize=256)
 def user_of_key(key: str) -> str:
     """The end user where nobody says more: all who use a client's key are one."""
     return "opendify-" + hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -8741,11 +8742,11 @@ class Question:
     spent: Usage = NO_USAGE  # by a first try
     is_asked: bool = False  # Dify may have got it
     is_accepted: bool = False  # Dify has begun to answer: it may remember the question
+    user: str = field(init=False)  # who asks, as Dify knows them
 
-    @functools.cached_property
-    def user(self) -> str:
-        """Who asks, as Dify knows them."""
-        return self.exchange.user_of(self.ask.user)
+    def __post_init__(self) -> None:
+        """Settle who asks, whatever becomes of the question."""
+        self.user = self.exchange.user_of(self.ask.user)
 
     @property
     def scope(self) -> bytes:
