@@ -8939,25 +8939,25 @@ class Turns:
         question.is_asked = True
         stream = await self.dify.open_turn(app, mode, request)
         question.is_accepted = True
-        try:
-            return await _begun(question.exchange, Turn(plan, stream))
-        except (asyncio.CancelledError, ConnectionBroken):
-            await stream.end()
-            raise
-        except BaseException:
-            stream.close()
-            raise
+        return await _begun(question.exchange, Turn(plan, stream))
 
 
 async def _begun(exchange: Exchange, turn: Turn) -> Turn:
     """The turn, once its first parts are here; raises the error that it begins with."""
     exchange.turn, stream = turn, turn.stream
-    parts = await stream.read(until_stoppable=True)
-    if not (parts or stream.reader.is_finished):  # it may be long till then
-        with WhilePresent(exchange):
-            parts = await stream.read()
-    if parts and isinstance(parts[0], Failure):
-        raise parts[0].error
+    try:
+        parts = await stream.read(until_stoppable=True)
+        if not (parts or stream.reader.is_finished):  # it may be long till then
+            with WhilePresent(exchange):
+                parts = await stream.read()
+        if parts and isinstance(parts[0], Failure):
+            raise parts[0].error
+    except (asyncio.CancelledError, ConnectionBroken):
+        await stream.end()
+        raise
+    except BaseException:
+        stream.close()
+        raise
     stream.parts = parts
     return turn
 
@@ -8995,9 +8995,9 @@ async def _with_past(dify: Dify, question: Question, plan: Plan) -> Json:
     A client that names the conversation does not send it again; the last turn had it.
     """
     name, is_named = question.app.history_variable, question.ask.conversation_id
-    here = Place(question.user, plan.tail.conversation_id, "")
-    if not (name and here.conversation_id and is_named) or name in plan.inputs:
+    if not (name and plan.tail.conversation_id and is_named) or name in plan.inputs:
         return plan.inputs
+    here = Place(question.user, plan.tail.conversation_id, "")
     turns, _ = await dify.messages(question.app, here, most=1)
     if not turns:  # some chatflows would meet the question with silence
         raise ConversationGone("Dify does not know this conversation.")
