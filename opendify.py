@@ -8800,8 +8800,9 @@ class Turns:
         """
         ask, headers = question.ask, question.exchange.request.headers
         id_ = ask.conversation_id or headers.get("x-dify-conversation-id", "")
-        given = {**question.app.inputs, **ask.inputs}
-        question.ask = ask = ask._replace(inputs=given, conversation_id=id_)
+        if id_ or question.app.inputs:
+            given = {**question.app.inputs, **ask.inputs}
+            question.ask = ask = ask._replace(inputs=given, conversation_id=id_)
         reading = await self._run_once(question, sink)
         if not reading.problem:
             return
