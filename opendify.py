@@ -682,16 +682,16 @@ class SSEDecoder:
         """The data of the events that these bytes complete; raises SSEOverflow."""
         if b"\r" in data or (self._after_cr and data):
             data = self._ended_by_lf(data)
-        self._size += len(data)
-        if self._size > MAX_EVENT_BYTES:
-            raise SSEOverflow(f"an event of more than {MAX_EVENT_BYTES >> 20} MiB")
         is_whole = data.startswith(b"data: ") and data.endswith(b"\n\n")
-        if is_whole and self._size == len(data) and not self._data:
+        if is_whole and not (self._size or self._data) and len(data) <= MAX_EVENT_BYTES:
             # Dify's form, as a rule: nothing but whole events of one line each.
             events = data[6:-2].decode("utf-8", "replace").split("\n\ndata: ")
             if "\n" not in "".join(events):
-                self._size, self._encoding = 0, "utf-8"
+                self._encoding = "utf-8"
                 return events
+        self._size += len(data)
+        if self._size > MAX_EVENT_BYTES:
+            raise SSEOverflow(f"an event of more than {MAX_EVENT_BYTES >> 20} MiB")
         end = data.rfind(b"\n") + 1
         if not end:
             self._line += data
