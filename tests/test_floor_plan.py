@@ -20,29 +20,29 @@ BUDGETS = {
     "Settings": 226,
     "Errors": 87,
     "SSE": 61,
-    "JSON": 88,
+    "JSON": 90,
     "Turn": 150,
     "Calls": 692,
-    "Dify": 823,
+    "Dify": 827,
     "Ids": 64,
-    "OpenAI": 743,
+    "OpenAI": 745,
     "Responses": 416,
-    "Conversations": 413,
+    "Conversations": 415,
     "Pacer": 130,
-    "Wire": 513,
+    "Wire": 514,
     "Upstream": 721,
-    "Answers": 605,
-    "Handlers": 1034,
+    "Answers": 607,
+    "Handlers": 1031,
     "Server": 288,
     "Page": 263,
     "Command line": 454,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7834
+WHOLE_BUDGET = 7844
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
-    "AnswerReader": 160,
+    "AnswerReader": 157,
     "Wire": 155,
 }
 
