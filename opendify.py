@@ -8410,8 +8410,9 @@ class Outlet:
             return self._put_text(Text(words), now)
         if isinstance(part, Replace):
             return self._put_text(Text(self._rest_of(part.text)), now)
-        if isinstance(part, Recast):  # the thoughts are out as text: show their end
-            return self._put_text(Text("</think>\n\n"), now)
+        if isinstance(part, Recast):  # thoughts that are out as text: show their end
+            end = Text("</think>\n\n")
+            return self._put_text(end, now) if self._has_text else b""
         if isinstance(part, Finish):
             self._finish = part
             return b""

@@ -655,6 +655,14 @@ async def test_call_that_was_only_thought_of_is_none_where_one_is_required() -> 
 
 
 @WHOLE_OR_STREAMED
+async def test_thoughts_before_a_required_call_leave_no_text(stream: bool) -> None:
+    """Not the end of their tag either, whose beginning was missing."""
+    async with proxy(at_once(f"They ask for Oslo.</think>{OSLO}")) as served:
+        got = await served.chat(tools=TOOLS, tool_choice="required", stream=stream)
+    assert choices_of(got) == [OSLO_CALL]
+
+
+@WHOLE_OR_STREAMED
 @pytest.mark.parametrize("stop", ["```", "\n\n", "}"])
 async def test_stop_is_not_looked_for_where_json_is_wanted(
     stop: str, stream: bool
