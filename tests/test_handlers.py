@@ -1979,6 +1979,14 @@ async def test_answer_that_was_cut_is_stopped_once() -> None:
         assert len(served.dify.stops) == 1
 
 
+async def test_answer_does_not_wait_at_its_end_for_what_can_not_come() -> None:
+    """An emoji may grow, but not once the answer is over."""
+    script = fake.chat_answer("Hi, good 👍")
+    async with proxy(script, variables={"STREAM_MAX_LAG": "5"}) as served:
+        await served.chat(stream=True)
+        assert asyncio.get_running_loop().time() < 1
+
+
 async def test_finished_answer_is_not_stopped() -> None:
     async with proxy(fake.chat_answer("Hi")) as served:
         call = await served.begin(stream=True)
