@@ -903,9 +903,12 @@ def json_string(text: str) -> bytes:
 
 
 def _one_line(text: str) -> bytes:
-    if not text.isascii():
-        text = _LINE_BREAKERS.sub(_escape, text)
-    return text.encode()
+    try:
+        if text.isascii() or len(text.splitlines()) == 1:
+            return text.encode()
+    except UnicodeEncodeError:
+        pass  # half a surrogate pair
+    return _LINE_BREAKERS.sub(_escape, text).encode()
 
 
 def _escape(match: re.Match[str]) -> str:
