@@ -5394,7 +5394,8 @@ AnswerStream = Union[ChatStream, ResponseStream]
 # (4) App key and user go into every hash: nobody reaches a conversation of others, and
 #     the table tells nothing to anyone without the key. It holds no text and no key.
 # (5) Reasoning, white space, text beside calls and system messages make no difference
-#     to a match. A system text is told to Dify when it differs from the one told last.
+#     to a match, nor does leaving out all calls and results once they are answered. A
+#     system text is told to Dify when it differs from the one told last.
 # (6) If several transcripts have the same messages, only those match that had the same
 #     inputs, and among these one with the same system text is preferred.
 # (7) A question's context counts in `chain` only: in later turns clients show the
@@ -5416,6 +5417,7 @@ MAX_ALL_NAMED_BYTES = 256 << 20
 _MAX_CONVERSATION_ID_CHARS = 100  # Dify's ids have 36
 _KEPT_MESSAGES = 128  # a transcript's last ones, and so the longest window: 1 KiB
 _DIGEST_BYTES = 8
+_OF_TOOLS = b"\0\0"  # so begin the digests of calls and of their results
 # Where `told` has the hashes of all system text, of inputs, and of the system text
 # that stands between messages, which it may lack.
 _SYSTEM, _INPUTS, _WITHIN = slice(8), slice(8, 16), slice(16, None)
@@ -5474,9 +5476,20 @@ class Tail(NamedTuple):
         length = self.length + len(digests) - 1
         return self._replace(chain=chain, length=length, digests=kept, **more)
 
+    def shown_as(self, window: Tail) -> bytes:
+        """Its digests; without those of tools, if it ends with such a window then.
+
+        What Dify has as an input only is counted by messages, and so shown whole.
+        """
+        whole = self.digests
+        if whole.endswith(window.digests) or _OF_TOOLS not in whole or self.folded:
+            return whole
+        digests = re.findall(rb".{%d}" % _DIGEST_BYTES, whole, re.DOTALL)
+        return b"".join(d for d in digests if not d.startswith(_OF_TOOLS))
+
     def ends(self, longer: Tail) -> bool:
         """Whether this window ends that transcript, and stands nowhere else in it."""
-        window, digests = self.digests, longer.digests
+        window, digests = self.digests, longer.shown_as(self)
         is_whole = len(window) == self.length * _DIGEST_BYTES
         return is_whole and digests.find(window) == len(digests) - len(window)
 
@@ -5544,7 +5557,8 @@ def message_digest(scope: bytes, message: Message) -> bytes:
     calls = [[call.name, _canonical(call.arguments)] for call in message.tool_calls]
     ids = [f.url or f.upload_id or _hash(scope, f.data, 16).hex() for f in files]
     about = [role, name, calls, ids]
-    return _digest(scope, f"{about!a}\0{_matched_text(message)}")
+    mark = _OF_TOOLS if calls or role == "tool" else b""
+    return mark + _digest(scope, f"{about!a}\0{_matched_text(message)}")[len(mark) :]
 
 
 def _matched_text(message: Message) -> str:
@@ -5935,16 +5949,20 @@ class Conversations:
         equal = f"{_MATCH} AND chain = ? ORDER BY state LIMIT {_MAX_CANDIDATES}"
         rows, _ = self._run(equal, *key, window.chain)
         tails = [Tail(scope, *row) for row in rows]
-        if not tails and _is_clear(said):
+        # A context that it shows may be none that Dify has.
+        if not tails and not any(map(context_of, said)):
             most = _MAX_CANDIDATES + 1
             rows, _ = self._run(f"{_MATCH} ORDER BY state LIMIT {most}", *key)
             if len(rows) > _MAX_CANDIDATES:
                 return None
             near = [Tail(scope, *row) for row in rows]
-            near = [tail for tail in near if tail.digests.endswith(window.digests)]
+            end = window.digests
+            near = [tail for tail in near if tail.shown_as(window).endswith(end)]
             if len({tail.chain for tail in near}) > 1:
                 return None
             tails = [tail for tail in near if window.ends(tail)]
+            if not _is_clear(said):  # all of it but calls, then
+                tails = [t for t in tails if t.digests != t.shown_as(window) == end]
         if len(tails) > 1:
             tails = _told_alike(tails, _told_hashes(scope, ask, said))
         return tails[0] if tails else None
@@ -6037,12 +6055,7 @@ def _told_alike(tails: Iterable[Tail], told: bytes) -> list[Tail]:
 
 
 def _is_clear(history: Messages) -> bool:
-    """Whether a window can be told from others: two answers, or a long one.
-
-    A context that it shows may be none that Dify has.
-    """
-    if any(map(context_of, history)):
-        return False
+    """Whether a window can be told from others: two answers, or a long one."""
     answers = [_matched_text(m) for m in history if m.role == "assistant"]
     return len(answers) > 1 or len(answers[0].encode()) >= _CLEAR_BYTES
 

@@ -20,25 +20,25 @@ BUDGETS = {
     "Settings": 226,
     "Errors": 87,
     "SSE": 61,
-    "JSON": 90,
+    "JSON": 93,
     "Turn": 150,
     "Calls": 692,
     "Dify": 827,
     "Ids": 64,
     "OpenAI": 745,
     "Responses": 416,
-    "Conversations": 415,
+    "Conversations": 424,
     "Pacer": 130,
     "Wire": 514,
     "Upstream": 721,
-    "Answers": 607,
+    "Answers": 608,
     "Handlers": 1031,
     "Server": 288,
     "Page": 263,
     "Command line": 454,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7844
+WHOLE_BUDGET = 7857
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
