@@ -1466,6 +1466,11 @@ def retry_text(demand: str, reason: str) -> str:
     return _RETRY_TEXTS[demand].format(reason=reason)
 
 
+def is_retry(text: str) -> bool:
+    """Whether a question is what `retry_text` says."""
+    return text.startswith(tuple(t.split("{")[0] for t in _RETRY_TEXTS.values()))
+
+
 # What it answers: calls...
 
 # How calls are written: our way (Hermes', Qwen's), then Anthropic's, DeepSeek's, GLM's,
@@ -5024,9 +5029,14 @@ def response_object(
 _TOLD = re.compile(r'\A<(message(?:-\d+)?) role="system">\n.*?\n</\1>\n\n?', re.DOTALL)
 
 
+def asked_text(message: Message) -> str:
+    """A stored question's text, without what the app was told before it."""
+    return _TOLD.sub("", message.text)
+
+
 def input_item(id_: str, message: Message) -> dict[str, Any]:
-    """A user's message as an item, without what the app was told before it."""
-    text = _TOLD.sub("", message.text)
+    """A stored question as an item."""
+    text = asked_text(message)
     content: list[dict[str, Any]] = [{"type": "input_text", "text": text}]
     for file in message.attachments:
         is_image = file.media_type.startswith("image/")
@@ -9313,7 +9323,16 @@ async def _turns_of(site: Site, app: AppSettings, place: Place) -> list[StoredTu
         question = turns[0].question
         text = f"{turns[0].past}\n\n{question.text}"
         turns[0] = turns[0]._replace(question=question._replace(text=text))
-    return _with_tools(turns)
+    return _as_asked(_with_tools(turns))
+
+
+def _as_asked(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
+    """The turns as clients know them: a second try answers the first one's question."""
+    known: list[StoredTurn] = []
+    for turn in turns:
+        is_first = not (known and is_retry(asked_text(turn.question)))
+        known.append(turn if is_first else turn._replace(question=known.pop().question))
+    return known
 
 
 def _with_tools(turns: Iterable[StoredTurn]) -> list[StoredTurn]:

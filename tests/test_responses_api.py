@@ -1407,6 +1407,27 @@ async def test_conversation_survives_in_the_file(tmp_path: Any) -> None:
         assert told(first) == [["Hi", "More"]]
 
 
+async def test_second_try_is_no_turn_of_a_conversation() -> None:
+    """No client has seen the first one's answer, nor asked for a second."""
+    answers = iter(["Hello", "no JSON", '{"a": 1}', "Bye", "Bye"])
+    text = {"format": {"type": "json_object"}}
+    async with proxy(lambda _: fake.chat_answer(next(answers)), memory=True) as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        await answer(served, "One", conversation=made["id"])
+        two = await answer(served, "Two", conversation=made["id"], text=text)
+        path = f"{CONVERSATIONS}/{made['id']}/items?order=asc"
+        items = (await served.get(path)).json["data"]
+        asked = (await served.get(f"{PATH}/{two['id']}/input_items")).json["data"]
+        for branch in ("Other", "Another"):
+            await answer(served, branch, previous_response_id=two["id"])
+        query = served.turns[-1].json["query"]
+    assert "Two" in query and "no JSON" not in query
+    assert [item["content"][0]["text"] for item in items] == [
+        *("One", "Hello", "Two", '{"a": 1}')
+    ]
+    assert [item["content"][0]["text"] for item in asked] == ["Two"]
+
+
 async def test_items_are_found_when_their_model_has_another_name() -> None:
     """`.env` has changed; the app's key tells that it is the same."""
     async with proxy() as served:
