@@ -22,23 +22,23 @@ BUDGETS = {
     "SSE": 61,
     "JSON": 93,
     "Turn": 150,
-    "Calls": 692,
+    "Calls": 694,
     "Dify": 827,
     "Ids": 64,
     "OpenAI": 745,
-    "Responses": 416,
+    "Responses": 418,
     "Conversations": 424,
     "Pacer": 130,
     "Wire": 514,
     "Upstream": 721,
     "Answers": 608,
-    "Handlers": 1031,
+    "Handlers": 1037,
     "Server": 288,
     "Page": 263,
     "Command line": 454,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7857
+WHOLE_BUDGET = 7867
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
