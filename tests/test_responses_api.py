@@ -457,6 +457,23 @@ async def test_stored_response_is_what_was_answered(stream: bool) -> None:
     assert item["content"] == [{"type": "input_text", "text": "Hi"}]
 
 
+@pytest.mark.parametrize(("count", "pages"), [(1, 1), (100, 1), (250, 3), (2050, 20)])
+async def test_all_turns_of_a_conversation_are_read(count: int, pages: int) -> None:
+    """Page by page, as far back as a request may take."""
+    async with proxy() as served:
+        await answer(served)
+        (stored,) = served.dify.conversations.values()
+        ids = [f"id-{number}" for number in range(count)]
+        stored.messages[:] = [fake.Message(id_, "Hi") for id_ in ids]
+        before = len(served.dify.requests)
+        place = opendify.Place(stored.user, stored.id, "")
+        site = served.server._site
+        app = site.dify.settings.model_config["m"]
+        turns = await site.archive.turns_of(app, place)
+        assert len(served.dify.requests) - before == pages
+    assert [turn.message_id for turn in turns] == ids[-2000:]
+
+
 async def test_shown_question_lacks_what_the_app_was_told() -> None:
     """A client that shows it, and sends it back, goes on where it was."""
     more: JSONObject = {"instructions": "Say </message>.", "tools": [WEATHER]}
