@@ -662,6 +662,13 @@ async def test_late_failure_ends_the_stream(before: list[fake.Step]) -> None:
     assert end["error"]["code"] in ("server_error", "invalid_prompt")
 
 
+async def test_failed_response_can_be_read_again() -> None:
+    async with proxy([fake.message("a"), fake.error_event()]) as served:
+        one = response_of(await respond(served, stream=True))
+        kept = response_of(await served.get(f"{PATH}/{one['id']}"))
+    assert one["status"] == kept["status"] == "failed"
+
+
 async def test_failed_whole_response_is_an_http_error() -> None:
     async with proxy([fake.message("a"), fake.error_event()]) as served:
         got = await respond(served)
@@ -785,6 +792,21 @@ async def test_result_of_an_earlier_turn_is_told_by_its_tool() -> None:
         await answer(served, [output], previous_response_id=two["id"], tools=[WEATHER])
         ((*_, query),) = told(served)
     assert query == '<message role="tool" name="get_weather">\nsun\n</message>'
+
+
+async def test_newest_turn_tells_all_where_the_client_names_its_tools() -> None:
+    """Dify was told of them in the first turn: that one need not be read."""
+    texts = ["Hello.", CALL, "Sunny."]
+    async with proxy(script=lambda _: fake.chat_answer(texts.pop(0))) as served:
+        one = await answer(served, tools=[WEATHER])
+        two = await answer(
+            served, "Rome?", previous_response_id=one["id"], tools=[WEATHER]
+        )
+        call_id = two["output"][0]["call_id"]
+        output = {"type": "function_call_output", "call_id": call_id, "output": "sun"}
+        await answer(served, [output], previous_response_id=two["id"], tools=[WEATHER])
+        read = [row.query for row in served.dify.requests if row.path == "/messages"]
+    assert [query["limit"] for query in read] == ["1", "1"]
 
 
 TWO_CALLS = CALL + CALL.replace("get_weather", "get_time")
