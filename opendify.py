@@ -5492,7 +5492,8 @@ class Tail(NamedTuple):
         What Dify has as an input only is counted by messages, and so shown whole.
         """
         whole = self.digests
-        if whole.endswith(window.digests) or _OF_TOOLS not in whole or self.folded:
+        is_in = window.digests[:_DIGEST_BYTES] in whole
+        if whole.endswith(window.digests) or self.folded or not is_in:
             return whole
         digests = re.findall(rb".{%d}" % _DIGEST_BYTES, whole, re.DOTALL)
         return b"".join(d for d in digests if not d.startswith(_OF_TOOLS))
@@ -5960,7 +5961,8 @@ class Conversations:
         rows, _ = self._run(equal, *key, window.chain)
         tails = [Tail(scope, *row) for row in rows]
         # A context that it shows may be none that Dify has.
-        if not tails and not any(map(context_of, said)):
+        has_context = any(map(context_of, said))
+        if not (tails or has_context) and (ask.tools or _is_clear(said)):
             most = _MAX_CANDIDATES + 1
             rows, _ = self._run(f"{_MATCH} ORDER BY state LIMIT {most}", *key)
             if len(rows) > _MAX_CANDIDATES:
@@ -5971,7 +5973,7 @@ class Conversations:
             if len({tail.chain for tail in near}) > 1:
                 return None
             tails = [tail for tail in near if window.ends(tail)]
-            if not _is_clear(said):  # all of it but calls, then
+            if not _is_clear(said):  # then it must be all but calls
                 tails = [t for t in tails if t.digests != t.shown_as(window) == end]
         if len(tails) > 1:
             tails = _told_alike(tails, _told_hashes(scope, ask, said))

@@ -653,17 +653,25 @@ def test_a_tool_loop_is_one_conversation(store: Conversations) -> None:
 
 CALL = answer("Let me see.", ToolCall("call_1", "weather", '{"city": "Rome"}'))
 RESULT = Message("tool", "21 degrees")
+WEATHER = opendify.Tool("weather")
+
+
+def ask_with_tools(*messages: Message) -> Ask:
+    return ask(*messages)._replace(tools=(WEATHER,))
 
 
 def test_calls_that_are_answered_may_be_left_out(store: Conversations) -> None:
     """n8n, Flowise and many frameworks store a question and its last answer."""
     record(store, "c", user("Weather?"), CALL, RESULT, CALL, RESULT, answer("Warm."))
     said = (user("Weather?"), answer("Warm."))
-    request = ask(*said, user("Thanks"))
+    request = ask_with_tools(*said, user("Thanks"))
     assert turn(store, request, "Welcome.", "c2") == ("Thanks", "c")
-    assert found(store, ask(*request.messages, answer("Welcome."), user("Bye"))) == "c"
+    assert (
+        found(store, ask_with_tools(*request.messages, answer("Welcome."), user("Bye")))
+        == "c"
+    )
     later = (answer("Warm."), user("Thanks"), answer("Welcome."), user("Bye"))
-    assert found(store, ask(*later)) == "c"  # a window with two answers
+    assert found(store, ask_with_tools(*later)) == "c"  # a window with two answers
 
 
 @pytest.mark.parametrize(
@@ -683,7 +691,7 @@ def test_what_else_is_shown_without_calls_is_another_chat(
     store: Conversations, history: list[Message]
 ) -> None:
     record(store, "c", user("Weather?"), CALL, RESULT, answer("Warm."))
-    assert found(store, ask(*history, user("Thanks"))) == ""
+    assert found(store, ask_with_tools(*history, user("Thanks"))) == ""
 
 
 def test_chats_that_differ_in_their_calls_alone_are_not_confused(
@@ -692,8 +700,8 @@ def test_chats_that_differ_in_their_calls_alone_are_not_confused(
     said = (user("Weather?"), answer("Warm."))
     for name, result in (("c", RESULT), ("d", Message("tool", "19 degrees"))):
         record(store, name, said[0], CALL, result, said[1])
-    assert found(store, ask(*said, user("Thanks"))) == ""
-    request = ask(said[0], CALL, RESULT, said[1], user("Thanks"))
+    assert found(store, ask_with_tools(*said, user("Thanks"))) == ""
+    request = ask_with_tools(said[0], CALL, RESULT, said[1], user("Thanks"))
     assert found(store, request) == "c"
 
 
@@ -704,7 +712,7 @@ def test_calls_are_not_left_out_where_a_history_is_an_input(
     tail = Tail(SCOPE, "c", chain=SCOPE, folded=1)
     said = (user("Weather?"), answer("Warm."))
     store.put(tail.extend((said[0], CALL, RESULT, said[1])), 0.0)
-    assert found(store, ask(*said, user("Thanks"))) == ""
+    assert found(store, ask_with_tools(*said, user("Thanks"))) == ""
 
 
 def test_forget_and_never_put_back(store: Conversations) -> None:

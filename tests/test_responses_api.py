@@ -469,7 +469,7 @@ async def test_all_turns_of_a_conversation_are_read(count: int, pages: int) -> N
         place = opendify.Place(stored.user, stored.id, "")
         site = served.server._site
         app = site.dify.settings.model_config["m"]
-        turns = await site.archive.turns_of(app, place)
+        turns = await opendify._turns_of(site, app, place)
         assert len(served.dify.requests) - before == pages
     assert [turn.message_id for turn in turns] == ids[-2000:]
 
