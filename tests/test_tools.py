@@ -1389,6 +1389,23 @@ async def test_app_of_every_mode_is_stopped(mode: str, stream: bool) -> None:
 
 
 @WHOLE_OR_STREAMED
+async def test_usage_of_a_first_try_is_told_where_a_stop_cuts_the_second(
+    stream: bool,
+) -> None:
+    scripts: list[list[fake.Step]] = [
+        fake.chat_answer("No.", usage=(9, 2)),
+        [fake.message(f"{OSLO}\nand STOP here"), fake.Hang()],
+    ]
+    fields: JSONObject = {"stream_options": {"include_usage": True}} if stream else {}
+    async with proxy(lambda _: scripts.pop(0)) as served:
+        got = await served.chat(
+            stream=stream, stop="STOP", tools=TOOLS, tool_choice="required", **fields
+        )
+    usage = (got.chunks[-1] if stream else got.json)["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (9, 2)
+
+
+@WHOLE_OR_STREAMED
 async def test_usage_that_came_with_the_stop_is_told(stream: bool) -> None:
     async with proxy(at_once("one STOP two")) as served:
         more: JSONObject = {"stream_options": {"include_usage": True}} if stream else {}
