@@ -1080,6 +1080,30 @@ async def test_address_that_guesses_keys_has_to_wait() -> None:
         assert ask("key-one") == 200
 
 
+async def test_addresses_are_told_apart_and_not_kept_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("opendify.MAX_ADDRESSES", 4)
+    async with hosting(**KEYED) as host:
+        site: Site = host.server._site
+        peers = [f"203.0.113.{number}" for number in range(100)]
+
+        def ask(peer: str) -> None:
+            site.check_key("key-one", peer)
+            with pytest.raises(Unauthorized):
+                site.check_key("wrong", peer)
+
+        for peer in peers[:4] * MAX_KEY_FAILURES:
+            ask(peer)
+        for peer in peers[:4]:
+            site.check_key("key-one", peer)
+            with pytest.raises(KeysGuessed):
+                site.check_key("wrong", peer)
+        for peer in peers[4:]:
+            ask(peer)
+        assert max(len(site._key_failures), len(site._right_keys)) <= 5
+
+
 async def test_key_that_is_withdrawn_fails_without_being_counted_for_ever() -> None:
     async with hosting(**KEYED) as host:
         site: Site = host.server._site
