@@ -3317,7 +3317,7 @@ class Appendix:
         completion = min(self._node_usage.completion_tokens, total)
         self._node_usage = Usage(total - completion, completion)
         files = objects_of(data.get("files"))
-        _without_files(object_of(data.get("outputs")), files)
+        _take_files(object_of(data.get("outputs")), files)
         for file in files:
             self.add_file(file)
 
@@ -3358,7 +3358,7 @@ def answer_from_outputs(outputs: Json, variable: str, mode: str) -> str:
     if mode != "workflow":
         return str(outputs.get("answer") or "")
     named = {variable: outputs[variable]} if variable in outputs else outputs
-    texts = {key: x for key, item in named.items() for x in _without_files(item, [])}
+    texts = {key: x for key, item in named.items() for x in _take_files(item, [])}
     usual = [texts[name] for name in _OUTPUT_NAMES if isinstance(texts.get(name), str)]
     if usual:
         return next(filter(None, usual), "")
@@ -3366,20 +3366,21 @@ def answer_from_outputs(outputs: Json, variable: str, mode: str) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _without_files(value: Any, files: list[dict[str, Any]]) -> list[Any]:
-    """[an output without the files in it], or [] if it held nothing else.
+def _take_files(value: Any, files: list[dict[str, Any]]) -> list[Any]:
+    """Add the files in an output, however deep in lists and objects, to `files`.
 
-    The files, however deep in lists and objects, are added to `files`.
+    Returns:
+        [the output without them], or [] if it held nothing else.
     """
     if object_of(value).get("dify_model_identity") == "__dify__file__":
         files.append(value)
         return []
     kept = value
     if isinstance(value, dict):
-        pairs = [(key, _without_files(item, files)) for key, item in value.items()]
+        pairs = [(key, _take_files(item, files)) for key, item in value.items()]
         kept = {key: x for key, items in pairs for x in items}
     elif isinstance(value, list):
-        kept = [x for item in value for x in _without_files(item, files)]
+        kept = [x for item in value for x in _take_files(item, files)]
     return [kept] if kept or not value else []
 
 
@@ -5961,8 +5962,7 @@ class Conversations:
         rows, _ = self._run(equal, *key, window.chain)
         tails = [Tail(scope, *row) for row in rows]
         # A context that it shows may be none that Dify has.
-        has_context = any(map(context_of, said))
-        if not (tails or has_context) and (ask.tools or _is_clear(said)):
+        if not (tails or any(map(context_of, said))) and (ask.tools or _is_clear(said)):
             most = _MAX_CANDIDATES + 1
             rows, _ = self._run(f"{_MATCH} ORDER BY state LIMIT {most}", *key)
             if len(rows) > _MAX_CANDIDATES:
