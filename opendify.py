@@ -277,7 +277,10 @@ def mask_key(key: str) -> str:
 
 def mask_app_keys(text: str) -> str:
     """A text that others wrote, without what may be an app's key in it."""
-    return re.sub(r"\bapp-\w{9,}", "app-…", text)
+    return _APP_KEY.sub("app-…", text)
+
+
+_APP_KEY = re.compile(r"\bapp-\w{9,}")
 
 
 def written(value: Any) -> str:
@@ -903,7 +906,7 @@ def json_string(text: str) -> bytes:
 
 
 def _one_line(text: str) -> bytes:
-    try:
+    try:  # of all that `splitlines` knows, JSON text holds none but those to escape
         if text.isascii() or len(text.splitlines()) == 1:
             return text.encode()
     except UnicodeEncodeError:
@@ -9592,9 +9595,14 @@ def _no_such_model(
     )
 
 
+async def _json_of(exchange: Exchange) -> dict[str, Any]:
+    """The request's JSON; raises BadRequest if it is no object."""
+    return parse_body(await read_whole(exchange.read))
+
+
 async def _body_of(exchange: Exchange) -> dict[str, Any]:
-    """The request's JSON, its model as the path names it, if it does."""
-    body = parse_body(await read_whole(exchange.read))
+    """The same, its model as the path names it, if it does."""
+    body = await _json_of(exchange)
     if exchange.name_in_path:
         body["model"] = exchange.name_in_path
     return body
@@ -9904,7 +9912,7 @@ async def get_conversation(site: Site, exchange: Exchange) -> Json:
 
 async def update_conversation(site: Site, exchange: Exchange) -> Json:
     """`POST /conversations/{id}`: other metadata."""
-    metadata = _parse_metadata(parse_body(await read_whole(exchange.read)))
+    metadata = _parse_metadata(await _json_of(exchange))
     named = _named(site, exchange)
     return _keep(site, exchange, replace(named, metadata=metadata))
 
@@ -9918,7 +9926,7 @@ async def delete_conversation(site: Site, exchange: Exchange) -> Json:
 
 async def add_conversation_items(site: Site, exchange: Exchange) -> Json:
     """`POST /conversations/{id}/items`: they go to Dify with the next turn."""
-    body = parse_body(await read_whole(exchange.read))
+    body = await _json_of(exchange)
     named = _named(site, exchange)
     items = _with_items(site, body, named.items)
     _keep(site, exchange, replace(named, items=items))

@@ -17,7 +17,7 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 226,
+    "Settings": 227,
     "Errors": 87,
     "SSE": 61,
     "JSON": 93,
@@ -32,13 +32,13 @@ BUDGETS = {
     "Wire": 514,
     "Upstream": 721,
     "Answers": 608,
-    "Handlers": 1037,
+    "Handlers": 1039,
     "Server": 288,
     "Page": 263,
     "Command line": 454,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7868
+WHOLE_BUDGET = 7871
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
