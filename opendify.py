@@ -5569,7 +5569,7 @@ def message_digest(scope: bytes, message: Message) -> bytes:
     """
     role, files = message.role, message.attachments
     name = message.name if role != "assistant" else ""
-    calls = [[call.name, _canonical(call.arguments)] for call in message.tool_calls]
+    calls = [[call.name, _canonical(call)] for call in message.tool_calls]
     ids = [f.url or f.upload_id or _hash(scope, f.data, 16).hex() for f in files]
     about = [role, name, calls, ids]
     mark = _OF_TOOLS if calls or role == "tool" else b""
@@ -5589,11 +5589,15 @@ def _hash(scope: bytes, data: bytes, size: int) -> bytes:
     return hashlib.blake2b(data, digest_size=size, key=scope).digest()
 
 
-def _canonical(arguments: str) -> str:
+def _canonical(call: ToolCall) -> str:
+    """A call's arguments; n8n's agent shows the call's id among them."""
     try:
-        return json.dumps(parse_json_text(arguments), sort_keys=True)
+        value = parse_json_text(call.arguments)
     except ValueError:
-        return arguments.strip()
+        return call.arguments.strip()
+    if isinstance(value, dict) and value.get("id") == call.id:
+        del value["id"]
+    return json.dumps(value, sort_keys=True)
 
 
 def _told_hashes(scope: bytes, ask: Ask, said: Messages, before: bytes = b"") -> bytes:

@@ -240,6 +240,11 @@ def test_a_task_as_such_is_no_side_request() -> None:
             id="call written otherwise",
         ),
         pytest.param(
+            answer("", ToolCall("call_1", "f", '{"a":1}')),
+            answer("", ToolCall("call_1", "f", '{"a":1,"id":"call_1"}')),
+            id="call with its id among the arguments, of n8n",
+        ),
+        pytest.param(
             answer("Let me see.", ToolCall("1", "f", "{}")),
             answer("", ToolCall("1", "f", "{}")),
             id="text beside a call",
@@ -280,6 +285,11 @@ def test_messages_that_are_the_same(one: Message, other: Message) -> None:
             answer("", ToolCall("", "f", '{"a":1}')),
             answer("", ToolCall("", "f", '{"a":2}')),
             id="arguments",
+        ),
+        pytest.param(
+            answer("", ToolCall("call_1", "f", '{"id":1}')),
+            answer("", ToolCall("call_1", "f", '{"id":2}')),
+            id="an id among the arguments",
         ),
         pytest.param(
             answer("", ToolCall("", "f", "{a")),

@@ -27,7 +27,7 @@ BUDGETS = {
     "Ids": 64,
     "OpenAI": 745,
     "Responses": 418,
-    "Conversations": 425,
+    "Conversations": 428,
     "Pacer": 130,
     "Wire": 514,
     "Upstream": 721,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 454,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7871
+WHOLE_BUDGET = 7874
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
