@@ -1202,11 +1202,11 @@ class KeptText:
     remembered: that would hold megabytes for each stream.
     """
 
-    __slots__ = ("_pieces", "size")  # each stream has three: they save it 0.3 KB
+    __slots__ = ("_data", "size")  # each stream has three: they save it 0.3 KB
 
     def __init__(self) -> None:
         self.size = 0  # characters, whether they are kept or not
-        self._pieces: list[str] = []
+        self._data = bytearray()  # grows in place, and its characters are small
 
     @property
     def is_whole(self) -> bool:
@@ -1216,20 +1216,17 @@ class KeptText:
     @property
     def text(self) -> str:
         """What is kept; nothing, once it is too much."""
-        return "".join(self._pieces)
+        return self._data.decode("utf-8", "surrogatepass")
 
     def add(self, text: str) -> None:
         """Add more text."""
         self.size += len(text)
-        self._pieces.append(text)
+        self._data += text.encode("utf-8", "surrogatepass")
         if self.size > MAX_KEPT_CHARS:
-            self._pieces.clear()
-        elif len(self._pieces) > _MAX_PIECES:
-            self._pieces = [self.text]
+            self._data.clear()
 
 
 MAX_KEPT_CHARS = 128 * 1024
-_MAX_PIECES = 256  # each costs 50 bytes beside its characters
 
 Part = Union[
     Union[Text, Reasoning, Replace, Recast, ToolCall, Media, Citations, Usage],
