@@ -2719,18 +2719,18 @@ def _state(tags: str, begun: str) -> _State:
     return _State(re.compile(tags, re.I), re.compile(rf"(?:{begun})\Z", re.I))
 
 
-# The states by how the tag begins that closes the block; "" is outside. Only what has
-# `begun` is held back, so never more than the longest tag.
+# The states by the name of the tag that opened the block we are in; None is outside.
+# Only what has `begun` is held back, so never more than the longest tag.
 _ATTRIBUTES, _SPACES = r"(?:\s[^<>]{0,64})?", r"\s{0,4}"
-_OPENING = rf"(?:<think{_ATTRIBUTES}>|{re.escape(_DETAILS)})"
-_STATES = {
-    tag: _state(
-        rf"\n{{0,4}}{tag}{_SPACES}>\n{{0,2}}",
-        rf"\n{{0,4}}(?:{_beginnings(tag, _SPACES)})?|&[a-z]{{0,3}}",
+_OPENING = rf"(?:(?P<think><think{_ATTRIBUTES}>)|(?P<details>{re.escape(_DETAILS)}))"
+_STATES: dict[str | None, _State] = {
+    name: _state(
+        rf"\n{{0,4}}</{name}{_SPACES}>\n{{0,2}}",
+        rf"\n{{0,4}}(?:{_beginnings('</' + name, _SPACES)})?|&[a-z]{{0,3}}",
     )
-    for tag in ("</think", "</details")
+    for name in ("think", "details")
 }
-_STATES[""] = _state(
+_STATES[None] = _state(
     rf"{_OPENING}\n{{0,64}}(?:(?-i:{_MARKER})\n{{0,64}})?|</think>\n{{0,2}}",
     f"{_beginnings('<think', _ATTRIBUTES)}|{_beginnings('</think')}"
     f"|{_beginnings(_DETAILS)}",
@@ -2801,9 +2801,7 @@ class AnswerText:
         self._source: object = None  # where the text is from: [node, variable]
         self._half = ""  # the first half of a surrogate pair
         self._held = ""  # what may be a tag, or a part of one
-        self._closing = ""  # the tag that ends the block we are in; "" outside
-        self._is_escaped = False  # what that block holds
-        self._number = 0  # of the last block
+        self._opened: re.Match[str] | None = None  # the tag of the block we are in
         # Since the source began:
         self._has_block = False
         self._size = 0  # of its text, in characters
@@ -2813,30 +2811,19 @@ class AnswerText:
         """Whether there is text, or was."""
         return bool(self.kept.size or self.is_replaced)
 
-    def add_all(self, texts: Sequence[str]) -> list[Part]:
-        """A part for each text."""
-        if not texts:
-            return []
+    def add(self, *texts: str) -> list[Part]:
+        """The parts that are certain by these texts: in the same pieces."""
         text = "".join(texts)
-        has_half = not text.isascii() and _HALF.search(text)
-        is_busy = self._half or self._held or self._closing
-        if has_half or is_busy or "<" in text:
-            return [part for text in texts for part in self.add(text)]
-        self.kept.add(text)
-        self._size += len(text)
-        return [Text(text) for text in texts if text]
-
-    def add(self, text: str) -> list[Part]:
-        """The parts that are certain by this text."""
-        if self._half or not text.isascii():
-            text = self._whole_characters(text)
+        if self._half or (not text.isascii() and _HALF.search(text)):
+            texts = (*map(self._whole_characters, texts),)
+            text = "".join(texts)
         if not text:
             return []
         self.kept.add(text)
-        if "<" in text or self._held or self._closing:
-            return self._split(text)
+        if "<" in text or self._held or self._opened:
+            return [part for text in texts for part in self._split(text)]
         self._size += len(text)
-        return [Text(text)]
+        return [Text(text) for text in texts if text]
 
     def add_from(self, source: object, text: str) -> list[Part]:
         """The same for the text of a source: [node, variable]."""
@@ -2854,7 +2841,7 @@ class AnswerText:
         A model that was cut off while it thought has left its block open.
         """
         parts = self._split("", is_last=True) if self._held else []
-        self._closing, self._has_block, self._size = "", False, 0
+        self._opened, self._has_block, self._size = None, False, 0
         return parts
 
     def end_node(self, node: object) -> list[Part]:
@@ -2875,10 +2862,9 @@ class AnswerText:
             return parts
         self.is_replaced, self.kept = True, KeptText()
         self._half = self._held = ""
-        self._number = 0
         self.end_block()
         text = reasoning = ""
-        for part in self.add(whole) + self._split("", is_last=True):
+        for part in self.add(whole) + self.close():
             if isinstance(part, Recast):
                 text, reasoning = "", reasoning + text
             elif isinstance(part, Reasoning):
@@ -2889,11 +2875,8 @@ class AnswerText:
 
     def close(self) -> list[Part]:
         """What is still held back; no more text will come."""
-        parts = self._split("", is_last=True) if self._held else []
-        if self._half:
-            self._half = ""
-            parts.append(Text("\ufffd"))
-        return parts
+        rest, self._half = "\ufffd" if self._half else "", ""
+        return self._split(rest, is_last=True) if rest or self._held else []
 
     def _whole_characters(self, text: str) -> str:
         """Join surrogate halves that came apart; one that stays alone is U+FFFD."""
@@ -2905,48 +2888,47 @@ class AnswerText:
     # Reasoning in tags...
 
     @property
+    def _state(self) -> _State:
+        return _STATES[self._opened.lastgroup if self._opened else None]
+
+    @property
     def _is_inside(self) -> bool:
         """Whether a block of reasoning is open, or will be after what is held back."""
-        tag = _STATES[self._closing].tags.match(self._held)
-        return not (self._closing or tag[0][1] == "/") if tag else bool(self._closing)
+        tag = self._state.tags.match(self._held)
+        return bool(tag.lastgroup if tag else self._opened)
 
     def _split(self, more: str, *, is_last: bool = False) -> list[Part]:
         parts: list[Part] = []
         text, start = self._held + more, 0
-        while tag := _STATES[self._closing].tags.search(text, start):
+        while tag := self._state.tags.search(text, start):
             if not is_last and _MORE_OF_TAG.match(text, tag.end()):
                 break
             self._take(parts, text[start : tag.start()])
-            self._cross(parts, tag[0])
+            self._cross(parts, tag)
             start = tag.end()
-        begun = _STATES[self._closing].begun
-        held = None if is_last else tag or begun.search(text, start)
+        held = None if is_last else tag or self._state.begun.search(text, start)
         end = held.start() if held else len(text)
         self._take(parts, text[start:end])
         self._held = text[end:]
         return parts
 
-    def _cross(self, parts: list[Part], tag: str) -> None:
+    def _cross(self, parts: list[Part], tag: re.Match[str]) -> None:
         """Go over a tag, into a block of reasoning or out of it."""
-        if self._closing or tag.startswith("</"):
-            self._closing = ""
-            if self._size and not self._has_block:
-                parts.append(Recast(self._size))
-                self._size = 0
-        else:
-            self._closing = "</details" if tag[1] in "dD" else "</think"
-            self._is_escaped = _MARKER in tag
+        self._opened = tag if tag.lastgroup else None
+        if self._opened:
             self._has_block = True
-            self._number += 1
+        elif self._size and not self._has_block:
+            parts.append(Recast(self._size))
+            self._size = 0
 
     def _take(self, parts: list[Part], text: str) -> None:
         """Add the text as a part."""
-        if self._closing:
-            if self._is_escaped:
+        if self._opened:
+            if _MARKER in self._opened[0]:  # its text is escaped
                 import html  # noqa: PLC0415  (at the top it costs each start 3 ms)
 
                 text = html.unescape(text)
-            parts += self._blocks.add(("tag", self._number), text)
+            parts += self._blocks.add(("tag", self._opened), text)
         elif text:
             self._size += len(text)
             parts.append(Text(text))
@@ -3000,7 +2982,7 @@ class AnswerReader:
         rest = iter(events)
         while not self.is_finished:
             texts, other = self._deltas.texts_of(rest)
-            parts += self._text.add_all(texts)
+            parts += self._text.add(*texts)
             if other is None:
                 break
             parts += self._read(other)

@@ -492,6 +492,16 @@ def test_reasoning_in_replaced_text_goes_with_it(
     assert (joined(parts, Text), joined(parts, Reasoning)) == (text, reasoning)
 
 
+def test_a_block_of_reasoning_after_replaced_text_stands_apart() -> None:
+    said = event(event="message", answer="<think>a</think>Hm")
+    replaced = event(event="message_replace", answer="No. ")
+    more = event(event="message", answer="<think>b</think>")
+    assert read("chat", said, replaced, more) == [
+        *(Reasoning("a", is_inline=True), Text("Hm"), Replace("No. ")),
+        Reasoning("\n\nb", is_inline=True),
+    ]
+
+
 def test_replaced_text_takes_half_a_character_with_it() -> None:
     said = event(event="message", answer="a\ud83d")
     replaced = event(event="message_replace", answer="hidden")
@@ -1009,7 +1019,7 @@ def test_another_text_in_an_event_is_not_its_own(of: Any) -> None:
 
 def test_text_is_completed_where_it_begins_alike() -> None:
     text = AnswerText(Blocks())
-    assert text.add_all(["<think>a", "</think>Hel"]) == [
+    assert text.add("<think>a", "</think>Hel") == [
         Reasoning("a", is_inline=True),
         Text("Hel"),
     ]
