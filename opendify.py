@@ -1587,8 +1587,23 @@ class CallReader:
 
     def _read(self, done: list[Part], *, is_last: bool) -> None:
         while block := self._block or self._find_block(done, is_last):
-            if not self._read_block(done, block, is_last):
+            is_over = block.read(self._text, is_last=is_last)
+            while block.taken and block.calls:
+                tool, arguments = block.calls.pop(0)
+                self.found += 1
+                self._tail = self._blank = ""
+                if self.found <= self.most:
+                    text = json.dumps(arguments, ensure_ascii=False)
+                    call = ToolCall(self._new_id(), tool.name, text, tool.is_custom)
+                    done.append(call)
+            if not is_over:
                 return
+            self._block = None
+            self._text = self._text[block.taken :]
+            if not block.taken:
+                self._is_code = self._text.startswith("```")
+                first = 3 if self._is_code else 1
+                self._give(done, first if block.reach < _MAX_REREAD else block.reach)
 
     def _find_block(self, done: list[Part], is_last: bool) -> _Block | None:
         """Give the text on up to what begins as calls do; None if nothing does yet."""
@@ -1617,24 +1632,6 @@ class CallReader:
         if text[at] not in "[{" or _QUOTED_MARKER.search(before):
             return False
         return not line or line.endswith(_LEADS)
-
-    def _read_block(self, done: list[Part], block: _Block, is_last: bool) -> bool:
-        is_over = block.read(self._text, is_last=is_last)
-        while block.taken and block.calls:
-            tool, arguments = block.calls.pop(0)
-            self.found += 1
-            self._tail = self._blank = ""
-            if self.found <= self.most:
-                text = json.dumps(arguments, ensure_ascii=False)
-                done.append(ToolCall(self._new_id(), tool.name, text, tool.is_custom))
-        if is_over:
-            self._block = None
-            self._text = self._text[block.taken :]
-            if not block.taken:
-                self._is_code = self._text.startswith("```")
-                first = 3 if self._is_code else 1
-                self._give(done, first if block.reach < _MAX_REREAD else block.reach)
-        return is_over
 
     def _give(self, done: list[Part], size: int) -> None:
         """Give so much of the text on, but not white space beside calls."""
@@ -1790,11 +1787,11 @@ class _Block:
 
     def _expect_end(self, rest: str) -> None:
         """JSON followed by this must not be part of other JSON, or of a sentence."""
-        if rest.replace(";", "").strip():
-            if not re.match(r"\s*(?:(?:;\s*)?[{\[<`]|\n\s*[^\s,\]}])", rest):
-                raise ValueError
-        elif not self._is_last and len(rest) < _MAX_BLANK:
-            raise _Unfinished
+        if not rest.replace(";", "").strip():
+            if not self._is_last and len(rest) < _MAX_BLANK:
+                raise _Unfinished
+        elif not re.match(r"\s*(?:(?:;\s*)?[{\[<`]|\n\s*[^\s,\]}])", rest):
+            raise ValueError
 
     def _calls_in(self, value: Any) -> _Calls:
         """The calls that a value makes; raises if it is not only calls of tools."""
@@ -1880,20 +1877,17 @@ class _ValueEnd:
         if self._end:
             return self._end
         for sign in _VALUE_SIGN.finditer(text, max(self.reach, start)):
-            self.reach = sign.end()
-            if self._ends(sign[0]):
+            self.reach, mark = sign.end(), sign[0]
+            if self._quote or mark in "\"'":
+                self._quote = "" if mark == self._quote else self._quote or mark
+                continue
+            self._depth += _DEPTHS.get(mark, 0)
+            if mark in "<`" or (mark in "}]" and self._depth <= 0):
                 # A tag or a fence where JSON has none: braces are missing.
-                self._end = sign.start() if sign[0] in "<`" else sign.end()
+                self._end = sign.start() if mark in "<`" else sign.end()
                 return self._end
         self.reach = max(self.reach, len(text) - 1)
         return 0
-
-    def _ends(self, sign: str) -> bool:
-        if self._quote or sign in "\"'":
-            self._quote = "" if sign == self._quote else self._quote or sign
-            return False
-        self._depth += _DEPTHS.get(sign, 0)
-        return sign in "<`" or (sign in "}]" and self._depth <= 0)
 
 
 # ... where it must end...
@@ -1916,8 +1910,8 @@ class StopReader:
         """The parts that are certain now."""
         done: list[Part] = []
         for part in parts:
-            if isinstance(part, Text):
-                done += self._cut(part.text)
+            if isinstance(part, Text) and not self.is_cut:
+                done += self._cut(self._held + part.text)
             elif not self.is_cut or isinstance(part, (Citations, Usage)):
                 held = [] if isinstance(part, Reasoning) else self.close()
                 done += [*held, part]
@@ -1929,9 +1923,6 @@ class StopReader:
         return [Text(held)] if held else []
 
     def _cut(self, text: str) -> list[Part]:
-        if self.is_cut:
-            return []
-        text = self._held + text
         found = [(text.find(stop), stop) for stop in self._stops]
         ends = [(at + len(stop), at) for at, stop in found if at >= 0]
         self.is_cut = bool(ends)
@@ -1950,9 +1941,9 @@ def _begun_at(text: str, stop: str) -> int:
 
 # ... and JSON...
 
-_OBJECT = re.compile(r"\{\s{0,999}[\"}]")
-_OBJECT_OR_ARRAY = re.compile(r"\{\s{0,999}[\"}]|\[\s{0,999}[\"{\[\]\dtfn-]")
-_MAYBE_JSON = re.compile(r"[\[{]\s{0,999}\Z")
+# How they begin: for certain, where a group is matched; else more text must tell.
+_OBJECT = r"\{\s{0,999}(?:([\"}])|\Z)"
+_ARRAY = r"\[\s{0,999}(?:([\"{\[\]\dtfn-])|\Z)"
 
 
 class JsonReader:
@@ -1966,7 +1957,7 @@ class JsonReader:
         self.text = ""
         self.talk = KeptText()
         is_object = output.schema.get("type") == "object"
-        self._start = _OBJECT if is_object else _OBJECT_OR_ARRAY
+        self._start = re.compile(_OBJECT if is_object else f"{_OBJECT}|{_ARRAY}")
         self._held = ""
         self._value = _ValueEnd()
         self._is_over = False
@@ -1992,9 +1983,9 @@ class JsonReader:
         self._held += text
         if not self.text:
             self.talk.add(text)
-            start = self._start.search(self._held) or _MAYBE_JSON.search(self._held)
+            start = self._start.search(self._held)
             self._held = self._held[start.start() :] if start else ""
-            if not start or start.re is _MAYBE_JSON:
+            if not (start and start.lastindex):
                 return ""
         end = self._value.find(self._held, 0)
         self._is_over = bool(end)
