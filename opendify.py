@@ -2805,11 +2805,11 @@ class AnswerText:
     def add(self, *texts: str) -> list[Part]:
         """The parts that are certain by these texts: in the same pieces."""
         text = "".join(texts)
+        if not text:
+            return []
         if self._half or (not text.isascii() and _HALF.search(text)):
             texts = (*map(self._whole_characters, texts),)
             text = "".join(texts)
-        if not text:
-            return []
         self.kept.add(text)
         if "<" in text or self._held or self._opened:
             return [part for text in texts for part in self._split(text)]
@@ -2984,15 +2984,12 @@ class AnswerReader:
         if _can_skip(data):
             return []
         try:
-            value = read_json(data)
+            value = object_of(read_json(data))  # {} if too deep: some tool's output
         except ValueError:
             return self.fail(UpstreamFailed("Dify sent an event that is not JSON."))
-        if not isinstance(value, dict):  # too deep, too: some tool's output
-            return []
-        if unknown := self._unknown_ids:
-            for id_ in unknown:
-                setattr(self, id_, str(value.get(id_) or ""))
-            self._unknown_ids = [id_ for id_ in unknown if not getattr(self, id_)]
+        for id_ in self._unknown_ids:
+            setattr(self, id_, str(value.get(id_) or ""))
+        self._unknown_ids = [id_ for id_ in self._unknown_ids if not getattr(self, id_)]
         name = str(value.get("event"))
         value.update(object_of(value.get("data")))  # a workflow's events say it there
         if name in _DELTAS and self.mode != "agent":
@@ -3186,14 +3183,15 @@ class DeltaReader:
     """
 
     def __init__(self) -> None:
-        self._before = self._after = ""  # what stands around the text, once known
+        # What stands around the text; until it is known, what no event begins with.
+        self._before, self._after = "\0", ""
 
     def texts_of(self, events: Iterator[str]) -> tuple[list[str], str | None]:
         """(the texts of the next events, the first that is not like the example)."""
         texts: list[str] = []
         before, after = self._before, self._after
         for event in events:
-            if not before or not event.startswith(before):
+            if not event.startswith(before):
                 return texts, event
             try:
                 text, end = _scan_string(event, len(before))
@@ -3206,7 +3204,7 @@ class DeltaReader:
 
     def learn(self, data: str, value: Json) -> None:
         """Take an event, of this value, for the example."""
-        self._before = ""
+        self._before = "\0"
         starts = [key.end() for key in _TEXT_KEY.finditer(data)]
         if len(starts) == 1:
             text, end = _scan_string(data, starts[0])
@@ -3238,8 +3236,7 @@ class Appendix:
     """Collects what follows the text of an answer: files, citations, usage."""
 
     def __init__(self, mode: str, base: str) -> None:
-        self._mode = mode
-        self._base = base
+        self._mode, self._base = mode, base
         self._files: dict[str, tuple[str, Media]] = {}  # by URL, unsigned: path
         self._resources: list[Json] = []
         self._usage = NO_USAGE  # as message_end tells it
@@ -3311,11 +3308,10 @@ _SIGNATURE = re.compile(r"[?&](?:timestamp|nonce|sign|as_attachment)=[^&]*")
 
 def _resolved(base: str, url: str) -> tuple[str, str]:
     """(a file's URL made absolute, its path); a malformed one as it is, twice."""
-    try:
+    with contextlib.suppress(ValueError):
         url = urllib.parse.urljoin(base, url)
         return url, urllib.parse.urlsplit(url).path
-    except ValueError:
-        return url, url
+    return url, url
 
 
 _OUTPUT_NAMES = ("text", "answer", "output", "result", "response")
