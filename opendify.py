@@ -2210,16 +2210,14 @@ _HOLDS: Mapping[str, tuple[str, Callable[[Any, Any], bool]]] = {
 class AppInput(NamedTuple):
     """One field of an app's form; `type` in Dify's words ("text-input", "select").
 
-    `kinds` are the kinds of files that a file field takes; empty: any. Where "custom"
-    is one, it takes files with these `extensions`, too.
+    A file field has `rules`, as the place for files beside the fields has some.
     """
 
     variable: str
     type: str
     required: bool = False
     options: tuple[str, ...] = ()
-    kinds: tuple[str, ...] = ()
-    extensions: tuple[str, ...] = ()
+    rules: Json = MappingProxyType({})
 
 
 class AppForm(NamedTuple):
@@ -2244,7 +2242,7 @@ def parse_form(parameters: Json) -> AppForm:
             str(control.get("type") or type_),
             bool(control.get("required")),
             _texts(control.get("options")),
-            *_allowed(control),
+            control,
         )
         for entry in objects_of(parameters.get("user_input_form"))
         for type_, control in entry.items()
@@ -2342,16 +2340,16 @@ def _upload_rules(form: AppForm) -> dict[str, Any]:
     """The rules for files beside the inputs; {} where none may be: Dify drops them."""
     images = object_of(form.uploads.get("image"))
     is_on = form.uploads.get("enabled") or images.get("enabled")
-    return {**images, **form.uploads} if is_on else {}
+    kinds = form.uploads.get("allowed_file_types") or ["image"]
+    return {**images, **form.uploads, "allowed_file_types": kinds} if is_on else {}
 
 
 def describe_uploads(form: AppForm) -> str:
     """Which files may go beside the inputs, "" if none may."""
     if not (rules := _upload_rules(form)):
         return ""
-    kinds, extensions = _allowed(rules)
-    limit = count_of(rules.get("number_limits"))
-    names = ", ".join((*(kinds or ("image",)), *extensions))
+    limit, (kinds, extensions) = count_of(rules.get("number_limits")), _allowed(rules)
+    names = ", ".join((*kinds, *extensions))
     return f"{names}; {limit} at a time" if limit else names
 
 
@@ -2375,10 +2373,9 @@ def _problem_beside(rules: Json, file: Attachment) -> str:
             "the app takes no files beside its inputs, and has no file input left that "
             "takes it; switch file upload on in Dify"
         )
-    kinds, extensions = _allowed(rules)
-    kinds = kinds or ("image",)
-    if not _kind_among(file, kinds, extensions):
-        return f"the app takes files of type {', '.join(kinds)}, not {file_kind(file)}"
+    if not _kind_among(file, rules):
+        kinds = ", ".join(_allowed(rules)[0])
+        return f"the app takes files of type {kinds}, not {file_kind(file)}"
     methods = _texts(rules.get("allowed_file_upload_methods"))
     methods = methods or _texts(rules.get("transfer_methods"))
     method = "remote_url" if file.url and not file.upload_id else "local_file"
@@ -2408,7 +2405,7 @@ def place_files(
             placed: list[dict[str, str]] = []
             waiting, rest = rest, []
             for file in waiting:
-                kind = _kind_among(file, input_.kinds, input_.extensions)
+                kind = _kind_among(file, input_.rules)
                 if kind and not (placed and input_.type == "file"):
                     placed.append(_file_mapping(file, kind))
                 else:
@@ -2420,8 +2417,8 @@ def place_files(
 
 def files_beside(form: AppForm, files: Iterable[Attachment]) -> list[Any]:
     """The files that no input takes, as a request's `files`."""
-    allowed = _allowed(_upload_rules(form))
-    return [_file_mapping(file, _kind_among(file, *allowed)) for file in files]
+    rules = _upload_rules(form)
+    return [_file_mapping(file, _kind_among(file, rules)) for file in files]
 
 
 def _file_mapping(file: Attachment, kind: str) -> dict[str, str]:
@@ -2434,20 +2431,18 @@ def _file_mapping(file: Attachment, kind: str) -> dict[str, str]:
 
 
 def _allowed(rules: Json) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(kinds, extensions) of the files that a field takes, or an app beside fields."""
+    """(kinds, extensions) of the files that are taken; without a kind, all are."""
     kinds, extensions = "allowed_file_types", "allowed_file_extensions"
     return _texts(rules.get(kinds)), _texts(rules.get(extensions))
 
 
-def _kind_among(
-    file: Attachment, kinds: Sequence[str], extensions: Sequence[str]
-) -> str:
-    """The kind that a file is sent as, where these are taken; "" if it is not taken.
+def _kind_among(file: Attachment, rules: Json) -> str:
+    """The kind that a file is sent as by these rules; "" if it is not taken.
 
-    The app's own `extensions` are for files that are sent as custom. A file of no other
+    The app's own extensions are for files that are sent as custom. A file of no other
     kind is not compared with them: Dify may learn another name for it from its URL.
     """
-    kind = file_kind(file)
+    kind, (kinds, extensions) = file_kind(file), _allowed(rules)
     if not kinds or kind in kinds:
         return kind
     is_listed = file.extension in [text.lower().strip(".") for text in extensions]

@@ -1267,9 +1267,10 @@ def test_files_that_the_app_takes_pass(uploads: dict[str, Any]) -> None:
 
 
 ALL_KINDS = {"enabled": True, "allowed_file_types": ["image", "document"]}
-A_PICTURE = AppInput("pic", "file", kinds=("image",))
-A_DOCUMENT = AppInput("doc", "file", kinds=("document",))
-PICTURES = AppInput("pics", "file-list", kinds=("image",))
+ONLY_IMAGES = {"allowed_file_types": ["image"]}
+A_PICTURE = AppInput("pic", "file", rules=ONLY_IMAGES)
+A_DOCUMENT = AppInput("doc", "file", rules={"allowed_file_types": ["document"]})
+PICTURES = AppInput("pics", "file-list", rules=ONLY_IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -1321,7 +1322,7 @@ def placed_files(form: AppForm, files: Sequence[Attachment]) -> dict[str, Any]:
 
 
 def test_files_go_to_file_inputs_first() -> None:
-    fields = (AppInput("pic", "file", kinds=("image",)), AppInput("x", "text-input"))
+    fields = (A_PICTURE, AppInput("x", "text-input"))
     files = [replace(PDF, upload_id="u-2"), replace(PNG, upload_id="u-1")]
     placed = placed_files(AppForm(fields), files)
     by_upload = {"transfer_method": "local_file", "upload_file_id": "u-1"}
@@ -1371,9 +1372,8 @@ def test_many_files_take_little_time() -> None:
         [Attachment(name, url=str(n)) for n in range(9999)]
         for name in ("a.mp3", "a.png")
     )
-    fields = (AppInput("pics", "file-list", kinds=("image",)),)
     with at_most(80):
-        placed = placed_files(AppForm(fields), [*songs, *pictures])
+        placed = placed_files(form(PICTURES), [*songs, *pictures])
         said = {
             kind: [
                 {"type": kind, "transfer_method": "remote_url", "url": str(n)}
@@ -1610,10 +1610,12 @@ def test_form_of_a_wrong_type_has_no_inputs(rows: Any) -> None:
 def test_form_is_read_from_the_recorded_parameters() -> None:
     recording = replay.load("dify-1.12.1/files-in-workflow.json")
     assert recording["shows"]
+    tone = {"variable": "tone", "label": "Tone", "options": ["a", "b"]}
+    pic = {"variable": "pic", "required": True, "type": "file"}
     parameters = {
         "user_input_form": [
-            {"select": {"variable": "tone", "label": "Tone", "options": ["a", "b"]}},
-            {"file": {"variable": "pic", "required": True, "type": "file"}},
+            {"select": tone},
+            {"file": pic},
             {"paragraph": None},
             "odd",
         ],
@@ -1621,7 +1623,10 @@ def test_form_is_read_from_the_recorded_parameters() -> None:
         "system_parameters": None,
     }
     assert opendify.parse_form(parameters) == AppForm(
-        (AppInput("tone", "select", options=("a", "b")), AppInput("pic", "file", True)),
+        (
+            AppInput("tone", "select", options=("a", "b"), rules=tone),
+            AppInput("pic", "file", True, rules=pic),
+        ),
         {"enabled": False},
         {},
     )
