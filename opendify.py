@@ -1428,11 +1428,8 @@ def told_ask(text: str) -> Ask:
     output = OutputFormat("json_schema", schema=schema) if is_json else OutputFormat()
     _, opener, rest = text.rpartition(_TOOLS_TEXT.partition("{")[0])
     lines, closer, rest = rest.partition("\n</tools>\n")
-    try:
-        texts = lines.split("\n") if opener and closer else []
-        tools = (*_parse_tools([parse_json_text(text) for text in texts]),)
-    except ValueError:
-        tools = ()
+    texts = lines.split("\n") if opener and closer else []
+    tools = (*_parse_tools([read_json_object(text) for text in texts]),)
     told = Ask("", (), tools=tools, is_serial=_ONE in rest, output=output)
     return told._replace(tool_mode="required") if MUST_CALL in text else told
 
