@@ -2785,6 +2785,7 @@ class AnswerText:
         self._half = ""  # the first half of a surrogate pair
         self._held = ""  # what may be a tag, or a part of one
         self._opened: re.Match[str] | None = None  # the tag of the block we are in
+        self._state = _STATES[None]  # what that block may hold
         # Since the source began:
         self._has_block = False
         self._size = 0  # of its text, in characters
@@ -2824,7 +2825,8 @@ class AnswerText:
         A model that was cut off while it thought has left its block open.
         """
         parts = self._split("", is_last=True) if self._held else []
-        self._opened, self._has_block, self._size = None, False, 0
+        self._opened, self._state = None, _STATES[None]
+        self._has_block, self._size = False, 0
         return parts
 
     def end_node(self, node: object) -> list[Part]:
@@ -2871,10 +2873,6 @@ class AnswerText:
     # Reasoning in tags...
 
     @property
-    def _state(self) -> _State:
-        return _STATES[self._opened.lastgroup if self._opened else None]
-
-    @property
     def _is_inside(self) -> bool:
         """Whether a block of reasoning is open, or will be after what is held back."""
         tag = self._state.tags.match(self._held)
@@ -2897,6 +2895,7 @@ class AnswerText:
 
     def _cross(self, parts: list[Part], tag: re.Match[str]) -> None:
         """Go over a tag, into a block of reasoning or out of it."""
+        self._state = _STATES[tag.lastgroup]
         self._opened = tag if tag.lastgroup else None
         if self._opened:
             self._has_block = True
