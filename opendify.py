@@ -2105,9 +2105,7 @@ class _Checker:
             target = target.get(step.replace("~1", "/").replace("~0", "~"), {})
         return target
 
-    def _inner(
-        self, value: Any, schema: Any, at: str
-    ) -> Iterator[tuple[Any, Any, str]]:
+    def _inner(self, value: Any, schema: Any, at: str) -> Iterator[tuple[Any, ...]]:
         """(value, schema, place) of all that other schemas say, inside or elsewhere."""
         if "$ref" in schema:
             yield value, self._target(schema["$ref"]), at
@@ -2233,28 +2231,20 @@ NO_FORM = AppForm()  # of an app that was not asked
 
 def parse_form(parameters: Json) -> AppForm:
     """`GET /parameters` to a form; anything missing or odd is left out."""
-    inputs = [
-        AppInput(
-            str(control["variable"]),
-            str(control.get("type") or type_),
-            bool(control.get("required")),
-            _texts(control.get("options")),
-            control,
-        )
-        for entry in objects_of(parameters.get("user_input_form"))
-        for type_, control in entry.items()
-        if object_of(control).get("variable")
-    ]
-    hearing = object_of(parameters.get("speech_to_text"))
-    speaking = object_of(parameters.get("text_to_speech"))
-    return AppForm(
-        tuple(inputs),
-        object_of(parameters.get("file_upload")),
-        object_of(parameters.get("system_parameters")),
-        bool(hearing.get("enabled", True)),
-        bool(speaking.get("enabled", True)),
-        str(speaking.get("voice") or ""),
-    )
+    entries = objects_of(parameters.get("user_input_form"))
+    rows = [row for entry in entries for row in entry.items()]
+    inputs = [_input(kind, row) for kind, row in rows if object_of(row).get("variable")]
+    names = ("file_upload", "system_parameters", "speech_to_text", "text_to_speech")
+    uploads, limits, hearing, speaking = (object_of(parameters.get(n)) for n in names)
+    hears, speaks = (bool(rules.get("enabled", True)) for rules in (hearing, speaking))
+    voice = str(speaking.get("voice") or "")
+    return AppForm(tuple(inputs), uploads, limits, hears, speaks, voice)
+
+
+def _input(kind: str, row: Json) -> AppInput:
+    name, options = str(row["variable"]), _texts(row.get("options"))
+    kind, is_required = str(row.get("type") or kind), bool(row.get("required"))
+    return AppInput(name, kind, is_required, options, row)
 
 
 _QUERY_NAMES = ("query", "input", "prompt", "question", "text")
@@ -2271,13 +2261,12 @@ def query_variable(mode: str, form: AppForm, configured: str = "") -> str:
         return ""
     if configured:
         return configured
-    texts = {
-        row.variable: row.required for row in form.inputs if row.type in _TEXT_TYPES
-    }
-    usual = [name for name in _QUERY_NAMES if name in texts]
-    required = [name for name, is_required in texts.items() if is_required]
+    texts = [row for row in form.inputs if row.type in _TEXT_TYPES]
+    names = [row.variable for row in texts]
+    usual = [name for name in _QUERY_NAMES if name in names]
+    required = [row.variable for row in texts if row.required]
     if texts:
-        return (usual or (required if len(required) == 1 else [*texts]))[0]
+        return (usual or (required if len(required) == 1 else names))[0]
     if mode == "completion":
         return "query"
     problem = "This app has no text input that could take the message."
@@ -2453,20 +2442,18 @@ def upload_head(file: Attachment, boundary: str) -> bytes:
     """
     is_proper = re.fullmatch(r"[\w.+-]+/[\w.+-]+", file.media_type, re.ASCII)
     media_type = file.media_type if is_proper else "application/octet-stream"
-    head = (
-        f'--{boundary}\r\nContent-Disposition: form-data; name="file"; '
-        f'filename="{file.name}"\r\nContent-Type: {media_type}\r\n\r\n'
-    )
-    return head.encode("utf-8", "replace")
+    name = f'"file"; filename="{file.name}"\r\nContent-Type: {media_type}'
+    return _part_head(name, boundary).encode("utf-8", "replace")
 
 
 def upload_end(user: str, boundary: str) -> bytes:
     """What comes after it, to the body's end."""
-    end = (
-        f'\r\n--{boundary}\r\nContent-Disposition: form-data; name="user"\r\n\r\n'
-        f"{user}\r\n--{boundary}--\r\n"
-    )
-    return end.encode("utf-8", "replace")
+    head = _part_head('"user"', boundary)
+    return f"\r\n{head}{user}\r\n--{boundary}--\r\n".encode("utf-8", "replace")
+
+
+def _part_head(name: str, boundary: str) -> str:
+    return f"--{boundary}\r\nContent-Disposition: form-data; name={name}\r\n\r\n"
 
 
 # Recordings by the subtype of their media type or by their extension, and the subtypes
@@ -2676,10 +2663,8 @@ def _innermost_message(message: str) -> str:
 
 # Dify 0.15 wraps reasoning in one fixed <details>; all later releases in <think>, whose
 # DeepSeek plugin adds the marker and escapes the reasoning as HTML.
-_DETAILS = (
-    '<details style="color:gray;background-color: #f8f8f8;padding: 8px;'
-    'border-radius: 4px;" open> <summary> Thinking... </summary>'
-)
+_GRAY = "color:gray;background-color: #f8f8f8;padding: 8px;border-radius: 4px;"
+_DETAILS = f'<details style="{_GRAY}" open> <summary> Thinking... </summary>'
 _MARKER = "<!--dify-deepseek-reasoning-->"
 
 
@@ -3260,10 +3245,9 @@ class Appendix:
             process = object_of(data.get("process_data"))
             self._node_usage += _usage(outputs.get("usage") or process.get("usage"))
         elif kind == "knowledge-retrieval" and self._mode == "workflow":
-            self._resources += [
-                {**object_of(hit.get("metadata")), "content": hit.get("content")}
-                for hit in objects_of(outputs.get("result"))
-            ]
+            for hit in objects_of(outputs.get("result")):
+                about = object_of(hit.get("metadata"))
+                self._resources.append({**about, "content": hit.get("content")})
 
     def add_message(self, files: Sequence[Json], metadata: Json) -> None:
         """What belongs to a message: files, {"usage", "retriever_resources"}."""
@@ -3396,19 +3380,17 @@ def stored_turn(row: Json, app: AppSettings) -> StoredTurn:
     "retriever_resources", "error", "created_at"}, newer also "message_tokens",
     "answer_tokens"
     """
-    inputs, query = object_of(row.get("inputs")), str(row.get("query") or "")
-    files = objects_of(row.get("message_files"))
+    names = ("conversation_id", "id", "query")
+    conversation_id, id_, query = (str(row.get(name) or "") for name in names)
+    inputs, files = object_of(row.get("inputs")), objects_of(row.get("message_files"))
     attached = [f for f in files if f.get("belongs_to") == "user" and f.get("url")]
     attachments = tuple(_stored_file(file, app.base) for file in attached)
-    return StoredTurn(
-        str(row.get("conversation_id") or ""),
-        str(row.get("id") or ""),
-        count_of(row.get("created_at")),
-        Message("user", query, attachments=attachments),
-        AnswerReader("chat", app).recover(row),
-        _told_in([*inputs.values(), query]),
-        past=str(inputs.get(app.history_variable) or ""),
-    )
+    question = Message("user", query, attachments=attachments)
+    parts = AnswerReader("chat", app).recover(row)
+    told = _told_in([*inputs.values(), query])
+    past = str(inputs.get(app.history_variable) or "")
+    created = count_of(row.get("created_at"))
+    return StoredTurn(conversation_id, id_, created, question, parts, told, past)
 
 
 def stored_run(run: Json, app: AppSettings, query: str) -> StoredTurn:
@@ -3452,12 +3434,9 @@ def _stored_file(file: Json, base: str) -> Attachment:
     """A file of a user's; what was uploaded is named by its upload again."""
     url, path = _resolved(base, str(file["url"]))
     upload = _UPLOADED.match(path)
-    return Attachment(
-        name=str(file.get("filename") or file.get("type") or "file"),
-        media_type=str(file.get("mime_type") or ""),
-        url=url,
-        upload_id=upload[1] if upload else "",
-    )
+    name = str(file.get("filename") or file.get("type") or "file")
+    media_type = str(file.get("mime_type") or "")
+    return Attachment(name, media_type, url=url, upload_id=upload[1] if upload else "")
 
 
 _UPLOADED = re.compile(r"/files/([0-9a-f-]{36})/(?:file|image)-preview\Z")
