@@ -3598,6 +3598,7 @@ class ChatRequest(NamedTuple):
     include_usage: bool = False
     n: int = 1
     is_legacy: bool = False  # calls are answered as `function_call`
+    echoes: Sequence[str] = ()  # of a legacy completion: how each answer begins
 
 
 def parse_body(body: bytes) -> dict[str, Any]:
@@ -3938,12 +3939,11 @@ _CHAT_ONLY = (
 )
 
 
-def parse_completion_request(body: Json) -> tuple[ChatRequest, list[Ask], list[str]]:
+def parse_completion_request(body: Json) -> tuple[ChatRequest, list[Ask]]:
     """The body of `POST /completions`: each prompt, n times, is a question.
 
     Returns:
-        A chat request with the same options, the questions, and what their answers
-        repeat.
+        A chat request with the same options and `echoes`, and the questions.
     """
     prompt = body.get("prompt")
     prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -3962,7 +3962,7 @@ def parse_completion_request(body: Json) -> tuple[ChatRequest, list[Ask], list[s
         raise bad_value("prompt", f"there may be {MAX_CHOICES} choices at most.")
     asks = [chat.ask._replace(messages=(Message("user", text),)) for text in each]
     echoes = [text if body.get("echo") else "" for text in each]
-    return chat, asks, echoes
+    return chat._replace(echoes=echoes), asks
 
 
 # Files in requests...
@@ -4298,10 +4298,11 @@ def open_file(id_: str, sealer: IdSealer) -> StoredFile | None:
 
 
 class Envelope(NamedTuple):
-    """What all chunks of an answer, or the whole one, have in common.
+    """What all chunks of a completion, or the whole one, have in common.
 
     Where chunks `include_usage`, the last one has it. Calls are written in the older
-    form, as `function_call`, if it `is_legacy`.
+    form, as `function_call`, if it `is_legacy`. A legacy completion has `echoes`, one
+    for each choice; an answer that is said aloud is `spoken`.
     """
 
     id: str
@@ -4309,11 +4310,50 @@ class Envelope(NamedTuple):
     model: str
     include_usage: bool = False
     is_legacy: bool = False
+    echoes: Sequence[str] = ()
+    spoken: Spoken | None = None
 
     def head(self, kind: str) -> dict[str, Any]:
         """The keys with which an object of this kind begins."""
         about = {"id": self.id, "object": kind, "created": self.created}
         return {**about, "model": self.model, "system_fingerprint": "fp_opendify"}
+
+    def stream(self, index: int) -> ChatStream:
+        """What writes the chunks of a choice."""
+        if self.spoken:
+            return SpokenStream(self, self.spoken)
+        return (CompletionStream if self.echoes else ChatStream)(self, index)
+
+    def whole(self, answers: Sequence[Answer], ids: DifyIds) -> dict[str, Any]:
+        """The object of the whole answers, one for each choice."""
+        choices = []
+        for index, answer in enumerate(answers):
+            if self.echoes:
+                content: Json = {"text": self.echoes[index] + answer.text}
+            else:
+                content = {"message": self._message(answer, ids)}
+            reason = _finish_reason(answer, self.is_legacy)
+            choices.append(_choice(index, content, reason))
+        head = self.head("text_completion" if self.echoes else "chat.completion")
+        usage = _usage_object(sum([answer.usage for answer in answers], NO_USAGE))
+        return {**head, "choices": choices, "usage": usage, **dify_key(ids)}
+
+    def _message(self, answer: Answer, ids: DifyIds) -> dict[str, Any]:
+        text = answer.text
+        said: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if answer.calls:
+            said["content"] = text or None
+            calls = [_call_object(call) for call in answer.calls]
+            if self.is_legacy:
+                said["function_call"] = calls[0]["function"]
+            else:
+                said["tool_calls"] = calls
+        if answer.reasoning:
+            said["reasoning_content"] = answer.reasoning
+        said.update(cite(answer.citations, len(text)))
+        if self.spoken and answer.sounds:
+            said.update(_said_aloud(answer, self.spoken, ids))
+        return said
 
 
 class Answer:
@@ -4401,24 +4441,6 @@ class Spoken(NamedTuple):
     expires_at: UnixTime
 
 
-def chat_completion(
-    envelope: Envelope,
-    answers: Sequence[Answer],
-    ids: DifyIds,
-    spoken: Spoken | None = None,
-) -> dict[str, Any]:
-    """The whole object of a chat completion."""
-    choices = []
-    for index, answer in enumerate(answers):
-        message = _message(answer, envelope.is_legacy)
-        if spoken and answer.sounds:
-            message |= _said_aloud(answer, spoken, ids)
-        reason = _finish_reason(answer, envelope.is_legacy)
-        choices.append(_choice(index, {"message": message}, reason))
-    head, usage = envelope.head("chat.completion"), _usage_of(answers)
-    return {**head, "choices": choices, "usage": usage, **dify_key(ids)}
-
-
 def dify_key(ids: DifyIds) -> dict[str, Any]:
     """The key beside OpenAI's own that tells Dify's ids, where they are known."""
     return {"dify": dict(ids)} if ids else {}
@@ -4426,22 +4448,6 @@ def dify_key(ids: DifyIds) -> dict[str, Any]:
 
 def _choice(index: int, content: Json, reason: str | None) -> dict[str, Any]:
     return {"index": index, **content, "logprobs": None, "finish_reason": reason}
-
-
-def _message(answer: Answer, is_legacy: bool) -> dict[str, Any]:
-    text = answer.text
-    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-    if answer.calls:
-        message["content"] = text or None
-        calls = [_call_object(call) for call in answer.calls]
-        if is_legacy:
-            message["function_call"] = calls[0]["function"]
-        else:
-            message["tool_calls"] = calls
-    if answer.reasoning:
-        message["reasoning_content"] = answer.reasoning
-    message.update(cite(answer.citations, len(text)))
-    return message
 
 
 def _said_aloud(answer: Answer, spoken: Spoken, ids: DifyIds) -> dict[str, Any]:
@@ -4608,9 +4614,9 @@ class CompletionStream(ChatStream):
 
     _kind, _key = "text_completion", "text"
 
-    def __init__(self, envelope: Envelope, index: int, echo: str) -> None:
+    def __init__(self, envelope: Envelope, index: int) -> None:
         super().__init__(envelope, index)
-        self._echo = echo
+        self._echo = envelope.echoes[index]
         self._text = _template(self._chunk(_HERE))
 
     def begin(self, ids: DifyIds) -> bytes:
@@ -4624,18 +4630,6 @@ class CompletionStream(ChatStream):
         if isinstance(part, Finish):
             return self._chunk("", part.reason)
         return super().encode(part) if isinstance(part, Usage) else b""
-
-
-def text_completion(
-    envelope: Envelope, echoes: Sequence[str], answers: Sequence[Answer], ids: DifyIds
-) -> dict[str, Any]:
-    """The whole object of a legacy completion."""
-    choices = [
-        _choice(index, {"text": echo + answer.text}, answer.finish_reason)
-        for index, (answer, echo) in enumerate(zip(answers, echoes))
-    ]
-    head, usage = envelope.head("text_completion"), _usage_of(answers)
-    return {**head, "choices": choices, "usage": usage, **dify_key(ids)}
 
 
 def models_list(models: Iterable[tuple[str, str]], created: UnixTime) -> dict[str, Any]:
@@ -4652,10 +4646,6 @@ def model_object(model: str, name: str, created: UnixTime) -> dict[str, Any]:
 
 
 _DONE = b"data: [DONE]\n\n"
-
-
-def _usage_of(answers: Iterable[Answer]) -> dict[str, Any]:
-    return _usage_object(sum([answer.usage for answer in answers], NO_USAGE))
 
 
 def _usage_object(usage: Usage) -> dict[str, Any]:
@@ -4949,21 +4939,24 @@ class ResponseFrame:
             return self.sealer.seal(prefix, [self.user, *place, str(item)])
         return self.sealer.seal(prefix, (), f"{self.fresh}.{item}")
 
+    def stream(self, index: int) -> ResponseStream:
+        """What writes the events of the response, which is the only choice."""
+        return ResponseStream(self)
 
-def response_object(
-    frame: ResponseFrame, answer: Answer, error: ProxyError | None = None
-) -> dict[str, Any]:
-    """The whole object of a response: what a stream of the same parts ends with."""
-    stream = ResponseStream(frame)
-    stream.begin(frame.ids)
-    parts: list[Part] = [Reasoning(answer.reasoning), Text(answer.text), *answer.calls]
-    for part in (*parts, Citations(answer.citations), answer.usage):
-        stream.encode(part)
-    if error:
-        stream.fail(error)
-    else:
-        stream.encode(Finish(answer.finish_reason or "stop"))
-    return stream.response
+    def whole(
+        self, answers: Sequence[Answer], ids: DifyIds, error: ProxyError | None = None
+    ) -> dict[str, Any]:
+        """The object of the whole answer: what a stream of the same parts ends with."""
+        (answer,), stream = answers, self.stream(0)
+        stream.begin(ids)
+        said: list[Part] = [Reasoning(answer.reasoning), Text(answer.text)]
+        for part in (*said, *answer.calls, Citations(answer.citations), answer.usage):
+            stream.encode(part)
+        if error:
+            stream.fail(error)
+        else:
+            stream.encode(Finish(answer.finish_reason or "stop"))
+        return stream.response
 
 
 _TOLD = re.compile(r'\A<(message(?:-\d+)?) role="system">\n.*?\n</\1>\n\n?', re.DOTALL)
@@ -5319,6 +5312,9 @@ class ResponseStream:
 # of them. `begin` waits until Dify's ids are known if it `needs_ids`; `summary` has the
 # token counts, once they are known.
 AnswerStream = Union[ChatStream, ResponseStream]
+# How the answers to a request are written: `stream` makes what writes one choice of
+# them as it comes, `whole` the object of all.
+AnswerForm = Union[Envelope, ResponseFrame]
 
 
 # ==============================================================================
@@ -9223,15 +9219,16 @@ async def _join_at(
     return ask._replace(is_all_new=is_all_new)
 
 
-async def _with_spoken(
-    site: Site, app: AppSettings, ask: Ask, sealer: IdSealer, user: str
-) -> Ask:
+async def _with_text(site: Site, exchange: Exchange, app: AppSettings, ask: Ask) -> Ask:
     """The question with the texts of the answers that are named by their audio.
 
     Raises:
         BadRequest: an id is not ours, or Dify does not have its answer any more.
     """
     ids = [message.spoken_id for message in ask.messages if message.spoken_id]
+    if not ids:  # nearly always
+        return ask
+    sealer, user = site.sealer(exchange, app), exchange.user_of(ask.user)
     places = {id_: open_place(sealer, id_, "audio_", user=user) for id_ in ids}
     stored = await _turns_of_all(site, app, filter(None, places.values()))
     texts: dict[str, str] = {}
@@ -9649,37 +9646,29 @@ async def create_chat_completion(site: Site, exchange: Exchange) -> None:
     """`POST /chat/completions`."""
     chat = parse_chat_request(await _body_of(exchange))
     app = await site.find_app(exchange, chat.ask.model)
-    envelope = _envelope(site, exchange, "chatcmpl", chat)
     ask = _with_stored_files(site, exchange, _with_words(chat.ask, app.tools))
-    ask, spoken = await _with_speech(site, exchange, app, ask, envelope.created)
-    streams = [
-        SpokenStream(envelope, spoken) if spoken else ChatStream(envelope, index)
-        for index in range(chat.n if chat.stream else 0)
-    ]
-    whole = functools.partial(chat_completion, envelope, spoken=spoken)
+    spoken = await _spoken(site, exchange, app, ask) if ask.voice is not None else None
+    ask = await _with_text(site, exchange, app, ask)
+    envelope = _envelope(site, exchange, chat, spoken)
     questions = [Question(exchange, app, ask, chat.n == 1) for _ in range(chat.n)]
-    await _answer_all(site, questions, streams, whole)
+    await _answer_all(site, questions, envelope, is_streamed=chat.stream)
 
 
 async def create_completion(site: Site, exchange: Exchange) -> None:
     """`POST /completions`, the legacy API."""
-    chat, asks, echoes = parse_completion_request(await _body_of(exchange))
+    chat, asks = parse_completion_request(await _body_of(exchange))
     app = await site.find_app(exchange, chat.ask.model)
-    envelope = _envelope(site, exchange, "cmpl", chat)
-    streams = [
-        CompletionStream(envelope, index, echo)
-        for index, echo in enumerate(echoes if chat.stream else ())
-    ]
-    whole = functools.partial(text_completion, envelope, echoes)
+    envelope = _envelope(site, exchange, chat)
     questions = [Question(exchange, app, ask, len(asks) == 1) for ask in asks]
-    await _answer_all(site, questions, streams, whole)
+    await _answer_all(site, questions, envelope, is_streamed=chat.stream)
 
 
 def _envelope(
-    site: Site, exchange: Exchange, prefix: str, chat: ChatRequest
+    site: Site, exchange: Exchange, chat: ChatRequest, spoken: Spoken | None = None
 ) -> Envelope:
-    id_, created = f"{prefix}-{site.new_id()}", int(site.wall_clock())
-    return Envelope(id_, created, exchange.model, chat.include_usage, chat.is_legacy)
+    id_ = f"{'cmpl' if chat.echoes else 'chatcmpl'}-{site.new_id()}"
+    about = (id_, int(site.wall_clock()), exchange.model, chat.include_usage)
+    return Envelope(*about, chat.is_legacy, chat.echoes, spoken)
 
 
 # Responses...
@@ -9696,11 +9685,6 @@ async def create_response(site: Site, exchange: Exchange) -> None:
     user, sealer = exchange.user_of(ask.user), site.sealer(exchange, app)
     now, new_id = int(site.wall_clock()), site.new_id()
     frame = ResponseFrame(now, exchange.model, request.echo, sealer, user, new_id)
-    streams = [ResponseStream(frame)] if request.stream else []
-
-    def whole(answers: Sequence[Answer], ids: DifyIds) -> dict[str, Any]:
-        return response_object(replace(frame, ids=ids), answers[0])
-
     question = Question(exchange, app, ask, joins=True)
     if named:
         await _check_fits(site, question, named)
@@ -9709,7 +9693,7 @@ async def create_response(site: Site, exchange: Exchange) -> None:
         ask = _with_words(question.ask, app.tools)
         question.ask = _with_stored_files(site, exchange, ask)
     try:
-        await _answer_all(site, [question], streams, whole)
+        await _answer_all(site, [question], frame, is_streamed=request.stream)
     finally:
         if named and exchange.turn:
             _bind(site, question, named, exchange.turn)
@@ -9825,7 +9809,7 @@ async def _stored_response(
 def _as_response(frame: ResponseFrame, turn: StoredTurn) -> dict[str, Any]:
     last = turn.parts[-1] if turn.parts else None
     error = last.error if isinstance(last, Failure) else None
-    return response_object(frame, _stored_answer(turn), error)
+    return frame.whole([_stored_answer(turn)], turn.ids, error)
 
 
 def _frame(turn: StoredTurn, model: str, sealer: IdSealer, user: str) -> ResponseFrame:
@@ -9977,22 +9961,15 @@ def _shown_conversation(named: NamedConversation) -> Json:
 
 
 async def _answer_all(
-    site: Site,
-    questions: Sequence[Question],
-    streams: Sequence[AnswerStream],
-    whole: Callable[[Sequence[Answer], DifyIds], dict[str, Any]],
+    site: Site, questions: Sequence[Question], form: AnswerForm, *, is_streamed: bool
 ) -> None:
-    """Answer each question as one choice, all at once, streamed or whole.
-
-    Args:
-        site: what the handlers share.
-        questions: of one client, to one app.
-        streams: of the choices; none for a whole answer.
-        whole: makes the object of a whole answer.
-    """
+    """Answer each question, of one client and to one app, as a choice; all at once."""
     exchange = questions[0].exchange
-    outlets = [_outlet(site, questions[0], stream) for stream in streams]
-    collectors = [] if streams else [Collector(exchange) for _ in questions]
+    outlets = [
+        _outlet(site, question, form.stream(index))
+        for index, question in enumerate(questions if is_streamed else ())
+    ]
+    collectors = [] if is_streamed else [Collector(exchange) for _ in questions]
     sinks: list[Outlet | Collector] = [*outlets, *collectors]
     try:
         if len(questions) == 1:
@@ -10004,13 +9981,13 @@ async def _answer_all(
     finally:
         for sink in sinks:
             sink.close()
-    if streams:
-        usage = sum((stream.summary.usage for stream in streams), NO_USAGE)
+    if is_streamed:
+        usage = sum((outlet.stream.summary.usage for outlet in outlets), NO_USAGE)
         ends = [outlet.end() for outlet in outlets]
-        exchange.reply.end(b"".join(ends) + streams[0].end(usage))
+        exchange.reply.end(b"".join(ends) + outlets[0].stream.end(usage))
         return
     ids = collectors[0].ids
-    send_json(exchange.reply, whole(collectors, ids), id_headers(ids))
+    send_json(exchange.reply, form.whole(collectors, ids), id_headers(ids))
 
 
 async def _all_of(
@@ -10148,27 +10125,15 @@ async def _open_speech(
     return response
 
 
-async def _with_speech(
-    site: Site, exchange: Exchange, app: AppSettings, ask: Ask, now: UnixTime
-) -> tuple[Ask, Spoken | None]:
-    """(the question with the texts of spoken answers, how its own is to be named).
-
-    Nothing runs where an answer is to be spoken, and the app can't.
-    """
-    is_spoken = ask.voice is not None
-    if not (is_spoken or any([message.spoken_id for message in ask.messages])):
-        return ask, None
-    if is_spoken and not (await site.dify.facts.form_of(app)).speaks:
+async def _spoken(site: Site, exchange: Exchange, app: AppSettings, ask: Ask) -> Spoken:
+    """How the answer is named; raises BadRequest if the app can't say it aloud."""
+    if not (await site.dify.facts.form_of(app)).speaks:
         raise _switched_off("Text to speech", exchange.model, "modalities")
-    user, sealer = exchange.user_of(ask.user), site.sealer(exchange, app)
-    ask = await _with_spoken(site, app, ask, sealer, user)
-    frame = ResponseFrame(now, exchange.model, echo_of({}), sealer, user, site.new_id())
-
-    def id_of(ids: DifyIds) -> str:
-        return replace(frame, ids=ids).id("audio_")
-
+    now, fresh, user = int(site.wall_clock()), site.new_id(), exchange.user_of(ask.user)
+    sealer, echo = site.sealer(exchange, app), echo_of({})
+    frame = ResponseFrame(now, exchange.model, echo, sealer, user, fresh)
     expires_at = now + int(site.dify.settings.conversation_ttl)
-    return ask, Spoken(id_of, expires_at) if is_spoken else None
+    return Spoken(lambda ids: replace(frame, ids=ids).id("audio_"), expires_at)
 
 
 async def _say(site: Site, question: Question, sink: Outlet | Collector) -> None:

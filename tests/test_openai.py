@@ -866,7 +866,7 @@ def test_calls_do_not_hide_that_an_answer_was_cut(reason: str) -> None:
     assert last["finish_reason"] == reason
     whole = Answer()
     whole.add(parts)
-    (choice,) = opendify.chat_completion(ENVELOPE, [whole], {})["choices"]
+    (choice,) = ENVELOPE.whole([whole], {})["choices"]
     assert choice["finish_reason"] == reason
 
 
@@ -965,7 +965,7 @@ def whole(*parts: Part, **ids: str) -> JSONObject:
     """Return the whole object that parts become, as it is sent."""
     answer = Answer()
     answer.add(parts)
-    data = opendify.json_bytes(opendify.chat_completion(ENVELOPE, [answer], ids))
+    data = opendify.json_bytes(ENVELOPE.whole([answer], ids))
     value: JSONObject = json.loads(data)
     validate("CreateChatCompletionResponse", value)
     return value

@@ -54,7 +54,6 @@ from opendify import (
     list_page,
     open_place,
     parse_responses_request,
-    response_object,
     stored_turn,
 )
 
@@ -536,8 +535,7 @@ def whole(*parts: Part, body: JSONObject | None = None) -> JSONObject:
     """Return the whole object that parts become, as it is sent."""
     answer = Answer()
     answer.add(parts)
-    frame = replace(frame_of(body), ids=IDS)
-    data = opendify.json_bytes(response_object(frame, answer))
+    data = opendify.json_bytes(frame_of(body).whole([answer], IDS))
     value: JSONObject = json.loads(data)
     validate("Response", value)
     return value
@@ -1117,7 +1115,7 @@ def test_stored_response_is_the_same_as_when_it_was_streamed() -> None:
 def test_failed_response_as_an_object() -> None:
     answer = Answer()
     answer.add([Text("A")])
-    value = response_object(frame_of(), answer, error=UpstreamFailed("x"))
+    value = frame_of().whole([answer], {}, error=UpstreamFailed("x"))
     validate("Response", value)
     assert (value["status"], value["error"]["code"]) == ("failed", "server_error")
 
