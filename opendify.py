@@ -9172,7 +9172,7 @@ async def _join_named(site: Site, question: Question, request: ResponsesRequest)
     has_results = any(getattr(item, "role", "") == "tool" for item in request.items)
     if has_results and id_ and await site.dify.facts.mode_of(app) in CHAT_MODES:
         turns, _ = await site.dify.messages(app, here)
-        told = _transcript(_with_tools(turns), request.known_tools)
+        told = _transcript(_as_asked(turns), request.known_tools)
     ask = ask_of(request, {}, told=told)
     is_all_new = ask.is_all_new and not is_known_history(ask, told)
     return _not_empty(ask._replace(is_all_new=is_all_new), request)
@@ -9265,27 +9265,24 @@ async def _turns_of(site: Site, app: AppSettings, place: Place) -> list[StoredTu
         question = turns[0].question
         text = f"{turns[0].past}\n\n{question.text}"
         turns[0] = turns[0]._replace(question=question._replace(text=text))
-    return _as_asked(_with_tools(turns))
+    return _as_asked(turns)
 
 
 def _as_asked(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
-    """The turns as clients know them: a second try answers the first one's question."""
+    """The turns of a conversation as clients know them, with the tools told by then.
+
+    A second try answers the first one's question.
+    """
     known: list[StoredTurn] = []
-    for turn in turns:
-        is_first = not (known and is_retry(asked_text(turn.question)))
-        known.append(turn if is_first else turn._replace(question=known.pop().question))
-    return known
-
-
-def _with_tools(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
-    """The turns of a conversation with the tools that the app was told of by then."""
-    last, known = Ask("", ()), []
+    last = Ask("", ())
     for turn in turns:
         last = turn.told if turn.told.tools else last
         # All else holds only for the turn that is told it.
-        mode, output = turn.told.tool_mode, turn.told.output
-        told = last._replace(tool_mode=mode, output=output)
-        known.append(turn._replace(told=told))
+        told = last._replace(tool_mode=turn.told.tool_mode, output=turn.told.output)
+        question = turn.question
+        if known and is_retry(asked_text(question)):
+            question = known.pop().question
+        known.append(turn._replace(told=told, question=question))
     return known
 
 

@@ -921,6 +921,21 @@ async def test_call_that_a_conversation_has_is_not_told_again() -> None:
     assert query == '<message role="tool" name="get_weather">\nsun\n</message>'
 
 
+async def test_call_of_a_second_try_that_a_conversation_has_is_not_told_again() -> None:
+    texts = ["Hello.", "No.", CALL, "Sunny."]
+    async with proxy(script=lambda _: fake.chat_answer(texts.pop(0))) as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        named: JSONObject = {"conversation": made["id"], "tools": [WEATHER]}
+        await answer(served, "Hi", **named)
+        got = await answer(served, "Rome?", **named, tool_choice="required")
+        (call,) = [row for row in got["output"] if row["type"] == "function_call"]
+        result = {"type": "function_call_output", "call_id": call["call_id"]}
+        items = [user("Rome?"), call, {**result, "output": "sun"}]
+        await answer(served, items, **named)
+        query = told(served)[-1][-1]
+    assert query == '<message role="tool" name="get_weather">\nsun\n</message>'
+
+
 async def test_result_that_stands_behind_later_calls_is_told_once() -> None:
     """Mastra puts all calls of a run before all results."""
     texts = [CALL, CALL.replace("Rome", "Oslo"), "Sunny."]
