@@ -4007,7 +4007,7 @@ def _parse_file(part: Json, where: str) -> Attachment:
     given = part.get(key)
     file = {**part, **(given if isinstance(given, dict) else {"url": given})}
     id_ = file.get("file_id") or file.get("url")
-    if isinstance(id_, str) and id_.startswith("file-"):
+    if isinstance(id_, str) and id_.startswith(FILE_PREFIX):
         return Attachment("file", file_id=id_)
     source = file.get(source_key) or file.get("file_url")
     if not isinstance(source, str) or not source:
@@ -4254,6 +4254,7 @@ def _cue_time(seconds: float) -> str:
 
 # Files...
 
+FILE_PREFIX = "file-"  # of an id
 _PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data")
 
 
@@ -4275,10 +4276,10 @@ class StoredFile(NamedTuple):
         return replace(file, upload_id=self.upload_id, size=size)
 
 
-def file_object(file: StoredFile, sealer: IdSealer) -> dict[str, Any]:
+def file_object(id_: str, file: StoredFile) -> dict[str, Any]:
     """A file as OpenAI shows it."""
     return {
-        "id": sealer.seal("file-", file),
+        "id": id_,
         "object": "file",
         "bytes": int(file.size),
         "created_at": int(file.created),
@@ -4286,12 +4287,6 @@ def file_object(file: StoredFile, sealer: IdSealer) -> dict[str, Any]:
         "purpose": file.purpose if file.purpose in _PURPOSES else "user_data",
         "status": "processed",
     }
-
-
-def open_file(id_: str, sealer: IdSealer) -> StoredFile | None:
-    """What an id says; None if this sealer did not make it."""
-    fields = sealer.open(id_, "file-")
-    return StoredFile(*fields) if fields else None
 
 
 # Answers...
@@ -8227,6 +8222,7 @@ class Exchange:
     name_in_path: str = ""
     turn: Turn | None = None  # that Dify answers, or has answered last
     key: str = ""  # that the client presents
+    owner: str = ""  # of ids: this key, "" where keys do not tell clients apart
     route: str = "-"  # the endpoint, for the metrics
     model: str = ""  # for the log and the metrics: only one that is known here
     first_text_at: float | None = None  # by the loop's clock
@@ -9228,7 +9224,7 @@ async def _with_text(site: Site, exchange: Exchange, app: AppSettings, ask: Ask)
     ids = [message.spoken_id for message in ask.messages if message.spoken_id]
     if not ids:  # nearly always
         return ask
-    sealer, user = site.sealer(exchange, app), exchange.user_of(ask.user)
+    sealer, user = IdSealer(app.key, exchange.owner), exchange.user_of(ask.user)
     places = {id_: open_place(sealer, id_, "audio_", user=user) for id_ in ids}
     stored = await _turns_of_all(site, app, filter(None, places.values()))
     texts: dict[str, str] = {}
@@ -9413,15 +9409,18 @@ class Site:
         self._key_failures: dict[str, list[float]] = {}  # times, by address
         self._right_keys: set[tuple[str, str]] = set()  # that came, by address
 
-    def check_key(self, key: str, peer: str) -> None:
+    def check_key(self, key: str, peer: str) -> str:
         """Compare with all keys, so that the time tells nothing.
 
         An address that sends many wrong keys may use only those that it has used
         before: who guesses learns nothing, and does not shut out its other clients.
+
+        Returns:
+            whose ids the client may open: the key, "" where none is needed.
         """
         valid = self.dify.settings.valid_api_keys
         if not valid:
-            return
+            return ""
         now = asyncio.get_running_loop().time()
         since = now - KEY_FAILURES_S
         failures = [at for at in self._key_failures.get(peer, ()) if at >= since]
@@ -9436,7 +9435,7 @@ class Site:
             if len(self._right_keys) > MAX_ADDRESSES:
                 self._right_keys.clear()
             self._right_keys.add((peer, key))
-            return
+            return key
         if not key:
             raise Unauthorized("No API key. Send one as `Authorization: Bearer KEY`.")
         if not is_loopback(peer):
@@ -9500,14 +9499,6 @@ class Site:
                 name = f"{name} ({digest[:4]})"
             models[name] = app
         return models
-
-    def owner_of(self, exchange: Exchange) -> str:
-        """The client's key where keys tell clients apart; else all are one: ""."""
-        return exchange.key if self.dify.settings.valid_api_keys else ""
-
-    def sealer(self, exchange: Exchange, app: AppSettings) -> IdSealer:
-        """What makes and opens the ids of an app, and of a client's key."""
-        return IdSealer(app.key, self.owner_of(exchange))
 
 
 async def _in_time(awaitables: Iterable[Awaitable[Any]]) -> list[Any]:
@@ -9679,7 +9670,7 @@ async def create_response(site: Site, exchange: Exchange) -> None:
     # Its ids hold the user, whom its files may name.
     items = tuple(item for item in request.items if isinstance(item, Message))
     ask = _with_stored_files(site, exchange, request.ask._replace(messages=items))
-    user, sealer = exchange.user_of(ask.user), site.sealer(exchange, app)
+    user, sealer = exchange.user_of(ask.user), IdSealer(app.key, exchange.owner)
     now, new_id = int(site.wall_clock()), site.new_id()
     frame = ResponseFrame(now, exchange.model, request.echo, sealer, user, new_id)
     question = Question(exchange, app, ask, joins=True)
@@ -9727,7 +9718,7 @@ def _bind(site: Site, question: Question, named: NamedConversation, turn: Turn) 
     reader, scope = turn.stream.reader, turn.plan.tail.scope
     id_ = reader.conversation_id if reader.is_stored else ""
     exchange, now = question.exchange, site.wall_clock()
-    latest = site.conversations.named(named.id, site.owner_of(exchange), now)
+    latest = site.conversations.named(named.id, exchange.owner, now)
     if id_ and latest and latest.conversation_id == named.conversation_id:
         whose = {"model": exchange.model, "user": question.user}
         bound = latest.bind(scope, named.items, conversation_id=id_, **whose)
@@ -9772,14 +9763,15 @@ async def cancel_response(site: Site, exchange: Exchange) -> Json:
 
 def _running_as(site: Site, exchange: Exchange) -> tuple[ResponseStream, Turn] | None:
     """The streamed response that a path names, with its turn, while it runs."""
-    owner, user = site.owner_of(exchange), exchange.forwarded_user
+    user = exchange.forwarded_user
     streams = [(out.stream, other) for other in site.in_flight for out in other.outlets]
     for stream, other in streams:
         if not isinstance(stream, ResponseStream):
             continue
         response = stream.response
         is_it = response.get("id") == exchange.name_in_path
-        is_theirs = site.owner_of(other) == owner and user in ("", stream.frame.user)
+        is_owner = other.owner == exchange.owner
+        is_theirs = is_owner and user in ("", stream.frame.user)
         if is_it and is_theirs and other.turn and response["status"] == "in_progress":
             exchange.model = other.model
             return stream, other.turn
@@ -9792,7 +9784,7 @@ async def _stored_response(
     """What Dify has stored of the response that a path names."""
     id_, user = exchange.name_in_path, exchange.forwarded_user
     for model, app in (await site.models()).items():
-        sealer = site.sealer(exchange, app)
+        sealer = IdSealer(app.key, exchange.owner)
         place = open_place(sealer, id_, "resp_", user=user)
         if not place:
             continue
@@ -9907,7 +9899,7 @@ async def _items_of(
     if bound:  # by another name, if the model has got one since
         exchange.model = model = named.model if named.model in bound else bound[0]
         app, place = models[model], Place(named.user, named.conversation_id, "")
-        sealer = site.sealer(exchange, app)
+        sealer = IdSealer(app.key, exchange.owner)
         for turn in await _turns_of(site, app, place):
             frame = _frame(turn, model, sealer, named.user)
             items.append(input_item(frame.id("msg_", "in"), turn.question))
@@ -9934,15 +9926,15 @@ def _with_items(site: Site, body: Json, kept: Sequence[Any]) -> tuple[Any, ...]:
 def _named(site: Site, exchange: Exchange, id_: str = "") -> NamedConversation:
     """The client's conversation of this id, or of the one in the path."""
     id_ = id_ or exchange.name_in_path.partition("/")[0]
-    owner, now = site.owner_of(exchange), site.wall_clock()
-    if not (named := site.conversations.named(id_, owner, now)):
+    named = site.conversations.named(id_, exchange.owner, site.wall_clock())
+    if not named:
         raise _not_found("Conversation", id_)
     return named
 
 
 def _keep(site: Site, exchange: Exchange, named: NamedConversation) -> Json:
     """Record a client's conversation; returns it as the client sees it."""
-    site.conversations.keep(named, site.owner_of(exchange), site.wall_clock())
+    site.conversations.keep(named, exchange.owner, site.wall_clock())
     return _shown_conversation(named)
 
 
@@ -10127,7 +10119,7 @@ async def _spoken(site: Site, exchange: Exchange, app: AppSettings, ask: Ask) ->
     if not (await site.dify.facts.form_of(app)).speaks:
         raise _switched_off("Text to speech", exchange.model, "modalities")
     now, fresh, user = int(site.wall_clock()), site.new_id(), exchange.user_of(ask.user)
-    sealer, echo = site.sealer(exchange, app), echo_of({})
+    sealer, echo = IdSealer(app.key, exchange.owner), echo_of({})
     frame = ResponseFrame(now, exchange.model, echo, sealer, user, fresh)
     expires_at = now + int(site.dify.settings.conversation_ttl)
     return Spoken(lambda ids: replace(frame, ids=ids).id("audio_"), expires_at)
@@ -10198,7 +10190,8 @@ async def create_file(site: Site, exchange: Exchange) -> Json:
         str(int(site.wall_clock())),
         form.fields.get("purpose", "")[:20],  # the known ones are shorter
     )
-    return file_object(stored, site.sealer(exchange, app))
+    id_ = IdSealer(app.key, exchange.owner).seal(FILE_PREFIX, stored)
+    return file_object(id_, stored)
 
 
 async def list_files(site: Site, exchange: Exchange) -> Json:
@@ -10208,8 +10201,8 @@ async def list_files(site: Site, exchange: Exchange) -> Json:
 
 async def get_file(site: Site, exchange: Exchange) -> Json:
     """`GET /files/{id}`: what the id says."""
-    app, stored = _file_of(site, exchange, exchange.name_in_path)
-    return file_object(stored, site.sealer(exchange, app))
+    _, stored = _file_of(site, exchange, exchange.name_in_path)
+    return file_object(exchange.name_in_path, stored)
 
 
 async def get_file_content(site: Site, exchange: Exchange) -> None:
@@ -10282,9 +10275,9 @@ def _file_of(
 ) -> tuple[AppSettings, StoredFile]:
     """The app and the upload behind an id; raises BadRequest if it is not ours."""
     for model, app in site.known_models().items():
-        if stored := open_file(id_, site.sealer(exchange, app)):
+        if fields := IdSealer(app.key, exchange.owner).open(id_, FILE_PREFIX):
             exchange.model = exchange.model or model
-            return app, stored
+            return app, StoredFile(*fields)
     raise _no_such_file(id_, _NO_FILE)
 
 
@@ -10423,7 +10416,7 @@ def find_handler(site: Site, exchange: Exchange) -> Handler:
         raise error
     exchange.route, exchange.key = endpoint, client_key(request.headers)
     if endpoint not in OPEN_ENDPOINTS:
-        site.check_key(exchange.key, exchange.peer)
+        exchange.owner = site.check_key(exchange.key, exchange.peer)
     return methods[method]
 
 

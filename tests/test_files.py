@@ -1352,13 +1352,13 @@ async def test_file_that_is_named_often_is_sought_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sought: list[str] = []
-    open_file = opendify.open_file
+    open_id = opendify.IdSealer.open
 
-    def noted(id_: str, sealer: opendify.IdSealer) -> Any:
+    def noted(sealer: opendify.IdSealer, id_: str, prefix: str) -> Any:
         sought.append(id_)
-        return open_file(id_, sealer)
+        return open_id(sealer, id_, prefix)
 
-    monkeypatch.setattr(opendify, "open_file", noted)
+    monkeypatch.setattr(opendify.IdSealer, "open", noted)
     async with proxy() as served:
         value = await upload(served)
         row = {"type": "file", "file": {"file_id": value["id"]}}
