@@ -4754,6 +4754,9 @@ def ask_of(
             follow are its own (the AI SDK names the message, and repeats the calls).
         before: what was said up to `previous_response_id`.
         told: what Dify has of it, which only names the tools of new results.
+
+    Raises:
+        BadRequest: there is nothing but references, and all are unknown.
     """
     messages = list(before)
     named: Message | None = None
@@ -4768,6 +4771,8 @@ def ask_of(
             named = found[item]
             messages.append(named)
     messages = with_tool_names([*told, *in_rounds(messages)])[len(told) :]
+    if request.references and not (messages or told):
+        raise bad_value("input", "none of the items that it names is known.")
     return request.ask._replace(messages=tuple(messages))
 
 
@@ -9171,7 +9176,7 @@ async def _join_named(site: Site, question: Question, request: ResponsesRequest)
         told = _transcript(_as_asked(turns), request.known_tools)
     ask = ask_of(request, {}, told=told)
     is_all_new = ask.is_all_new and not is_known_history(ask, told)
-    return _not_empty(ask._replace(is_all_new=is_all_new), request)
+    return ask._replace(is_all_new=is_all_new)
 
 
 async def _join_at(
@@ -9209,7 +9214,7 @@ async def _join_at(
         is_known = is_known_history(ask, known)
         if previous or is_known:
             return ask._replace(conversation_id=here, is_all_new=not is_known)
-    ask = _not_empty(ask_of(request, found, known if previous else ()), request)
+    ask = ask_of(request, found, known if previous else ())
     # Another replica may have gone on there: the table would find it as it was.
     is_all_new = ask.is_all_new or not (is_newest or ask.conversation_id)
     return ask._replace(is_all_new=is_all_new)
@@ -9365,13 +9370,6 @@ def _is_said(question: Sequence[Message], stored: Sequence[Message]) -> bool:
     if len(texts) == 1 and question[0].role == "user":
         return whole == texts[0] or whole.endswith(f"\n\n{texts[0]}")
     return all(f"\n{text}\n" in whole for text in texts)
-
-
-def _not_empty(ask: Ask, request: ResponsesRequest) -> Ask:
-    """The question; raises BadRequest if it was nothing but ids that nobody knows."""
-    if request.references and not ask.messages:
-        raise bad_value("input", "none of the items that it names is known.")
-    return ask
 
 
 def _no_previous(id_: str) -> BadRequest:
