@@ -616,7 +616,7 @@ def bad_value(field_name: str, problem: str) -> BadRequest:
 
 def of_type(value: Any, kind: type[T], field_name: str, wanted: str = "") -> T:
     """The value of a field; raises BadRequest if it is of another type."""
-    if not isinstance(value, kind):
+    if type(value) is not kind:  # a bool would be an int, too
         raise bad_type(field_name, wanted or _JSON_TYPES[kind])
     return value
 
@@ -3824,11 +3824,10 @@ def _parse_stops(stop: Any) -> tuple[str, ...]:
 def _parse_n(n: Any) -> int:
     if n is None:
         return 1
-    if not isinstance(n, int) or isinstance(n, bool):
-        raise bad_type("n", "a whole number")
-    if not 1 <= n <= MAX_CHOICES:
+    number = of_type(n, int, "n", "a whole number")
+    if not 1 <= number <= MAX_CHOICES:
         raise bad_value("n", f"it must be from 1 to {MAX_CHOICES}.")
-    return n
+    return number
 
 
 def parse_inputs(direct: Any, in_metadata: Any) -> dict[str, Any]:
@@ -4625,12 +4624,6 @@ class CompletionStream(ChatStream):
         if isinstance(part, Finish):
             return self._chunk("", part.reason)
         return super().encode(part) if isinstance(part, Usage) else b""
-
-
-def models_list(models: Iterable[tuple[str, str]], created: UnixTime) -> dict[str, Any]:
-    """`GET /models`: from (model, name of its app or "")."""
-    data = [model_object(model, name, created) for model, name in models]
-    return {"object": "list", "data": data}
 
 
 def model_object(model: str, name: str, created: UnixTime) -> dict[str, Any]:
@@ -9557,9 +9550,9 @@ def _shown(id_: str) -> str:
 
 async def list_models(site: Site, exchange: Exchange) -> Json:
     """`GET /models`."""
-    models = await site.models()
-    named = [(name, site.dify.facts.of(app).name) for name, app in models.items()]
-    return models_list(named, site.created)
+    apps, name_of = (await site.models()).items(), site.dify.facts.of
+    data = [model_object(id_, name_of(app).name, site.created) for id_, app in apps]
+    return {"object": "list", "data": data}
 
 
 async def get_model(site: Site, exchange: Exchange) -> Json:
@@ -9599,15 +9592,14 @@ async def show_readiness(site: Site, exchange: Exchange) -> Json:
     return {"status": "ready"}
 
 
-async def _any_of(awaitables: Iterable[Awaitable[Any]]) -> None:
-    """Wait until one succeeds; raises the first one's error if none does."""
+async def _any_of(awaitables: Iterable[Awaitable[T]]) -> T:
+    """What the first to succeed gives; raises the first one's error if none does."""
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
         for done in asyncio.as_completed(tasks):
             with contextlib.suppress(ProxyError):
-                await done
-                return
-        await tasks[0]
+                return await done
+        return await tasks[0]
     finally:
         for task in tasks:
             task.cancel()

@@ -1107,7 +1107,8 @@ def test_file_as_markdown(media: Media, is_first: bool, text: str) -> None:
 
 def test_models_list() -> None:
     rows = [("m", ""), ("team/应用 1", "Helper"), ("same", "same")]
-    value = opendify.models_list(rows, 17)
+    data = [opendify.model_object(model, name, 17) for model, name in rows]
+    value = {"object": "list", "data": data}
     validate("ListModelsResponse", value)
     common = {"object": "model", "created": 17, "owned_by": "dify"}
     assert value == {
