@@ -9188,7 +9188,7 @@ async def _join_at(
         if _tells_all(request, newest):
             stored = {turn.message_id: turn for turn in newest}
     if anchor.message_id not in stored:
-        stored = await _turns_of_all(site, app, places.values())
+        stored = await _turns_of(site, app, *places.values())
     if previous and anchor.message_id not in stored:
         raise _no_previous(previous)
     found = {
@@ -9224,7 +9224,7 @@ async def _with_text(site: Site, exchange: Exchange, app: AppSettings, ask: Ask)
         return ask
     sealer, user = IdSealer(app.key, exchange.owner), exchange.user_of(ask.user)
     places = {id_: open_place(sealer, id_, "audio_", user=user) for id_ in ids}
-    stored = await _turns_of_all(site, app, filter(None, places.values()))
+    stored = await _turns_of(site, app, *filter(None, places.values()))
     texts: dict[str, str] = {}
     for id_, place in places.items():
         if not place or place.message_id not in stored:
@@ -9234,38 +9234,29 @@ async def _with_text(site: Site, exchange: Exchange, app: AppSettings, ask: Ask)
     return ask._replace(messages=tuple(messages))
 
 
-async def _turns_of_all(
-    site: Site, app: AppSettings, places: Iterable[Place]
+async def _turns_of(
+    site: Site, app: AppSettings, *places: Place
 ) -> dict[str, StoredTurn]:
-    """The turns of the places' first few conversations, in order, by their ids."""
+    """All turns of the places' first few conversations, in order, by their ids."""
     by_conversation = {place.conversation_id: place for place in places}
     stored: dict[str, StoredTurn] = {}
     for place in list(by_conversation.values())[:MAX_CONVERSATIONS_READ]:
-        for turn in await _turns_of(site, app, place):
-            stored[turn.message_id] = turn
+        turns: list[StoredTurn] = []
+        for _ in range(MAX_PAGES):
+            first_id = turns[0].message_id if turns else ""
+            page, has_more = await site.dify.messages(app, place, first_id=first_id)
+            turns = [*page, *turns]
+            if not (page and has_more):
+                break
+        stored.update((turn.message_id, turn) for turn in _as_asked(turns))
     return stored
-
-
-async def _turns_of(site: Site, app: AppSettings, place: Place) -> list[StoredTurn]:
-    """All turns of a conversation, as far as Dify still has them."""
-    turns: list[StoredTurn] = []
-    for _ in range(MAX_PAGES):
-        first_id = turns[0].message_id if turns else ""
-        page, has_more = await site.dify.messages(app, place, first_id=first_id)
-        turns = [*page, *turns]
-        if not (page and has_more):
-            break
-    if turns and turns[0].past:  # all others have the same
-        question = turns[0].question
-        text = f"{turns[0].past}\n\n{question.text}"
-        turns[0] = turns[0]._replace(question=question._replace(text=text))
-    return _as_asked(turns)
 
 
 def _as_asked(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
     """The turns of a conversation as clients know them, with the tools told by then.
 
-    A second try answers the first one's question.
+    The first one's question begins with what Dify has as an input only. A second try
+    answers the question of the first.
     """
     known: list[StoredTurn] = []
     last = Ask("", ())
@@ -9276,6 +9267,8 @@ def _as_asked(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
         question = turn.question
         if known and is_retry(asked_text(question)):
             question = known.pop().question
+        elif turn.past and not known:  # all others have the same
+            question = question._replace(text=f"{turn.past}\n\n{question.text}")
         known.append(turn._replace(told=told, question=question))
     return known
 
@@ -9775,12 +9768,10 @@ async def _stored_response(
     id_, user = exchange.name_in_path, exchange.forwarded_user
     for model, app in (await site.models()).items():
         sealer = IdSealer(app.key, exchange.owner)
-        place = open_place(sealer, id_, "resp_", user=user)
-        if not place:
-            continue
-        exchange.model = model
-        for turn in await _turns_of(site, app, place):
-            if turn.message_id == place.message_id:
+        if place := open_place(sealer, id_, "resp_", user=user):
+            exchange.model = model
+            stored = await _turns_of(site, app, place)
+            if turn := stored.get(place.message_id):
                 return _frame(turn, model, sealer, place.user), turn
     raise _not_found("Response", id_)
 
@@ -9890,7 +9881,7 @@ async def _items_of(
         exchange.model = model = named.model if named.model in bound else bound[0]
         app, place = models[model], Place(named.user, named.conversation_id, "")
         sealer = IdSealer(app.key, exchange.owner)
-        for turn in await _turns_of(site, app, place):
+        for turn in (await _turns_of(site, app, place)).values():
             frame = _frame(turn, model, sealer, named.user)
             items.append(input_item(frame.id("msg_", "in"), turn.question))
             items += _as_response(frame, turn)["output"]
