@@ -8995,6 +8995,7 @@ _NO_SPOKEN = (
     "no answer of this app to this user has the audio id %s; send its transcript as "
     "`content`."
 )
+_LONG_FIELDS = f"The fields of a form may have {MAX_FIELDS_BYTES >> 10} KiB."
 _BESIDE_FILE_BYTES = MAX_FIELDS_BYTES + MAX_FORM_PARTS * 2 * MAX_PART_HEAD_BYTES
 _START_BYTES = 64  # of a recording: the head of a WAV file
 
@@ -9005,20 +9006,21 @@ _START_BYTES = 64  # of a recording: the head of a WAV file
 class Form:
     """A request that brings a file: its fields, and the file piece by piece.
 
-    `open` it, `read` until b"", `close` it. Fields may stand before and behind the
-    file: `fields`, `model` and `size` are final when it is read. It is multipart, or
-    the JSON that `parse_audio_request` reads.
+    `open` it, `find_app`, `forward` it there, `close` it. Fields may stand before and
+    behind the file: `fields`, `model` and `size` are final when it is forwarded. It is
+    multipart, or the JSON that `parse_audio_request` reads.
 
     Args:
+        site: what all handlers share.
         exchange: the request; its body is not read yet.
     """
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, site: Site, exchange: Exchange) -> None:
         self.fields: dict[str, str] = {}
         self.file: Attachment | None = None
         self.start = b""  # of the file
         self.size = 0  # of the file, as far as read
-        self._exchange = exchange
+        self._site, self._exchange = site, exchange
         self._reader: FormReader | None = None  # None: all is read
         self._field_bytes = 0
         self._store: IO[bytes] = io.BytesIO()  # of a file that is read already
@@ -9030,7 +9032,6 @@ class Form:
         named = self._exchange.name_in_path or self.fields.get("model")
         return named or query_of(self._exchange.request).get("model", "")
 
-    @property
     def user(self) -> str:
         """The end user's name in Dify, as far as the form names one so far."""
         return self._exchange.user_of(parse_user(self.fields))
@@ -9052,7 +9053,23 @@ class Form:
             raise missing_parameter("file")
         return self.file
 
-    async def read(self) -> bytes:
+    async def find_app(self) -> AppSettings:
+        """The app that is named, before the file or behind it; else the first."""
+        models = self._site.known_models()
+        if not self.model and len(models) > 1:
+            await self._hold()
+        name = self.model or next(iter(models), "")
+        return await self._site.find_app(self._exchange, name)
+
+    async def forward(self, app: AppSettings, path: str, file: Attachment) -> Json:
+        """Pass the file on to Dify as it comes; returns Dify's answer."""
+        send = self._site.dify.send_file
+        answer = await send(app, path, file, self._read, self.user)
+        if self.model:  # perhaps it stands behind the file
+            await self._site.find_app(self._exchange, self.model)
+        return answer
+
+    async def _read(self) -> bytes:
         """More of the file; b"" when it and the fields behind it are read."""
         if not self._reader:
             return self._store.read(READ_BUFFER_BYTES)
@@ -9065,13 +9082,13 @@ class Form:
             await self._read_on(self._reader)
         return data
 
-    async def hold(self) -> None:
+    async def _hold(self) -> None:
         """Read all now, for the fields behind the file; a large one goes to disk."""
         if self._reader:
             store = tempfile.SpooledTemporaryFile(MAX_HELD_BYTES)  # noqa: SIM115 - `close`
             self._store = cast("IO[bytes]", store)
             try:
-                while data := await self.read():
+                while data := await self._read():
                     self._store.write(data)
                 self._store.seek(0)
             except OSError as error:  # a full disk, or one that may not be written
@@ -9102,18 +9119,14 @@ class Form:
                 value += data
                 self._field_bytes += len(data)
                 if self._field_bytes > MAX_FIELDS_BYTES:
-                    raise BodyTooLarge(
-                        f"The fields of a form may have {MAX_FIELDS_BYTES >> 10} KiB."
-                    )
+                    raise BodyTooLarge(_LONG_FIELDS)
             self.fields[part.name] = value.decode("utf-8", "replace")
 
     def _check_size(self, size: int) -> None:
         if self.file and self._most_mb and size > self._most_mb << 20:
-            raise BodyTooLarge(
-                f"The file {self.file.name!r} is too large: the app takes "
-                f"{self._most_mb} MB.",
-                param="file",
-            )
+            name, most = self.file.name, self._most_mb
+            message = f"The file {name!r} is too large: the app takes {most} MB."
+            raise BodyTooLarge(message, param="file")
 
 
 # What Dify keeps of earlier turns...
@@ -10029,15 +10042,14 @@ _LONG_SOUND = f"It is over {MAX_SOUND_BYTES >> 20} MB; a streamed answer may be 
 
 async def transcribe(site: Site, exchange: Exchange) -> None:
     """`POST /audio/transcriptions`, and translations: Dify has one for both."""
-    form = Form(exchange)
-    with WhilePresent(exchange), contextlib.closing(form):
+    with WhilePresent(exchange), contextlib.closing(Form(site, exchange)) as form:
         file = await form.open()
         transcript_format(form.fields)  # refused before the upload, if known
-        app = await _app_for(site, exchange, form)
+        app = await form.find_app()
         if not (await site.dify.facts.form_of(app)).hears:
             raise _switched_off("Speech to text", exchange.model)
         file = replace(file, media_type=audio_type(file))
-        answer = await _forward_file(site, exchange, form, app, file)
+        answer = await form.forward(app, "/audio-to-text", file)
     task = "translate" if exchange.route.endswith("translations") else "transcribe"
     text = str(answer.get("text") or "")
     seconds = wav_seconds(form.start, form.size)
@@ -10154,23 +10166,17 @@ _NO_CONTENT = "Dify (from 1.7.2 on) gives a file back once a message has used it
 
 async def create_file(site: Site, exchange: Exchange) -> Json:
     """`POST /files`: to Dify; all that is known of the file goes into its id."""
-    form = Form(exchange)
-    with WhilePresent(exchange), contextlib.closing(form):
+    with WhilePresent(exchange), contextlib.closing(Form(site, exchange)) as form:
         file = await form.open()
-        app = await _app_for(site, exchange, form)
+        app = await form.find_app()
         form.limit(size_limit_mb(await site.dify.facts.form_of(app), file))
-        answer = await _forward_file(site, exchange, form, app, file)
+        answer = await form.forward(app, "/files/upload", file)
     if not answer.get("id"):
         raise UpstreamFailed(f"Dify gave the file {file.name!r} no id.")
-    stored = StoredFile(
-        str(answer["id"]),
-        form.user,
-        file.name,
-        file.media_type,
-        str(form.size),
-        str(int(site.wall_clock())),
-        form.fields.get("purpose", "")[:20],  # the known ones are shorter
-    )
+    size, created = str(form.size), str(int(site.wall_clock()))
+    purpose = form.fields.get("purpose", "")[:20]  # the known ones are shorter
+    about = (file.name, file.media_type, size, created, purpose)
+    stored = StoredFile(str(answer["id"]), form.user(), *about)
     id_ = IdSealer(app.key, exchange.owner).seal(FILE_PREFIX, stored)
     return file_object(id_, stored)
 
@@ -10230,25 +10236,6 @@ async def _pass_file(
             await reply.drain()
             data = await site.dify.read_file(response)
         reply.end(encode(b""))
-
-
-async def _app_for(site: Site, exchange: Exchange, form: Form) -> AppSettings:
-    """The app that is named, before the file or behind it; else the first."""
-    models = site.known_models()
-    if not form.model and len(models) > 1:
-        await form.hold()
-    return await site.find_app(exchange, form.model or next(iter(models), ""))
-
-
-async def _forward_file(
-    site: Site, exchange: Exchange, form: Form, app: AppSettings, file: Attachment
-) -> Json:
-    """Pass a form's file on to Dify as it comes; returns Dify's answer."""
-    path = "/files/upload" if exchange.route == "files" else "/audio-to-text"
-    answer = await site.dify.send_file(app, path, file, form.read, lambda: form.user)
-    if form.model:  # perhaps it stands behind the file
-        await site.find_app(exchange, form.model)
-    return answer
 
 
 def _file_of(
