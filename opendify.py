@@ -516,7 +516,7 @@ class IdNotFound(BadRequest):
 class ModelNotFound(BadRequest):
     """No app goes by this name."""
 
-    status, code = 404, "model_not_found"
+    status, code, param = 404, "model_not_found", "model"
 
 
 class MethodNotAllowed(BadRequest):
@@ -9512,9 +9512,7 @@ def _no_such_model(
     if untold:
         untold.message = f"The model {shown} is not known yet: {untold.message}"
         return untold
-    return ModelNotFound(
-        f"The model {shown} does not exist here. Available: {known}.", param="model"
-    )
+    return ModelNotFound(f"The model {shown} does not exist here. Available: {known}.")
 
 
 async def _json_of(exchange: Exchange) -> dict[str, Any]:
@@ -9831,7 +9829,7 @@ async def delete_conversation(site: Site, exchange: Exchange) -> Json:
     return deleted_object(named.id)
 
 
-async def add_conversation_items(site: Site, exchange: Exchange) -> Json:
+async def add_items(site: Site, exchange: Exchange) -> Json:
     """`POST /conversations/{id}/items`: they go to Dify with the next turn."""
     body = await _json_of(exchange)
     named = _named(site, exchange)
@@ -9841,13 +9839,13 @@ async def add_conversation_items(site: Site, exchange: Exchange) -> Json:
     return list_page(added, {"order": "asc", "limit": "100"})
 
 
-async def list_conversation_items(site: Site, exchange: Exchange) -> Json:
+async def list_items(site: Site, exchange: Exchange) -> Json:
     """`GET /conversations/{id}/items`: all turns in Dify, and what awaits one."""
     items = await _items_of(site, exchange, _named(site, exchange))
     return list_page(items, query_of(exchange.request))
 
 
-async def get_conversation_item(site: Site, exchange: Exchange) -> Json:
+async def get_item(site: Site, exchange: Exchange) -> Json:
     """`GET /conversations/{id}/items/{id}`."""
     item_id = exchange.name_in_path.partition("/")[2]
     items = await _items_of(site, exchange, _named(site, exchange))
@@ -9857,7 +9855,7 @@ async def get_conversation_item(site: Site, exchange: Exchange) -> Json:
     return item
 
 
-async def delete_conversation_item(site: Site, exchange: Exchange) -> Json:
+async def delete_item(site: Site, exchange: Exchange) -> Json:
     """`DELETE /conversations/{id}/items/{id}`.
 
     Dify can't forget one that it has: a new conversation is told the others.
@@ -9909,12 +9907,11 @@ def _with_items(site: Site, body: Json, kept: Sequence[Any]) -> tuple[Any, ...]:
     if len(kept) + len(added) > MAX_NAMED_ITEMS:
         raise bad_value("items", f"there may be {MAX_NAMED_ITEMS} at most.")
     parse_items(added, "items")  # refuses what no turn could take
-    items, ids = list(kept), {item["id"] for item in kept}
+    items = {item["id"]: item for item in kept}
     for value in added:
-        item = stored_item(value, f"item_{site.new_id()}", ids)
-        items.append(item)
-        ids.add(item["id"])
-    return tuple(items)
+        item = stored_item(value, f"item_{site.new_id()}", items)
+        items[item["id"]] = item
+    return tuple(items.values())
 
 
 def _named(site: Site, exchange: Exchange, id_: str = "") -> NamedConversation:
@@ -10016,11 +10013,8 @@ def _with_words(ask: Ask, place: str) -> Ask:
     """
     if place == "off":
         if ask.tools and ask.tool_mode == "required":
-            raise BadRequest(
-                "Tools are switched off for this model.",
-                param="tool_choice",
-                code="unsupported_parameter",
-            )
+            problem = "Tools are switched off for this model."
+            raise BadRequest(problem, param="tool_choice", code="unsupported_parameter")
         ask, tools = ask._replace(tools=()), ""
     else:
         has_called = any([m.tool_calls or m.role == "tool" for m in ask.messages])
@@ -10089,8 +10083,7 @@ async def list_speakers(site: Site, exchange: Exchange) -> Json:
     }
     names = {"models": list(voices), "voices": dict.fromkeys(voices.values())}
     kind = exchange.route.rpartition("/")[2]
-    data = [{"id": name, "name": name} for name in names[kind]]
-    return {kind: data}
+    return {kind: [{"id": name, "name": name} for name in names[kind]]}
 
 
 async def _open_speech(
@@ -10259,16 +10252,13 @@ def _with_stored_files(site: Site, exchange: Exchange, ask: Ask) -> Ask:
     ids = dict.fromkeys([file.file_id for file in files if file.file_id])
     if not ids:
         return ask
-    known = {id_: _file_of(site, exchange, id_)[1] for id_ in ids}
+    stored = [_file_of(site, exchange, id_)[1] for id_ in ids]
+    known = {id_: file.attachment for id_, file in zip(ids, stored)}
     messages = []
     for message in ask.messages:
-        files = [
-            known[file.file_id].attachment if file.file_id else file
-            for file in message.attachments
-        ]
+        files = [known.get(file.file_id, file) for file in message.attachments]
         messages.append(message._replace(attachments=tuple(files)))
-    uploader = next(iter(known.values())).user
-    user = ask.user if ask.user or exchange.forwarded_user else uploader
+    user = ask.user if ask.user or exchange.forwarded_user else stored[0].user
     return ask._replace(messages=tuple(messages), user=user)
 
 
@@ -10292,14 +10282,8 @@ ROUTES: dict[str, Mapping[str, Handler]] = {
         "POST": update_conversation,
         "DELETE": delete_conversation,
     },
-    "conversations/{id}/items": {
-        "GET": list_conversation_items,
-        "POST": add_conversation_items,
-    },
-    "conversations/{id}/items/{id}": {
-        "GET": get_conversation_item,
-        "DELETE": delete_conversation_item,
-    },
+    "conversations/{id}/items": {"GET": list_items, "POST": add_items},
+    "conversations/{id}/items/{id}": {"GET": get_item, "DELETE": delete_item},
     "models": {"GET": list_models},
     "models/{model}": {"GET": get_model},
     "audio/transcriptions": {"POST": transcribe},
