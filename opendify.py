@@ -3553,16 +3553,14 @@ class Place(NamedTuple):
     item: str = ""
 
 
-def open_place(
-    sealer: IdSealer, id_: str, kind: str = "", *, user: str = ""
-) -> Place | None:
+def open_place(sealer: IdSealer, id_: str, user: str, kind: str = "") -> Place | None:
     """What an id stands for; None if it is not ours, not stored, or another user's.
 
     Args:
         sealer: of the app, and the client's key.
         id_: of a response (`resp_…`) or an item.
-        kind: how it must begin; "" if all kinds will do.
         user: who asks; "" where a request can't say it (`GET /responses/{id}`).
+        kind: how it must begin; "" if all kinds will do.
     """
     prefix = id_[: id_.find("_") + 1]
     fields = sealer.open(id_, prefix) if prefix.startswith(kind) else None
@@ -9152,7 +9150,7 @@ async def _join(
     places = {
         id_: place
         for id_ in itertools.islice(latest_first, 1 + MAX_REFERENCES)
-        if (place := open_place(sealer, id_, user=user))
+        if (place := open_place(sealer, id_, user))
     }
     if previous and not (previous in places and previous.startswith("resp_")):
         raise _no_previous(previous)
@@ -9236,7 +9234,7 @@ async def _with_text(site: Site, exchange: Exchange, app: AppSettings, ask: Ask)
     if not ids:  # nearly always
         return ask
     sealer, user = IdSealer(app.key, exchange.owner), exchange.user_of(ask.user)
-    places = {id_: open_place(sealer, id_, "audio_", user=user) for id_ in ids}
+    places = {id_: open_place(sealer, id_, user, "audio_") for id_ in ids}
     stored = await _turns_of(site, app, *filter(None, places.values()))
     texts: dict[str, str] = {}
     for id_, place in places.items():
@@ -9247,11 +9245,9 @@ async def _with_text(site: Site, exchange: Exchange, app: AppSettings, ask: Ask)
     return ask._replace(messages=tuple(messages))
 
 
-async def _turns_of(
-    site: Site, app: AppSettings, *places: Place
-) -> dict[str, StoredTurn]:
+async def _turns_of(site: Site, app: AppSettings, *at: Place) -> dict[str, StoredTurn]:
     """All turns of the places' first few conversations, in order, by their ids."""
-    by_conversation = {place.conversation_id: place for place in places}
+    by_conversation = {place.conversation_id: place for place in at}
     stored: dict[str, StoredTurn] = {}
     for place in list(by_conversation.values())[:MAX_CONVERSATIONS_READ]:
         turns: list[StoredTurn] = []
@@ -9533,11 +9529,9 @@ def query_of(request: Request) -> dict[str, str]:
     return dict(urllib.parse.parse_qsl(request.query, errors="replace"))
 
 
-def send_json(
-    reply: Reply, value: Any, headers: Fields = (), status: int = 200
-) -> None:
-    """Reply with JSON."""
-    fields = [("Content-Type", "application/json"), *headers]
+def send_json(reply: Reply, value: Any, more: Fields = (), status: int = 200) -> None:
+    """Reply with JSON, and with `more` header fields."""
+    fields = [("Content-Type", "application/json"), *more]
     reply.send(status, json_bytes(value), fields)
 
 
@@ -9659,7 +9653,10 @@ def _envelope(
 async def create_response(site: Site, exchange: Exchange) -> None:
     """`POST /responses`."""
     request = parse_responses_request(await _body_of(exchange))
-    request, named = _in_conversation(site, exchange, request)
+    named = None
+    if request.conversation:
+        named = _named(site, exchange, request.conversation)
+        request = _within(named, request)
     app = await site.find_app(exchange, request.ask.model)
     # Its ids hold the user, whom its files may name.
     items = tuple(item for item in request.items if isinstance(item, Message))
@@ -9681,16 +9678,11 @@ async def create_response(site: Site, exchange: Exchange) -> None:
             _bind(site, question, named, exchange.turn)
 
 
-def _in_conversation(
-    site: Site, exchange: Exchange, request: ResponsesRequest
-) -> tuple[ResponsesRequest, NamedConversation | None]:
-    """(the request, with what the conversation that it names has; that one, if any)."""
-    if not request.conversation:
-        return request, None
-    named = _named(site, exchange, request.conversation)
+def _within(named: NamedConversation, request: ResponsesRequest) -> ResponsesRequest:
+    """The request with what the conversation that it names has."""
     items = (*parse_items(list(named.items)), *request.items)
     ask = request.ask._replace(conversation_id=named.conversation_id, is_all_new=True)
-    return request._replace(ask=ask, items=items), named
+    return request._replace(ask=ask, items=items)
 
 
 async def _check_fits(site: Site, question: Question, named: NamedConversation) -> None:
@@ -9764,8 +9756,7 @@ def _running_as(site: Site, exchange: Exchange) -> tuple[ResponseStream, Turn] |
             continue
         response = stream.response
         is_it = response.get("id") == exchange.name_in_path
-        is_owner = other.owner == exchange.owner
-        is_theirs = is_owner and user in ("", stream.frame.user)
+        is_theirs = other.owner == exchange.owner and user in ("", stream.frame.user)
         if is_it and is_theirs and other.turn and response["status"] == "in_progress":
             exchange.model = other.model
             return stream, other.turn
@@ -9779,7 +9770,7 @@ async def _stored_response(
     id_, user = exchange.name_in_path, exchange.forwarded_user
     for model, app in (await site.models()).items():
         sealer = IdSealer(app.key, exchange.owner)
-        if place := open_place(sealer, id_, "resp_", user=user):
+        if place := open_place(sealer, id_, user, "resp_"):
             exchange.model = model
             stored = await _turns_of(site, app, place)
             if turn := stored.get(place.message_id):

@@ -821,7 +821,7 @@ def test_stream_that_fails_before_it_begins() -> None:
         "error",
         "response.failed",
     ]
-    assert open_place(SEALER, end["id"]) is None
+    assert open_place(SEALER, end["id"], "") is None
 
 
 def test_heartbeats() -> None:
@@ -899,11 +899,11 @@ def test_ids_lead_back_to_where_they_belong() -> None:
     _, end = streamed(Reasoning("a"), Text("b"), ToolCall("c", "f", "{}"), Finish())
     place = Place("u", CONVERSATION, MESSAGE)
     ids = [end["id"], *(item["id"] for item in end["output"])]
-    assert [open_place(SEALER, id_, user="u") for id_ in ids] == [
+    assert [open_place(SEALER, id_, "u") for id_ in ids] == [
         place,
         *[Place("u", CONVERSATION, MESSAGE, "0")] * 3,
     ]
-    assert open_place(SEALER, end["id"]) == place  # who asks may be unknown
+    assert open_place(SEALER, end["id"], "") == place  # who asks may be unknown
 
 
 def test_nothing_is_found_under_the_id_of_a_response_that_is_not_stored() -> None:
@@ -913,13 +913,13 @@ def test_nothing_is_found_under_the_id_of_a_response_that_is_not_stored() -> Non
         frame = replace(frame, ids=IDS, fresh=fresh)
         ids |= {frame.id("resp_"), frame.id("msg_", 0), frame.id("msg_", 1)}
     assert len(ids) == 6
-    assert {open_place(SEALER, id_) for id_ in ids} == {None}
+    assert {open_place(SEALER, id_, "") for id_ in ids} == {None}
 
 
 def test_nothing_is_found_when_dify_has_no_message() -> None:
     frame = frame_of()
     ids = [frame.id("resp_"), frame.id("msg_", 0)]
-    assert [open_place(SEALER, id_) for id_ in ids] == [None, None]
+    assert [open_place(SEALER, id_, "") for id_ in ids] == [None, None]
 
 
 FIELDS = ("user@example.org", CONVERSATION, MESSAGE, "1")
@@ -948,13 +948,13 @@ ID = SEALER.seal("msg_", FIELDS)
     ],
 )
 def test_foreign_id_is_nothing(sealer: IdSealer, id_: str) -> None:
-    assert open_place(sealer, id_) is None
+    assert open_place(sealer, id_, "") is None
     assert sealer.open(id_, "msg_") is None
 
 
 def test_id_is_no_good_for_another_user() -> None:
-    assert open_place(SEALER, ID, user="someone else") is None
-    assert open_place(SEALER, ID, user=FIELDS[0]) == Place(*FIELDS)
+    assert open_place(SEALER, ID, "someone else") is None
+    assert open_place(SEALER, ID, FIELDS[0]) == Place(*FIELDS)
 
 
 @pytest.mark.parametrize("at", range(4, len(ID)))
@@ -1017,7 +1017,7 @@ def test_ids_are_equal_exactly_when_the_fields_are(
 def test_no_text_is_an_id(text: str) -> None:
     assert SEALER.open(text, "resp_") is None
     assert SEALER.open("resp_" + text, "resp_") is None
-    assert open_place(SEALER, text) is None
+    assert open_place(SEALER, text, "") is None
 
 
 # What Dify has stored, lists...
