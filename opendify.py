@@ -3593,7 +3593,7 @@ class ChatRequest(NamedTuple):
 
     ask: Ask
     stream: bool = False
-    include_usage: bool = False
+    include_usage: bool = False  # in the last chunk
     n: int = 1
     is_legacy: bool = False  # calls are answered as `function_call`
     echoes: Sequence[str] = ()  # of a legacy completion: how each answer begins
@@ -4292,17 +4292,14 @@ def file_object(id_: str, file: StoredFile) -> dict[str, Any]:
 class Envelope(NamedTuple):
     """What all chunks of a completion, or the whole one, have in common.
 
-    Where chunks `include_usage`, the last one has it. Calls are written in the older
-    form, as `function_call`, if it `is_legacy`. A legacy completion has `echoes`, one
-    for each choice; an answer that is said aloud is `spoken`.
+    The `chat` request says how they are written; an answer that is said aloud is
+    `spoken`.
     """
 
     id: str
     created: UnixTime
     model: str
-    include_usage: bool = False
-    is_legacy: bool = False
-    echoes: Sequence[str] = ()
+    chat: ChatRequest
     spoken: Spoken | None = None
 
     def head(self, kind: str) -> dict[str, Any]:
@@ -4314,19 +4311,19 @@ class Envelope(NamedTuple):
         """What writes the chunks of a choice."""
         if self.spoken:
             return SpokenStream(self, self.spoken)
-        return (CompletionStream if self.echoes else ChatStream)(self, index)
+        return (CompletionStream if self.chat.echoes else ChatStream)(self, index)
 
     def whole(self, answers: Sequence[Answer], ids: DifyIds) -> dict[str, Any]:
         """The object of the whole answers, one for each choice."""
-        choices = []
+        choices, echoes = [], self.chat.echoes
         for index, answer in enumerate(answers):
-            if self.echoes:
-                content: Json = {"text": self.echoes[index] + answer.text}
+            if echoes:
+                content: Json = {"text": echoes[index] + answer.text}
             else:
                 content = {"message": self._message(answer, ids)}
-            reason = _finish_reason(answer, self.is_legacy)
+            reason = _finish_reason(answer, self.chat.is_legacy)
             choices.append(_choice(index, content, reason))
-        head = self.head("text_completion" if self.echoes else "chat.completion")
+        head = self.head("text_completion" if echoes else "chat.completion")
         usage = _usage_object(sum([answer.usage for answer in answers], NO_USAGE))
         return {**head, "choices": choices, "usage": usage, **dify_key(ids)}
 
@@ -4336,7 +4333,7 @@ class Envelope(NamedTuple):
         if answer.calls:
             said["content"] = text or None
             calls = [_call_object(call) for call in answer.calls]
-            if self.is_legacy:
+            if self.chat.is_legacy:
                 said["function_call"] = calls[0]["function"]
             else:
                 said["tool_calls"] = calls
@@ -4495,9 +4492,9 @@ class ChatStream:
     def __init__(self, envelope: Envelope, index: int = 0) -> None:
         self.summary = Answer()  # what is no text: calls, citations, usage, the end
         self._head = envelope.head(self._kind)
-        self._usage_key = {"usage": None} if envelope.include_usage else {}
+        self._usage_key = {"usage": None} if envelope.chat.include_usage else {}
         self._index = index
-        self._is_legacy = envelope.is_legacy
+        self._is_legacy = envelope.chat.is_legacy
         chunk = self._chunk(_HERE)
         self._text = _template(chunk, b'{"content":%b}')
         self._reasoning = _template(chunk, b'{"reasoning_content":%b}')
@@ -4608,7 +4605,7 @@ class CompletionStream(ChatStream):
 
     def __init__(self, envelope: Envelope, index: int) -> None:
         super().__init__(envelope, index)
-        self._echo = envelope.echoes[index]
+        self._echo = envelope.chat.echoes[index]
         self._text = _template(self._chunk(_HERE))
 
     def begin(self, ids: DifyIds) -> bytes:
@@ -9643,8 +9640,7 @@ def _envelope(
     site: Site, exchange: Exchange, chat: ChatRequest, spoken: Spoken | None = None
 ) -> Envelope:
     id_ = f"{'cmpl' if chat.echoes else 'chatcmpl'}-{site.new_id()}"
-    about = (id_, int(site.wall_clock()), exchange.model, chat.include_usage)
-    return Envelope(*about, chat.is_legacy, chat.echoes, spoken)
+    return Envelope(id_, int(site.wall_clock()), exchange.model, chat, spoken)
 
 
 # Responses...

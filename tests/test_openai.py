@@ -39,7 +39,8 @@ from opendify import (
 
 JSONObject = dict[str, Any]
 HI = Message("user", "Hi")
-ENVELOPE = Envelope("chatcmpl-1", 1700000000, "team/应用 1")
+CHAT = ChatRequest(Ask("m", (HI,)))
+ENVELOPE = Envelope("chatcmpl-1", 1700000000, "team/应用 1", CHAT)
 
 
 def request(*messages: Any, **fields: Any) -> JSONObject:
@@ -815,7 +816,8 @@ def events(data: bytes) -> list[JSONObject]:
 
 def streamed(*parts: Part, include_usage: bool = False) -> bytes:
     """Return the stream that parts become."""
-    stream = ChatStream(ENVELOPE._replace(include_usage=include_usage))
+    chat = CHAT._replace(include_usage=include_usage)
+    stream = ChatStream(ENVELOPE._replace(chat=chat))
     data = stream.begin({}) + b"".join(stream.encode(part) for part in parts)
     return data + stream.end(stream.summary.usage)
 
@@ -827,7 +829,8 @@ def joined(chunks: list[JSONObject], key: str = "content") -> str:
 
 
 def test_stream_to_the_byte() -> None:
-    stream = ChatStream(Envelope("chatcmpl-1", 17, "m", include_usage=True))
+    chat = CHAT._replace(include_usage=True)
+    stream = ChatStream(Envelope("chatcmpl-1", 17, "m", chat))
     data = stream.begin({"message_id": "x"})
     for piece in (Reasoning("Hm"), Text("Hé\n\u2028"), Usage(3, 4), Finish("stop")):
         data += stream.encode(piece)
@@ -901,14 +904,14 @@ def test_text_arrives_to_the_character(text: str, shown: str | None) -> None:
 
 def test_odd_model_name_is_repeated_as_it_is() -> None:
     name = 'a"b\\c {"@":0}\u2028应用'
-    stream = ChatStream(Envelope("chatcmpl-1", 1, name))
+    stream = ChatStream(Envelope("chatcmpl-1", 1, name, CHAT))
     data = stream.begin({}) + stream.encode(Text("x")) + stream.encode(Finish())
     data += stream.end(stream.summary.usage)
     assert {chunk["model"] for chunk in events(data)} == {name}
 
 
 def test_failed_stream_has_an_error_and_no_finish_reason() -> None:
-    stream = ChatStream(ENVELOPE._replace(include_usage=True))
+    stream = ChatStream(ENVELOPE._replace(chat=CHAT._replace(include_usage=True)))
     data = stream.begin({}) + stream.encode(Text("Hi"))
     error = UpstreamFailed("Line\u2028one")
     *chunks, last = events(data + stream.fail(error))

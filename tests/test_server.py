@@ -28,7 +28,9 @@ from opendify import (
     HEAD_TIMEOUT_S,
     IDLE_TIMEOUT_S,
     KEEP_ALIVE_S,
+    Ask,
     BadRequest,
+    ChatRequest,
     ChatStream,
     Dify,
     Envelope,
@@ -72,7 +74,8 @@ class Stage:
         raise error
 
     def begin(self, exchange: Exchange) -> None:
-        exchange.fail = ChatStream(Envelope("id", 0, "m")).fail
+        chat = ChatRequest(Ask("m", ()))
+        exchange.fail = ChatStream(Envelope("id", 0, "m", chat)).fail
         exchange.reply.start(200, [("Content-Type", "text/event-stream")])
         exchange.reply.write(b"data: begun\n\n")
 

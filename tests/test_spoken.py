@@ -209,7 +209,8 @@ async def test_stream_is_transcript_then_sound_as_it_comes(smoothing: str) -> No
 
 @pytest.mark.parametrize("size", range(1, 8))
 def test_base64_is_whole_in_every_piece(size: int) -> None:
-    envelope = opendify.Envelope("chatcmpl-1", 1, "m")
+    chat = opendify.ChatRequest(opendify.Ask("m", ()))
+    envelope = opendify.Envelope("chatcmpl-1", 1, "m", chat)
     spoken = opendify.Spoken(lambda _: "audio_1", 9)
     stream = opendify.SpokenStream(envelope, spoken)
     sound = bytes(range(20))
