@@ -9038,8 +9038,7 @@ class Form:
             self._reader = FormReader(content_type, self._exchange.read)
             await self._read_on(self._reader)
         elif "json" in content_type.lower() and self._exchange.route != "files":
-            body = parse_body(await read_whole(self._exchange.read))
-            self.fields, self.file = parse_audio_request(body)
+            self.fields, self.file = parse_audio_request(await _json_of(self._exchange))
             self._store = io.BytesIO(self.file.data)
             self.size, self.start = len(self.file.data), self.file.data[:_START_BYTES]
         else:
@@ -9313,8 +9312,7 @@ def _stored_message(turn: StoredTurn, tools: Sequence[Tool]) -> Message:
 
 
 def _transcript(turns: Iterable[StoredTurn], tools: Sequence[Tool]) -> list[Message]:
-    pairs = [(turn.question, _stored_message(turn, tools)) for turn in turns]
-    return [message for pair in pairs for message in pair]
+    return [m for turn in turns for m in (turn.question, _stored_message(turn, tools))]
 
 
 def _tells_all(request: ResponsesRequest, turns: Sequence[StoredTurn]) -> bool:
@@ -9775,8 +9773,7 @@ async def _stored_response(
 
 
 def _as_response(frame: ResponseFrame, turn: StoredTurn) -> dict[str, Any]:
-    last = turn.parts[-1] if turn.parts else None
-    error = last.error if isinstance(last, Failure) else None
+    error = next((part.error for part in turn.parts if isinstance(part, Failure)), None)
     return frame.whole([_stored_answer(turn)], turn.ids, error)
 
 
@@ -9835,11 +9832,10 @@ async def list_items(site: Site, exchange: Exchange) -> Json:
 async def get_item(site: Site, exchange: Exchange) -> Json:
     """`GET /conversations/{id}/items/{id}`."""
     item_id = exchange.name_in_path.partition("/")[2]
-    items = await _items_of(site, exchange, _named(site, exchange))
-    item = next((item for item in items if item["id"] == item_id), None)
-    if not item:
-        raise _not_found("Item", item_id)
-    return item
+    for item in await _items_of(site, exchange, _named(site, exchange)):
+        if item["id"] == item_id:
+            return item
+    raise _not_found("Item", item_id)
 
 
 async def delete_item(site: Site, exchange: Exchange) -> Json:
@@ -9870,11 +9866,8 @@ async def _items_of(
     """What Dify has of a conversation, and what awaits a turn, each id once."""
     items: list[dict[str, Any]] = []
     models = await site.models() if named.conversation_id else {}
-    bound = [
-        model
-        for model, app in models.items()
-        if named.is_bound_to(scope_of(app.key, named.user))
-    ]
+    scopes = {model: scope_of(app.key, named.user) for model, app in models.items()}
+    bound = [model for model in models if named.is_bound_to(scopes[model])]
     if bound:  # by another name, if the model has got one since
         exchange.model = model = named.model if named.model in bound else bound[0]
         app, place = models[model], Place(named.user, named.conversation_id, "")
