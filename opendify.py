@@ -7049,14 +7049,16 @@ class Reply:
         start = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"
         self._head, self.status = encode_head(start, fields), status
 
-    def write(self, data: bytes, last: bytes = b"") -> None:
-        """More of the body."""
+    def write(self, data: bytes, last: bytes = b"", *, waits: bool = False) -> None:
+        """More of the body; with `waits` it leaves with the next, as the head does."""
         if self._is_bare:
             data = last = b""
         if data:
             self.body_bytes += len(data)
             data = b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data
-        if self._head or data or last:
+        if waits:
+            self._head += data
+        elif self._head or data or last:
             self._wire.write(self._head + data + last)
             self._head = b""
 
@@ -8220,12 +8222,14 @@ class Exchange:
     model: str = ""  # for the log and the metrics: only one that is known here
     first_text_at: float | None = None  # by the loop's clock
     text_chars: int = 0
+    beat: asyncio.TimerHandle | None = None  # of a streamed answer
 
     def __init__(self, reply: Reply, id_: str, peer: str = "") -> None:
         self.reply, self.id, self.peer = reply, id_, peer
         self.waiting: set[asyncio.Task[Any]] = set()
         self.outlets: list[Outlet] = []  # that its answers, if streamed, go through
-        self.started_at = asyncio.get_running_loop().time()
+        self._loop = asyncio.get_running_loop()
+        self.started_at = self.written_at = self._loop.time()
         reply.headers.append(("x-request-id", id_))
 
     @property
@@ -8251,6 +8255,36 @@ class Exchange:
         for task in self.waiting:
             task.cancel()
 
+    # A streamed answer...
+
+    def start_events(self, ids: DifyIds) -> None:
+        """Begin the reply, if nothing has."""
+        if not self.reply.status:
+            self.fail = self._fail
+            self.reply.start(200, [*SSE_HEADERS, *id_headers(ids)])
+
+    def _fail(self, error: ProxyError) -> bytes:
+        held = [outlet.flush() for outlet in self.outlets]
+        return b"".join(held) + self.outlets[0].stream.fail(error)
+
+    def keep_alive(self) -> None:
+        """Dify has no text: begin without it, then keep the connection alive."""
+        now, outlet, turn = self._loop.time(), self.outlets[0], self.turn
+        is_only = len(self.outlets) == 1
+        # A second try would have others.
+        ids = turn.ids if turn and is_only and not turn.plan.ask.is_strict else {}
+        if self.reply.must_drain:  # what is on its way keeps it alive
+            self.written_at = now
+        elif not outlet.has_begun and (ids or not outlet.stream.needs_ids):
+            outlet.begin(ids)
+            self.reply.write(b"")
+        elif now >= self.written_at + KEEP_ALIVE_S or not outlet.has_begun:
+            self.start_events({})
+            self.reply.write(outlet.stream.heartbeat())
+            self.written_at = now
+        at = self.written_at + KEEP_ALIVE_S
+        self.beat = self._loop.call_at(at, self.keep_alive)
+
 
 class WhilePresent:
     """What runs inside ends when the client leaves, or has its response."""
@@ -8273,24 +8307,33 @@ class WhilePresent:
 class Outlet:
     """A streamed answer on its way to the client: parts in, events out.
 
-    Those of an exchange are made in order, one for each choice.
+    Those of an exchange are made in order, one for each choice. With a pacer the text
+    comes out evenly. `put` never waits: text that is not due yet is written by a timer,
+    so reading from Dify never waits for the pacer.
     """
 
-    def __init__(self, exchange: Exchange, stream: AnswerStream) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        stream: AnswerStream,
+        pacer: Pacer | None,
+        metrics: Metrics,
+    ) -> None:
         self._before = exchange.outlets[-1] if exchange.outlets else None
         exchange.outlets.append(self)
-        self._exchange = exchange
-        self._reply = exchange.reply
-        self.stream = stream
+        self._exchange, self._reply = exchange, exchange.reply
+        self.stream, self._pacer, self._metrics = stream, pacer, metrics
+        self._paced: type[Text] | type[Reasoning] = Text  # what the pacer holds
+        self._tells_lag = exchange.request.headers.get("x-opendify-lag") == "on"
         self._sent = KeptText()
-        self.calls: list[ToolCall] = []
+        self.calls = stream.summary.calls
         self.has_begun = False
-        self._has_text = False
         self._finish = Finish()
-        self._opening = b""  # that is not written yet
         self._loop = asyncio.get_running_loop()
-        self._written_at = self._loop.time()
-        self._beat = self._loop.call_later(HEAD_AFTER_S, self._on_beat)
+        later = self._loop.call_later
+        exchange.beat = exchange.beat or later(HEAD_AFTER_S, exchange.keep_alive)
+        self._due: asyncio.TimerHandle | None = None
+        self._drained: asyncio.Future[None] | None = None
 
     @property
     def text(self) -> str:
@@ -8300,47 +8343,47 @@ class Outlet:
     @property
     def is_behind(self) -> bool:
         """Whether `text` lacks some of the answer: held back, or too long to keep."""
-        return not self._sent.is_whole
+        is_held = self._pacer is not None and self._pacer.held > 0
+        return is_held or not self._sent.is_whole
 
     def begin(self, ids: DifyIds) -> None:
-        """Begin with the head and the first chunk; they leave with the first text."""
-        self._start(ids)
-        self.has_begun = True
-        self._opening = self.stream.begin(ids)
+        """Begin with the head and the first chunk; they leave with the first text.
 
-    def _start(self, ids: DifyIds) -> None:
-        if not self._reply.status:
-            self._exchange.fail = self._fail
-            self._reply.start(200, [*SSE_HEADERS, *id_headers(ids)])
-
-    def _fail(self, error: ProxyError) -> bytes:
-        held = [out._take_opening() + out._flush() for out in self._exchange.outlets]
-        return b"".join(held) + self.stream.fail(error)
-
-    def _take_opening(self) -> bytes:
-        """The first chunk, once; openai-python wants those of all choices in order."""
-        opening, self._opening = self._opening, b""
-        if opening and self._before:
-            if not self._before.has_begun:
-                self._before.begin({})
-            return self._before._take_opening() + opening
-        return opening
+        openai-python wants the first chunks of all choices in order.
+        """
+        self._exchange.start_events(ids)
+        if self._before and not self._before.has_begun:
+            self._before.begin({})
+        self.has_begun, self._exchange.written_at = True, self._loop.time()
+        self._reply.write(self.stream.begin(ids), waits=True)
 
     def put(self, parts: Sequence[Part]) -> None:
         """Take parts in and write what is due; raises the error of a Failure."""
-        now = self._loop.time()
-        self._write(self._take_in(parts, now), now)
+        now, pacer = self._loop.time(), self._pacer
+        data = self._take_in(parts, now)
+        if pacer:
+            is_flood = pacer.held > MAX_HELD_CHARS
+            data += self.flush() if is_flood else self._take(pacer, now)
+            self._arm(pacer)
+        self._write(data, now)
 
     async def finish(self) -> None:
-        """Let go what is held back."""
+        """Let go what is held back, evenly."""
+        if self._pacer and self._pacer.held:
+            self._pacer.close(self._loop.time())
+            self._arm(self._pacer)
+            self._drained = self._loop.create_future()
+            await self._drained
 
     def end(self) -> bytes:
         """What is left to be sent: the last chunk."""
-        return self._take_opening() + self.stream.encode(self._finish)
+        return self.stream.encode(self._finish)
 
     def close(self) -> None:
         """Stop the timers; nothing is written any more."""
-        self._beat.cancel()
+        for timer in (self._due, self._exchange.beat):
+            if timer:
+                timer.cancel()
 
     def _take_in(self, parts: Sequence[Part], now: float) -> bytes:
         """What the parts add to the stream at once."""
@@ -8353,7 +8396,7 @@ class Outlet:
             if isinstance(part, (Text, Reasoning)):
                 out.append(self._put_text(part, now))
             elif isinstance(part, Failure):
-                self._write(b"".join([*out, self._flush()]), now)
+                self._write(b"".join([*out, self.flush()]), now)
                 raise part.error
             else:
                 out.append(self._put_beside(part, now))
@@ -8361,24 +8404,25 @@ class Outlet:
 
     def _put_beside(self, part: Part, now: float) -> bytes:
         """What a part that is no text adds."""
+        has_text = self._sent.size > 0 or (self._paced is Text and self.is_behind)
         if isinstance(part, Media):
-            words = media_text(part, is_first=not self._has_text)
-            return self._put_text(Text(words), now)
+            return self._put_text(Text(media_text(part, is_first=not has_text)), now)
         if isinstance(part, Replace):
             return self._put_text(Text(self._rest_of(part.text)), now)
         if isinstance(part, Recast):  # thoughts that are out as text: show their end
             end = Text("</think>\n\n")
-            return self._put_text(end, now) if self._has_text else b""
+            return self._put_text(end, now) if has_text else b""
         if isinstance(part, Finish):
             self._finish = part
             return b""
         if isinstance(part, ToolCall):
-            self.calls.append(part)
-            return self._flush() + self.stream.encode(part)
+            return self.flush() + self.stream.encode(part)
         return self.stream.encode(part)
 
     def _rest_of(self, text: str) -> str:
-        """What is to be sent when `text` replaces the answer."""
+        """What is to be sent when `text` replaces the answer; what is held never is."""
+        if self._pacer and self._paced is Text:
+            self._pacer.flush()
         sent = self.text
         if self._sent.is_whole and text.startswith(sent):
             return text[len(sent) :]
@@ -8386,16 +8430,25 @@ class Outlet:
         return ""
 
     def _put_text(self, part: Text | Reasoning, now: float) -> bytes:
-        return self._encode(part)
+        if not self._pacer:
+            return self._encode(part)
+        kind = type(part)
+        flushed = self.flush() if kind is not self._paced else b""
+        self._paced = kind
+        self._pacer.push(part.text, now)
+        return flushed
 
     def _put_texts(self, parts: Sequence[Text], now: float) -> bytes:
-        """Text of one read, noted as one: saves a tenth of a stream without pauses."""
-        self._note("".join([part.text for part in parts]))
+        """Text of one read, taken as one: saves a tenth of a stream without pauses."""
+        text = "".join([part.text for part in parts])
+        if self._pacer:
+            return self._put_text(Text(text), now)
+        self._note(text)
         return b"".join([self.stream.encode(part) for part in parts if part.text])
 
-    def _flush(self) -> bytes:
+    def flush(self) -> bytes:
         """What was held back until now."""
-        return b""
+        return self._encode(self._paced(self._pacer.flush())) if self._pacer else b""
 
     def _encode(self, part: Text | Reasoning) -> bytes:
         if not part.text:
@@ -8406,126 +8459,41 @@ class Outlet:
     def _note(self, text: str) -> None:
         """Note what the client gets, "" for reasoning."""
         if text:
-            self._has_text = True
             self._sent.add(text)
             self._exchange.text_chars += len(text)
         if self._exchange.first_text_at is None:
             self._exchange.first_text_at = self._loop.time()
 
     def _write(self, data: bytes, now: float) -> None:
-        if data or self._opening:
-            self._written_at = now
-            self._reply.write(self._take_opening() + data)
+        if data:
+            self._exchange.written_at = now
+        self._reply.write(data)
 
-    def _on_beat(self) -> None:
-        """Dify has no text: begin without it, then keep the connection alive."""
-        now, turn = self._loop.time(), self._exchange.turn
-        is_only = self._exchange.outlets == [self]
-        # A second try would have others.
-        ids = turn.ids if turn and is_only and not turn.plan.ask.is_strict else {}
-        if self._reply.must_drain:  # what is on its way keeps it alive
-            self._written_at = now
-        elif not self.has_begun and (ids or not self.stream.needs_ids):
-            self.begin(ids)
-            self._write(b"", now)
-        elif now >= self._written_at + KEEP_ALIVE_S or not self.has_begun:
-            self._start({})
-            self._write(self.stream.heartbeat(), now)
-        self._beat = self._loop.call_at(self._written_at + KEEP_ALIVE_S, self._on_beat)
+    # Timers...
 
-
-class PacedOutlet(Outlet):
-    """The same, its text as evenly as the pacer gives it.
-
-    `put` never waits: text that is not due yet is written by a timer, so reading from
-    Dify never waits for the pacer.
-    """
-
-    def __init__(
-        self, exchange: Exchange, stream: AnswerStream, pacer: Pacer, metrics: Metrics
-    ) -> None:
-        super().__init__(exchange, stream)
-        self._pacer, self._metrics = pacer, metrics
-        self._paced: type[Text] | type[Reasoning] = Text  # what the pacer holds
-        self._due: asyncio.TimerHandle | None = None
-        self._drained: asyncio.Future[None] | None = None
-        self._tells_lag = exchange.request.headers.get("x-opendify-lag") == "on"
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether `text` lacks some of the answer: held back, or too long to keep."""
-        return self._pacer.held > 0 or super().is_behind
-
-    def put(self, parts: Sequence[Part]) -> None:
-        """Take parts in and write what is due; raises the error of a Failure."""
-        now = self._loop.time()
-        data = self._take_in(parts, now)
-        is_flood = self._pacer.held > MAX_HELD_CHARS
-        data += self._flush() if is_flood else self._take(now)
-        self._write(data, now)
-        self._arm()
-
-    async def finish(self) -> None:
-        """Let go what is held back, evenly."""
-        self._pacer.close(self._loop.time())
-        self._arm()
-        if self._pacer.held:
-            self._drained = self._loop.create_future()
-            await self._drained
-
-    def close(self) -> None:
-        """Stop the timers; nothing is written any more."""
-        super().close()
-        if self._due:
-            self._due.cancel()
-
-    def _rest_of(self, text: str) -> str:
-        """The same; what is held of the old text is dropped."""
-        if self._paced is Text:
-            self._pacer.flush()
-        return super()._rest_of(text)
-
-    def _put_text(self, part: Text | Reasoning, now: float) -> bytes:
-        kind = type(part)
-        self._has_text = self._has_text or kind is Text
-        flushed = self._flush() if kind is not self._paced else b""
-        self._paced = kind
-        self._pacer.push(part.text, now)
-        return flushed
-
-    def _put_texts(self, parts: Sequence[Text], now: float) -> bytes:
-        """Text of one read is one to the pacer."""
-        return self._put_text(Text("".join([part.text for part in parts])), now)
-
-    def _flush(self) -> bytes:
-        return self._encode(self._paced(self._pacer.flush()))
-
-    def _take(self, now: float) -> bytes:
+    def _take(self, pacer: Pacer, now: float) -> bytes:
         """What is due now."""
-        came_at = self._pacer.oldest
-        text = self._pacer.take(now)
-        data = self._encode(self._paced(text))
-        if text:
-            self._metrics.observe("opendify_pacer_lag_seconds", now - came_at)
-            if self._tells_lag:
-                data = encode_comment(f"lag {now - came_at:.3f}") + data
-        return data
+        came_at = pacer.oldest
+        if not (text := pacer.take(now)):
+            return b""
+        self._metrics.observe("opendify_pacer_lag_seconds", now - came_at)
+        told = encode_comment(f"lag {now - came_at:.3f}") if self._tells_lag else b""
+        return told + self._encode(self._paced(text))
 
-    def _arm(self) -> None:
+    def _arm(self, pacer: Pacer) -> None:
         """Be woken when text is due; a timer that comes earlier will do."""
-        due = self._pacer.next_due()
+        due = pacer.next_due()
         if due is None or (self._due and self._due.when() <= due):
             return
         if self._due:
             self._due.cancel()
-        self._due = self._loop.call_at(due, self._on_due)
+        self._due = self._loop.call_at(due, self._on_due, pacer)
 
-    def _on_due(self) -> None:
-        self._due = None
-        now = self._loop.time()
-        self._write(self._take(now), now)
-        self._arm()
-        if not self._due and self._drained and not self._drained.done():
+    def _on_due(self, pacer: Pacer) -> None:
+        self._due, now = None, self._loop.time()
+        self._write(self._take(pacer, now), now)
+        self._arm(pacer)
+        if self._drained and not (self._due or self._drained.done()):
             self._drained.set_result(None)
 
 
@@ -9978,10 +9946,8 @@ def _outlet(site: Site, question: Question, stream: AnswerStream) -> Outlet:
     is_on = {"on": True, "off": False}.get(wish, question.app.smoothing)
     if is_on is None:
         is_on = site.dify.settings.stream_smoothing
-    if not is_on:
-        return Outlet(exchange, stream)
-    pacer = Pacer(site.dify.settings.stream_max_lag)
-    return PacedOutlet(exchange, stream, pacer, site.metrics)
+    pacer = Pacer(site.dify.settings.stream_max_lag) if is_on else None
+    return Outlet(exchange, stream, pacer, site.metrics)
 
 
 def _with_words(ask: Ask, place: str) -> Ask:

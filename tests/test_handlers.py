@@ -1389,6 +1389,14 @@ async def test_comments_keep_a_silent_answer_alive() -> None:
     assert "".join(got.deltas) == "ab"
 
 
+async def test_silent_choices_are_kept_alive_by_one_comment() -> None:
+    async with proxy([Sleep(40), *fake.chat_answer("Hi")]) as served:
+        start = asyncio.get_running_loop().time()
+        got = await served.chat(stream=True, n=3)
+    beats = [at - start for at in got.times_of(KEEP_ALIVE)]
+    assert beats == SOON([20, 35], abs=0.1)
+
+
 async def test_no_comments_while_text_flows() -> None:
     script = fake.chat_answer(*"abcdef", delay=10)
     async with proxy(script) as served:
