@@ -5348,7 +5348,7 @@ MAX_NAMED = 10_000  # that clients named; these hold texts until their next turn
 MAX_NAMED_ITEMS = 2000  # of one, that no turn has taken yet
 MAX_NAMED_BYTES = 16 << 20  # of one
 MAX_ALL_NAMED_BYTES = 256 << 20
-_MAX_CONVERSATION_ID_CHARS = 100  # Dify's ids have 36
+_CONVERSATION_ID = re.compile(r"[ -~]{0,100}")  # Dify makes UUIDs
 _KEPT_MESSAGES = 128  # a transcript's last ones, and so the longest window: 1 KiB
 _DIGEST_BYTES = 8
 _OF_TOOLS = b"\0\0"  # so begin the digests of calls and of their results
@@ -5913,7 +5913,7 @@ class Conversations:
         return tail._replace(is_known=False)
 
     def _put(self, tail: Tail, now: float) -> None:
-        if len(tail.conversation_id) > _MAX_CONVERSATION_ID_CHARS:
+        if not _CONVERSATION_ID.fullmatch(tail.conversation_id):
             return
         key, state = _id(tail), _TAKEN if tail.is_taken else None
         last = tail.digests[-_DIGEST_BYTES:]
@@ -5935,13 +5935,10 @@ class Conversations:
     def _put_waiting(self) -> None:
         """Put the rows that wait: in memory, many at once save 7% of a whole answer."""
         waiting, self._waiting = self._waiting, []
-        rows = iter(waiting)
-        for _ in waiting:  # one that fails takes no other with it
-            try:
-                self._db.executemany(_PUT, rows)
-                return
-            except _FAILURES as error:
-                self._note(error)
+        try:
+            self._db.executemany(_PUT, waiting)
+        except sqlite3.Error as error:
+            self.failure = str(error)
 
     def _change(self, sql: str, *values: Any) -> None:
         """Change a row, or raise Overloaded: a client relies on it."""
@@ -5954,13 +5951,11 @@ class Conversations:
         try:
             cursor = self._db.execute(sql, values)
             return cursor.fetchall(), cursor.rowcount
-        except _FAILURES as error:
-            self._note(error)
-            return [], -1
-
-    def _note(self, error: Exception) -> None:
-        if isinstance(error, sqlite3.Error):  # else the client's id is to blame
+        except sqlite3.Error as error:
             self.failure = str(error)
+        except ValueError:
+            pass  # the client's id is to blame
+        return [], -1
 
 
 def _owner(key: str) -> bytes:
