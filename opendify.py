@@ -8526,10 +8526,10 @@ class Reading:
 
     Parts go in as Dify's app makes them, and come out as the client is to get them:
     none while the answer may still prove unfit, since a second try would follow it.
-    `problem` says, when the answer is over, why it is unfit; `is_cut`, that a stop
-    was found and the app need not go on; `usage` includes what was `spent` before.
-    The ids of calls follow from a `seed`, the message's id, so that an answer that is
-    read again has the same.
+    `problem` says, when the answer is over, why it is unfit, and `usage` what that
+    took, with what was `spent` before; `is_cut`, that a stop was found and the app need
+    not go on. The ids of calls follow from a `seed`, the message's id, so that an
+    answer that is read again has the same.
     """
 
     def __init__(self, ask: Ask, seed: str, *, is_whole: bool, spent: Usage) -> None:
@@ -8545,9 +8545,8 @@ class Reading:
         # Cut in half, JSON is none; and what stands around it never reaches the client.
         stops = () if self._is_json else ask.stops
         self._stop = StopReader(stops) if stops else None
-        self._json: JsonReader | None = None
-        if self._is_json and not is_whole and ask.output.is_compound:
-            self._json = JsonReader(ask.output)
+        can_begin = self._is_json and not is_whole and ask.output.is_compound
+        self._json = JsonReader(ask.output) if can_begin else None
         self.is_plain = not (ask.tools or ask.stops or self._is_json)
         self._holds_all = self._is_json and not self._json  # until it is judged
         self._holds_all |= is_whole and ask.tool_mode == "required"
@@ -8580,7 +8579,8 @@ class Reading:
             self.is_cut = True
             is_known = any(isinstance(part, Usage) for part in ready)
             ready += [Finish()] if is_known else [NO_USAGE, Finish()]
-        self._held += map(self._with_spent, ready)
+        spent = self._spent
+        self._held += [spent + p if isinstance(p, Usage) else p for p in ready]
         ends = [part for part in ready if isinstance(part, (Finish, Failure))]
         if not ends and self._is_open:
             return []
@@ -8594,11 +8594,6 @@ class Reading:
         """Whether this text is all that the app wrote."""
         return self.is_plain or (self.said.is_whole and self.said.text == text)
 
-    def _with_spent(self, part: Part) -> Part:
-        if isinstance(part, Usage):
-            self.usage = part = self._spent + part
-        return part
-
     @property
     def _is_open(self) -> bool:
         """Whether the answer may still turn out not to do."""
@@ -8610,6 +8605,7 @@ class Reading:
         """The answer is over: will it do? Beside a call no JSON is needed."""
         answer = Answer()  # it knows what was reasoning after all, calls too
         answer.add(self._held)
+        self.usage = answer.usage
         has_call = bool(answer.calls) if self._holds_all else self._has_call
         if self._ask.tool_mode == "required" and not has_call:
             names = ", ".join(tool.name for tool in self._ask.tools)
