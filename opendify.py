@@ -7413,28 +7413,25 @@ class Pool:
         fault = faults.setdefault(origin, loop.create_future())
         if fault.done():
             raise copy.copy(fault.result())
-        opening = asyncio.ensure_future(self._open_in_time(origin))
+        proxy, until = proxy_for(origin, self.settings), asyncio.FIRST_COMPLETED
+        timeout_s = self.settings.dify_connect_timeout
+        opening = asyncio.ensure_future(self._connect_to(origin, proxy))
+        either: set[asyncio.Future[Any]] = {opening, fault}
         try:
-            either: set[asyncio.Future[Any]] = {opening, fault}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, timeout=timeout_s, return_when=until)
             if opening.done():
                 return opening.result()
-            raise copy.copy(fault.result())  # another attempt failed
+            # Another attempt failed, or this one takes too long.
+            raise copy.copy(fault.result()) if fault.done() else asyncio.TimeoutError
         except BaseException as error:
+            opening.cancel()
+            opening.add_done_callback(_abort_made)  # it may miss that
+            if isinstance(error, _WIRE_ERRORS):
+                error = _error_from_wire(origin, error, proxy)
             if isinstance(error, ProxyError) and not fault.done():
                 fault.set_result(copy.copy(error))  # without its frames
                 loop.call_later(CIRCUIT_S, faults.pop, origin, None)
-            opening.cancel()
-            opening.add_done_callback(_abort_made)  # it may miss that
-            raise
-
-    async def _open_in_time(self, origin: Origin) -> Wire:
-        proxy = proxy_for(origin, self.settings)
-        opening = self._connect_to(origin, proxy)
-        try:
-            return await asyncio.wait_for(opening, self.settings.dify_connect_timeout)
-        except _WIRE_ERRORS as error:
-            raise _error_from_wire(origin, error, proxy) from error
+            raise error
 
     async def _connect_to(self, origin: Origin, proxy: Proxy | None) -> Wire:
         trust = self._trust if origin.scheme == "https" else None
