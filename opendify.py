@@ -8197,8 +8197,8 @@ def client_key(headers: Mapping[str, str]) -> str:
 class Exchange:
     """One request and its reply, and what the log will say of them.
 
-    `fail` writes an error as the end of a reply that has begun; the tasks `waiting`
-    are cancelled when the client leaves before the reply is complete.
+    What runs `with` an exchange ends when the client leaves, or has its response.
+    `fail` writes an error as the end of a reply that has begun.
     """
 
     request: Request = NO_REQUEST
@@ -8218,10 +8218,9 @@ class Exchange:
 
     def __init__(self, reply: Reply, id_: str, peer: str = "") -> None:
         self.reply, self.id, self.peer = reply, id_, peer
-        self.waiting: set[asyncio.Task[Any]] = set()
+        self.waiting: set[Any] = set()  # tasks that run with it
         self.outlets: list[Outlet] = []  # that its answers, if streamed, go through
-        self._loop = asyncio.get_running_loop()
-        self.started_at = self.written_at = self._loop.time()
+        self.started_at = self.written_at = asyncio.get_running_loop().time()
         reply.headers.append(("x-request-id", id_))
 
     @property
@@ -8240,6 +8239,16 @@ class Exchange:
             error.param = _QUESTION_PARAMS.get(self.route, error.param)
         if isinstance(error, ConfigurationFault) and self.model:
             error.message = f"The model {self.model!r}: {error.message}"
+
+    def __enter__(self) -> None:
+        """Begin; raises ConnectionBroken if the client has left or got all."""
+        if self.has_left or self.reply.is_complete:  # another choice has failed
+            raise ConnectionBroken("nobody waits")
+        self.waiting.add(asyncio.current_task())
+
+    def __exit__(self, *_: object) -> None:
+        """Whatever it ended with."""
+        self.waiting.discard(asyncio.current_task())
 
     def leave(self) -> None:
         """The client has gone: those of its tasks end that are `waiting`."""
@@ -8261,8 +8270,8 @@ class Exchange:
 
     def keep_alive(self) -> None:
         """Dify has no text: begin without it, then keep the connection alive."""
-        now, outlet, turn = self._loop.time(), self.outlets[0], self.turn
-        is_only = len(self.outlets) == 1
+        loop, outlet, turn = asyncio.get_running_loop(), self.outlets[0], self.turn
+        now, is_only = loop.time(), len(self.outlets) == 1
         # A second try would have others.
         ids = turn.ids if turn and is_only and not turn.plan.ask.is_strict else {}
         if self.reply.must_drain:  # what is on its way keeps it alive
@@ -8274,26 +8283,7 @@ class Exchange:
             self.start_events({})
             self.reply.write(outlet.stream.heartbeat())
             self.written_at = now
-        at = self.written_at + KEEP_ALIVE_S
-        self.beat = self._loop.call_at(at, self.keep_alive)
-
-
-class WhilePresent:
-    """What runs inside ends when the client leaves, or has its response."""
-
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-        self._task = cast("asyncio.Task[None]", asyncio.current_task())
-
-    def __enter__(self) -> None:
-        """Begin; raises ConnectionBroken if that is so already."""
-        if self._exchange.has_left or self._exchange.reply.is_complete:
-            raise ConnectionBroken("nobody waits")  # another choice has failed
-        self._exchange.waiting.add(self._task)
-
-    def __exit__(self, *_: object) -> None:
-        """Whatever it ended with."""
-        self._exchange.waiting.discard(self._task)
+        self.beat = loop.call_at(self.written_at + KEEP_ALIVE_S, self.keep_alive)
 
 
 class Outlet:
@@ -8756,7 +8746,7 @@ class Turns:
         reading = Reading(question.ask, seed, is_whole=is_whole, spent=spent)
         can_go_on = False
         try:
-            with WhilePresent(exchange):
+            with exchange:
                 await self._pass_on(exchange, turn, sink, reading)
             will_do = not (reading.problem or reading.is_short or sink.is_behind)
             can_go_on = reader.is_as_sent and will_do
@@ -8848,7 +8838,7 @@ class Turns:
         form = await self.dify.facts.form_of(app) if needs_form else NO_FORM
         has_room = functools.partial(question.has_room, form)
         plan = plan_turn(ask, question.scope, question.tail, app, has_room)
-        with WhilePresent(question.exchange):
+        with question.exchange:
             request = await _request_for(self.dify, question, plan, mode, form)
         question.is_asked = True
         stream = await self.dify.open_turn(app, mode, request)
@@ -8862,7 +8852,7 @@ async def _begun(exchange: Exchange, turn: Turn) -> Turn:
     try:
         parts = await stream.read(until_stoppable=True)
         if not (parts or stream.reader.is_finished):  # it may be long till then
-            with WhilePresent(exchange):
+            with exchange:
                 parts = await stream.read()
         if parts and isinstance(parts[0], Failure):
             raise parts[0].error
@@ -9970,7 +9960,7 @@ _LONG_SOUND = f"It is over {MAX_SOUND_BYTES >> 20} MB; a streamed answer may be 
 
 async def transcribe(site: Site, exchange: Exchange) -> None:
     """`POST /audio/transcriptions`, and translations: Dify has one for both."""
-    with WhilePresent(exchange), contextlib.closing(Form(site, exchange)) as form:
+    with exchange, contextlib.closing(Form(site, exchange)) as form:
         file = await form.open()
         transcript_format(form.fields)  # refused before the upload, if known
         app = await form.find_app()
@@ -9992,7 +9982,7 @@ async def speak(site: Site, exchange: Exchange) -> None:
     if not (await site.dify.facts.form_of(app)).speaks:
         raise _switched_off("Text to speech", exchange.model)
     user = exchange.user_of(speech.user)
-    with WhilePresent(exchange):
+    with exchange:
         response = await _open_speech(site, app, speech.text, speech.voice, user)
         if speech.is_sse:
             exchange.fail = encode_failure
@@ -10057,7 +10047,7 @@ async def _say(site: Site, question: Question, sink: Outlet | Collector) -> None
     try:
         if sink.is_behind:
             raise UpstreamFailed("The text is too long.")
-        with WhilePresent(exchange):
+        with exchange:
             response = await _open_speech(site, app, sink.text, voice, question.user)
             with contextlib.closing(response):
                 while data := await site.dify.read_file(response):
@@ -10093,7 +10083,7 @@ _NO_CONTENT = "Dify (from 1.7.2 on) gives a file back once a message has used it
 
 async def create_file(site: Site, exchange: Exchange) -> Json:
     """`POST /files`: to Dify; all that is known of the file goes into its id."""
-    with WhilePresent(exchange), contextlib.closing(Form(site, exchange)) as form:
+    with exchange, contextlib.closing(Form(site, exchange)) as form:
         file = await form.open()
         app = await form.find_app()
         form.limit(size_limit_mb(await site.dify.facts.form_of(app), file))
@@ -10125,7 +10115,7 @@ async def get_file_content(site: Site, exchange: Exchange) -> None:
     query = urllib.parse.urlencode({"user": stored.user})
     upload_id = urllib.parse.quote(stored.upload_id, safe="")
     path = f"/files/{upload_id}/preview?{query}"
-    with WhilePresent(exchange):
+    with exchange:
         missing = _no_such_file(stored.name, _NO_CONTENT)
         response = await site.dify.fetch_file(app, path, b"", missing)
         name = urllib.parse.quote(stored.name, safe="")
