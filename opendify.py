@@ -8643,8 +8643,7 @@ class Question:
     tail: Tail | None = None  # the conversation that it continues, once taken
     sent: dict[int, Attachment] = field(default_factory=dict)  # files, by their id()
     spent: Usage = NO_USAGE  # by a first try
-    is_asked: bool = False  # Dify may have got it
-    is_accepted: bool = False  # Dify has begun to answer: it may remember the question
+    may_have_run: bool = False  # and then Dify may remember it
     user: str = field(init=False)  # who asks, as Dify knows them
 
     def __post_init__(self) -> None:
@@ -8660,11 +8659,6 @@ class Question:
         """Whether the app surely takes these files; it took those of a first try."""
         is_again = self.sent.keys() >= set(map(id, files))
         return is_again or has_room(form, files, self.ask.inputs)
-
-    def has_not_run(self, error: BaseException) -> bool:
-        """Whether after this error its conversation, if not gone, is as before."""
-        is_unsent = not self.is_asked or getattr(error, "is_unsent", False)
-        return (isinstance(error, _REFUSALS) or is_unsent) and not self.is_accepted
 
 
 @dataclass
@@ -8730,7 +8724,7 @@ class Turns:
         except BaseException as error:
             tail, question.tail = question.tail, None
             is_gone = isinstance(error, ConversationGone)
-            if tail and question.has_not_run(error) and not is_gone:
+            if tail and not (question.may_have_run or is_gone):
                 self.conversations.put(tail, self.wall_clock())
             else:
                 self.conversations.forget(tail, is_gone=is_gone)
@@ -8840,9 +8834,13 @@ class Turns:
         plan = plan_turn(ask, question.scope, question.tail, app, has_room)
         with question.exchange:
             request = await _request_for(self.dify, question, plan, mode, form)
-        question.is_asked = True
-        stream = await self.dify.open_turn(app, mode, request)
-        question.is_accepted = True
+        question.may_have_run = True
+        try:
+            stream = await self.dify.open_turn(app, mode, request)
+        except ProxyError as error:
+            is_refused = error.is_unsent or isinstance(error, _REFUSALS)
+            question.may_have_run = not is_refused
+            raise
         return await _begun(question.exchange, Turn(plan, stream))
 
 
