@@ -6724,7 +6724,6 @@ class Wire(asyncio.Protocol):
 
     # Writing...
 
-    @property
     def must_drain(self) -> bool:
         """Whether `drain` would wait or raise."""
         return self._room is not None or self._transport.is_closing()
@@ -7020,7 +7019,7 @@ class Reply:
         self._wire = wire
         self._is_chunked = False
         self._head = b""
-        self.drain = wire.drain  # wait until most of what was written is taken
+        self.drain, self.must_drain = wire.drain, wire.must_drain
 
     def send(self, status: int, body: bytes = b"", headers: Fields = ()) -> None:
         """The whole response at once."""
@@ -7061,11 +7060,6 @@ class Reply:
         """The last of the body, and its end, in one packet."""
         self.is_complete = True
         self.write(data, _LAST_CHUNK if self._is_chunked else b"")
-
-    @property
-    def must_drain(self) -> bool:
-        """Whether `drain` would wait or raise."""
-        return self._wire.must_drain
 
 
 # ==============================================================================
@@ -8274,7 +8268,7 @@ class Exchange:
         now, is_only = loop.time(), len(self.outlets) == 1
         # A second try would have others.
         ids = turn.ids if turn and is_only and not turn.plan.ask.is_strict else {}
-        if self.reply.must_drain:  # what is on its way keeps it alive
+        if self.reply.must_drain():  # what is on its way keeps it alive
             self.written_at = now
         elif not outlet.has_begun and (ids or not outlet.stream.needs_ids):
             outlet.begin(ids)
@@ -8760,7 +8754,7 @@ class Turns:
         """Carry the answer from Dify to the client."""
 
         def carry(parts: list[Part]) -> bool:
-            has_room = not exchange.reply.must_drain
+            has_room = not exchange.reply.must_drain()
             if has_room:
                 sink.put(parts)
             return has_room

@@ -1663,7 +1663,7 @@ async def test_download_waits_for_a_client_that_does_not_read(
         await served.dify.until(lambda: served.server._site.in_flight)
         (exchange,) = served.server._site.in_flight
         await asyncio.sleep(5)
-        assert exchange.reply.must_drain
+        assert exchange.reply.must_drain()
         assert exchange.reply._wire._unsent < 1 << 20
         writer.close()
         await served.dify.until(lambda: served.dify.open_connections <= 1)

@@ -1128,12 +1128,12 @@ async def test_drain_waits_for_a_peer_that_reads_late() -> None:
         draining = asyncio.ensure_future(wire.drain())
         await asyncio.sleep(WRITE_TIMEOUT_S - 1)
         assert not draining.done()
-        assert wire.must_drain
+        assert wire.must_drain()
         got = 0
         while got < len(MUCH):
             got += len(await loop.sock_recv(far, 10**6))
         await draining
-        assert not wire.must_drain
+        assert not wire.must_drain()
         assert now() < WRITE_TIMEOUT_S
         await asyncio.sleep(2 * WRITE_TIMEOUT_S)
         far.send(b"later")
