@@ -7228,7 +7228,6 @@ class UpstreamResponse:
             self._body = BodyDecoder(0)
         self.can_reuse = not ends_connection(self.headers, head.http_version)
         self._is_released = self._is_lingering = False
-        self.wake = wire.wake  # let `read` return b"" before the body's end
 
     def set_deadline(self, seconds: float, error: Fault) -> None:
         """What is read from now on may take `seconds`; then it raises `error()`."""
@@ -7245,18 +7244,18 @@ class UpstreamResponse:
             self.close()
         return data
 
-    def on_data(self, callback: Callable[[], None]) -> None:
-        """Have `callback` called when more has come while `read` waits.
+    def on_data(self, take: Callable[[bytes], bool]) -> None:
+        """Hand to `take` what comes while `read` waits.
 
-        It is to `read_now`, and to `wake` what waits, at the body's end at the latest.
+        At the body's end, and when `take` says so, `read` returns b"".
         """
         if not self._is_released:
-            self._wire.on_data = callback
+            self._wire.on_data = functools.partial(self._hand_to, take)
 
-    def read_now(self) -> tuple[bytes, bool]:
-        """(what has come of the body, whether that is all that will be understood)."""
-        data = take_body(self._wire, self._body)
-        return data, self._body.is_complete or self._body.failure is not None
+    def _hand_to(self, take: Callable[[bytes], bool]) -> None:
+        body = self._body
+        if take(take_body(self._wire, body)) or body.is_complete or body.failure:
+            self._wire.wake()
 
     async def read_all(self, limit: int) -> bytes:
         """The whole body; raises UpstreamFailed if it has more bytes than that."""
@@ -7594,16 +7593,15 @@ class TurnStream:
         comes alone costs a fifth less.
         """
         self._carry = carry
-        self._response.on_data(self._on_data)
+        self._response.on_data(self._take)
 
-    def _on_data(self) -> None:
-        data, is_all = self._response.read_now()
+    def _take(self, data: bytes) -> bool:
+        """Carry on what came; whether `read` has to."""
         parts = self._translate(data)
         is_text = _FLOWING.issuperset(map(type, parts))
         if not (is_text and self._carry and self._carry(parts)):
             self.parts = parts
-        if is_all or self.parts or self.reader.is_finished:
-            self._response.wake()
+        return bool(self.parts) or self.reader.is_finished
 
     async def _recover(self) -> list[Part]:
         """The stream broke: the rest of the answer, if Dify has stored it."""
