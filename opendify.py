@@ -8155,13 +8155,10 @@ class Metrics:
 
     def render(self, gauges: Mapping[str, float]) -> str:
         """All of them, and `gauges`, as text."""
-        lines, last = [], ""
+        lines: list[str] = []
         for (name, *labels), amount in sorted(self._counts.items(), key=repr):
-            if name != last:
-                lines.append(f"# TYPE {name} counter")
             text = ",".join(f'{label}="{_label(of)}"' for label, of in labels)
-            lines.append(f"{name}{{{text}}} {amount}")
-            last = name
+            lines += [f"# TYPE {name} counter", f"{name}{{{text}}} {amount}"]
         bounds = [*map("{:g}".format, _BUCKETS_S), "+Inf"]
         for name, counts in sorted(self._buckets.items()):
             lines.append(f"# TYPE {name} histogram")
@@ -8171,7 +8168,7 @@ class Metrics:
             lines.append(f"{name}_count {sum(counts)}")
         for name, value in gauges.items():
             lines += [f"# TYPE {name} gauge", f"{name} {value:g}"]
-        return "\n".join(lines) + "\n"
+        return "\n".join(dict.fromkeys(lines)) + "\n"  # each type once
 
 
 def _label(value: object) -> str:
