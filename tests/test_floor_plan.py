@@ -21,29 +21,29 @@ BUDGETS = {
     "Errors": 87,
     "SSE": 61,
     "JSON": 93,
-    "Turn": 150,
-    "Calls": 694,
-    "Dify": 827,
-    "Ids": 64,
-    "OpenAI": 745,
-    "Responses": 418,
-    "Conversations": 428,
+    "Turn": 147,
+    "Calls": 681,
+    "Dify": 778,
+    "Ids": 62,
+    "OpenAI": 732,
+    "Responses": 423,
+    "Conversations": 424,
     "Pacer": 130,
-    "Wire": 514,
-    "Upstream": 721,
-    "Answers": 608,
-    "Handlers": 1039,
+    "Wire": 512,
+    "Upstream": 716,
+    "Answers": 577,
+    "Handlers": 960,
     "Server": 288,
     "Page": 263,
-    "Command line": 454,
+    "Command line": 453,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7874
+WHOLE_BUDGET = 7677
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
-    "AnswerReader": 157,
-    "Wire": 155,
+    "AnswerReader": 154,
+    "Wire": 154,
 }
 
 PURE = set(list(BUDGETS)[: list(BUDGETS).index("Wire")])
