@@ -5327,9 +5327,10 @@ AnswerForm = Union[Envelope, ResponseFrame]
 #     order is unknown, and the conversation is found by its id only from then on.
 # (4) App key and user go into every hash: nobody reaches a conversation of others, and
 #     the table tells nothing to anyone without the key. It holds no text and no key.
-# (5) Reasoning, white space, text beside calls and system messages make no difference
-#     to a match, nor does leaving out all calls and results once they are answered. A
-#     system text is told to Dify when it differs from the one told last.
+# (5) Reasoning, white space, how JSON is written, text beside calls and system messages
+#     make no difference to a match, nor does leaving out all calls and results once
+#     they are answered. A system text is told to Dify when it differs from the one told
+#     last.
 # (6) If several transcripts have the same messages, only those match that had the same
 #     inputs, and among these one with the same system text is preferred.
 # (7) A question's context counts in `chain` only: in later turns clients show the
@@ -5489,7 +5490,7 @@ def message_digest(scope: bytes, message: Message) -> bytes:
     """
     role, files = message.role, message.attachments
     name = message.name if role != "assistant" else ""
-    calls = [[call.name, _canonical(call)] for call in message.tool_calls]
+    calls = [[c.name, _canonical(c.arguments, c.id)] for c in message.tool_calls]
     ids = [f.url or f.upload_id or _hash(scope, f.data, 16).hex() for f in files]
     about = [role, name, calls, ids]
     mark = _OF_TOOLS if calls or role == "tool" else b""
@@ -5497,8 +5498,13 @@ def message_digest(scope: bytes, message: Message) -> bytes:
 
 
 def _matched_text(message: Message) -> str:
-    """The text that is compared: none beside calls, where some clients drop it."""
-    return "" if message.tool_calls else plain_text(message)
+    """The text that is compared: none beside calls, where some clients drop it.
+
+    JSON counts as the value that it is: clients that parse an answer write it anew.
+    """
+    text = "" if message.tool_calls else plain_text(message)
+    is_json = message.role == "assistant" and text.startswith("{")
+    return _canonical(text) if is_json else text
 
 
 def _digest(scope: bytes, text: str) -> bytes:
@@ -5509,13 +5515,13 @@ def _hash(scope: bytes, data: bytes, size: int) -> bytes:
     return hashlib.blake2b(data, digest_size=size, key=scope).digest()
 
 
-def _canonical(call: ToolCall) -> str:
-    """A call's arguments; n8n's agent shows the call's id among them."""
+def _canonical(text: str, call_id: str = "") -> str:
+    """One text for one JSON value; n8n's agent adds a call's id to its arguments."""
     try:
-        value = parse_json_text(call.arguments)
+        value = parse_json_text(text)
     except ValueError:
-        return call.arguments.strip()
-    if isinstance(value, dict) and value.get("id") == call.id:
+        return text.strip()
+    if call_id and isinstance(value, dict) and value.get("id") == call_id:
         del value["id"]
     return json.dumps(value, sort_keys=True)
 

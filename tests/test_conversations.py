@@ -245,6 +245,10 @@ def test_a_task_as_such_is_no_side_request() -> None:
             id="call with its id among the arguments, of n8n",
         ),
         pytest.param(
+            answer('{"a": 1, "b": "\\u00fc"}'), answer('{"b":"ü","a":1}'), id="JSON"
+        ),
+        pytest.param(answer('{"a":\n1'), answer('{"a": 1'), id="no JSON"),
+        pytest.param(
             answer("Let me see.", ToolCall("1", "f", "{}")),
             answer("", ToolCall("1", "f", "{}")),
             id="text beside a call",
@@ -286,6 +290,8 @@ def test_messages_that_are_the_same(one: Message, other: Message) -> None:
             answer("", ToolCall("", "f", '{"a":2}')),
             id="arguments",
         ),
+        pytest.param(answer('{"a": 1}'), answer('{"a": 2}'), id="value of JSON"),
+        pytest.param(answer("{a"), answer("{b"), id="text like JSON"),
         pytest.param(
             answer("", ToolCall("call_1", "f", '{"id":1}')),
             answer("", ToolCall("call_1", "f", '{"id":2}')),
