@@ -27,6 +27,8 @@ from clients import ROOT
 from test_end_to_end import environment
 from test_handlers import Proxy, proxy
 
+from opendify import user_of_key
+
 JSONObject = dict[str, Any]
 NAMES = {"agents": "openai-agents", "langchain_openai": "langchain-openai"}
 NODE_FOLDER = ROOT / ".cache" / "clients" / "node"
@@ -424,12 +426,15 @@ async def test_litellm(tmp_path: Path) -> None:
     assert got == {"whole": ALL_SUNNY, "streamed": ALL_SUNNY}
 
 
-LLM = """
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LLM_LINE = README.partition("`extra-openai-models.yaml`")[2].split("`")[3]
+LLM = (
+    f"""
 import os, pathlib
-lines = []
-for name in [*callers, *objects]:
-    lines += [f"- model_id: {name}", f"  model_name: {name}", f"  api_base: {base}"]
-    lines += ["  supports_tools: true", "  supports_schema: true"]
+line = {LLM_LINE!r}.replace("http://127.0.0.1:5000/v1", base)
+lines = [line.replace("my-model", name) for name in [*callers, *objects]]
+"""
+    + """
 folder = pathlib.Path(os.environ["LLM_USER_PATH"])
 (folder / "extra-openai-models.yaml").write_text("\\n".join(lines), encoding="utf-8")
 import llm
@@ -443,20 +448,21 @@ for stream in (True, False):
     chains = got["streamed" if stream else "whole"] = {}
     for name in callers:
         model = llm.get_model(name)
-        fields = {"tools": [get_weather], "stream": stream, "key": "sk-any"}
-        chain = model.chain("Weather?", **fields)
+        chain = model.chain("Weather?", tools=[get_weather], stream=stream)
         chains[name] = "".join(chain)
 got["schema"] = {}
 for name in objects:
-    answer = llm.get_model(name).prompt("Oslo?", schema=schema, key="sk-any")
+    answer = llm.get_model(name).prompt("Oslo?", schema=schema)
     got["schema"][name] = json.loads(answer.text())
 print(json.dumps(got))
 """
+)
 
 
 @pytest.mark.real_clock
 async def test_llm_with_a_tool(tmp_path: Path) -> None:
-    got, _ = await run_python("llm", LLM, tmp_path)
+    got, turns = await run_python("llm", LLM, tmp_path)
+    assert {turn.json["user"] for turn in turns} == {user_of_key("sk-any")}
     said = {**ALL_SUNNY, "as-asked": f"I'll look that up.\n\n{SUNNY}"}
     assert got == {"streamed": said, "whole": said, "schema": ALL_OSLO}
 
