@@ -3730,13 +3730,23 @@ def in_rounds(messages: Iterable[Message]) -> list[Message]:
     """The messages, calls with those of the same answer, and results behind them.
 
     Some clients join the calls of several answers in a message, others spread those of
-    one. A user's message of nothing but files is joined to the words beside it.
+    one, or part them from its text. A user's message of nothing but files is joined to
+    the words beside it.
     """
     runs = itertools.groupby(messages, lambda m: bool(m.tool_calls or m.call_id))
     ordered: list[Message] = []
     for is_of_calls, run in runs:
-        ordered += _by_answer([*run]) if is_of_calls else _by_words([*run])
+        group = [*run]
+        if ordered and _is_calling(ordered[-1], group[0]):
+            group[0] = joined([ordered.pop(), group[0]])
+        ordered += _by_answer(group) if is_of_calls else _by_words(group)
     return ordered
+
+
+def _is_calling(said: Message, called: Message) -> bool:
+    """Whether the calls of one message go with the text of the one before."""
+    is_answer = (said.role, said.name) == ("assistant", called.name)
+    return is_answer and bool(called.tool_calls) and not called.text
 
 
 def _by_words(messages: list[Message]) -> list[Message]:

@@ -1147,9 +1147,14 @@ async def test_functions_beside_tools_change_nothing() -> None:
     assert query(served) == with_system(words_about(TOOLS), "Hi")
 
 
-@pytest.mark.parametrize("shown", ["as one answer's", "each by itself"])
+@pytest.mark.parametrize(
+    "shown", ["as one answer's", "each by itself", "behind their text"]
+)
 async def test_conversation_goes_on_however_its_calls_are_shown(shown: str) -> None:
-    """Mastra puts those of several answers together, multi-llm-ts takes them apart."""
+    """Mastra puts those of several answers together, multi-llm-ts takes them apart.
+
+    Pipecat parts them from the text before them, too.
+    """
     async with proxy(says(OSLO, OSLO + OSLO, "Dry."), memory=True) as served:
         first = (await served.chat(tools=TOOLS)).message
         results = [result_of(first["tool_calls"][0], "Sunny")]
@@ -1161,6 +1166,9 @@ async def test_conversation_goes_on_however_its_calls_are_shown(shown: str) -> N
         rows = [row for pair in zip(answers, results) for row in pair]
         if shown == "as one answer's":
             rows = [{"role": "assistant", "tool_calls": calls}, *results]
+        if shown == "behind their text":
+            text = {"role": "assistant", "content": "I'll look."}
+            rows = [text, *rows[:2], text, *rows[2:]]
         await served.chat(tools=TOOLS, messages=[*HI, *rows])
     rain = SUNNY.replace("Sunny", "Rain")
     assert query(served) == f"{rain}\n{rain}"
@@ -1176,6 +1184,19 @@ def test_calls_of_nobody_s_stay_as_they_are() -> None:
     assert in_rounds(rows) == rows
     rows = [call(ours), Message("tool", "x", call_id=next(call_ids("n")))]
     assert in_rounds(rows) == rows
+
+
+def test_calls_go_with_the_text_of_who_makes_them() -> None:
+    call = Message("assistant", "", tool_calls=(ToolCall("1", "f", "{}"),))
+    said = Message("assistant", "I look.", "Ada")
+    mine, theirs = (call._replace(name=name) for name in ("Ada", "Bob"))
+    assert in_rounds([said, mine]) == [mine._replace(text="I look.")]
+    for rows in (
+        [said, theirs],
+        [said, mine._replace(text="Now.")],
+        [Message("user", "Look."), call],
+    ):
+        assert in_rounds(rows) == rows
 
 
 def test_many_results_take_little_time() -> None:
