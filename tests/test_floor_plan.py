@@ -25,9 +25,9 @@ BUDGETS = {
     "Calls": 681,
     "Dify": 778,
     "Ids": 62,
-    "OpenAI": 732,
+    "OpenAI": 738,
     "Responses": 423,
-    "Conversations": 424,
+    "Conversations": 426,
     "Pacer": 130,
     "Wire": 512,
     "Upstream": 716,
@@ -38,7 +38,7 @@ BUDGETS = {
     "Command line": 453,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7677
+WHOLE_BUDGET = 7685
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
