@@ -9267,9 +9267,10 @@ def _transcript(turns: Iterable[StoredTurn], tools: Sequence[Tool]) -> list[Mess
 def _tells_all(request: ResponsesRequest, turns: Sequence[StoredTurn]) -> bool:
     """Whether the calls of all results are in these turns or among the items.
 
-    Not if a client has not got all of these turns: what was before them counts then.
+    Not if a client has not got all of these turns, or knows the question of a second
+    try, which is the first one's: what was before them counts then.
     """
-    if any(map(_is_short, turns)):
+    if any(_is_short(turn) or is_retry(asked_text(turn.question)) for turn in turns):
         return False
     told = _transcript(turns, request.known_tools)
     messages = [*told, *(item for item in request.items if isinstance(item, Message))]

@@ -921,7 +921,10 @@ async def test_call_that_a_conversation_has_is_not_told_again() -> None:
     assert query == '<message role="tool" name="get_weather">\nsun\n</message>'
 
 
-async def test_call_of_a_second_try_that_a_conversation_has_is_not_told_again() -> None:
+@pytest.mark.parametrize("way", ["conversation", "id"])
+async def test_call_of_a_second_try_that_a_conversation_has_is_not_told_again(
+    way: str,
+) -> None:
     texts = ["Hello.", "No.", CALL, "Sunny."]
     async with proxy(script=lambda _: fake.chat_answer(texts.pop(0))) as served:
         made = (await post(served, CONVERSATIONS, {})).json
@@ -931,6 +934,8 @@ async def test_call_of_a_second_try_that_a_conversation_has_is_not_told_again() 
         (call,) = [row for row in got["output"] if row["type"] == "function_call"]
         result = {"type": "function_call_output", "call_id": call["call_id"]}
         items = [user("Rome?"), call, {**result, "output": "sun"}]
+        if way == "id":
+            named = {"previous_response_id": got["id"], "tools": [WEATHER]}
         await answer(served, items, **named)
         query = told(served)[-1][-1]
     assert query == '<message role="tool" name="get_weather">\nsun\n</message>'
