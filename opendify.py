@@ -2716,7 +2716,7 @@ class Blocks:
         self.has_thought = False  # some of it is the model's, no line about a tool, say
         self._has_lines = has_lines
         self._last: object = None  # the block that was last added to
-        self._told: dict[str, str] = {}  # thoughts and lines, by id
+        self._told: dict[str, str] = {}  # thoughts and lines, by their block
 
     def add(self, block: tuple[str, object], text: str) -> list[Part]:
         """More reasoning of one block: (its kind, its id)."""
@@ -2730,25 +2730,24 @@ class Blocks:
 
     def add_line(self, kind: str, value: Json, line: str) -> list[Part]:
         """A line about something that has an id; "" for none yet."""
-        block = (kind, value.get("id"))
-        key = repr(block)
-        if not (self._has_lines and line) or key in self._told:
-            return []
-        self._told[key] = line
-        return self.add(block, line)
+        return self._add_told(kind, value, line) if self._has_lines else []
 
     def add_round(self, value: Json, *, is_thought: bool) -> list[Part]:
         """A snapshot of an agent's round: of a tool, or of text that may be thought."""
-        names = ("id", "tool", "thought")
-        id_, tool, thought = (str(value.get(name) or "") for name in names)
+        tool, thought = (str(value.get(name) or "") for name in ("tool", "thought"))
         if tool:
             line = f"Tool: {tool} {value.get('tool_input') or ''}".rstrip()
-            told = line if value.get("observation") else ""
-            return self.add_line("tool", value, told)
-        if not (is_thought and thought):
-            return []
-        last, self._told[id_] = self._told.get(id_, ""), thought
-        return self.add(("thought", id_), thought.removeprefix(last))
+            return self.add_line(
+                "tool", value, line if value.get("observation") else ""
+            )
+        return self._add_told("thought", value, thought if is_thought else "")
+
+    def _add_told(self, kind: str, value: Json, text: str) -> list[Part]:
+        """What is new in a text that comes as a whole each time; "" for none yet."""
+        block = (kind, value.get("id"))
+        told = self._told.get(repr(block), "")
+        self._told[repr(block)] = text or told
+        return self.add(block, text.removeprefix(told))
 
 
 class AnswerText:
