@@ -1994,10 +1994,9 @@ def extract_json(text: str, output: OutputFormat) -> tuple[str | None, str]:
     """(the valid JSON text in a whole answer or None, what is wrong with it)."""
     reader = JsonReader(output)
     reader.feed([Text(text)])
-    source = reader.text or text.strip()
-    if not reader.text and "{" in text:
-        text = text[text.index("{") :]
-        source = text[: _ValueEnd().find(text, 0) or None]
+    source = reader.text or text[max(text.find("{"), 0) :].strip()
+    if "{" in source:
+        source = source[: _ValueEnd().find(source, 0) or None]
     try:
         parse_json_text(source)
     except ValueError:
@@ -2080,9 +2079,8 @@ class _Checker:
         self._spend(1 + compiling + len(pattern) // 20 + size**3 // 10_000)
         repeats = len(re.findall(r"[*+?]|\{\d*,", pattern)) - pattern.startswith("^")
         is_nested = re.search(r"\)[*+?{]|\\[1-9]|\(\?", pattern)
-        if not is_text or repeats > 2 or is_nested:
-            return True
-        return bool(re.search(pattern, value))
+        is_unsafe = not is_text or repeats > 2 or is_nested
+        return bool(is_unsafe or re.search(pattern, value))
 
     def _holds(self, keyword: str, limit: Any, value: Any, at: str) -> bool:
         if keyword in ("anyOf", "oneOf"):
@@ -2355,10 +2353,8 @@ def _size_problem(form: AppForm, file: Attachment) -> str:
 def _problem_beside(rules: Json, file: Attachment) -> str:
     """Why a file can't go beside the inputs; "" if it can."""
     if not rules:
-        return (
-            "the app takes no files beside its inputs, and has no file input left that "
-            "takes it; switch file upload on in Dify"
-        )
+        none = "the app takes no files beside its inputs, and has no file input left"
+        return f"{none} that takes it; switch file upload on in Dify"
     if not _kind_among(file, rules):
         kinds = ", ".join(_allowed(rules)[0])
         return f"the app takes files of type {kinds}, not {file_kind(file)}"
@@ -2641,10 +2637,9 @@ def error_from_body(status: int, body: bytes) -> ProxyError:
         return RateLimited("The gateway before Dify wants fewer requests (429).")
     if status >= 500:
         return UpstreamFailed(f"The gateway before Dify answered {status}.")
-    return ConfigurationFault(
-        f"The base URL does not lead to Dify's API: the answer ({status}) is no JSON. "
-        f"Check {BASE_SETTING}: it must be like https://host/v1."
-    )
+    problem = f"The base URL does not lead to Dify's API: the answer ({status})"
+    cure = f"Check {BASE_SETTING}: it must be like https://host/v1."
+    return ConfigurationFault(f"{problem} is no JSON. {cure}")
 
 
 def _innermost_message(message: str) -> str:
