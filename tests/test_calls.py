@@ -1704,6 +1704,12 @@ def test_what_is_not_described_is_no_tool(lines: str) -> None:
     assert told_ask(describe_tools(TOOLS, "auto") + block).tools == (*TOOLS,)
 
 
+def test_a_described_tool_that_was_cut_hides_no_other() -> None:
+    words = describe_tools(TOOLS, "auto")
+    cut = words.replace("\n</tools>\n", '\n{"name": "cu\n</tools>\n')
+    assert told_ask(cut).tools == (*TOOLS,)
+
+
 def test_words_are_not_read_as_calls() -> None:
     """Models repeat their instructions when they are asked for them."""
     words = describe_tools(TOOLS, "auto")

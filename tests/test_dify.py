@@ -31,6 +31,7 @@ from opendify import (
     DifyRequest,
     Failure,
     Finish,
+    KeptText,
     Media,
     Part,
     ProxyError,
@@ -720,6 +721,21 @@ def test_a_half_that_stays_alone_becomes_a_replacement_character() -> None:
         "chat", event(event="message", answer="a\ud83d"), event(event="message_end")
     )
     assert joined(parts, Text) == "a\ufffd"
+
+
+def test_a_half_at_the_end_of_a_block_is_a_part_of_it() -> None:
+    said = event(event="message", answer="<think>a\ud83d")
+    parts = read("chat", said, event(event="message_end"))
+    assert (joined(parts, Reasoning), joined(parts, Text)) == ("a\ufffd", "")
+
+
+def test_kept_text_is_what_was_added_halves_of_characters_too() -> None:
+    kept = KeptText()
+    for text in ("a", "", "\ud83d", "字"):
+        kept.add(text)
+    assert (kept.text, kept.size, kept.is_whole) == ("a\ud83d字", 3, True)
+    kept.add("x" * opendify.MAX_KEPT_CHARS)
+    assert (kept.text, kept.is_whole) == ("", False)
 
 
 @pytest.mark.parametrize(
