@@ -6936,11 +6936,8 @@ def encode_head(start: str, fields: Fields) -> bytes:
 
 def body_decoder(headers: Mapping[str, str], *, until_end: bool) -> BodyDecoder:
     """How a message's body ends; `until_end` where no length means "at the close"."""
-    if "transfer-encoding" in headers:
-        return BodyDecoder(None)
-    if "content-length" in headers:
-        return BodyDecoder(int(headers["content-length"]))
-    return BodyDecoder(-1 if until_end else 0)
+    length = int(headers.get("content-length", -1 if until_end else 0))
+    return BodyDecoder(None if "transfer-encoding" in headers else length)
 
 
 async def read_body(wire: Wire, decoder: BodyDecoder) -> bytes:
