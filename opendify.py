@@ -8635,15 +8635,12 @@ class Question:
     spent: Usage = NO_USAGE  # by a first try
     may_have_run: bool = False  # and then Dify may remember it
     user: str = field(init=False)  # who asks, as Dify knows them
+    scope: bytes = field(init=False, repr=False)  # its conversations are found in it
 
     def __post_init__(self) -> None:
         """Settle who asks, whatever becomes of the question."""
         self.user = self.exchange.user_of(self.ask.user)
-
-    @property
-    def scope(self) -> bytes:
-        """What its conversations are found in."""
-        return scope_of(self.app.key, self.user)
+        self.scope = scope_of(self.app.key, self.user)
 
     def has_room(self, form: AppForm, files: Sequence[Attachment]) -> bool:
         """Whether the app surely takes these files; it took those of a first try."""
