@@ -6711,12 +6711,6 @@ class Wire(asyncio.Protocol):
             raise self._failure
         return bool(self.unread) or not self._is_at_end
 
-    async def read(self) -> bytes:
-        """Some bytes, b"" at the end; raises as `wait_for_data`."""
-        if not self.unread:
-            await self.wait_for_data()
-        return self.take()
-
     def take(self) -> bytes:
         """What is read, READ_BUFFER_BYTES at most."""
         data = self.unread[:READ_BUFFER_BYTES]
@@ -6776,8 +6770,8 @@ async def open_wire(*address: Any, **options: Any) -> Wire:
 async def read_head(wire: Wire) -> bytes:
     """The next head, its blank line included; b"" if the peer closed before one."""
     data, checked = b"", 0
-    while more := await wire.read():
-        data = _without_empty_lines(data + more)
+    while wire.unread or await wire.wait_for_data():
+        data = _without_empty_lines(data + wire.take())
         end = data.find(b"\r\n\r\n", max(0, checked - 3))
         if (len(data) if end < 0 else end) > MAX_HEAD_BYTES:
             raise HeadTooLarge(f"The head is over {MAX_HEAD_BYTES >> 10} KiB.")
