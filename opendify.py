@@ -5421,11 +5421,15 @@ class Tail(NamedTuple):
         digests = re.findall(rb".{%d}" % _DIGEST_BYTES, whole, re.DOTALL)
         return b"".join(d for d in digests if not d.startswith(_OF_TOOLS))
 
-    def ends(self, longer: Tail) -> bool:
-        """Whether this window ends that transcript, and stands nowhere else in it."""
-        window, digests = self.digests, longer.shown_as(self)
+    def ends(self, longer: Tail, *, is_clear: bool) -> bool:
+        """Whether this window ends that transcript, and stands nowhere else in it.
+
+        One that is not clear must be all of it but calls.
+        """
+        window, shown = self.digests, longer.shown_as(self)
         is_whole = len(window) == self.length * _DIGEST_BYTES
-        return is_whole and digests.find(window) == len(digests) - len(window)
+        is_once = shown.find(window) == len(shown) - len(window)
+        return is_whole and is_once and (is_clear or longer.digests != shown == window)
 
 
 class Plan(NamedTuple):
@@ -5894,18 +5898,13 @@ class Conversations:
         tails = [Tail(scope, *row) for row in rows]
         # A context that it shows may be none that Dify has.
         if not (tails or any(map(context_of, said))) and (ask.tools or _is_clear(said)):
-            most = _MAX_CANDIDATES + 1
+            most, is_clear = _MAX_CANDIDATES + 1, _is_clear(said)
             rows, _ = self._run(f"{_MATCH} ORDER BY state LIMIT {most}", *key)
-            if len(rows) > _MAX_CANDIDATES:
-                return None
             near = [Tail(scope, *row) for row in rows]
-            end = window.digests
-            near = [tail for tail in near if tail.shown_as(window).endswith(end)]
-            if len({tail.chain for tail in near}) > 1:
+            near = [t for t in near if t.shown_as(window).endswith(window.digests)]
+            if len(rows) == most or len({tail.chain for tail in near}) > 1:
                 return None
-            tails = [tail for tail in near if window.ends(tail)]
-            if not _is_clear(said):  # then it must be all but calls
-                tails = [t for t in tails if t.digests != t.shown_as(window) == end]
+            tails = [tail for tail in near if window.ends(tail, is_clear=is_clear)]
         if len(tails) > 1:
             tails = _told_alike(tails, _told_hashes(scope, ask, said))
         return tails[0] if tails else None
