@@ -10288,7 +10288,7 @@ def find_handler(site: Site, exchange: Exchange) -> Handler:
 # which what the client still sends is thrown away: closing at once would reset the
 # connection, and the client might never see the response.
 #
-#     idle -> head -> body -> handler -> idle     [_serve_one]
+#     idle -> head -> body -> handler -> idle     [_wait_for_request, _serve_one]
 #     any -> closed                               [EOF, a deadline, an error, drain]
 
 IDLE_TIMEOUT_S = 75.0  # longer than nginx's 60 s, so that nginx closes first
@@ -10419,7 +10419,7 @@ class Server(Listener):
                     self._refused.add(wire)
                     await _make_ready(exchange, wire)
                 return
-            while await self._serve_one(wire):
+            while await self._wait_for_request(wire) and await self._serve_one(wire):
                 pass
         except (ConnectionBroken, ProxyError):
             pass  # it was told before
@@ -10429,8 +10429,6 @@ class Server(Listener):
 
     async def _serve_one(self, wire: Wire) -> bool:
         """One request and its response; whether another may follow."""
-        if not await self._wait_for_request(wire):
-            return False
         exchange = Exchange(Reply(wire), self._new_id(), wire.peer)
         wire.set_deadline(HEAD_TIMEOUT_S, _slow_request)
         self._site.in_flight.add(exchange)
