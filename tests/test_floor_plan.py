@@ -22,28 +22,27 @@ BUDGETS = {
     "SSE": 61,
     "JSON": 93,
     "Turn": 147,
-    "Calls": 681,
-    "Dify": 778,
+    "Calls": 677,
+    "Dify": 767,
     "Ids": 62,
     "OpenAI": 738,
     "Responses": 423,
-    "Conversations": 426,
+    "Conversations": 422,
     "Pacer": 130,
-    "Wire": 512,
+    "Wire": 505,
     "Upstream": 716,
-    "Answers": 577,
+    "Answers": 576,
     "Handlers": 960,
-    "Server": 288,
+    "Server": 286,
     "Page": 263,
     "Command line": 453,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7685
+WHOLE_BUDGET = 7656
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
-    "AnswerReader": 154,
-    "Wire": 154,
+    "AnswerReader": 154
 }
 
 PURE = set(list(BUDGETS)[: list(BUDGETS).index("Wire")])
