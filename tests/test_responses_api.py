@@ -1677,12 +1677,18 @@ async def test_item_that_is_deleted_during_a_turn_stays_so() -> None:
     assert "One" not in query and query.endswith("Three")
 
 
+TWO_IN_ONE = opendify.fold(
+    [opendify.Message("user", "q1"), opendify.Message("tool", "r1")]
+)
+
+
 @pytest.mark.parametrize(
     ("shown", "is_known"),
     [
         (["q1", "a1", "q2", "a2"], True),
         (["q2", "a2"], True),
         (["a1", "q2", "a2"], True),
+        (["q1", "a1", "s1", "q2", "a2"], True),
         (["q1", "a1", "q", "a2"], False),
         (["q", "a1", "q2", "a2"], False),
         (["q1", "a1", "q2", "a"], False),
@@ -1696,11 +1702,33 @@ def test_history_is_known_if_it_is_what_dify_has_or_its_end(
     shown: list[str], is_known: bool
 ) -> None:
     def messages(texts: list[str]) -> tuple[opendify.Message, ...]:
-        roles = {"q": "user", "a": "assistant"}
+        roles = {"q": "user", "a": "assistant", "s": "system"}
         return tuple(opendify.Message(roles[text[0]], text) for text in texts)
 
     known = messages(["q1", "a1", "q2", "a2"])
     ask = opendify.Ask("m", (*messages(shown), opendify.Message("user", "q3")))
+    assert opendify.is_known_history(ask, known) == is_known
+
+
+@pytest.mark.parametrize(
+    ("shown", "stored", "is_known"),
+    [
+        (["user q1 \n"], "q1 \n", True),
+        (["user q1"], "<told>\n\nq1\n", True),
+        (["tool r1", "user q1"], TWO_IN_ONE, True),
+        (["user q1", "tool r2"], TWO_IN_ONE, False),
+        (["user q2", "tool r1"], TWO_IN_ONE, False),
+        (["tool r1"], TWO_IN_ONE, True),
+        (["tool r2"], TWO_IN_ONE, False),
+    ],
+)
+def test_question_is_known_by_all_its_messages(
+    shown: list[str], stored: str, is_known: bool
+) -> None:
+    asked = [opendify.Message(*text.split(" ", 1)) for text in shown]
+    answer = opendify.Message("assistant", "a1")
+    ask = opendify.Ask("m", (*asked, answer, opendify.Message("user", "q3")))
+    known = (opendify.Message("user", stored), answer)
     assert opendify.is_known_history(ask, known) == is_known
 
 
