@@ -9278,8 +9278,8 @@ def is_known_history(ask: Ask, known: Sequence[Message]) -> bool:
 
 def _is_said(question: Sequence[Message], stored: Sequence[Message]) -> bool:
     """Whether these messages, in any order, are what was sent as one question."""
-    if not question or not stored or len(question) > MAX_MESSAGES_SOUGHT:
-        return not question and not stored
+    if not question or len(question) > MAX_MESSAGES_SOUGHT:
+        return not (question or stored)
     texts = [message.text.strip() for message in question]
     whole = stored[0].text.strip()
     if len(texts) == 1 and question[0].role == "user":
