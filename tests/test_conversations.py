@@ -676,6 +676,12 @@ def ask_with_tools(*messages: Message) -> Ask:
     return ask(*messages)._replace(tools=(WEATHER,))
 
 
+def test_a_window_may_show_calls(store: Conversations) -> None:
+    said = (user("Weather?"), CALL, RESULT, answer("Warm."))
+    record(store, "c", *chat("Hi", "Hello!"), *said)
+    assert found(store, ask_with_tools(*said, user("Thanks"))) == "c"
+
+
 def test_calls_that_are_answered_may_be_left_out(store: Conversations) -> None:
     """n8n, Flowise and many frameworks store a question and its last answer."""
     record(store, "c", user("Weather?"), CALL, RESULT, CALL, RESULT, answer("Warm."))
