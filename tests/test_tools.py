@@ -845,6 +845,24 @@ async def test_conversation_goes_on_after_a_second_try() -> None:
     assert OSLO in query(served) and SUNNY in query(served)
 
 
+@pytest.mark.parametrize(
+    ("said", "fields"),
+    [
+        pytest.param("No.", {"tools": TOOLS, "tool_choice": "required"}, id="no-call"),
+        pytest.param("x" * (MAX_KEPT_CHARS + 1), {"stream": True}, id="too-long"),
+    ],
+)
+async def test_conversation_of_an_answer_that_is_not_kept_is_left(
+    said: str, fields: JSONObject
+) -> None:
+    """Dify remembers it; some clients go on as if the answer had been empty."""
+    messages = [*history_of({"content": ""}), {"role": "user", "content": "Why?"}]
+    async with proxy(says(*[said] * 3), memory=True) as served:
+        await served.chat(**fields)
+        await served.chat(messages=messages)
+    assert "conversation_id" not in served.turns[-1].json
+
+
 async def test_app_is_told_in_each_turn_that_it_must_call() -> None:
     async with proxy(says(*[OSLO] * 4), memory=True) as served:
         messages: list[JSONObject] = HI
