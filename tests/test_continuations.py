@@ -841,6 +841,10 @@ PLACES: dict[str, Callable[[str], JSONObject]] = {
     "body": lambda id_: {"conversation_id": id_},
     "metadata": lambda id_: {"metadata": {"conversation_id": id_}},
     "header": lambda id_: {"headers": {"X-Dify-Conversation-Id": id_}},
+    "body-first": lambda id_: {
+        "conversation_id": id_,
+        "headers": {"X-Dify-Conversation-Id": NOBODY},
+    },
 }
 
 

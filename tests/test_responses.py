@@ -835,7 +835,8 @@ def test_heartbeats() -> None:
     check_responses_stream(events)
     beats = [row for row in events if row["type"] == "response.in_progress"]
     assert [len(beat["response"]["output"]) for beat in beats] == [0, 0, 1, 2, 3]
-    assert beats[-1]["response"]["output"][1]["content"][0]["text"] == "bd"
+    _, message, _ = beats[-1]["response"]["output"]
+    assert (message["status"], message["content"][0]["text"]) == ("in_progress", "bd")
 
 
 def test_text_arrives_to_the_character() -> None:
