@@ -8752,7 +8752,7 @@ class Turns:
                 sink.begin(turn.ids)
             sink.put(ready)
             await exchange.reply.drain()
-            if sink.has_begun and reading.is_plain:
+            if reading.is_plain:
                 turn.stream.carry_by(carry)
             if reading.is_cut:
                 turn.stream.is_given_up = True
