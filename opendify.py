@@ -4941,7 +4941,7 @@ class ResponseFrame:
         if error:
             stream.fail(error)
         else:
-            stream.encode(Finish(answer.finish_reason or "stop"))
+            stream.encode(Finish(answer.finish_reason))
         return stream.response
 
 
