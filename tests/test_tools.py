@@ -1408,7 +1408,9 @@ async def test_answer_is_cut_and_the_app_stopped(
 ) -> None:
     script: list[fake.Step] = [*map(fake.message, pieces_of(REACT, size)), Hang()]
     async with proxy(script) as served:
+        start = asyncio.get_running_loop().time()
         got = await served.chat(stop=stop, stream=stream)
+        assert asyncio.get_running_loop().time() - start < 1
         await served.dify.until(lambda: served.dify.stops and not served.dify.running)
     assert choices_of(got) == [Choice(text, [], "stop")]
     assert [row.effective for row in served.dify.stops] == [True]
