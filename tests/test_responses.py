@@ -553,7 +553,8 @@ URL = {
     "doc_metadata": {"source": "https://x/b"},
 }
 FILE = {"position": 2, "document_name": "a.txt", "document_id": "d1", "content": "A"}
-CITED = (URL, FILE, FILE, URL, {"position": 3, "document_name": "nameless"})
+NAMELESS = ({"position": 3, "document_name": "c"}, {"position": 4, "document_id": "d2"})
+CITED = (URL, FILE, FILE, URL, *NAMELESS)
 ANNOTATIONS = [
     {
         "type": "url_citation",
