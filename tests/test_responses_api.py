@@ -667,6 +667,7 @@ async def test_failed_response_can_be_read_again() -> None:
         one = response_of(await respond(served, stream=True))
         kept = response_of(await served.get(f"{PATH}/{one['id']}"))
     assert one["status"] == kept["status"] == "failed"
+    assert kept["id"] == one["id"]
 
 
 async def test_failed_whole_response_is_an_http_error() -> None:
