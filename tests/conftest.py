@@ -63,10 +63,16 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("opendify")
 
 
-def pytest_collection_finish() -> None:
-    """Take what exists by now out of garbage collection, so that it stays quick."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Take what is in use behind a test out of garbage collection: it stays quick.
+
+    What tests import and cache would else be searched behind each of those that follow.
+    """
+    done = yield
     gc.collect()
     gc.freeze()
+    return done
 
 
 @pytest.hookimpl(wrapper=True)
