@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import re
 import sys
@@ -96,8 +97,9 @@ class House:
         inside = [room for room in self.rooms if room.start <= line]
         return inside[-1] if inside else Room(0, "head", 1, 1)
 
+    @functools.cached_property
     def code_lines(self) -> set[int]:
-        """Return the lines that hold code."""
+        """The lines that hold code."""
         skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER}
         skip |= {tokenize.INDENT, tokenize.DEDENT}
         code: set[int] = set()
@@ -109,18 +111,20 @@ class House:
             code -= _docstring_lines(node)
         return code
 
+    @functools.cached_property
     def definitions(self) -> dict[str, Room]:
-        """Return the room that defines each module-level name."""
+        """The room that defines each module-level name."""
         rooms: dict[str, Room] = {}
         for node in self.tree.body:
             for name in _defined(node):
                 rooms.setdefault(name, self.room_at(node.lineno))
         return rooms
 
-    def uses(self) -> Iterator[tuple[str, Room, int]]:
-        """Yield each use of a module-level name: the name, the room, the line."""
-        for name in _free_names(self.tree, frozenset()):
-            yield name.id, self.room_at(name.lineno), name.lineno
+    @functools.cached_property
+    def uses(self) -> list[tuple[str, Room, int]]:
+        """Each use of a module-level name: the name, the room, the line."""
+        names = _free_names(self.tree, frozenset())
+        return [(name.id, self.room_at(name.lineno), name.lineno) for name in names]
 
     def attributes(self) -> Iterator[tuple[str, Room, int]]:
         """Yield each `x._name` but `self._name`, and its room and line."""
@@ -203,16 +207,16 @@ def rooms_are_as_promised(house: House) -> Iterator[str]:
 
 def rooms_use_only_rooms_above(house: House) -> Iterator[str]:
     """No name is used above the room that defines it."""
-    rooms = house.definitions()
-    for name, room, line in house.uses():
+    rooms = house.definitions
+    for name, room, line in house.uses:
         if name in rooms and rooms[name].number > room.number:
             yield f"line {line}: {room.title} uses {name} of {rooms[name].title}"
 
 
 def dialects_meet_only_in_the_hub(house: House) -> Iterator[str]:
     """What speaks as OpenAI does knows no name of Dify's room."""
-    rooms = house.definitions()
-    for name, room, line in house.uses():
+    rooms = house.definitions
+    for name, room, line in house.uses:
         is_openai = room.title in ("OpenAI", "Responses")
         if is_openai and name in rooms and rooms[name].title == "Dify":
             yield f"line {line}: {room.title} uses {name} of Dify"
@@ -230,15 +234,15 @@ def pure_rooms_are_pure(house: House) -> Iterator[str]:
             yield f"line {line}: {room.title} waits"
         for name in _imported(node) & IMPURE[room.title]:
             yield f"line {line}: {room.title} imports {name}"
-    for name, room, line in house.uses():
+    for name, room, line in house.uses:
         if name in IMPURE.get(room.title, ()) or (name == "log" and room.title in PURE):
             yield f"line {line}: {room.title} uses {name}"
 
 
 def private_names_stay_inside(house: House) -> Iterator[str]:
     """No `_private` name crosses a door."""
-    rooms = house.definitions()
-    for name, room, line in house.uses():
+    rooms = house.definitions
+    for name, room, line in house.uses:
         if _is_private(name) and name in rooms and rooms[name] != room:
             yield f"line {line}: {room.title} uses {name} of {rooms[name].title}"
     owners: dict[str, set[str]] = {}
@@ -264,7 +268,7 @@ def functions_fit_one_screen(house: House) -> Iterator[str]:
 
 def classes_are_small(house: House) -> Iterator[str]:
     """No class has more than 150 lines of code, but for those known to be large."""
-    code = house.code_lines()
+    code = house.code_lines
     for node in ast.walk(house.tree):
         if isinstance(node, ast.ClassDef):
             count = len(
@@ -285,7 +289,7 @@ def imports_are_allowed(house: House) -> Iterator[str]:
 
 def budgets_are_kept(house: House) -> Iterator[str]:
     """No room and not the whole has more lines of code than it may."""
-    code = house.code_lines()
+    code = house.code_lines
     if len(code) >= WHOLE_BUDGET:
         yield f"the file has {len(code)} lines of code"
     for room in house.rooms:
@@ -308,8 +312,12 @@ RULES: list[Rule] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def house() -> House:
+    return House(FILE.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_house(rule: Rule) -> None:
+def test_house(house: House, rule: Rule) -> None:
     """Apply one rule to the file."""
-    house = House(FILE.read_text(encoding="utf-8"))
     assert list(rule(house)) == []
