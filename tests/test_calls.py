@@ -23,6 +23,7 @@ from opendify import (
     Failure,
     Finish,
     JsonReader,
+    KeptText,
     Media,
     OutputFormat,
     Part,
@@ -624,12 +625,26 @@ def test_long_answer_is_not_kept_for_its_tools() -> None:
     reading = Reading(ask, "m", is_whole=False, spent=Usage())
     tracemalloc.start()
     try:
-        for _ in range(40_000):
-            assert reading.feed([Text("a word, ")])
+        for number in range(4_000):
+            assert reading.feed([Text(f"{number} words and more, " * 4)])
         size, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert size < 100_000
+
+
+def test_text_in_small_pieces_is_kept_in_few() -> None:
+    """Each would cost several times what its characters do."""
+    text = KeptText()
+    tracemalloc.start()
+    try:
+        for number in range(10_000):
+            text.add(f"{number:7} ")
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert text.text == "".join(f"{number:7} " for number in range(10_000))
+    assert size < 2 * text.size
 
 
 def test_json_in_what_was_reasoning_is_no_answer() -> None:
