@@ -36,6 +36,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from processes import few_variables
+
 ROOT = Path(__file__).resolve().parent.parent
 THIS = str(Path(__file__).resolve())
 HOST = "127.0.0.1"
@@ -330,9 +332,8 @@ async def started(
 
 def environment_for(base: str) -> dict[str, str]:
     """The settings of the proxy."""
-    kept = ("PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "HOME")
     return {
-        **{name: os.environ[name] for name in kept if name in os.environ},
+        **few_variables(),
         "MODEL_CONFIG": json.dumps({"m": {"key": KEY, "mode": "chat"}}),
         "DIFY_API_BASE": base,
         "NO_PROXY": "*",
@@ -351,12 +352,11 @@ async def is_idle(port: int) -> bool:
 
 async def soak(minutes: float, streams: int, folder: Path) -> bool:
     """Run it all; prints a summary, and returns whether all is well."""
-    kept = {name: os.environ[name] for name in ("PATH",) if name in os.environ}
     dify_log, log = folder / "dify.log", folder / "opendify.log"
     program = str(shutil.copy(ROOT / "opendify.py", folder))
     tally = Tally()
     async with contextlib.AsyncExitStack() as stack:
-        dify = started([THIS, "--dify"], kept, dify_log)
+        dify = started([THIS, "--dify"], few_variables(), dify_log)
         _, dify_port = await stack.enter_async_context(dify)
         environment = environment_for(f"http://{HOST}:{dify_port}/v1")
         proxy = started([program, "--port", "0"], environment, log)

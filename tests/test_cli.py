@@ -25,6 +25,7 @@ from typing import Any, Callable, NamedTuple, Optional
 import fake_dify
 import pytest
 from fake_dify import FakeDify, Request, Status, text_input
+from processes import few_variables
 
 import opendify
 from opendify import setting_rows
@@ -1067,14 +1068,7 @@ def test_check_shows_numbers_as_numbers(
 # As a process
 # ------------------------------------------------------------------------------
 
-FEW_VARIABLES = ("PATH", "SYSTEMROOT", "LANG", "TMPDIR", "TEMP")
 START = [sys.executable, "-X", "utf8", str(FILE)]
-
-
-@pytest.fixture
-def environment() -> dict[str, str]:
-    """What a process needs, without any setting."""
-    return {name: os.environ[name] for name in FEW_VARIABLES if name in os.environ}
 
 
 @pytest.mark.parametrize("argument", ["--help", "--check"])
@@ -1097,12 +1091,7 @@ def test_output_in_another_encoding_is_no_failure(home: Path, argument: str) -> 
     ("argument", "status"), [("--help", 0), ("--version", 0), ("--check", 1)]
 )
 def test_output_that_nobody_reads_is_no_failure(
-    home: Path,
-    environment: dict[str, str],
-    argument: str,
-    status: int,
-    *,
-    is_buffered: bool,
+    home: Path, argument: str, status: int, *, is_buffered: bool
 ) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -1110,7 +1099,7 @@ def test_output_that_nobody_reads_is_no_failure(
     names = {"MODEL_CONFIG": app, "PYTHONUNBUFFERED": "" if is_buffered else "1"}
     ended = subprocess.run(
         [*START, argument],
-        env={**environment, **names},
+        env={**few_variables(), **names},
         cwd=home,
         stdout=writer,
         stderr=subprocess.PIPE,
@@ -1126,13 +1115,11 @@ def test_check_needs_no_output(checked: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert checked().status == 1
 
 
-def test_missing_package_is_one_line_and_status_1(
-    tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_missing_package_is_one_line_and_status_1(tmp_path: Path) -> None:
     """Without site-packages there is neither h11 nor dotenv."""
     command = [sys.executable, "-I", "-S", str(FILE), "--version"]
     ended = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, check=False
+        command, env=few_variables(), cwd=tmp_path, capture_output=True, check=False
     )
     err = ended.stderr.decode()
     assert (ended.returncode, ended.stdout) == (1, b"")
@@ -1157,15 +1144,13 @@ def test_missing_part_of_python_is_one_line_and_status_1(name: str) -> None:
 
 
 @pytest.fixture
-def demo(
-    tmp_path: Path, environment: dict[str, str]
-) -> Iterator[subprocess.Popen[str]]:
+def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """The demo on a free port, as a process."""
     command = [*START, "--demo", "--port", "0"]
     with subprocess.Popen(
         command,
         cwd=tmp_path,
-        env=environment,
+        env=few_variables(),
         encoding="utf-8",
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -1213,15 +1198,13 @@ def test_demo_says_that_it_takes_no_files(demo: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
-def test_file_that_fails_later_is_a_warning(
-    tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_file_that_fails_later_is_a_warning(tmp_path: Path) -> None:
     path = str(tmp_path / "c.sqlite")
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with subprocess.Popen(
         [*START, "--demo", "--port", "0"],
         cwd=tmp_path,
-        env={**environment, "CONVERSATION_STORE": path},
+        env={**few_variables(), "CONVERSATION_STORE": path},
         encoding="utf-8",
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

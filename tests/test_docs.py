@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import logging
-import os
 import re
 import shlex
 import shutil
@@ -21,6 +20,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from dotenv import dotenv_values
+from processes import few_variables
 
 import opendify
 from opendify import (
@@ -705,7 +705,6 @@ def test_every_code_that_is_explained_exists() -> None:
 # ------------------------------------------------------------------------------
 
 START = [sys.executable, "-X", "utf8"]
-KEPT = ("PATH", "SYSTEMROOT", "LANG", "TMPDIR", "TEMP")
 SHOWN_BASE = "http://127.0.0.1:5000/v1"
 LOG = "log.txt"
 
@@ -724,7 +723,7 @@ def demo_base(tmp_path: Path) -> Iterator[str]:
         subprocess.Popen(
             command,
             cwd=tmp_path,
-            env={name: os.environ[name] for name in KEPT if name in os.environ},
+            env=few_variables(),
             encoding="utf-8",
             stdout=subprocess.PIPE,
             stderr=written,
@@ -755,7 +754,7 @@ def run_python(text: str, base: str) -> subprocess.Popen[str]:
     text = text.replace(SHOWN_BASE, base).replace("my-model", "demo")
     return subprocess.Popen(
         [*START, "-c", text],
-        env={name: os.environ[name] for name in KEPT if name in os.environ},
+        env=few_variables(),
         encoding="utf-8",
         stdout=subprocess.PIPE,
     )

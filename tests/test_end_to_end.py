@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import importlib.util
 import json
-import os
 import re
 import shutil
 import signal
@@ -23,6 +22,7 @@ import fake_dify as fake
 import pytest
 from expected_answers import EXPECTED
 from fake_dify import FakeDify
+from processes import few_variables
 
 JSONObject = dict[str, Any]
 SOURCE = Path(__file__).resolve().parent.parent / "opendify.py"
@@ -41,9 +41,7 @@ ODD = "team/应用 1"
 
 def environment() -> dict[str, str]:
     """Return the variables of a process: none that change what it does."""
-    kept = ("PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "HOME")
-    variables = {name: os.environ[name] for name in kept if name in os.environ}
-    return {**variables, "PYTHONIOENCODING": "utf-8", "NO_PROXY": "*"}
+    return {**few_variables(), "PYTHONIOENCODING": "utf-8", "NO_PROXY": "*"}
 
 
 @contextlib.asynccontextmanager

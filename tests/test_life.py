@@ -9,7 +9,6 @@ import contextlib
 import gc
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
@@ -34,6 +33,7 @@ from fake_dify import (
     chat_answer,
     message,
 )
+from test_end_to_end import environment
 from test_faults import understand
 from test_upstream import HEAD, chunk, event, raw_server, read_request
 
@@ -503,12 +503,10 @@ async def running(
         program = ["sh", "-c", f'{limit}; exec "$@"', "sh", *program]
     lines = [f"{name}='{value}'\n" for name, value in variables.items()]
     (folder / ".env").write_text("".join(lines), encoding="utf-8")
-    kept = ("PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "HOME", "LANG")
-    environment = {name: os.environ[name] for name in kept if name in os.environ}
     process = await asyncio.create_subprocess_exec(
         *program,
         cwd=folder,
-        env={**environment, "NO_PROXY": "*", "PYTHONIOENCODING": "utf-8"},
+        env=environment(),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
