@@ -887,6 +887,7 @@ async def test_mode_that_dify_refuses_to_tell_is_asked_again() -> None:
         model = json.dumps({"m": {"key": KEY}})
         async with served.serve(settings_of(dify, "chat", MODEL_CONFIG=model)):
             await Client(served).chat("one")
+    assert told == []
 
 
 async def test_name_hides_no_history_from_an_app_without_memory() -> None:
