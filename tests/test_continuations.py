@@ -157,13 +157,8 @@ class Site:
     @contextlib.asynccontextmanager
     async def serve(self, settings: opendify.Settings) -> AsyncIterator[Proxy]:
         """Run a proxy; clients that are still connected leave at its end."""
-        async with serving(settings) as (server, port):
-            self.proxy = Proxy(port, self.dify, server)
-            try:
-                yield self.proxy
-            finally:
-                for call in self.proxy.asked:
-                    await call.leave()
+        async with serving(settings, self.dify) as self.proxy:
+            yield self.proxy
 
     @property
     def turns(self) -> list[fake.Request]:
@@ -470,7 +465,8 @@ async def test_two_processes_share_a_file(tmp_path: Path) -> None:
             (tmp_path / name).mkdir()
             program = running(tmp_path / name, **options)
             _, base = await stack.enter_async_context(program)
-            proxies.append(Proxy(urlsplit(base).port or 0, dify, None))  # type: ignore[arg-type]
+            port: Any = urlsplit(base).port
+            proxies.append(Proxy(port, dify, None, None))  # type: ignore[arg-type]
         client, window = Client(served), Client(served, window=4)
         for number, text in enumerate(TWENTY[:10]):
             served.proxy = proxies[number % 2]
@@ -755,7 +751,7 @@ async def test_deleted_conversation_costs_one_request(
         assert len(served.dify.requests) == before + 2
         assert await client.chat("four", stream=stream) == [fresh]
         assert len(served.dify.requests) == before + 3
-        assert len(served.proxy.server._site.conversations) == 1
+        assert len(served.proxy.site.conversations) == 1
 
 
 async def test_deleted_conversation_that_is_met_with_silence() -> None:
@@ -1339,7 +1335,7 @@ async def test_named_conversation_that_is_lost_is_told_before_a_turn_is_sent() -
         await client.send()  # nor by its history, from then on
         asked = [served.conversation_of(turn) for turn in served.turns]
         assert asked == ["", ""]
-        assert len(served.proxy.server._site.conversations) == 1
+        assert len(served.proxy.site.conversations) == 1
 
 
 async def test_history_variable_is_told_with_what_follows_a_response() -> None:
@@ -1545,7 +1541,7 @@ async def test_apps_without_memory_are_told_everything(mode: str) -> None:
             await client.say(text)
             assert client.context == client.messages[:-1]
         assert client.conversation == ""
-        assert len(served.proxy.server._site.conversations) == 0
+        assert len(served.proxy.site.conversations) == 0
 
 
 # ------------------------------------------------------------------------------

@@ -1660,8 +1660,8 @@ async def test_download_waits_for_a_client_that_does_not_read(
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n"
         _, writer = await asyncio.open_connection("127.0.0.1", served.port, limit=1000)
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        await served.dify.until(lambda: served.server._site.in_flight)
-        (exchange,) = served.server._site.in_flight
+        await served.dify.until(lambda: served.site.in_flight)
+        (exchange,) = served.site.in_flight
         await asyncio.sleep(5)
         assert exchange.reply.must_drain()
         assert exchange.reply._wire._unsent < 1 << 20

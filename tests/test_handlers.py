@@ -176,6 +176,7 @@ class Proxy:
     port: int
     dify: FakeDify
     server: opendify.Server
+    site: opendify.Site
     asked: list[Call] = field(default_factory=list)
 
     async def open(
@@ -252,20 +253,13 @@ async def proxy(
                 **(variables or {}),
             }
         )
-        async with serving(settings) as (server, port):
-            made = Proxy(port, dify, server)
-            try:
-                yield made
-            finally:
-                for call in made.asked:
-                    await call.leave()
+        async with serving(settings, dify) as made:
+            yield made
 
 
 @contextlib.asynccontextmanager
-async def serving(
-    settings: opendify.Settings,
-) -> AsyncIterator[tuple[opendify.Server, int]]:
-    """Give a running server and its port; it must end by itself and at once."""
+async def serving(settings: opendify.Settings, dify: FakeDify) -> AsyncIterator[Proxy]:
+    """Give a running proxy; once its clients have left, it must end at once."""
     store, ttl_s = settings.conversation_store, settings.conversation_ttl
     conversations, complaint = opendify.open_conversations(store, ttl_s)
     assert not complaint
@@ -276,8 +270,13 @@ async def serving(
     )
     server = opendify.Server(site, lambda: f"req_{next(requests)}")
     ((_, port),) = await server.listen("127.0.0.1", 0)
+    made = Proxy(port, dify, server, site)
     try:
-        yield server, port
+        try:
+            yield made
+        finally:
+            for call in made.asked:
+                await call.leave()
         assert await server.drain()
     finally:
         await server.drain(0)
@@ -1949,7 +1948,7 @@ async def test_choice_that_was_late_writes_nothing_behind_the_end(
         fake.chat_answer("Late."),
     ]
     async with proxy(lambda _: scripts.pop(0)) as served:
-        monkeypatch.setattr(served.server._site.dify.api.pool, "_connect", connect)
+        monkeypatch.setattr(served.site.dify.api.pool, "_connect", connect)
         call = await served.begin(n=2, stream=True)
         assert (await call.read_rest()).error["message"] == "No."
         with pytest.raises(asyncio.TimeoutError):

@@ -117,7 +117,8 @@ def slowly(data: bytes, pause_s: float) -> list[Act]:
 class Host:
     """A server with one app behind it, and what is asked of it."""
 
-    def __init__(self, server: Server, port: int) -> None:
+    def __init__(self, site: Site, server: Server, port: int) -> None:
+        self.site = site
         self.server = server
         self.port = port
 
@@ -243,7 +244,7 @@ async def hosting(
     # As if it listened where the settings say.
     server.is_local = is_loopback(settings.server_host)
     try:
-        yield Host(server, port)
+        yield Host(site, server, port)
     finally:
         await server.drain(0)
         dify.close()
@@ -1051,7 +1052,7 @@ async def test_client_that_reads_slowly_gets_all() -> None:
 async def test_address_that_guesses_keys_has_to_wait() -> None:
     """On loopback nobody guesses; so the address is given here."""
     async with hosting(**KEYED) as host:
-        site: Site = host.server._site
+        site = host.site
 
         def ask(key: str, peer: str = "203.0.113.7") -> int:
             fields = {"authorization": f"Bearer {key}"} if key else {}
@@ -1085,7 +1086,7 @@ async def test_addresses_are_told_apart_and_not_kept_for_ever(
 ) -> None:
     monkeypatch.setattr("opendify.MAX_ADDRESSES", 4)
     async with hosting(**KEYED) as host:
-        site: Site = host.server._site
+        site = host.site
         peers = [f"203.0.113.{number}" for number in range(100)]
 
         def ask(peer: str) -> None:
@@ -1106,7 +1107,7 @@ async def test_addresses_are_told_apart_and_not_kept_for_ever(
 
 async def test_key_that_is_withdrawn_fails_without_being_counted_for_ever() -> None:
     async with hosting(**KEYED) as host:
-        site: Site = host.server._site
+        site = host.site
         site.check_key("key-one", "203.0.113.7")
         site.dify.use(replace(site.dify.settings, valid_api_keys=("key-two",)))
         for _ in range(3 * MAX_KEY_FAILURES):  # it came from there: never a 429

@@ -375,7 +375,7 @@ async def test_nothing_of_a_request_waits_for_the_collector(
     async with FakeDify() as dify, proxying(dify.base) as front:
         dify.app(KEY, script=chat_answer("Hello"))
         exchanges: list[Any] = []
-        running: set[Any] = front.server._site.in_flight
+        running: set[Any] = front.site.in_flight
         front.server.before_request = lambda: exchanges.extend(
             map(weakref.ref, running)
         )

@@ -126,13 +126,8 @@ async def replicas(
                 **(variables or {}),
             }
         )
-        async with serving(settings) as (server, port):
-            second = Proxy(port, first.dify, server)
-            try:
-                yield first, second
-            finally:
-                for call in second.asked:
-                    await call.leave()
+        async with serving(settings, first.dify) as second:
+            yield first, second
 
 
 def reference(item: JSONObject) -> JSONObject:
@@ -467,7 +462,7 @@ async def test_all_turns_of_a_conversation_are_read(count: int, pages: int) -> N
         stored.messages[:] = [fake.Message(id_, "Hi") for id_ in ids]
         before = len(served.dify.requests)
         place = opendify.Place(stored.user, stored.id, "")
-        site = served.server._site
+        site = served.site
         app = site.dify.settings.model_config["m"]
         turns = await opendify._turns_of(site, app, place)
         assert len(served.dify.requests) - before == pages
@@ -1495,7 +1490,7 @@ async def test_items_are_found_when_their_model_has_another_name() -> None:
         path = f"{CONVERSATIONS}/{made['id']}/items"
         await answer(served, "Hi", conversation=made["id"])
         before = (await served.get(path)).json
-        dify = served.server._site.dify
+        dify = served.site.dify
         app = dify.settings.model_config["m"]
         apps = {"m": replace(app, key="app-other"), "new": app}
         dify.use(replace(dify.settings, model_config=apps))
@@ -1819,7 +1814,7 @@ async def test_items_are_not_sought_in_another_app_that_has_the_model_s_name() -
     async with proxy() as served:
         made = (await post(served, CONVERSATIONS, {})).json
         await answer(served, "Hi", conversation=made["id"])
-        client = served.server._site.dify
+        client = served.site.dify
         models = {"m": opendify.AppSettings("app-other", served.dify.base)}
         client.use(replace(client.settings, model_config=models))
         asked = len(served.dify.requests)

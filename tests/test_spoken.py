@@ -452,13 +452,8 @@ async def restarted(before: Proxy) -> AsyncIterator[Proxy]:
     settings = opendify.parse_settings(
         {"MODEL_CONFIG": models, "DIFY_API_BASE": before.dify.base}
     )
-    async with serving(settings) as (server, port):
-        made = Proxy(port, before.dify, server)
-        try:
-            yield made
-        finally:
-            for call in made.asked:
-                await call.leave()
+    async with serving(settings, before.dify) as made:
+        yield made
 
 
 async def test_history_is_folded_after_a_restart() -> None:
