@@ -1721,7 +1721,8 @@ def test_history_is_known_if_it_is_what_dify_has_or_its_end(
 def test_question_is_known_by_all_its_messages(
     shown: list[str], stored: str, is_known: bool
 ) -> None:
-    asked = [opendify.Message(*text.split(" ", 1)) for text in shown]
+    pairs = [text.split() for text in shown]
+    asked = [opendify.Message(role, text) for role, text in pairs]
     answer = opendify.Message("assistant", "a1")
     ask = opendify.Ask("m", (*asked, answer, opendify.Message("user", "q3")))
     known = (opendify.Message("user", stored), answer)
