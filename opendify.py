@@ -5412,14 +5412,19 @@ class Tail(NamedTuple):
     def shown_as(self, window: Tail) -> bytes:
         """Its digests; without those of tools, if it ends with such a window then.
 
-        What Dify has as an input only is counted by messages, and so shown whole.
+        The round of tools that runs is shown, also by who leaves out the others. What
+        Dify has as an input only is counted by messages, and so shown whole.
         """
         whole = self.digests
         is_in = window.digests[:_DIGEST_BYTES] in whole
         if whole.endswith(window.digests) or self.folded or not is_in:
             return whole
         digests = re.findall(rb".{%d}" % _DIGEST_BYTES, whole, re.DOTALL)
-        return b"".join(d for d in digests if not d.startswith(_OF_TOOLS))
+        running: list[bytes] = []
+        while digests and digests[-1].startswith(_OF_TOOLS):
+            running.insert(0, digests.pop())
+        said = [d for d in digests if not d.startswith(_OF_TOOLS)]
+        return b"".join(said + running)
 
     def ends(self, longer: Tail, *, is_clear: bool) -> bool:
         """Whether this window ends that transcript, and stands nowhere else in it.

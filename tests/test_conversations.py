@@ -696,6 +696,17 @@ def test_calls_that_are_answered_may_be_left_out(store: Conversations) -> None:
     assert found(store, ask_with_tools(*later)) == "c"  # a window with two answers
 
 
+@pytest.mark.parametrize("steps", [(CALL,), (CALL, RESULT, CALL)])
+def test_calls_of_the_round_that_runs_are_shown(
+    store: Conversations, steps: tuple[Message, ...]
+) -> None:
+    """Who leaves out the calls of earlier turns still shows those of the last one."""
+    before, now = (user("Weather?"), answer("Warm.")), user("And now?")
+    record(store, "c", before[0], CALL, RESULT, before[1], now, *steps)
+    assert found(store, ask_with_tools(*before, now, *steps, RESULT)) == "c"
+    assert found(store, ask_with_tools(*before, now, CALL, CALL, RESULT)) == ""
+
+
 @pytest.mark.parametrize(
     "history",
     [
