@@ -28,7 +28,7 @@ BUDGETS = {
     "Ids": 62,
     "OpenAI": 738,
     "Responses": 423,
-    "Conversations": 422,
+    "Conversations": 426,
     "Pacer": 130,
     "Wire": 505,
     "Upstream": 716,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 453,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7656
+WHOLE_BUDGET = 7660
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
