@@ -12,7 +12,6 @@ import asyncio
 import base64
 import contextlib
 import gzip
-import itertools
 import json
 import re
 import socket
@@ -23,6 +22,7 @@ from typing import Any, Callable, NamedTuple, Union
 import pytest
 from fake_dify import FakeDify, chat_answer
 from schemas import FINISH_REASONS
+from sites import listening
 from test_upstream import (
     END,
     HEAD,
@@ -37,18 +37,7 @@ from test_upstream import (
 )
 
 import opendify
-from opendify import (
-    CIRCUIT_S,
-    Dify,
-    Origin,
-    Server,
-    Site,
-    Wire,
-    open_conversations,
-    open_wire,
-    parse_settings,
-    proxy_for,
-)
+from opendify import CIRCUIT_S, Origin, Wire, open_wire, parse_settings, proxy_for
 
 FIRST_EVENT_S, IDLE_S, CONNECT_S = 20, 40, 10
 LIMITS = {
@@ -223,20 +212,11 @@ async def proxying(
     models = models or {"m": {"key": KEY, "mode": "chat"}}
     values = {"MODEL_CONFIG": json.dumps(models), "DIFY_API_BASE": base}
     settings = parse_settings({**values, **LIMITS, **variables})
-    conversations, _ = open_conversations("memory", 1)
-    dify = Dify(settings, connect)
-    ids = itertools.count(1)
-    site = Site(dify, conversations, lambda: str(next(ids)))
-    server = Server(site, lambda: f"req_{next(ids)}")
-    ((_, port),) = await server.listen("127.0.0.1", 0)
-    try:
-        yield Front(port)
-    finally:
-        await asyncio.sleep(0.01)
-        await server.drain(0)
-        dify.close()
-        conversations.close()
-        await asyncio.sleep(0)
+    async with listening(settings, connect) as (_, _, port):
+        try:
+            yield Front(port)
+        finally:
+            await asyncio.sleep(0.01)
 
 
 # ------------------------------------------------------------------------------

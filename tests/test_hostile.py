@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import itertools
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from typing import NamedTuple, Union
 
 import pytest
 from fake_dify import FakeDify, chat_answer
+from sites import listening
 from test_wire import HOSTILE
 from work import at_most
 
@@ -38,7 +38,6 @@ from opendify import (
     MAX_HEAD_BYTES,
     MAX_KEY_FAILURES,
     WRITE_TIMEOUT_S,
-    Dify,
     Exchange,
     KeysGuessed,
     Listener,
@@ -51,8 +50,6 @@ from opendify import (
     find_endpoint,
     find_handler,
     is_loopback,
-    open_conversations,
-    open_wire,
     parse_settings,
 )
 
@@ -235,21 +232,10 @@ async def hosting(
     models = {"MODEL_CONFIG": json.dumps({"m": {"key": KEY, "mode": "chat"}})}
     limits = {"DIFY_API_BASE": base, "MAX_BODY_MB": "1"}
     settings = parse_settings({**models, **limits, **variables})
-    conversations, _ = open_conversations("memory", 1)
-    dify = Dify(settings, open_wire)
-    ids = itertools.count(1)
-    site = Site(dify, conversations, lambda: str(next(ids)))
-    server = Server(site, lambda: f"req_{next(ids)}")
-    ((_, port),) = await server.listen("127.0.0.1", 0)
-    # As if it listened where the settings say.
-    server.is_local = is_loopback(settings.server_host)
-    try:
+    async with listening(settings) as (site, server, port):
+        # As if it listened where the settings say.
+        server.is_local = is_loopback(settings.server_host)
         yield Host(site, server, port)
-    finally:
-        await server.drain(0)
-        dify.close()
-        conversations.close()
-        await asyncio.sleep(0)
 
 
 # ------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import itertools
 import json
 import re
 import shutil
@@ -33,21 +32,13 @@ from fake_dify import (
     chat_answer,
     message,
 )
+from sites import listening
 from test_end_to_end import environment
 from test_faults import understand
 from test_upstream import HEAD, chunk, event, raw_server, read_request
 
 import opendify
-from opendify import (
-    DRAIN_S,
-    Dify,
-    Metrics,
-    Server,
-    Site,
-    open_conversations,
-    open_wire,
-    parse_settings,
-)
+from opendify import DRAIN_S, Metrics, Server, Site, parse_settings
 
 SOURCE = Path(__file__).resolve().parent.parent / "opendify.py"
 KEY = "app-key-of-the-tests"
@@ -111,20 +102,11 @@ async def proxying(
 ) -> AsyncIterator[Front]:
     models = {"MODEL_CONFIG": json.dumps({"m": {"key": KEY, "mode": "chat"}})}
     settings = parse_settings({**models, "DIFY_API_BASE": base, **variables})
-    conversations, _ = open_conversations("memory", 3600)
-    dify = Dify(settings, open_wire)
-    ids = itertools.count(1)
-    site = Site(dify, conversations, lambda: str(next(ids)), wall_clock=wall_clock)
-    server = Server(site, lambda: f"req_{next(ids)}")
-    ((_, port),) = await server.listen("127.0.0.1", 0)
-    try:
-        yield Front(port, site, server)
-    finally:
-        await asyncio.sleep(0.01)
-        await server.drain(0)
-        dify.close()
-        conversations.close()
-        await asyncio.sleep(0.01)
+    async with listening(settings, wall_clock=wall_clock) as (site, server, port):
+        try:
+            yield Front(port, site, server)
+        finally:
+            await asyncio.sleep(0.01)
 
 
 # ------------------------------------------------------------------------------

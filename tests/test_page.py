@@ -14,7 +14,6 @@ import hashlib
 import html.parser
 import importlib
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -32,6 +31,7 @@ from typing import Any, NamedTuple
 import fake_dify as fake
 import pytest
 from fake_dify import FakeDify
+from sites import listening
 
 import opendify
 
@@ -102,18 +102,8 @@ async def serving(variables: Mapping[str, str]) -> AsyncIterator[Site]:
         models = json.dumps({"desk": "app-good", "gone": "app-bad"})
         given = {"MODEL_CONFIG": models, "DIFY_API_BASE": dify.base}
         settings = opendify.parse_settings({**given, **variables})
-        client = opendify.Dify(settings, opendify.open_wire)
-        table, _ = opendify.open_conversations("memory", 60)
-        ids = map(str, itertools.count())
-        site = opendify.Site(client, table, lambda: next(ids))
-        server = opendify.Server(site, lambda: f"req_{next(ids)}")
-        ((_, port),) = await server.listen("127.0.0.1", 0)
-        try:
+        async with listening(settings) as (_, _, port):
             yield Site(dify, f"http://127.0.0.1:{port}/")
-        finally:
-            await server.drain(0)
-            client.close()
-            table.close()
 
 
 @contextlib.contextmanager

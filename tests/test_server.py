@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import itertools
 import json
 import logging
 import re
@@ -18,6 +17,7 @@ from typing import Any, Callable, cast
 
 import pytest
 from fake_dify import FakeDify, Hang, Send, Sleep, chat_answer, error_event, message
+from sites import listening
 from test_wire import HOSTILE, bytewise
 
 import opendify
@@ -32,13 +32,10 @@ from opendify import (
     BadRequest,
     ChatRequest,
     ChatStream,
-    Dify,
     Envelope,
     Exchange,
     Server,
     Site,
-    open_conversations,
-    open_wire,
     parse_settings,
 )
 
@@ -272,23 +269,14 @@ def serving(routes: Callable[[], Stage]) -> Serving:
     async def serve(base: str = "http://127.0.0.1:9/v1", **variables: str) -> Any:
         models = {"MODEL_CONFIG": json.dumps({"m": {"key": KEY, "mode": "chat"}})}
         settings = parse_settings({**models, "DIFY_API_BASE": base, **variables})
-        conversations, _ = open_conversations("memory", 1)
-        dify = Dify(settings, open_wire)
-        ids = itertools.count(1)
-        site = Site(dify, conversations, lambda: str(next(ids)))
-        server = Server(site, lambda: f"req_{next(ids)}")
-        ((_, port),) = await server.listen("127.0.0.1", 0)
-        world = World(server, port, routes())
-        try:
-            yield world
-        finally:
-            for client in world.clients:
-                client.close()
-            await some_turns()
-            await server.drain(0)
-            dify.close()
-            conversations.close()
-            await some_turns()
+        async with listening(settings) as (_, server, port):
+            world = World(server, port, routes())
+            try:
+                yield world
+            finally:
+                for client in world.clients:
+                    client.close()
+                await some_turns()
 
     return cast("Serving", serve)
 
