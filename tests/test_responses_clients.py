@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import json
 import shutil
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import fake_dify as fake
 import pytest
 from fake_dify import FakeDify
+from test_agents import need
 from test_end_to_end import environment, run_client, running
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -192,12 +192,6 @@ async def test_demo_keeps_what_was_said(tmp_path: Path) -> None:
 
 
 # Optional clients...
-
-
-def need(package: str) -> None:
-    """Skip the test if a package is not installed beside the tests."""
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed beside the tests")
 
 
 AGENTS = """
