@@ -1165,6 +1165,11 @@ TEXT, REQUIRED = "text-input", True
             id="first",
         ),
         pytest.param(
+            [AppInput("a", TEXT), *(AppInput(n, TEXT, REQUIRED) for n in "bc")],
+            "a",
+            id="first-of-several",
+        ),
+        pytest.param(
             [AppInput("n", "number"), AppInput("z", TEXT)], "z", id="no-number"
         ),
     ],
