@@ -1420,6 +1420,17 @@ async def test_silent_stream_is_not_completed() -> None:
 # ------------------------------------------------------------------------------
 
 
+async def test_run_that_has_ended_is_not_stopped() -> None:
+    """Its client may leave while the pacer still has text."""
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY)
+        stream = await dify.open_turn(app, "chat", question("chat"))
+        while await stream.read():
+            pass
+        await stream.end()
+        assert [request.path for request in fake.requests] == ["/chat-messages"]
+
+
 @pytest.mark.parametrize("mode", ["chat", "agent-chat", "advanced-chat", "completion"])
 async def test_stop_ends_the_run_and_the_answer_is_stored(mode: str) -> None:
     kind = "agent_message" if mode == "agent-chat" else "message"
