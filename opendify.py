@@ -7644,7 +7644,6 @@ class TurnStream:
         """Have Dify end the run, if it may still go on."""
         reader = self.reader
         may_go_on = self.is_given_up or not reader.is_finished
-        self.is_given_up = False  # it is stopped, as well as can be
         if may_go_on and reader.task_id:
             reader.finish_reason = "length"  # not all is said
             path = stop_path(reader.mode, reader.task_id)
