@@ -31,7 +31,7 @@ BUDGETS = {
     "Conversations": 426,
     "Pacer": 130,
     "Wire": 505,
-    "Upstream": 716,
+    "Upstream": 715,
     "Answers": 576,
     "Handlers": 960,
     "Server": 286,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 453,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7660
+WHOLE_BUDGET = 7659
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
