@@ -2239,8 +2239,7 @@ def parse_form(parameters: Json) -> AppForm:
 
 def _input(kind: str, row: Json) -> AppInput:
     name, options = str(row["variable"]), _texts(row.get("options"))
-    kind, is_required = str(row.get("type") or kind), bool(row.get("required"))
-    return AppInput(name, kind, is_required, options, row)
+    return AppInput(name, kind, bool(row.get("required")), options, row)
 
 
 _QUERY_NAMES = ("query", "input", "prompt", "question", "text")
