@@ -2433,18 +2433,18 @@ def upload_head(file: Attachment, boundary: str) -> bytes:
     """
     is_proper = re.fullmatch(r"[\w.+-]+/[\w.+-]+", file.media_type, re.ASCII)
     media_type = file.media_type if is_proper else "application/octet-stream"
-    name = f'"file"; filename="{file.name}"\r\nContent-Type: {media_type}'
-    return _part_head(name, boundary).encode("utf-8", "replace")
+    rest = f'name="file"; filename="{file.name}"\r\nContent-Type: {media_type}'
+    return _part_head(boundary, rest).encode("utf-8", "replace")
 
 
 def upload_end(user: str, boundary: str) -> bytes:
     """What comes after it, to the body's end."""
-    head = _part_head('"user"', boundary)
+    head = _part_head(boundary, 'name="user"')
     return f"\r\n{head}{user}\r\n--{boundary}--\r\n".encode("utf-8", "replace")
 
 
-def _part_head(name: str, boundary: str) -> str:
-    return f"--{boundary}\r\nContent-Disposition: form-data; name={name}\r\n\r\n"
+def _part_head(boundary: str, rest: str) -> str:
+    return f"--{boundary}\r\nContent-Disposition: form-data; {rest}\r\n\r\n"
 
 
 # Recordings by the subtype of their media type or by their extension, and the subtypes
