@@ -1865,8 +1865,9 @@ class _ValueEnd:
     `reach` is how far it has looked.
     """
 
-    reach = _end = _depth = 0
-    _quote = ""
+    def __init__(self) -> None:
+        self.reach = self._end = self._depth = 0
+        self._quote = ""
 
     def find(self, text: str, start: int) -> int:
         """Where the value that begins at `start` ends, 0 for not yet."""
@@ -1919,7 +1920,8 @@ class StopReader:
         return [Text(held)] if held else []
 
     def _cut(self, text: str) -> list[Part]:
-        ends = [(at + len(x), at) for x in self._stops if (at := text.find(x)) >= 0]
+        found = [(text.find(stop), stop) for stop in self._stops]
+        ends = [(at + len(stop), at) for at, stop in found if at >= 0]
         self.is_cut = bool(ends)
         begun = (_begun_at(text, stop) for stop in self._stops)
         size = min(ends)[1] if ends else min(begun)
@@ -2402,9 +2404,11 @@ def files_beside(form: AppForm, files: Iterable[Attachment]) -> list[Any]:
 
 def _file_mapping(file: Attachment, kind: str) -> dict[str, str]:
     """A file as a request names it: by its upload, else by its URL."""
-    local = {"transfer_method": "local_file", "upload_file_id": file.upload_id}
-    remote = {"transfer_method": "remote_url", "url": file.url}
-    return {"type": kind or file_kind(file), **(local if file.upload_id else remote)}
+    if file.upload_id:
+        where = {"transfer_method": "local_file", "upload_file_id": file.upload_id}
+    else:
+        where = {"transfer_method": "remote_url", "url": file.url}
+    return {"type": kind or file_kind(file), **where}
 
 
 def _allowed(rules: Json) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -2760,9 +2764,9 @@ class AnswerText:
         self._held = ""  # what may be a tag, or a part of one
         self._opened: re.Match[str] | None = None  # the tag of the block we are in
         self._state = _STATES[None]  # what that block may hold
-        # Characters since the source began that a closing tag makes reasoning; -inf
-        # after a block: it makes none.
-        self._size: float = 0
+        # Since the source began:
+        self._has_block = False
+        self._size = 0  # of its text, in characters
 
     @property
     def has_come(self) -> bool:
@@ -2799,7 +2803,8 @@ class AnswerText:
         A model that was cut off while it thought has left its block open.
         """
         parts = self._split("", is_last=True) if self._held else []
-        self._opened, self._state, self._size = None, _STATES[None], 0
+        self._opened, self._state = None, _STATES[None]
+        self._has_block, self._size = False, 0
         return parts
 
     def end_node(self, node: object) -> list[Part]:
@@ -2871,9 +2876,9 @@ class AnswerText:
         self._state = _STATES[tag.lastgroup]
         self._opened = tag if tag.lastgroup else None
         if self._opened:
-            self._size = -inf
-        elif self._size > 0:
-            parts.append(Recast(int(self._size)))
+            self._has_block = True
+        elif self._size and not self._has_block:
+            parts.append(Recast(self._size))
             self._size = 0
 
     def _take(self, parts: list[Part], text: str) -> None:
@@ -3146,8 +3151,9 @@ class DeltaReader:
     example, which was read as a whole.
     """
 
-    # What stands around the text; until it is known, what no event begins with.
-    _before, _after = "\0", ""
+    def __init__(self) -> None:
+        # What stands around the text; until it is known, what no event begins with.
+        self._before, self._after = "\0", ""
 
     def texts_of(self, events: Iterator[str]) -> tuple[list[str], str | None]:
         """(the texts of the next events, the first that is not like the example)."""

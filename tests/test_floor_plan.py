@@ -23,8 +23,8 @@ BUDGETS = {
     "SSE": 61,
     "JSON": 93,
     "Turn": 147,
-    "Calls": 677,
-    "Dify": 766,
+    "Calls": 679,
+    "Dify": 771,
     "Ids": 62,
     "OpenAI": 738,
     "Responses": 423,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 453,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7658
+WHOLE_BUDGET = 7665
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
