@@ -2103,7 +2103,9 @@ class _Checker:
             target = target.get(step.replace("~1", "/").replace("~0", "~"), {})
         return target
 
-    def _inner(self, value: Any, schema: Any, at: str) -> Iterator[tuple[Any, ...]]:
+    def _inner(
+        self, value: Any, schema: Any, at: str
+    ) -> Iterator[tuple[Any, Any, str]]:
         """(value, schema, place) of all that other schemas say, inside or elsewhere."""
         if "$ref" in schema:
             yield value, self._target(schema["$ref"]), at
@@ -5907,8 +5909,10 @@ class Conversations:
         rows, _ = self._run(equal, *key, window.chain)
         tails = [Tail(scope, *row) for row in rows]
         # A context that it shows may be none that Dify has.
-        if not (tails or any(map(context_of, said))) and (ask.tools or _is_clear(said)):
-            most, is_clear = _MAX_CANDIDATES + 1, _is_clear(said)
+        may_be_cut = not (tails or any(map(context_of, said)))
+        is_clear = may_be_cut and _is_clear(said)
+        if is_clear or (may_be_cut and ask.tools):
+            most = _MAX_CANDIDATES + 1
             rows, _ = self._run(f"{_MATCH} ORDER BY state LIMIT {most}", *key)
             near = [Tail(scope, *row) for row in rows]
             near = [t for t in near if t.shown_as(window).endswith(window.digests)]

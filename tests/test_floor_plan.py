@@ -23,12 +23,12 @@ BUDGETS = {
     "SSE": 61,
     "JSON": 93,
     "Turn": 147,
-    "Calls": 679,
+    "Calls": 681,
     "Dify": 771,
     "Ids": 62,
     "OpenAI": 738,
     "Responses": 423,
-    "Conversations": 426,
+    "Conversations": 428,
     "Pacer": 130,
     "Wire": 505,
     "Upstream": 715,
@@ -36,10 +36,10 @@ BUDGETS = {
     "Handlers": 960,
     "Server": 286,
     "Page": 263,
-    "Command line": 453,
+    "Command line": 454,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7665
+WHOLE_BUDGET = 7670
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
