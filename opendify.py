@@ -4472,6 +4472,7 @@ def _finish_reason(answer: Answer, is_legacy: bool) -> str:
 
 
 _HERE = {"@": 0}  # where the text of a chunk goes
+_HERE_JSON = json_bytes(_HERE)
 
 
 def _template(chunk: bytes, content: bytes = b"%b") -> bytes:
@@ -4479,7 +4480,7 @@ def _template(chunk: bytes, content: bytes = b"%b") -> bytes:
 
     Written so, a chunk costs a twentieth of what `dumps` of the whole one would.
     """
-    return chunk.replace(b"%", b"%%").replace(json_bytes(_HERE), content)
+    return chunk.replace(b"%", b"%%").replace(_HERE_JSON, content)
 
 
 def encode_failure(error: ProxyError) -> bytes:
@@ -8342,8 +8343,9 @@ class Outlet:
         if pacer:
             is_flood = pacer.held > MAX_HELD_CHARS
             data += self.flush() if is_flood else self._take(pacer, now)
-            self._arm(pacer)
         self._write(data, now)
+        if pacer:
+            self._arm(pacer)
 
     async def finish(self) -> None:
         """Let go what is held back, evenly."""

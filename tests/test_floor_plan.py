@@ -26,20 +26,20 @@ BUDGETS = {
     "Calls": 681,
     "Dify": 771,
     "Ids": 62,
-    "OpenAI": 738,
+    "OpenAI": 739,
     "Responses": 423,
     "Conversations": 428,
     "Pacer": 130,
     "Wire": 505,
     "Upstream": 715,
-    "Answers": 576,
+    "Answers": 577,
     "Handlers": 960,
     "Server": 286,
     "Page": 263,
     "Command line": 454,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7670
+WHOLE_BUDGET = 7672
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
