@@ -5719,8 +5719,8 @@ _MATCH = f"""{_SELECT}
 WHERE last = ? AND state IN ({_FREE}, {_TAKEN}, {_LOST}) AND used >= ?"""
 _PUT = f"""
 INSERT OR REPLACE INTO opendify_tails
-SELECT ?, CASE WHEN (SELECT state FROM opendify_tails WHERE id = ?) IS ?
-          THEN {_FREE} ELSE {_LOST} END, ?, ?, ?, ?, ?, ?, ?, ?"""
+VALUES (?, CASE WHEN (SELECT state FROM opendify_tails WHERE id = ?) IS ?
+           THEN {_FREE} ELSE {_LOST} END, ?, ?, ?, ?, ?, ?, ?, ?)"""
 _DROP = f"DELETE FROM opendify_tails WHERE id = ? AND state != {_LOST}"
 _FORGET = f"""
 UPDATE OR REPLACE opendify_tails SET state = {_LOST}, id = ?, conversation_id = ?
