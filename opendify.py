@@ -211,6 +211,11 @@ class Settings:
         """Whether there is anything to serve."""
         return bool(self.model_config or self.dify_api_keys)
 
+    @property
+    def keyed_apps(self) -> list[AppSettings]:
+        """The apps of DIFY_API_KEYS, which Dify names."""
+        return [AppSettings(key, self.dify_api_base) for key in self.dify_api_keys]
+
 
 def setting_rows() -> list[tuple[str, str, str]]:
     """(variable, default as it is written, meaning) of every setting, in order."""
@@ -9399,7 +9404,7 @@ class Site:
         """Ask Dify for names that are not known; returns why one may be known later."""
         facts = self.dify.facts
         untold: ProxyError | None = None
-        apps = [app for app in self._keyed_apps() if not facts.of(app).name]
+        apps = [app for app in self.dify.settings.keyed_apps if not facts.of(app).name]
         results = await _in_time(map(facts.ask_info, apps))
         for app, got in zip(apps, results):
             if isinstance(got, asyncio.TimeoutError):
@@ -9410,17 +9415,13 @@ class Site:
                 untold = got
         return untold
 
-    def _keyed_apps(self) -> list[AppSettings]:
-        settings = self.dify.settings
-        return [AppSettings(k, settings.dify_api_base) for k in settings.dify_api_keys]
-
     def known_models(self) -> Mapping[str, AppSettings]:
         """All apps by model name; those of DIFY_API_KEYS as far as Dify has named them.
 
         One of them that never answers must not hold up the others' turns.
         """
         models = dict(self.dify.settings.model_config)
-        for app in self._keyed_apps():
+        for app in self.dify.settings.keyed_apps:
             digest = hashlib.sha256(app.key.encode()).hexdigest()
             name = self.dify.facts.of(app).name or f"app-{digest[:8]}"
             if name in models:
@@ -11338,11 +11339,10 @@ async def _serve_until_signal(settings: Settings, server: Server) -> int:
 
 def _models_shown(settings: Settings) -> str:
     """The models and where their apps are, for the log."""
-    names = list(settings.model_config)
-    bases = [app.base for app in settings.model_config.values()]
-    if settings.dify_api_keys:
-        names.append(f"{len(settings.dify_api_keys)} named by Dify")
-        bases.append(settings.dify_api_base)
+    names, keyed_apps = list(settings.model_config), settings.keyed_apps
+    if keyed_apps:
+        names.append(f"{len(keyed_apps)} named by Dify")
+    bases = [app.base for app in (*settings.model_config.values(), *keyed_apps)]
     shown = ", ".join(map(mask_password, dict.fromkeys(bases)))
     return f"models: {', '.join(names)}; Dify: {shown}"
 
@@ -11394,8 +11394,7 @@ async def _check(settings: Settings, *, asks: bool) -> int:
     _show()
     dify, limit = Dify(settings, open_wire), asyncio.Semaphore(CHECKS_AT_ONCE)
     apps = [*settings.model_config.items()]
-    for key in settings.dify_api_keys:
-        apps.append((mask_key(key), AppSettings(key, settings.dify_api_base)))
+    apps += [(mask_key(app.key), app) for app in settings.keyed_apps]
     checks = (_check_app(dify, name, app, limit, asks=asks) for name, app in apps)
     results = await asyncio.gather(*checks)
     dify.close()
