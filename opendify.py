@@ -8511,6 +8511,11 @@ class Collector(Answer):
         """Nothing to stop."""
 
 
+# Where an answer goes: `begin`, `put` its parts, `finish`; `close` in any case. `text`
+# and `calls` are what the client gets; there is more to the text if it `is_behind`.
+Sink = Union[Outlet, Collector]
+
+
 class Reading:
     """Reads an answer as its request demands: calls, stops, JSON.
 
@@ -8689,7 +8694,7 @@ class Turns:
     conversations: Conversations
     wall_clock: Callable[[], float]
 
-    async def run(self, question: Question, sink: Outlet | Collector) -> None:
+    async def run(self, question: Question, sink: Sink) -> None:
         """One turn, and another one if its answer will not do.
 
         Raises:
@@ -8730,7 +8735,7 @@ class Turns:
                 self.conversations.forget(tail, is_gone=is_gone)
             raise
 
-    async def _run_once(self, question: Question, sink: Outlet | Collector) -> Reading:
+    async def _run_once(self, question: Question, sink: Sink) -> Reading:
         """Ask, and carry the answer to the sink; the reading says if it will do."""
         exchange = question.exchange
         turn = await self._open_turn(question)
@@ -8755,7 +8760,7 @@ class Turns:
         return reading
 
     async def _pass_on(
-        self, exchange: Exchange, turn: Turn, sink: Outlet | Collector, reading: Reading
+        self, exchange: Exchange, turn: Turn, sink: Sink, reading: Reading
     ) -> None:
         """Carry the answer from Dify to the client."""
 
@@ -8780,7 +8785,7 @@ class Turns:
         if not reading.problem:
             await sink.finish()
 
-    def _settle(self, turn: Turn, sink: Outlet | Collector, *, can_go_on: bool) -> None:
+    def _settle(self, turn: Turn, sink: Sink, *, can_go_on: bool) -> None:
         """Record where the conversation stands, or that nobody knows."""
         id_, now = turn.stream.reader.conversation_id, self.wall_clock()
         answer = Message("assistant", sink.text, tool_calls=tuple(sink.calls))
@@ -9871,7 +9876,7 @@ async def _answer_all(
         for index, question in enumerate(questions if is_streamed else ())
     ]
     collectors = [] if is_streamed else [Collector(exchange) for _ in questions]
-    sinks: list[Outlet | Collector] = [*outlets, *collectors]
+    sinks: list[Sink] = [*outlets, *collectors]
     try:
         if len(questions) == 1:
             await site.turns.run(questions[0], sinks[0])
@@ -10030,7 +10035,7 @@ async def _spoken(site: Site, exchange: Exchange, app: AppSettings, ask: Ask) ->
     return Spoken(lambda ids: replace(frame, ids=ids).id("audio_"), expires_at)
 
 
-async def _say(site: Site, question: Question, sink: Outlet | Collector) -> None:
+async def _say(site: Site, question: Question, sink: Sink) -> None:
     """Have the app say its answer; a call, or nothing, is not said.
 
     The conversation has the text by now, and goes on whatever happens to its sound.
