@@ -8220,7 +8220,7 @@ class Exchange:
 
     def __init__(self, reply: Reply, id_: str, peer: str = "") -> None:
         self.reply, self.id, self.peer = reply, id_, peer
-        self.waiting: set[Any] = set()  # tasks that run with it
+        self._tasks: set[asyncio.Task[Any]] = set()  # that run with it
         self.outlets: list[Outlet] = []  # that its answers, if streamed, go through
         self.started_at = self.written_at = asyncio.get_running_loop().time()
         reply.headers.append(("x-request-id", id_))
@@ -8246,16 +8246,20 @@ class Exchange:
         """Begin; raises ConnectionBroken if the client has left or got all."""
         if self.has_left or self.reply.is_complete:  # another choice has failed
             raise ConnectionBroken("nobody waits")
-        self.waiting.add(asyncio.current_task())
+        self._tasks.add(cast("asyncio.Task[Any]", asyncio.current_task()))
 
     def __exit__(self, *_: object) -> None:
         """Whatever it ended with."""
-        self.waiting.discard(asyncio.current_task())
+        self._tasks.discard(cast("asyncio.Task[Any]", asyncio.current_task()))
 
     def leave(self) -> None:
-        """The client has gone: those of its tasks end that are `waiting`."""
+        """The client has gone: what runs with it ends."""
         self.has_left = True
-        for task in self.waiting:
+        self.cut()
+
+    def cut(self) -> None:
+        """Cancel the tasks that run with it."""
+        for task in self._tasks:
             task.cancel()
 
     # A streamed answer...
@@ -9911,8 +9915,7 @@ async def _all_of(
         await asyncio.wait(tasks)
         raise
     except Exception:
-        for task in exchange.waiting:
-            task.cancel()
+        exchange.cut()
         site.dify.run_in_background(asyncio.wait(tasks))
         raise
 

@@ -87,11 +87,10 @@ class Stage:
     async def wait(self, _: Site, exchange: Exchange) -> None:
         """Answer when the gate opens, or end when the client leaves."""
         await opendify.read_whole(exchange.read)
-        task = cast("asyncio.Task[None]", asyncio.current_task())
-        exchange.waiting.add(task)
         self.entered.set()
         try:
-            await self.gate.wait()
+            with exchange:
+                await self.gate.wait()
             exchange.reply.send(200, b"late")
         finally:
             self.ended.set()
@@ -100,11 +99,10 @@ class Stage:
         """The same, after the head."""
         self.begin(exchange)
         await exchange.reply.drain()
-        task = cast("asyncio.Task[None]", asyncio.current_task())
-        exchange.waiting.add(task)
         self.entered.set()
         try:
-            await self.gate.wait()
+            with exchange:
+                await self.gate.wait()
             exchange.reply.end(b"data: [DONE]\n\n")
         finally:
             self.ended.set()
