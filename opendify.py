@@ -10505,12 +10505,36 @@ class Server(Listener):
             return
         handler = find_handler(self._site, exchange)
         wire.on_leave = exchange.leave
-        limit, metrics = settings.max_body_mb << 20, self._site.metrics
-        exchange.read = _body_reader(request, wire, decoder, limit, metrics)
+        exchange.read = self._body_reader(request, wire, decoder)
         value = await handler(self._site, exchange)
         if value is not None:
             send_json(reply, value)
         await reply.drain()  # it is over when the client has it
+
+    def _body_reader(self, request: Request, wire: Wire, body: BodyDecoder) -> Read:
+        """What reads the request's body; the client is told to send it."""
+        got, metrics = 0, self._site.metrics
+        most_mb = self._site.dify.settings.max_body_mb
+        wire.clear_deadline()  # the head was in time
+        if COMPRESSED.search(request.headers.get("content-encoding", "")):
+            raise UnsupportedCoding("Send the body without a Content-Encoding.")
+        _check_size(int(request.headers.get("content-length", 0)), most_mb)
+        if request.expects_continue and not body.is_complete:
+            wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+        async def read() -> bytes:
+            nonlocal got
+            if body.is_complete:
+                return b""
+            wire.set_deadline(BODY_TIMEOUT_S, _slow_request)
+            data = await read_body(wire, body)
+            wire.clear_deadline()
+            metrics.count("opendify_bytes_total", len(data), direction="in")
+            got += len(data)
+            _check_size(got, most_mb)
+            return data
+
+        return read
 
     def _refuse(self, exchange: Exchange, error: ProxyError) -> None:
         """The error as a response, or as the end of one that has begun."""
@@ -10565,6 +10589,11 @@ _UPSTREAM_ERRORS = (UpstreamFailed, UpstreamTimeout, RateLimited, QuotaExceeded)
 _LAST_ERRORS = (MalformedHTTP, HeadTooLarge, RequestTimeout, Overloaded)
 
 
+def _check_size(body_bytes: int, most_mb: int) -> None:
+    if body_bytes > most_mb << 20:
+        raise BodyTooLarge(f"The body is over {most_mb} MiB (MAX_BODY_MB).")
+
+
 async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
     """Have the reply taken, and throw away what is left of the request.
 
@@ -10582,38 +10611,6 @@ async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
             body = BodyDecoder(-1)  # nobody knows what belongs to it
         await read_body(wire, body)
     return reply.is_complete and not reply.must_close
-
-
-def _body_reader(
-    request: Request, wire: Wire, body: BodyDecoder, limit: int, metrics: Metrics
-) -> Read:
-    """What reads the request's body; the client is told to send it."""
-    got = 0
-
-    def check(size: int) -> None:
-        if size > limit:
-            raise BodyTooLarge(f"The body is over {limit >> 20} MiB (MAX_BODY_MB).")
-
-    wire.clear_deadline()  # the head was in time
-    if COMPRESSED.search(request.headers.get("content-encoding", "")):
-        raise UnsupportedCoding("Send the body without a Content-Encoding.")
-    check(int(request.headers.get("content-length", 0)))
-    if request.expects_continue and not body.is_complete:
-        wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    async def read() -> bytes:
-        nonlocal got
-        if body.is_complete:
-            return b""
-        wire.set_deadline(BODY_TIMEOUT_S, _slow_request)
-        data = await read_body(wire, body)
-        wire.clear_deadline()
-        metrics.count("opendify_bytes_total", len(data), direction="in")
-        got += len(data)
-        check(got)
-        return data
-
-    return read
 
 
 def _check_origin(request: Request, settings: Settings, *, is_local: bool) -> None:
