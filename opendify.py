@@ -8203,7 +8203,6 @@ class Exchange:
     `fail` writes an error as the end of a reply that has begun.
     """
 
-    request: Request = NO_REQUEST
     decoder: BodyDecoder | None = None  # of the request's body
     read: Read  # more of it
     fail: Callable[[ProxyError], bytes] | None = None
@@ -8224,6 +8223,11 @@ class Exchange:
         self.outlets: list[Outlet] = []  # that its answers, if streamed, go through
         self.started_at = self.written_at = asyncio.get_running_loop().time()
         reply.headers.append(("x-request-id", id_))
+
+    @property
+    def request(self) -> Request:
+        """The request, once its head is read."""
+        return self.reply.request
 
     @property
     def forwarded_user(self) -> str:
@@ -10493,12 +10497,12 @@ class Server(Listener):
 
     async def _answer(self, exchange: Exchange, wire: Wire) -> None:
         """Read the request, find its handler, and let that reply."""
-        exchange.request = request = parse_request_head(await read_head(wire))
+        reply = exchange.reply
+        reply.request = request = parse_request_head(await read_head(wire))
+        reply.must_close = self._is_draining
         exchange.decoder = decoder = body_decoder(request.headers, until_end=False)
         self.before_request()
-        settings, reply = self._site.dify.settings, exchange.reply
-        reply.request, reply.must_close = request, self._is_draining
-        _check_origin(request, settings, is_local=self.is_local)
+        _check_origin(request, self._site.dify.settings, is_local=self.is_local)
         reply.headers += _cors_headers(request)
         if request.method == "OPTIONS":
             reply.send(204, b"", _preflight(request))

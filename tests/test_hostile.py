@@ -1044,7 +1044,6 @@ async def test_address_that_guesses_keys_has_to_wait() -> None:
             fields = {"authorization": f"Bearer {key}"} if key else {}
             request = Request("GET", "/v1/models", "", fields)
             exchange = Exchange(Reply(Wire(), request), "id", peer)
-            exchange.request = request
             try:
                 find_handler(site, exchange)
             except (Unauthorized, KeysGuessed) as error:
