@@ -6314,15 +6314,19 @@ READ_BUFFER_BYTES = 64 * 1024
 WRITE_TIMEOUT_S = 60.0  # for a peer that reads nothing
 MAX_TIMER_S = 30.0
 
+MAX_EXTENSION_BYTES = 1024  # of a chunk; nobody reads it
 # A chunk's size line, with the line end of the chunk before it; and what may be the
 # beginning of one.
-MAX_EXTENSION_BYTES = 1024  # of a chunk; nobody reads it
 _SIZE_LINE = rb"([0-9A-Fa-f]{1,15})[ \t]{0,64}(?:;[^\r\n]{0,%d})?" % MAX_EXTENSION_BYTES
 _CHUNK = re.compile(rb"\r\n" + _SIZE_LINE)
 _CHUNK_BEGUN = re.compile(rb"\r?\Z|\r\n(?:" + _SIZE_LINE + rb"\r?)?\Z")
 _TRAILERS = re.compile(rb"(?:\r\n[!#$%&'*+.^_`|~\w-]+:[^\r\n]*)*\r\n\r\n")
 _LAST_CHUNK = b"0\r\n\r\n"  # without trailers
 _BAD_CHUNK = "The size of a chunk is malformed, or its extension too long."
+
+Fields = Sequence[tuple[str, str]]  # of a head: (name, value)
+Read = Callable[[], Awaitable[bytes]]  # more of a body, b"" at its end
+Fault = Callable[[], Exception]  # makes what is raised
 
 
 class MalformedHTTP(BadRequest):
@@ -6439,10 +6443,6 @@ _PART_FIELD = re.compile(r"\r\n([\w-]+):([^\r\n\0]*)")
 _PARAMETER = re.compile(
     r';\s*([\w*-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]+))', re.DOTALL
 )
-
-Fields = Sequence[tuple[str, str]]  # of a head: (name, value)
-Read = Callable[[], Awaitable[bytes]]  # more of a body, b"" at its end
-Fault = Callable[[], Exception]  # makes what is raised
 
 
 class FormPart(NamedTuple):
@@ -7592,7 +7592,7 @@ class TurnStream:
             except UpstreamTimeout as error:
                 self.parts += self._give_up(error)
             except ProxyError:
-                pass
+                pass  # it broke off: `_recover` follows
             if data:
                 self.parts += self._translate(data)
             elif not self.parts:
@@ -9320,7 +9320,7 @@ def _is_said(question: Sequence[Message], stored: Sequence[Message]) -> bool:
     return all(f"\n{text}\n" in whole for text in texts)
 
 
-def _no_previous(id_: str) -> BadRequest:
+def _no_previous(id_: str) -> PreviousGone:
     return PreviousGone(
         f"Previous response with id {_shown(id_)} not found. Send the history instead."
     )
@@ -9484,7 +9484,7 @@ def send_json(reply: Reply, value: Any, more: Fields = (), status: int = 200) ->
     reply.send(status, json_bytes(value), fields)
 
 
-def _not_found(kind: str, id_: str) -> BadRequest:
+def _not_found(kind: str, id_: str) -> IdNotFound:
     return IdNotFound(f"{kind} with id {_shown(id_)} not found.")
 
 
@@ -9497,8 +9497,8 @@ def _shown(id_: str) -> str:
 
 async def list_models(site: Site, exchange: Exchange) -> Json:
     """`GET /models`."""
-    apps, name_of = (await site.models()).items(), site.dify.facts.of
-    data = [model_object(id_, name_of(app).name, site.created) for id_, app in apps]
+    apps, facts = (await site.models()).items(), site.dify.facts
+    data = [model_object(id_, facts.of(app).name, site.created) for id_, app in apps]
     return {"object": "list", "data": data}
 
 
@@ -10071,7 +10071,7 @@ async def _say(site: Site, question: Question, sink: Sink) -> None:
         raise
 
 
-def _switched_off(feature: str, model: str, param: str = "model") -> ProxyError:
+def _switched_off(feature: str, model: str, param: str = "model") -> BadRequest:
     return BadRequest(
         f"{feature} is switched off in the app of {model!r}; switch it on among the "
         "app's features in Dify.",
@@ -10173,7 +10173,7 @@ def _file_of(
     raise _no_such_file(id_, _NO_FILE)
 
 
-def _no_such_file(name: str, reason: str) -> BadRequest:
+def _no_such_file(name: str, reason: str) -> IdNotFound:
     return IdNotFound(f"No such File object: {name:.80}. {reason}")
 
 
@@ -10273,7 +10273,7 @@ def find_endpoint(path: str) -> tuple[str, str]:
 
 
 def find_handler(site: Site, exchange: Exchange) -> Handler:
-    """The handler of a request.
+    """The handler of a request; the exchange knows then its route and its owner.
 
     Raises:
         NotFound, MethodNotAllowed, Unauthorized, KeysGuessed.
