@@ -1239,6 +1239,81 @@ Part = Union[
 ]
 
 
+class Answer:
+    """A whole answer, collected part by part."""
+
+    def __init__(self) -> None:
+        self.calls: list[ToolCall] = []
+        self.sounds: list[bytes] = []
+        self.citations: tuple[Json, ...] = ()
+        self.usage = NO_USAGE
+        self.finish_reason = ""  # until it is finished
+        self._texts: list[str] = []
+        self._reasonings: list[Reasoning] = []
+
+    @property
+    def text(self) -> str:
+        """The answer without its reasoning, with links to its files."""
+        return "".join(self._texts)
+
+    @property
+    def reasoning(self) -> str:
+        """What the model thought, "" if nothing."""
+        return "".join([part.text for part in self._reasonings])
+
+    def add(self, parts: Iterable[Part]) -> None:
+        """Take the next parts in; raises the error of a Failure."""
+        for part in parts:
+            if isinstance(part, Text):  # nearly always
+                self._texts.append(part.text)
+            else:
+                self._add_other(part)
+
+    def _add_other(self, part: Part) -> None:
+        if isinstance(part, Reasoning):
+            self._reasonings.append(part)
+        elif isinstance(part, Usage):
+            self.usage = part
+        elif isinstance(part, Finish):
+            self.finish_reason = part.reason
+        elif isinstance(part, Failure):
+            raise part.error
+        else:
+            self._add_rare(part)
+
+    def _add_rare(self, part: Part) -> None:
+        if isinstance(part, Media):
+            self._texts.append(media_text(part, is_first=not self.text))
+        elif isinstance(part, Replace):
+            self._reasonings = [r for r in self._reasonings if not r.is_inline]
+            self._leave(part.text, part.reasoning)
+        elif isinstance(part, Recast):
+            text = self.text
+            at = max(len(text) - part.size, 0)  # calls may be gone from it
+            self._leave(text[:at], text[at:])
+        elif isinstance(part, ToolCall):
+            self.calls.append(part)
+        elif isinstance(part, Sound):
+            self.sounds.append(part.data)
+        elif isinstance(part, Citations):
+            self.citations = part.resources
+
+    def _leave(self, text: str, reasoning: str) -> None:
+        """Only this is left of the text so far, and this of it is reasoning."""
+        self._texts, self.calls = [text], []
+        if reasoning:
+            apart = "\n\n" if self._reasonings else ""
+            self._reasonings.append(Reasoning(apart + reasoning, is_inline=True))
+
+
+def media_text(media: Media, *, is_first: bool) -> str:
+    """A file of the app's, as Markdown that follows the text."""
+    name = re.sub(r"([\[\]\\])", r"\\\1", media.name) or media.kind
+    url = media.url.replace(" ", "%20").replace("(", "%28").replace(")", "%29")
+    sign = "!" if media.kind == "image" else ""
+    return ("" if is_first else "\n\n") + f"{sign}[{name}]({url})"
+
+
 # ==============================================================================
 # 6. Calls
 # ==============================================================================
@@ -4353,81 +4428,6 @@ class Envelope(NamedTuple):
         if self.spoken and answer.sounds:
             said.update(_said_aloud(answer, self.spoken, ids))
         return said
-
-
-class Answer:
-    """A whole answer, collected part by part."""
-
-    def __init__(self) -> None:
-        self.calls: list[ToolCall] = []
-        self.sounds: list[bytes] = []
-        self.citations: tuple[Json, ...] = ()
-        self.usage = NO_USAGE
-        self.finish_reason = ""  # until it is finished
-        self._texts: list[str] = []
-        self._reasonings: list[Reasoning] = []
-
-    @property
-    def text(self) -> str:
-        """The answer without its reasoning, with links to its files."""
-        return "".join(self._texts)
-
-    @property
-    def reasoning(self) -> str:
-        """What the model thought, "" if nothing."""
-        return "".join([part.text for part in self._reasonings])
-
-    def add(self, parts: Iterable[Part]) -> None:
-        """Take the next parts in; raises the error of a Failure."""
-        for part in parts:
-            if isinstance(part, Text):  # nearly always
-                self._texts.append(part.text)
-            else:
-                self._add_other(part)
-
-    def _add_other(self, part: Part) -> None:
-        if isinstance(part, Reasoning):
-            self._reasonings.append(part)
-        elif isinstance(part, Usage):
-            self.usage = part
-        elif isinstance(part, Finish):
-            self.finish_reason = part.reason
-        elif isinstance(part, Failure):
-            raise part.error
-        else:
-            self._add_rare(part)
-
-    def _add_rare(self, part: Part) -> None:
-        if isinstance(part, Media):
-            self._texts.append(media_text(part, is_first=not self.text))
-        elif isinstance(part, Replace):
-            self._reasonings = [r for r in self._reasonings if not r.is_inline]
-            self._leave(part.text, part.reasoning)
-        elif isinstance(part, Recast):
-            text = self.text
-            at = max(len(text) - part.size, 0)  # calls may be gone from it
-            self._leave(text[:at], text[at:])
-        elif isinstance(part, ToolCall):
-            self.calls.append(part)
-        elif isinstance(part, Sound):
-            self.sounds.append(part.data)
-        elif isinstance(part, Citations):
-            self.citations = part.resources
-
-    def _leave(self, text: str, reasoning: str) -> None:
-        """Only this is left of the text so far, and this of it is reasoning."""
-        self._texts, self.calls = [text], []
-        if reasoning:
-            apart = "\n\n" if self._reasonings else ""
-            self._reasonings.append(Reasoning(apart + reasoning, is_inline=True))
-
-
-def media_text(media: Media, *, is_first: bool) -> str:
-    """A file of the app's, as Markdown that follows the text."""
-    name = re.sub(r"([\[\]\\])", r"\\\1", media.name) or media.kind
-    url = media.url.replace(" ", "%20").replace("(", "%28").replace(")", "%29")
-    sign = "!" if media.kind == "image" else ""
-    return ("" if is_first else "\n\n") + f"{sign}[{name}]({url})"
 
 
 class Spoken(NamedTuple):
