@@ -1325,7 +1325,8 @@ def media_text(media: Media, *, is_first: bool) -> str:
 #     <tool_call>\n{"name": "f", "arguments": {…}}\n</tool_call>  ->  ToolCall(…)
 #
 # CallReader, StopReader and JsonReader stand one behind the other: each takes the parts
-# of an answer as they come (`feed`), and gives on those that are certain.
+# of an answer as they come (`feed`), and gives on those that are certain. A Reading is
+# made of those that its request needs.
 #
 # One way to write calls is asked for; every other one that models fall into is read:
 #
@@ -2259,6 +2260,136 @@ _HOLDS: Mapping[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "minItems": ("array", lambda value, least: len(value) >= least),
     "maxItems": ("array", lambda value, most: len(value) <= most),
 }
+
+
+# ... and all of that, as a request needs it...
+
+
+def call_ids(message_id: str) -> Iterator[str]:
+    """The ids of an answer's calls, in their order."""
+    data = message_id.encode("utf-8", "replace")
+    answer = hashlib.blake2b(data, digest_size=12).hexdigest()
+    return (f"call_{answer}_{number}" for number in count())
+
+
+def answer_of_call(call_id: str) -> str:
+    """What the ids of all calls of its answer begin with; "" if it is none of ours."""
+    is_ours = call_id.startswith("call_") and call_id[29:30] == "_"
+    return call_id[:30] if is_ours else ""
+
+
+class Reading:
+    """Reads an answer as its request demands: calls, stops, JSON.
+
+    Parts go in as the app makes them, and come out as the client is to get them:
+    none while the answer may still prove unfit, since a second try would follow it.
+    `problem` says, when the answer is over, why it is unfit, and `usage` what that
+    took, with what was `spent` before; `is_cut`, that a stop was found and the app need
+    not go on. The ids of calls follow from a `seed`, the message's id, so that an
+    answer that is read again has the same.
+    """
+
+    def __init__(self, ask: Ask, seed: str, *, is_whole: bool, spent: Usage) -> None:
+        self.problem = ""
+        self.usage = self._spent = spent
+        self.is_cut = False
+        self._ask = ask
+        self._calls: CallReader | None = None
+        if ask.tools:
+            most = 1 if ask.is_serial else inf
+            self._calls = CallReader(ask.tools, call_ids(seed).__next__, most)
+        self._is_json = ask.output.kind != "text"
+        # Cut in half, JSON is none; and what stands around it never reaches the client.
+        stops = () if self._is_json else ask.stops
+        self._stop = StopReader(stops) if stops else None
+        can_begin = self._is_json and not is_whole and ask.output.is_compound
+        self._json = JsonReader(ask.output) if can_begin else None
+        self.is_plain = not (ask.tools or ask.stops or self._is_json)
+        self._holds_all = self._is_json and not self._json  # until it is judged
+        self._holds_all |= is_whole and ask.tool_mode == "required"
+        self._held: list[Part] = []  # until it is certain that the answer will do
+        self.said = KeptText()  # as the app wrote it
+        self._has_given = False  # text, that can't be taken back
+        self._has_call = False  # that no stop has cut off
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the client lacks what the app wrote: the end, or further calls."""
+        has_all = not self._calls or self._calls.found <= self._calls.most
+        return self.is_cut or not has_all
+
+    def feed(self, parts: list[Part]) -> list[Part]:
+        """The parts that are certain now."""
+        if self.is_plain:
+            return parts
+        self.said.add("".join(p.text for p in parts if isinstance(p, Text)))
+        if self._is_json:  # there is no room for links beside it
+            parts = [part for part in parts if not isinstance(part, Media)]
+        ready = self._calls.feed(parts) if self._calls else parts
+        ready = self._stop.feed(ready) if self._stop else ready
+        self._has_call |= any(isinstance(part, ToolCall) for part in ready)
+        ready = self._json.feed(ready) if self._json else ready
+        if self._ask.tool_mode == "required":  # the answer is the call: this is none
+            thought = functools.partial(Reasoning, is_inline=True)
+            ready = [thought(p.text) if isinstance(p, Text) else p for p in ready]
+        if self._stop and self._stop.is_cut and not self.is_cut:
+            self.is_cut = True
+            is_known = any(isinstance(part, Usage) for part in ready)
+            ready += [Finish()] if is_known else [NO_USAGE, Finish()]
+        spent = self._spent
+        self._held += [spent + p if isinstance(p, Usage) else p for p in ready]
+        ends = [part for part in ready if isinstance(part, (Finish, Failure))]
+        if not ends and self._is_open:
+            return []
+        if ends and ends[0] in (Finish("stop"), Finish("length")):
+            self._judge()
+        held, self._held = [] if self.problem else self._held, []
+        self._has_given |= any(isinstance(part, Text) for part in held)
+        return held
+
+    def has_given_all(self, text: str) -> bool:
+        """Whether this text is all that the app wrote."""
+        return self.is_plain or (self.said.is_whole and self.said.text == text)
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether the answer may still turn out not to do."""
+        lacks_json = self._json is not None and not self._json.text
+        lacks = self._ask.tool_mode == "required" or lacks_json
+        return self._holds_all or (lacks and not self._has_call)
+
+    def _judge(self) -> None:
+        """The answer is over: will it do? Beside a call no JSON is needed."""
+        answer = Answer()  # it knows what was reasoning after all, calls too
+        answer.add(self._held)
+        self.usage = answer.usage
+        has_call = bool(answer.calls) if self._holds_all else self._has_call
+        if self._ask.tool_mode == "required" and not has_call:
+            names = ", ".join(tool.name for tool in self._ask.tools)
+            self.problem = f"Call {names}."
+        elif self._json and self._has_given and not has_call:
+            if problem := json_problem(self._json.text, self._ask.output):
+                raise unsatisfied(self._ask, problem)
+        elif self._is_json and not (self._json and has_call):
+            reader = self._json
+            read = (reader.text or reader.talk.text) if reader else answer.text
+            text, problem = extract_json(read, self._ask.output)
+            self.problem = "" if has_call else problem
+            kinds = (Text, Reasoning, Recast, ToolCall)
+            rest = [part for part in self._held if not isinstance(part, kinds)]
+            self._held = [Reasoning(answer.reasoning), Text(text or "")]
+            self._held += [*answer.calls, *rest]
+
+
+def unsatisfied(ask: Ask, reason: str) -> UpstreamFailed:
+    """The error where even the second try is not what the request demands."""
+    if ask.tool_mode == "required":
+        message = f"The app called no tool, although one was required. {reason}"
+        param, code = "tool_choice", "tool_choice_unsatisfied"
+    else:
+        message = f"The app's answer is not the JSON that was asked for: {reason}."
+        param, code = ask.output.param, "response_format_unsatisfied"
+    return UpstreamFailed(message, param=param, code=code, is_final=True)
 
 
 # ==============================================================================
@@ -3786,19 +3917,6 @@ def _parse_messages(given: Any) -> tuple[str, tuple[Message, ...]]:
     if any([m.role == "tool" or m.tool_calls or m.attachments for m in messages]):
         messages = with_tool_names(in_rounds(messages))
     return split_system(messages)
-
-
-def call_ids(message_id: str) -> Iterator[str]:
-    """The ids of an answer's calls, in their order."""
-    data = message_id.encode("utf-8", "replace")
-    answer = hashlib.blake2b(data, digest_size=12).hexdigest()
-    return (f"call_{answer}_{number}" for number in count())
-
-
-def answer_of_call(call_id: str) -> str:
-    """What the ids of all calls of its answer begin with; "" if it is none of ours."""
-    is_ours = call_id.startswith("call_") and call_id[29:30] == "_"
-    return call_id[:30] if is_ours else ""
 
 
 def in_rounds(messages: Iterable[Message]) -> list[Message]:
@@ -8524,120 +8642,6 @@ class Collector(Answer):
 Sink = Union[Outlet, Collector]
 
 
-class Reading:
-    """Reads an answer as its request demands: calls, stops, JSON.
-
-    Parts go in as Dify's app makes them, and come out as the client is to get them:
-    none while the answer may still prove unfit, since a second try would follow it.
-    `problem` says, when the answer is over, why it is unfit, and `usage` what that
-    took, with what was `spent` before; `is_cut`, that a stop was found and the app need
-    not go on. The ids of calls follow from a `seed`, the message's id, so that an
-    answer that is read again has the same.
-    """
-
-    def __init__(self, ask: Ask, seed: str, *, is_whole: bool, spent: Usage) -> None:
-        self.problem = ""
-        self.usage = self._spent = spent
-        self.is_cut = False
-        self._ask = ask
-        self._calls: CallReader | None = None
-        if ask.tools:
-            most = 1 if ask.is_serial else inf
-            self._calls = CallReader(ask.tools, call_ids(seed).__next__, most)
-        self._is_json = ask.output.kind != "text"
-        # Cut in half, JSON is none; and what stands around it never reaches the client.
-        stops = () if self._is_json else ask.stops
-        self._stop = StopReader(stops) if stops else None
-        can_begin = self._is_json and not is_whole and ask.output.is_compound
-        self._json = JsonReader(ask.output) if can_begin else None
-        self.is_plain = not (ask.tools or ask.stops or self._is_json)
-        self._holds_all = self._is_json and not self._json  # until it is judged
-        self._holds_all |= is_whole and ask.tool_mode == "required"
-        self._held: list[Part] = []  # until it is certain that the answer will do
-        self.said = KeptText()  # as the app wrote it
-        self._has_given = False  # text, that can't be taken back
-        self._has_call = False  # that no stop has cut off
-
-    @property
-    def is_short(self) -> bool:
-        """Whether the client lacks what the app wrote: the end, or further calls."""
-        has_all = not self._calls or self._calls.found <= self._calls.most
-        return self.is_cut or not has_all
-
-    def feed(self, parts: list[Part]) -> list[Part]:
-        """The parts that are certain now."""
-        if self.is_plain:
-            return parts
-        self.said.add("".join(p.text for p in parts if isinstance(p, Text)))
-        if self._is_json:  # there is no room for links beside it
-            parts = [part for part in parts if not isinstance(part, Media)]
-        ready = self._calls.feed(parts) if self._calls else parts
-        ready = self._stop.feed(ready) if self._stop else ready
-        self._has_call |= any(isinstance(part, ToolCall) for part in ready)
-        ready = self._json.feed(ready) if self._json else ready
-        if self._ask.tool_mode == "required":  # the answer is the call: this is none
-            thought = functools.partial(Reasoning, is_inline=True)
-            ready = [thought(p.text) if isinstance(p, Text) else p for p in ready]
-        if self._stop and self._stop.is_cut and not self.is_cut:
-            self.is_cut = True
-            is_known = any(isinstance(part, Usage) for part in ready)
-            ready += [Finish()] if is_known else [NO_USAGE, Finish()]
-        spent = self._spent
-        self._held += [spent + p if isinstance(p, Usage) else p for p in ready]
-        ends = [part for part in ready if isinstance(part, (Finish, Failure))]
-        if not ends and self._is_open:
-            return []
-        if ends and ends[0] in (Finish("stop"), Finish("length")):
-            self._judge()
-        held, self._held = [] if self.problem else self._held, []
-        self._has_given |= any(isinstance(part, Text) for part in held)
-        return held
-
-    def has_given_all(self, text: str) -> bool:
-        """Whether this text is all that the app wrote."""
-        return self.is_plain or (self.said.is_whole and self.said.text == text)
-
-    @property
-    def _is_open(self) -> bool:
-        """Whether the answer may still turn out not to do."""
-        lacks_json = self._json is not None and not self._json.text
-        lacks = self._ask.tool_mode == "required" or lacks_json
-        return self._holds_all or (lacks and not self._has_call)
-
-    def _judge(self) -> None:
-        """The answer is over: will it do? Beside a call no JSON is needed."""
-        answer = Answer()  # it knows what was reasoning after all, calls too
-        answer.add(self._held)
-        self.usage = answer.usage
-        has_call = bool(answer.calls) if self._holds_all else self._has_call
-        if self._ask.tool_mode == "required" and not has_call:
-            names = ", ".join(tool.name for tool in self._ask.tools)
-            self.problem = f"Call {names}."
-        elif self._json and self._has_given and not has_call:
-            if problem := json_problem(self._json.text, self._ask.output):
-                raise _unsatisfied(self._ask, problem)
-        elif self._is_json and not (self._json and has_call):
-            reader = self._json
-            read = (reader.text or reader.talk.text) if reader else answer.text
-            text, problem = extract_json(read, self._ask.output)
-            self.problem = "" if has_call else problem
-            kinds = (Text, Reasoning, Recast, ToolCall)
-            rest = [part for part in self._held if not isinstance(part, kinds)]
-            self._held = [Reasoning(answer.reasoning), Text(text or "")]
-            self._held += [*answer.calls, *rest]
-
-
-def _unsatisfied(ask: Ask, reason: str) -> UpstreamFailed:
-    """The error where even the second try is not what the request demands."""
-    if ask.tool_mode == "required":
-        message = f"The app called no tool, although one was required. {reason}"
-        param, code = "tool_choice", "tool_choice_unsatisfied"
-    else:
-        message = f"The app's answer is not the JSON that was asked for: {reason}."
-        param, code = ask.output.param, "response_format_unsatisfied"
-    return UpstreamFailed(message, param=param, code=code, is_final=True)
-
-
 def id_headers(ids: DifyIds) -> list[tuple[str, str]]:
     """Dify's ids as response headers."""
     return [(_ID_HEADERS[name], _quoted(ids[name])) for name in ids]
@@ -8727,7 +8731,7 @@ class Turns:
         question = Question(exchange, app, again, goes_on, None, sent, reading.usage)
         reading = await self._run_once(question, sink)
         if reading.problem:
-            raise _unsatisfied(ask, reading.problem)
+            raise unsatisfied(ask, reading.problem)
 
     @contextlib.contextmanager
     def holding(self, question: Question) -> Iterator[None]:
