@@ -1534,6 +1534,32 @@ def describe_format(output: OutputFormat) -> str:
     return words
 
 
+def with_words(ask: Ask, place: str) -> Ask:
+    """The question with the words about its tools and its output's format.
+
+    Args:
+        ask: the question.
+        place: of the words about tools, one of TOOLS_PLACES.
+
+    Raises:
+        BadRequest: a call is required, but the tools are "off".
+    """
+    if place == "off":
+        if ask.tools and ask.tool_mode == "required":
+            problem = "Tools are switched off for this model."
+            raise BadRequest(problem, param="tool_choice", code="unsupported_parameter")
+        ask, tools = ask._replace(tools=()), ""
+    else:
+        has_called = any([m.tool_calls or m.role == "tool" for m in ask.messages])
+        mode = "none" if has_called and not ask.tools else ask.tool_mode
+        tools = describe_tools(ask.tools, mode, is_serial=ask.is_serial)
+    if place == "inputs" and tools:
+        ask, tools = ask._replace(inputs={**ask.inputs, "tools": tools}), ""
+    words = filter(None, (ask.system, tools, describe_format(ask.output)))
+    system = "\n\n".join(words)
+    return ask if system == ask.system else ask._replace(system=system)
+
+
 def retry_text(demand: str, reason: str) -> str:
     """What the app is told in its second and last try.
 
@@ -9575,7 +9601,7 @@ async def create_chat_completion(site: Site, exchange: Exchange) -> None:
     """`POST /chat/completions`."""
     chat = parse_chat_request(await _body_of(exchange))
     app = await site.find_app(exchange, chat.ask.model)
-    ask = _with_stored_files(site, exchange, _with_words(chat.ask, app.tools))
+    ask = _with_stored_files(site, exchange, with_words(chat.ask, app.tools))
     spoken = await _spoken(site, exchange, app, ask) if ask.voice is not None else None
     ask = await _with_text(site, exchange, app, ask)
     envelope = _envelope(site, exchange, chat, spoken)
@@ -9621,7 +9647,7 @@ async def create_response(site: Site, exchange: Exchange) -> None:
         await _check_fits(site, question, named)
     with site.turns.holding(question):
         await _join(site, question, request, sealer)
-        ask = _with_words(question.ask, app.tools)
+        ask = with_words(question.ask, app.tools)
         question.ask = _with_stored_files(site, exchange, ask)
     try:
         await _answer_all(site, [question], frame, is_streamed=request.stream)
@@ -9937,29 +9963,6 @@ def _outlet(site: Site, question: Question, stream: AnswerStream) -> Outlet:
         is_on = site.dify.settings.stream_smoothing
     pacer = Pacer(site.dify.settings.stream_max_lag) if is_on else None
     return Outlet(exchange, stream, pacer, site.metrics)
-
-
-def _with_words(ask: Ask, place: str) -> Ask:
-    """The question with the words about its tools and its output's format.
-
-    Args:
-        ask: the question.
-        place: of the words about tools, one of TOOLS_PLACES.
-    """
-    if place == "off":
-        if ask.tools and ask.tool_mode == "required":
-            problem = "Tools are switched off for this model."
-            raise BadRequest(problem, param="tool_choice", code="unsupported_parameter")
-        ask, tools = ask._replace(tools=()), ""
-    else:
-        has_called = any([m.tool_calls or m.role == "tool" for m in ask.messages])
-        mode = "none" if has_called and not ask.tools else ask.tool_mode
-        tools = describe_tools(ask.tools, mode, is_serial=ask.is_serial)
-    if place == "inputs" and tools:
-        ask, tools = ask._replace(inputs={**ask.inputs, "tools": tools}), ""
-    words = filter(None, (ask.system, tools, describe_format(ask.output)))
-    system = "\n\n".join(words)
-    return ask if system == ask.system else ask._replace(system=system)
 
 
 # Audio...
