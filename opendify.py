@@ -5512,6 +5512,7 @@ _OF_TOOLS = b"\0\0"  # so begin the digests of calls and of their results
 # that stands between messages, which it may lack.
 _SYSTEM, _INPUTS, _WITHIN = slice(8), slice(8, 16), slice(16, None)
 _CLEAR_BYTES = 200  # no greeting or other stock phrase is that long
+MAX_MESSAGES_SOUGHT = 1000  # in a stored question; with more it is taken for another
 _BUSY_TIMEOUT_S = 0.05  # the event loop waits meanwhile
 _OPEN_TIMEOUT_S = 1.0  # other processes may be opening it too
 _MAX_CANDIDATES = 64  # with the same last answer; with more it is a stock phrase
@@ -5704,6 +5705,43 @@ def _told_hashes(scope: bytes, ask: Ask, said: Messages, before: bytes = b"") ->
     inputs = _digest(scope, given) if given else bytes(_DIGEST_BYTES)
     last = _digest(scope, ascii(within)) if within else before[_WITHIN]
     return system + inputs + last
+
+
+# A history beside what Dify has stored...
+
+
+def is_known_history(ask: Ask, known: Sequence[Message]) -> bool:
+    """Whether the history that a client shows is what Dify has stored, or its end.
+
+    Args:
+        ask: what the client wants; without a history none is known.
+        known: the stored messages, questions and answers in turns. A question may
+            hold more than the client's: what was folded, and results of tools.
+    """
+    at = len(known)
+    question: list[Message] = []
+    history, _ = split_turn(ask)
+    for message in reversed([m for m in history if m.role != "system"]):
+        if message.role != "assistant":
+            question.append(message)
+            continue
+        if not _is_said(question, known[at : at + 1]) or not at:
+            return False
+        at, question = at - 2, []
+        if message_digest(b"", message) != message_digest(b"", known[at + 1]):
+            return False
+    return at < len(known) and (not question or _is_said(question, known[at : at + 1]))
+
+
+def _is_said(question: Sequence[Message], stored: Sequence[Message]) -> bool:
+    """Whether these messages, in any order, are what was sent as one question."""
+    if not question or len(question) > MAX_MESSAGES_SOUGHT:
+        return not (question or stored)
+    texts = [message.text.strip() for message in question]
+    whole = stored[0].text.strip()
+    if len(texts) == 1 and question[0].role == "user":
+        return whole == texts[0] or whole.endswith(f"\n\n{texts[0]}")
+    return all(f"\n{text}\n" in whole for text in texts)
 
 
 # Putting a turn to Dify...
@@ -8963,7 +9001,6 @@ async def _with_past(dify: Dify, question: Question, plan: Plan) -> Json:
 MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
 MAX_ADDRESSES = 10_000  # that are remembered for it
 MAX_REFERENCES = 500  # to stored items; the body of a request has room for a million
-MAX_MESSAGES_SOUGHT = 1000  # in a stored question; with more it is taken for another
 MAX_CONVERSATIONS_READ, MAX_PAGES = 40, 20  # for a request; a run counts as one
 NAMES_TIMEOUT_S = 5.0  # Open WebUI gives the model list 10 s
 MAX_FIELDS_BYTES = 1024 * 1024  # of a form, beside its file
@@ -9314,40 +9351,6 @@ def _tells_all(request: ResponsesRequest, turns: Sequence[StoredTurn]) -> bool:
     messages = [*told, *(item for item in request.items if isinstance(item, Message))]
     calls = {call.id for message in messages for call in message.tool_calls}
     return calls.issuperset(message.call_id for message in messages if message.call_id)
-
-
-def is_known_history(ask: Ask, known: Sequence[Message]) -> bool:
-    """Whether the history that a client shows is what Dify has stored, or its end.
-
-    Args:
-        ask: what the client wants; without a history none is known.
-        known: the stored messages, questions and answers in turns. A question may
-            hold more than the client's: what was folded, and results of tools.
-    """
-    at = len(known)
-    question: list[Message] = []
-    history, _ = split_turn(ask)
-    for message in reversed([m for m in history if m.role != "system"]):
-        if message.role != "assistant":
-            question.append(message)
-            continue
-        if not _is_said(question, known[at : at + 1]) or not at:
-            return False
-        at, question = at - 2, []
-        if message_digest(b"", message) != message_digest(b"", known[at + 1]):
-            return False
-    return at < len(known) and (not question or _is_said(question, known[at : at + 1]))
-
-
-def _is_said(question: Sequence[Message], stored: Sequence[Message]) -> bool:
-    """Whether these messages, in any order, are what was sent as one question."""
-    if not question or len(question) > MAX_MESSAGES_SOUGHT:
-        return not (question or stored)
-    texts = [message.text.strip() for message in question]
-    whole = stored[0].text.strip()
-    if len(texts) == 1 and question[0].role == "user":
-        return whole == texts[0] or whole.endswith(f"\n\n{texts[0]}")
-    return all(f"\n{text}\n" in whole for text in texts)
 
 
 def _no_previous(id_: str) -> PreviousGone:
