@@ -3604,6 +3604,36 @@ class StoredTurn(NamedTuple):
             return {"workflow_run_id": self.message_id}
         return {"conversation_id": self.conversation_id, "message_id": self.message_id}
 
+    @property
+    def is_short(self) -> bool:
+        """Whether the app made several calls, and the client got the one it wanted."""
+        if not self.told.is_serial:
+            return False
+        reading = Reading(self.told, self.message_id, is_whole=True, spent=NO_USAGE)
+        reading.feed([*self.parts])
+        return reading.is_short
+
+    def answer(self, tools: Iterable[Tool] = ()) -> Answer:
+        """What the app said, read as it was told to write: calls are no text.
+
+        Args:
+            tools: the client's, beside those that the app was told of.
+        """
+        known = {tool.name: tool for tool in (*self.told.tools, *tools)}
+        ask = self.told._replace(tools=tuple(known.values()))
+        reading = Reading(ask, self.message_id, is_whole=True, spent=NO_USAGE)
+        answer, parts = Answer(), reading.feed([*self.parts])
+        if reading.problem:  # it is no call, or not the JSON: it stays as it is
+            told = ask._replace(output=OutputFormat(), tool_mode="auto")
+            return self._replace(told=told).answer()
+        answer.add(part for part in parts if not isinstance(part, Failure))
+        return answer
+
+    def message(self, tools: Iterable[Tool]) -> Message:
+        """The answer as a message of a history."""
+        answer = self.answer(tools)
+        return Message("assistant", answer.text, tool_calls=tuple(answer.calls))
+
 
 def stored_turn(row: Json, app: AppSettings) -> StoredTurn:
     """A row as parts, by the same reader as a stream.
@@ -9193,10 +9223,9 @@ async def _join_named(site: Site, question: Question, request: ResponsesRequest)
     """The question in the conversation of its id, if any, or in a new one."""
     app, id_ = question.app, request.ask.conversation_id
     told: list[Message] = []
-    here = Place(question.user, id_, "")
     has_results = any(getattr(item, "role", "") == "tool" for item in request.items)
     if has_results and id_ and await site.dify.facts.mode_of(app) in CHAT_MODES:
-        turns, _ = await site.dify.messages(app, here)
+        turns, _ = await site.dify.messages(app, Place(question.user, id_, ""))
         told = _transcript(_as_asked(turns), request.known_tools)
     ask = ask_of(request, {}, told=told)
     is_all_new = ask.is_all_new and not is_known_history(ask, told)
@@ -9223,7 +9252,7 @@ async def _join_at(
     if previous and anchor.message_id not in stored:
         raise _no_previous(previous)
     found = {
-        id_: turn.question if place.item == "in" else _stored_message(turn, tools)
+        id_: turn.question if place.item == "in" else turn.message(tools)
         for id_, place in places.items()
         if (turn := stored.get(place.message_id))
     }
@@ -9233,7 +9262,7 @@ async def _join_at(
     end = ids.index(anchor.message_id) + 1 if anchor.message_id in ids else 0
     known = _transcript(turns[:end], tools)
     is_newest = 0 < end == len(turns)
-    if is_free and is_newest and not any(map(_is_short, turns)):
+    if is_free and is_newest and not any(turn.is_short for turn in turns):
         ask = ask_of(request, found, told=known)
         is_known = is_known_history(ask, known)
         if previous or is_known:
@@ -9260,7 +9289,7 @@ async def _with_text(site: Site, exchange: Exchange, app: AppSettings, ask: Ask)
     for id_, place in places.items():
         if not place or place.message_id not in stored:
             raise bad_value("messages", _NO_SPOKEN % _shown(id_))
-        texts[id_] = _stored_answer(stored[place.message_id], ask.tools).text
+        texts[id_] = stored[place.message_id].answer(ask.tools).text
     messages = (m._replace(text=texts.get(m.spoken_id, m.text)) for m in ask.messages)
     return ask._replace(messages=tuple(messages))
 
@@ -9302,41 +9331,8 @@ def _as_asked(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
     return known
 
 
-def _stored_answer(turn: StoredTurn, tools: Iterable[Tool] = ()) -> Answer:
-    """What the app said, read as it was told to write: calls are no text.
-
-    Args:
-        turn: of Dify's store.
-        tools: the client's, beside those of the turn.
-    """
-    known = {tool.name: tool for tool in (*turn.told.tools, *tools)}
-    ask = turn.told._replace(tools=tuple(known.values()))
-    reading = Reading(ask, turn.message_id, is_whole=True, spent=NO_USAGE)
-    answer, parts = Answer(), reading.feed([*turn.parts])
-    if reading.problem:  # it is no call, or not the JSON: it stays as it is
-        told = ask._replace(output=OutputFormat(), tool_mode="auto")
-        return _stored_answer(turn._replace(told=told))
-    answer.add(part for part in parts if not isinstance(part, Failure))
-    return answer
-
-
-def _is_short(turn: StoredTurn) -> bool:
-    """Whether the app made several calls, and the client got the one that it wanted."""
-    if not turn.told.is_serial:
-        return False
-    reading = Reading(turn.told, turn.message_id, is_whole=True, spent=NO_USAGE)
-    reading.feed([*turn.parts])
-    return reading.is_short
-
-
-def _stored_message(turn: StoredTurn, tools: Sequence[Tool]) -> Message:
-    """A stored answer as a message of a history."""
-    answer = _stored_answer(turn, tools)
-    return Message("assistant", answer.text, tool_calls=tuple(answer.calls))
-
-
 def _transcript(turns: Iterable[StoredTurn], tools: Sequence[Tool]) -> list[Message]:
-    return [m for turn in turns for m in (turn.question, _stored_message(turn, tools))]
+    return [m for turn in turns for m in (turn.question, turn.message(tools))]
 
 
 def _tells_all(request: ResponsesRequest, turns: Sequence[StoredTurn]) -> bool:
@@ -9345,7 +9341,7 @@ def _tells_all(request: ResponsesRequest, turns: Sequence[StoredTurn]) -> bool:
     Not if a client has not got all of these turns, or knows the question of a second
     try, which is the first one's: what was before them counts then.
     """
-    if any(_is_short(turn) or is_retry(asked_text(turn.question)) for turn in turns):
+    if any(turn.is_short or is_retry(asked_text(turn.question)) for turn in turns):
         return False
     told = _transcript(turns, request.known_tools)
     messages = [*told, *(item for item in request.items if isinstance(item, Message))]
@@ -9761,7 +9757,7 @@ async def _stored_response(
 
 def _as_response(frame: ResponseFrame, turn: StoredTurn) -> dict[str, Any]:
     error = next((part.error for part in turn.parts if isinstance(part, Failure)), None)
-    return frame.whole([_stored_answer(turn)], turn.ids, error)
+    return frame.whole([turn.answer()], turn.ids, error)
 
 
 def _frame(turn: StoredTurn, model: str, sealer: IdSealer, user: str) -> ResponseFrame:
