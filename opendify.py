@@ -9055,9 +9055,9 @@ _START_BYTES = 64  # of a recording: the head of a WAV file
 class Form:
     """A request that brings a file: its fields, and the file piece by piece.
 
-    `open` it, `find_app`, `forward` it there, `close` it. Fields may stand before and
-    behind the file: `fields`, `model` and `size` are final when it is forwarded. It is
-    multipart, or the JSON that `parse_audio_request` reads.
+    `open` it, `find_app`, perhaps `limit` it, `forward` it there, `close` it. Fields
+    may stand before and behind the file: `fields`, `model` and `size` are final when it
+    is forwarded. It is multipart, or the JSON that `parse_audio_request` reads.
 
     Args:
         site: what all handlers share.
@@ -9109,6 +9109,12 @@ class Form:
         name = self.model or next(iter(models), "")
         return await self._site.find_app(self._exchange, name)
 
+    def limit(self, most_mb: int) -> None:
+        """Refuse a file of more MB than that (0: any); at once, if its size is told."""
+        self._most_mb = most_mb
+        length = int(self._exchange.request.headers.get("content-length", 0))
+        self._check_size(max(self.size, length - _BESIDE_FILE_BYTES))
+
     async def forward(self, app: AppSettings, path: str, file: Attachment) -> Json:
         """Pass the file on to Dify as it comes; returns Dify's answer."""
         send = self._site.dify.send_file
@@ -9116,6 +9122,11 @@ class Form:
         if self.model:  # perhaps it stands behind the file
             await self._site.find_app(self._exchange, self.model)
         return answer
+
+    def close(self) -> None:
+        """Let go of what is held."""
+        with contextlib.suppress(OSError):  # a full disk, again
+            self._store.close()
 
     async def _read(self) -> bytes:
         """More of the file; b"" when it and the fields behind it are read."""
@@ -9142,17 +9153,6 @@ class Form:
             except OSError as error:  # a full disk, or one that may not be written
                 raise Overloaded(_NO_ROOM % os.strerror(error.errno or 0)) from error
             self._reader = None  # all is read
-
-    def limit(self, most_mb: int) -> None:
-        """Refuse a file of more MB than that (0: any); at once, if its size is told."""
-        self._most_mb = most_mb
-        length = int(self._exchange.request.headers.get("content-length", 0))
-        self._check_size(max(self.size, length - _BESIDE_FILE_BYTES))
-
-    def close(self) -> None:
-        """Let go of what is held."""
-        with contextlib.suppress(OSError):  # a full disk, again
-            self._store.close()
 
     async def _read_on(self, reader: FormReader) -> None:
         """Read fields: those before the file, or those behind it."""
@@ -9472,7 +9472,7 @@ class Site:
         return models
 
 
-async def _in_time(awaitables: Iterable[Awaitable[Any]]) -> list[Any]:
+async def _in_time(awaitables: Iterable[Awaitable[T]]) -> list[T | BaseException]:
     """What each gives within NAMES_TIMEOUT_S, or the exception that it raises."""
     timed = [asyncio.wait_for(awaitable, NAMES_TIMEOUT_S) for awaitable in awaitables]
     return await asyncio.gather(*timed, return_exceptions=True)
