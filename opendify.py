@@ -7063,7 +7063,7 @@ class Request(NamedTuple):
         return expect == "100-continue" and self.http_version == "1.1"
 
 
-NO_REQUEST = Request("-", "-", "", {}, "1.0")  # until one is understood
+_NO_REQUEST = Request("-", "-", "", {}, "1.0")  # until one is understood
 
 
 # What h11 lets pass or mends: folded lines, control characters, a length given twice.
@@ -7236,7 +7236,7 @@ class Reply:
     The head waits for the first bytes of the body, to leave in one packet with them.
     """
 
-    def __init__(self, wire: Wire, request: Request = NO_REQUEST) -> None:
+    def __init__(self, wire: Wire, request: Request = _NO_REQUEST) -> None:
         self.request = request  # that it answers
         self.status = 0  # 0: not started
         self.is_complete = self.must_close = self._is_bare = False
@@ -7316,7 +7316,6 @@ STOP_DRAIN_S = 10.0  # reading on after a stop, so that Dify stores what it has
 MAX_ERROR_BYTES = 256 * 1024  # gateways send whole pages
 MAX_JSON_BYTES = 16 * 1024 * 1024  # a page of 100 stored messages
 LINGER_S = 2.0  # for the end of a body after its last event
-LATELY_S = 300.0  # what `GET /ready` takes as proof
 FORM_FRESH_S = 300.0  # what an app said of itself is asked again after this time
 
 
@@ -8400,14 +8399,6 @@ def _label(value: object) -> str:
     return str(value).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-def client_key(headers: Mapping[str, str]) -> str:
-    """The key that a client presents, in any of the usual places; "" if none."""
-    scheme, _, token = headers.get("authorization", "").strip().partition(" ")
-    if scheme.lower() == "bearer" and token.strip():
-        return token.strip()
-    return (headers.get("api-key") or headers.get("x-api-key") or "").strip()
-
-
 class Exchange:
     """One request and its reply, and what the log will say of them.
 
@@ -9032,6 +9023,7 @@ MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
 MAX_ADDRESSES = 10_000  # that are remembered for it
 MAX_REFERENCES = 500  # to stored items; the body of a request has room for a million
 MAX_CONVERSATIONS_READ, MAX_PAGES = 40, 20  # for a request; a run counts as one
+LATELY_S = 300.0  # what `GET /ready` takes as proof
 NAMES_TIMEOUT_S = 5.0  # Open WebUI gives the model list 10 s
 MAX_FIELDS_BYTES = 1024 * 1024  # of a form, beside its file
 MAX_HELD_BYTES = 512 * 1024  # of a file in memory, until it is known where it goes
@@ -10278,6 +10270,14 @@ def find_endpoint(path: str) -> tuple[str, str]:
     return tail, urllib.parse.unquote(name)
 
 
+def _client_key(headers: Mapping[str, str]) -> str:
+    """The key that a client presents, in any of the usual places; "" if none."""
+    scheme, _, token = headers.get("authorization", "").strip().partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip()
+    return (headers.get("api-key") or headers.get("x-api-key") or "").strip()
+
+
 def find_handler(site: Site, exchange: Exchange) -> Handler:
     """The handler of a request; the exchange knows then its route and its owner.
 
@@ -10303,7 +10303,7 @@ def find_handler(site: Site, exchange: Exchange) -> Handler:
         error = MethodNotAllowed(f"{request.method} is not allowed; use {allowed}.")
         error.headers.append(("Allow", allowed))
         raise error
-    exchange.route, exchange.key = endpoint, client_key(request.headers)
+    exchange.route, exchange.key = endpoint, _client_key(request.headers)
     if endpoint not in OPEN_ENDPOINTS:
         exchange.owner = site.check_key(exchange.key, exchange.peer)
     return methods[method]
