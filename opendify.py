@@ -9377,13 +9377,14 @@ class Site:
         self._right_keys: set[tuple[str, str]] = set()  # that came, by address
 
     def check_key(self, key: str, peer: str) -> str:
-        """Compare with all keys, so that the time tells nothing.
+        """Whose ids a client may open: its key's, or "" where no key is needed.
 
-        An address that sends many wrong keys may use only those that it has used
-        before: who guesses learns nothing, and does not shut out its other clients.
+        It is compared with all keys, so that the time tells nothing. An address that
+        sends many wrong ones may use only those that it has used before: who guesses
+        learns nothing, and does not shut out its other clients.
 
-        Returns:
-            whose ids the client may open: the key, "" where none is needed.
+        Raises:
+            Unauthorized, KeysGuessed.
         """
         valid = self.dify.settings.valid_api_keys
         if not valid:
