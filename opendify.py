@@ -5794,18 +5794,19 @@ def plan_turn(
             along with a folded history as far as there is room, the newest first.
     """
     history, new = split_turn(ask)
+    said = tuple(m for m in history if m.role != "system")
     system = "" if app.system_variable else ask.system  # that goes into the query
     opening = _opening(system)
     if tail and tail.folded and not (app.history_variable or ask.conversation_id):
         tail = None  # its beginning went into an input that is gone
-    is_new, said = tail is None, [m for m in history if m.role != "system"]
-    lacked: Messages = said if ask.is_all_new else ()  # by the conversation
+    alone = ask.system if tail is None or ask.system.strip() else _NEXT
     if tail is None:
-        folded = len(said) if app.history_variable else 0
-        tail, lacked = Tail(scope, chain=scope, folded=folded), history
-    elsewhere = _only_in_input(history, tail) if is_new or not lacked else ()
-    context = [*opening, *history[len(elsewhere) :]]
-    if not is_new:
+        elsewhere = history if app.history_variable else ()
+        tail = Tail(scope, chain=scope, folded=len(said) if elsewhere else 0)
+        lacked, context = history, [*opening, *history[len(elsewhere) :]]
+    else:
+        lacked = said if ask.is_all_new else ()  # by the conversation
+        elsewhere = () if lacked else _only_in_input(history, tail)
         part = _WITHIN if app.system_variable else _SYSTEM
         is_told = _told_hashes(scope, ask, history)[part] == tail.told[part]
         between = [m for m in history if m.role == "system"]
@@ -5813,7 +5814,6 @@ def plan_turn(
         context = [*(again if is_told else opening + between), *lacked]
     carried, files = _with_room(lacked, new, has_room)
     inputs = {**ask.inputs, **_own_inputs(app, ask.system, fold(elsewhere, carried))}
-    alone = ask.system if is_new or ask.system.strip() else _NEXT
     query = _query(ask, context, new, carried) if ask.messages else alone
     # Nobody can tell how a client shows an answer that was continued, or a title.
     if not new or is_side_request(ask):
