@@ -5912,7 +5912,6 @@ def _file_names(message: Message) -> str:
 # The table...
 
 _FREE, _TAKEN, _LOST = 0, 1, 2
-_FAILURES = (sqlite3.Error, ValueError)  # an id may hold half a surrogate pair
 _SCHEMA = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = NORMAL;
@@ -6239,7 +6238,7 @@ def open_conversations(store: str, ttl_s: float) -> tuple[Conversations, str]:
     path = ":memory:" if store.lower() in ("", "memory") else store
     try:
         return Conversations(path, ttl_s), ""
-    except _FAILURES as error:
+    except (sqlite3.Error, ValueError) as error:  # a NUL in the path
         complaint = f"CONVERSATION_STORE: the file {store} can't be used ({error});"
         complaint += " conversations are kept in memory and end with this process."
         return Conversations(":memory:", ttl_s), complaint
