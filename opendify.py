@@ -6047,7 +6047,7 @@ class Conversations:
         if tail.is_known:
             self._put(tail, now)
         elif tail.is_taken:  # by its id, by which it can be learned anew
-            self.forget(tail, is_gone=True)
+            self._run(_DROP, _id(tail))
         else:
             self._lose(tail, now)  # again: another process may have been in the way
 
