@@ -5985,19 +5985,20 @@ class NamedConversation:
 class Conversations:
     """The table of tails, and of named conversations: an SQLite file, or ":memory:".
 
+    Beyond MAX_CONVERSATIONS those go that have been unused for longest.
+
     Args:
         path: of the file.
         ttl_s: after how long an unused conversation is forgotten.
-        most: how many there are at most; the one unused for longest goes first.
 
     Raises:
         sqlite3.Error: the file can't be used. No method raises it later: then the last
             such `failure` is told, and "don't know" is the answer.
     """
 
-    def __init__(self, path: str, ttl_s: float, most: int = MAX_CONVERSATIONS) -> None:
+    def __init__(self, path: str, ttl_s: float) -> None:
         """Open the table, or make it."""
-        self._ttl_s, self._most, self._puts = ttl_s, most, 0
+        self._ttl_s, self._puts = ttl_s, 0
         self.failure = ""
         self._not_swept = inf  # named ones since a sweep, in bytes; none was yet
         self._waiting: list[Sequence[Any]] = []  # rows for _PUT, not in the table yet
@@ -6156,8 +6157,8 @@ class Conversations:
         if len(self._waiting) >= self._max_waiting:
             self._put_waiting()
         self._puts += 1
-        if self._puts % min(_SWEEP_EVERY, 1 + self._most // 100) == 0:
-            self._run(_SWEEP, self._most, now - self._ttl_s)
+        if self._puts % _SWEEP_EVERY == 0:
+            self._run(_SWEEP, MAX_CONVERSATIONS, now - self._ttl_s)
 
     def _mark(self, tail: Tail, now: float) -> Tail | None:
         """The tail, taken, unless somebody was faster."""

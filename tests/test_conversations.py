@@ -1168,19 +1168,24 @@ def test_unused_conversations_are_forgotten() -> None:
 
 
 @pytest.mark.parametrize("most", [1, 10, 150])
-def test_there_are_never_many_more_than_allowed(most: int) -> None:
-    with closing(Conversations(":memory:", WEEK, most)) as store:
+def test_there_are_never_many_more_than_allowed(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(opendify, "MAX_CONVERSATIONS", most)
+    with closing(Conversations(":memory:", WEEK)) as store:
         for i in range(300):
             record_at = float(i)
             tail = Tail(SCOPE, str(i), chain=SCOPE).extend(chat(f"u{i}", "a"))
             store.put(tail, record_at)
-            assert len(store) <= most + most // 100
+            assert len(store) < most + opendify._SWEEP_EVERY
         assert store.take(ask_of("u299", "a", "new"), SCOPE, 300.0)
         assert store.take(ask_of("u0", "a", "new"), SCOPE, 300.0) is None
 
 
-def test_the_least_recently_used_go_first() -> None:
-    with closing(Conversations(":memory:", WEEK, 2)) as store:
+def test_the_least_recently_used_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opendify, "MAX_CONVERSATIONS", 2)
+    monkeypatch.setattr(opendify, "_SWEEP_EVERY", 1)
+    with closing(Conversations(":memory:", WEEK)) as store:
         for now, name in enumerate("ab"):
             store.put(Tail(SCOPE, name, chain=SCOPE).extend(chat(name, "x")), now)
         tail = store.take(ask_of("a", "x", "new"), SCOPE, 2.0)
