@@ -5527,7 +5527,7 @@ AnswerForm = Union[Envelope, ResponseFrame]
 #     none, TAKEN -> FREE [put], FREE -> TAKEN [take], TAKEN -> LOST [take by id],
 #     FREE -> LOST [put, by one who has not taken it],
 #     FREE, TAKEN -> LOST, by another name, if more is known than the id [forget],
-#     FREE, TAKEN -> none [forget what is gone; put, if its end is not known]
+#     FREE, TAKEN -> none [remove; put, if its end is not known]
 
 MAX_CONVERSATIONS = 100_000  # some 40 MB
 MAX_NAMED = 10_000  # that clients named; these hold texts until their next turn
@@ -5937,7 +5937,7 @@ _PUT = f"""
 INSERT OR REPLACE INTO opendify_tails
 VALUES (?, CASE WHEN (SELECT state FROM opendify_tails WHERE id = ?) IS ?
            THEN {_FREE} ELSE {_LOST} END, ?, ?, ?, ?, ?, ?, ?, ?)"""
-_DROP = f"DELETE FROM opendify_tails WHERE id = ? AND state != {_LOST}"
+_REMOVE = f"DELETE FROM opendify_tails WHERE id = ? AND state != {_LOST}"
 _FORGET = f"""
 UPDATE OR REPLACE opendify_tails SET state = {_LOST}, id = ?, conversation_id = ?
 WHERE id = ? AND state != {_LOST}"""
@@ -6023,7 +6023,8 @@ class Conversations:
     def take(self, ask: Ask, scope: bytes, now: float) -> Tail | None:
         """The conversation that a request continues; None starts a new one.
 
-        After the turn `put` its new tail, or the same if nothing was sent, or `forget`.
+        After the turn `put` its new tail, or the same if nothing was sent, or `forget`
+        it, or `remove` it.
         """
         history, new = split_turn(ask)
         if is_side_request(ask):
@@ -6048,24 +6049,24 @@ class Conversations:
         if tail.is_known:
             self._put(tail, now)
         elif tail.is_taken:  # by its id, by which it can be learned anew
-            self._run(_DROP, _id(tail))
+            self.remove(tail)
         else:
             self._lose(tail, now)  # again: another process may have been in the way
 
-    def forget(self, tail: Tail | None, *, is_gone: bool = False) -> None:
+    def remove(self, tail: Tail) -> None:
+        """Know nothing of a conversation: Dify has lost it, or it is learned anew."""
+        self._run(_REMOVE, _id(tail))
+
+    def forget(self, tail: Tail) -> None:
         """Continue a conversation no more: Dify may remember what no client saw.
 
         Its transcript stays, as lost and under another id: without it a repeated
         request would match another conversation that ends with the same words. Its own
         id can then be learned anew. If that was all that was known, it is lost as well:
-        somebody's first turn may be under way there. Only what `is_gone`, from Dify
-        too, leaves the table.
+        somebody's first turn may be under way there.
         """
-        if tail and is_gone:
-            self._run(_DROP, _id(tail))
-        elif tail:
-            left = tail if tail.chain == _id(tail) else _alone(tail)
-            self._run(_FORGET, _id(left), left.conversation_id, _id(tail))
+        left = tail if tail.chain == _id(tail) else _alone(tail)
+        self._run(_FORGET, _id(left), left.conversation_id, _id(tail))
 
     def note_shown(self, tail: Tail, now: float) -> None:
         """Remember as lost what a client shows, and Dify may not have so.
@@ -8825,11 +8826,12 @@ class Turns:
             yield
         except BaseException as error:
             tail, question.tail = question.tail, None
-            is_gone = isinstance(error, ConversationGone)
-            if tail and not (question.may_have_run or is_gone):
+            if tail and isinstance(error, ConversationGone):
+                self.conversations.remove(tail)
+            elif tail and question.may_have_run:
+                self.conversations.forget(tail)
+            elif tail:
                 self.conversations.put(tail, self.wall_clock())
-            else:
-                self.conversations.forget(tail, is_gone=is_gone)
             raise
 
     async def _run_once(self, question: Question, sink: Sink) -> Reading:
@@ -8922,7 +8924,7 @@ class Turns:
             is_lost = isinstance(error, ConversationGone) or mode == "advanced-chat"
             if question.ask.conversation_id or not (question.tail and is_lost):
                 raise
-        self.conversations.forget(question.tail, is_gone=True)
+            self.conversations.remove(question.tail)
         question.tail = None
         return await self._try_turn(question, mode)
 

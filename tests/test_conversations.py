@@ -464,7 +464,9 @@ def test_conversation_whose_turn_failed_is_learned_anew_by_its_id(
     for id_ in "cd":  # equal ones
         record(store, id_, *talk[:-1])
     for _ in "cd":
-        store.forget(store.take(ask(*talk), SCOPE, 0.0))
+        tail = store.take(ask(*talk), SCOPE, 0.0)
+        assert tail is not None
+        store.forget(tail)
     for id_ in "cd":
         assert "Be brief." in by_id(id_, "one")
         assert (by_id(id_, "two"), by_id(id_, "three")) == ("two", "three")
@@ -613,7 +615,7 @@ def test_ids_that_are_no_ids_do_no_harm(store: Conversations) -> None:
         assert tail is not None
         assert tail.conversation_id == bad
         store.put(plan_turn(named, SCOPE, tail).tail_after(bad, answer("x")), 0.0)
-        store.forget(tail, is_gone=True)
+        store.remove(tail)
     assert len(store) == 0
 
 
@@ -748,11 +750,12 @@ def test_calls_are_not_left_out_where_a_history_is_an_input(
     assert found(store, ask_with_tools(*said, user("Thanks"))) == ""
 
 
-def test_forget_and_never_put_back(store: Conversations) -> None:
+def test_nothing_is_known_of_what_was_removed(store: Conversations) -> None:
     record(store, "c", *chat(*TALK))
     request = ask_of(*TALK, "new")
-    store.forget(store.take(request, SCOPE, 0.0), is_gone=True)
-    store.forget(None)
+    tail = store.take(request, SCOPE, 0.0)
+    assert tail is not None
+    store.remove(tail)
     assert (found(store, request), len(store)) == ("", 0)
 
 
@@ -1384,6 +1387,7 @@ def test_left_turn_by_id_is_known_to_the_first_turn_beside_it() -> None:
     """Neither knows of the other: Dify's memory has more than each client."""
     with closing(Conversations(":memory:", WEEK)) as store:
         tail = store.take(ask(user("by id"), conversation_id="c"), SCOPE, 0.0)
+        assert tail is not None
         store.forget(tail)  # its client left
         record(store, "c", *chat(*TALK))
         assert found(store, ask_of(*TALK, "new")) == ""
@@ -1618,7 +1622,7 @@ class Clients(RuleBasedStateMachine):
         store = self.stores[which % len(self.stores)]
         tail = store.take(request, chat.scope, 0.0)
         if tail and tail.conversation_id not in self.dify:  # 404
-            store.forget(tail, is_gone=True)
+            store.remove(tail)
             tail = None
         plan = plan_turn(request, chat.scope, tail)
         name = plan.tail.conversation_id
