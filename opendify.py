@@ -3553,8 +3553,7 @@ def _take_files(value: Any, files: list[dict[str, Any]]) -> list[Any]:
         return []
     kept = value
     if isinstance(value, dict):
-        pairs = [(key, _take_files(item, files)) for key, item in value.items()]
-        kept = {key: x for key, items in pairs for x in items}
+        kept = {key: x for key, item in value.items() for x in _take_files(item, files)}
     elif isinstance(value, list):
         kept = [x for item in value for x in _take_files(item, files)]
     return [kept] if kept or not value else []
