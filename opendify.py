@@ -4527,8 +4527,8 @@ class StoredFile(NamedTuple):
     @property
     def attachment(self) -> Attachment:
         """The file as part of a message."""
-        file, size = Attachment(self.name, self.media_type), int(self.size)
-        return replace(file, upload_id=self.upload_id, size=size)
+        name, media_type, size = self.name, self.media_type, int(self.size)
+        return Attachment(name, media_type, upload_id=self.upload_id, size=size)
 
 
 def file_object(id_: str, file: StoredFile) -> dict[str, Any]:
