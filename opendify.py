@@ -1857,7 +1857,7 @@ class _Block:
             if language in _FENCES:
                 return
         elif self._is_fenced and not language and self.calls:
-            self.taken = end
+            self.taken = end  # here the block ends
         elif self.taken and not self._text[end : end + _MAX_BLANK].strip():
             if self._is_last:  # it is a stray one, and closes nothing
                 return
@@ -2456,8 +2456,8 @@ class AppForm(NamedTuple):
     """What `GET /parameters` says of an app: its inputs, files, and speech."""
 
     inputs: tuple[AppInput, ...] = ()
-    uploads: Json = MappingProxyType({})
-    limits: Json = MappingProxyType({})
+    uploads: Json = MappingProxyType({})  # the rules for files beside the inputs
+    limits: Json = MappingProxyType({})  # of sizes, by kinds of files
     hears: bool = True  # speech to text is switched on
     speaks: bool = True  # text to speech is
     voice: str = ""  # its own
@@ -5271,16 +5271,16 @@ class _Shape(NamedTuple):
 
 _MESSAGE_SHAPE = _Shape(
     *("msg_", "message", "content", "output_text"),
-    {"status": "in_progress", "role": "assistant"},
-    "content_part",
-    {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
-    {"logprobs": []},
+    added={"status": "in_progress", "role": "assistant"},
+    part_event="content_part",
+    part={"type": "output_text", "text": "", "annotations": [], "logprobs": []},
+    more={"logprobs": []},
 )
 _REASONING_SHAPE = _Shape(
     *("rs_", "reasoning", "summary", "reasoning_summary_text"),
-    {},
-    "reasoning_summary_part",
-    {"type": "summary_text", "text": ""},
+    added={},
+    part_event="reasoning_summary_part",
+    part={"type": "summary_text", "text": ""},
 )
 _CALL_SHAPE = _Shape("fc_", "function_call", "arguments", "function_call_arguments")
 _CUSTOM_SHAPE = _Shape("ctc_", "custom_tool_call", "input", "custom_tool_call_input")
