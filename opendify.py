@@ -896,6 +896,10 @@ def _mended_escape(match: re.Match[str]) -> str:
 # Writing...
 
 
+# As models and people read it: letters as they are, a space behind commas and colons.
+json_text = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def json_bytes(value: Any) -> bytes:
     """Compact JSON on one line that no client's reader can break.
 
@@ -981,7 +985,7 @@ class ToolCall:
         if not self.is_custom:
             return self.arguments
         text = (read_json_object(self.arguments) or {}).get("input", self.arguments)
-        return text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+        return text if isinstance(text, str) else json_text(text)
 
 
 class Message(NamedTuple):
@@ -1493,7 +1497,7 @@ def describe_tools(tools: Sequence[Tool], mode: str, *, is_serial: bool = False)
     for tool in tools:
         kind = {"type": "custom"} if tool.is_custom else {}  # for `told_ask`
         about = {**kind, **{name: getattr(tool, name) for name in fields}}
-        lines.append(json.dumps(about, ensure_ascii=False))
+        lines.append(json_text(about))
     number = _ONE if is_serial else _SEVERAL
     words = _TOOLS_TEXT.format(tools="\n".join(lines), number=number)
     return f"{words} {MUST_CALL}" if mode == "required" else words
@@ -1517,7 +1521,7 @@ def told_ask(text: str) -> Ask:
 
 def describe_call(call: ToolCall) -> str:
     """A call as the app is to write it, for the history of a conversation."""
-    name = json.dumps(call.name, ensure_ascii=False)
+    name = json_text(call.name)
     arguments = call.arguments.strip() or "{}"
     return f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
 
@@ -1530,7 +1534,7 @@ def describe_format(output: OutputFormat) -> str:
     what += f" ({output.name})" if output.name else ""
     words = _FORMAT_TEXT.format(what=what)
     if output.kind == "json_schema":
-        words += _SCHEMA_TEXT + json.dumps(output.schema, ensure_ascii=False)
+        words += _SCHEMA_TEXT + json_text(output.schema)
     return words
 
 
@@ -1697,7 +1701,7 @@ class CallReader:
                 self.found += 1
                 self._tail = self._blank = ""
                 if self.found <= self.most:
-                    text = json.dumps(arguments, ensure_ascii=False)
+                    text = json_text(arguments)
                     call = ToolCall(self._new_id(), tool.name, text, tool.is_custom)
                     done.append(call)
             if not is_over:
@@ -2108,7 +2112,7 @@ def extract_json(text: str, output: OutputFormat) -> tuple[str | None, str]:
         parse_json_text(source)
     except ValueError:
         with contextlib.suppress(ValueError):
-            source = json.dumps(parse_sloppy_json(source), ensure_ascii=False)
+            source = json_text(parse_sloppy_json(source))
     problem = json_problem(source, output)
     return (None if problem else source), problem
 
@@ -2138,7 +2142,7 @@ def schema_problems(value: Any, schema: Json) -> list[str]:
     found = _Checker(schema).check(value, schema, "$")
     with contextlib.suppress(RecursionError, re.error, *_NO_SENSE):
         for at, keyword, limit in itertools.islice(found, _MAX_PROBLEMS):
-            rule = json.dumps(limit, ensure_ascii=False)[:_MAX_RULE_CHARS]
+            rule = json_text(limit)[:_MAX_RULE_CHARS]
             broken = f"breaks {keyword} {rule}" if keyword else "is not allowed"
             problems.append(f"{at} {broken}")
     return problems
@@ -3539,7 +3543,7 @@ def answer_from_outputs(outputs: Json, variable: str, mode: str) -> str:
     if usual:
         return next(filter(None, usual), "")
     value = next(iter(texts.values()), "") if len(texts) < 2 else texts
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json_text(value)
 
 
 def _take_files(value: Any, files: list[dict[str, Any]]) -> list[Any]:
@@ -4157,7 +4161,7 @@ def parse_calls(message: Json) -> tuple[ToolCall, ...]:
         if isinstance(function, dict):
             arguments = function.get("arguments")
             if not isinstance(arguments, str):
-                arguments = json.dumps(arguments or {}, ensure_ascii=False)
+                arguments = json_text(arguments or {})
             name, id_ = str(function.get("name") or ""), str(call.get("id") or "")
             parsed.append(ToolCall(id_, name, arguments))
     return tuple(parsed)
@@ -4999,7 +5003,7 @@ def _parse_call(item: Json, where: str) -> Message:
 def _parse_result(item: Json, where: str) -> Message:
     output = item.get("output")
     if output is not None and not isinstance(output, (str, list)):
-        output = json.dumps(output, ensure_ascii=False)
+        output = json_text(output)
     text, files = parse_content(output, f"{where}.output")
     call_id = str(item.get("call_id") or "")
     return Message("tool", text, attachments=files, call_id=call_id)
