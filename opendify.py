@@ -5019,6 +5019,10 @@ _ITEMS: Mapping[str, Callable[[dict[str, Any], str], Item | None]] = {
 }
 
 
+def _echo_metadata(value: Any) -> dict[str, str]:
+    return {name: x for name, x in object_of(value).items() if isinstance(x, str)}
+
+
 def _echo_tools(value: Any) -> list[dict[str, Any]]:
     """The tools that an app can be told of; others may have any shape (Codex)."""
     tools = []
@@ -5064,9 +5068,7 @@ def _echo_number(value: Any, most: int) -> Any:
 # the field's absence means.
 _ECHOED: Mapping[str, Callable[[Any], Any]] = {
     "instructions": lambda value: value if isinstance(value, str) else None,
-    "metadata": lambda value: {
-        name: text for name, text in object_of(value).items() if isinstance(text, str)
-    },
+    "metadata": _echo_metadata,
     "tools": _echo_tools,
     "tool_choice": _echo_choice,
     "parallel_tool_calls": lambda value: value is not False,
@@ -5210,7 +5212,7 @@ def list_page(items: Sequence[Json], query: Mapping[str, str]) -> dict[str, Any]
 def conversation_object(id_: str, created: UnixTime, metadata: Any) -> dict[str, Any]:
     """A conversation (`conv_…`)."""
     about = {"id": id_, "object": "conversation", "created_at": created}
-    return {**about, "metadata": _ECHOED["metadata"](metadata)}
+    return {**about, "metadata": _echo_metadata(metadata)}
 
 
 def deleted_object(id_: str) -> dict[str, Any]:
