@@ -2304,8 +2304,8 @@ def call_ids(message_id: str) -> Iterator[str]:
 
 def answer_of_call(call_id: str) -> str:
     """What the ids of all calls of its answer begin with; "" if it is none of ours."""
-    is_ours = call_id.startswith("call_") and call_id[29:30] == "_"
-    return call_id[:30] if is_ours else ""
+    ours = re.match("call_[0-9a-f]{24}_", call_id)
+    return ours[0] if ours else ""
 
 
 class Reading:

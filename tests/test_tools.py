@@ -1198,8 +1198,10 @@ def test_calls_of_nobody_s_stay_as_they_are() -> None:
         return Message("assistant", id_, tool_calls=(ToolCall(id_, "f", "{}"),))
 
     ours, other = itertools.islice(call_ids("m"), 2)
-    rows = [call(ours), call(other), Message("tool", "x", call_id=ours), call("call_1")]
-    assert in_rounds(rows) == rows
+    result = Message("tool", "x", call_id=ours)
+    for id_ in ("call_1", f"call_{'Z' * 24}_0", f"call_{'0' * 24}0"):
+        rows = [call(ours), call(other), result, call(id_)]
+        assert in_rounds(rows) == rows
     rows = [call(ours), Message("tool", "x", call_id=next(call_ids("n")))]
     assert in_rounds(rows) == rows
 
