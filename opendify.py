@@ -5800,23 +5800,18 @@ def plan_turn(
     """
     history, new = split_turn(ask)
     said = tuple(m for m in history if m.role != "system")
-    system = "" if app.system_variable else ask.system  # that goes into the query
-    opening = _opening(system)
     if tail and tail.folded and not (app.history_variable or ask.conversation_id):
         tail = None  # its beginning went into an input that is gone
     alone = ask.system if tail is None or ask.system.strip() else _NEXT
     if tail is None:
         elsewhere = history if app.history_variable else ()
         tail = Tail(scope, chain=scope, folded=len(said) if elsewhere else 0)
-        lacked, context = history, [*opening, *history[len(elsewhere) :]]
+        lacked = history
+        context = [*_opening(ask, app), *history[len(elsewhere) :]]
     else:
         lacked = said if ask.is_all_new else ()  # by the conversation
         elsewhere = () if lacked else _only_in_input(history, tail)
-        part = _WITHIN if app.system_variable else _SYSTEM
-        is_told = _told_hashes(scope, ask, history)[part] == tail.told[part]
-        between = [m for m in history if m.role == "system"]
-        again = _opening(MUST_CALL if MUST_CALL in system else "")  # said each time
-        context = [*(again if is_told else opening + between), *lacked]
+        context = [*_untold(ask, app, history, tail), *lacked]
     carried, files = _with_room(lacked, new, has_room)
     inputs = {**ask.inputs, **_own_inputs(app, ask.system, fold(elsewhere, carried))}
     query = _query(ask, context, new, carried) if ask.messages else alone
@@ -5832,8 +5827,18 @@ def _own_inputs(app: AppSettings, system: str, history: str) -> dict[str, str]:
     return {name: text for name, text in pairs if name and text.strip()}
 
 
-def _opening(system: str) -> list[Message]:
-    return [Message("system", system)] if system.strip() else []
+def _opening(ask: Ask, app: AppSettings) -> list[Message]:
+    """The system text that opens the query, unless the app has an input for it."""
+    is_here = ask.system.strip() and not app.system_variable
+    return [Message("system", ask.system)] if is_here else []
+
+
+def _untold(ask: Ask, app: AppSettings, history: Messages, tail: Tail) -> list[Message]:
+    """The system texts, if others were told last; else what is said each time."""
+    opening, part = _opening(ask, app), _WITHIN if app.system_variable else _SYSTEM
+    if _told_hashes(tail.scope, ask, history)[part] != tail.told[part]:
+        return [*opening, *(m for m in history if m.role == "system")]
+    return [Message("system", MUST_CALL) for m in opening if MUST_CALL in m.text]
 
 
 def _with_room(
