@@ -1778,7 +1778,7 @@ class _Block:
         self._is_open = False  # something began after the last call
         self._tool: Tool | None = None  # whose call has begun
         self._given: dict[str, Any] = {}
-        self._value = _ValueEnd()
+        self._value = _ValueEnd()  # of the JSON or the parameter that comes next
 
     def read(self, text: str, *, is_last: bool) -> bool:
         """Go on with the whole text so far; whether the block is over."""
