@@ -1271,9 +1271,9 @@ class Answer:
             if isinstance(part, Text):  # nearly always
                 self._texts.append(part.text)
             else:
-                self._add_other(part)
+                self._add_beside(part)
 
-    def _add_other(self, part: Part) -> None:
+    def _add_beside(self, part: Part) -> None:
         if isinstance(part, Reasoning):
             self._reasonings.append(part)
         elif isinstance(part, Usage):
@@ -1282,10 +1282,16 @@ class Answer:
             self.finish_reason = part.reason
         elif isinstance(part, Failure):
             raise part.error
+        elif isinstance(part, ToolCall):
+            self.calls.append(part)
+        elif isinstance(part, Sound):
+            self.sounds.append(part.data)
+        elif isinstance(part, Citations):
+            self.citations = part.resources
         else:
-            self._add_rare(part)
+            self._change_text(part)
 
-    def _add_rare(self, part: Part) -> None:
+    def _change_text(self, part: Part) -> None:
         if isinstance(part, Media):
             self._texts.append(media_text(part, is_first=not self.text))
         elif isinstance(part, Replace):
@@ -1295,12 +1301,6 @@ class Answer:
             text = self.text
             at = max(len(text) - part.size, 0)  # calls may be gone from it
             self._leave(text[:at], text[at:])
-        elif isinstance(part, ToolCall):
-            self.calls.append(part)
-        elif isinstance(part, Sound):
-            self.sounds.append(part.data)
-        elif isinstance(part, Citations):
-            self.citations = part.resources
 
     def _leave(self, text: str, reasoning: str) -> None:
         """Only this is left of the text so far, and this of it is reasoning."""
