@@ -3940,11 +3940,14 @@ def parse_stream(body: Json) -> bool:
 
 def split_system(items: Sequence[Any], first: str = "") -> tuple[str, tuple[Any, ...]]:
     """(the system text that opens a history, all other items)."""
-    at, texts = 0, [first]
-    while at < len(items) and getattr(items[at], "role", "") == "system":
-        texts.append(items[at].text)
-        at += 1
-    return "\n\n".join([text for text in texts if text.strip()]), tuple(items[at:])
+    opening = [*itertools.takewhile(_is_system_text, items)]
+    texts = [text for text in (first, *[m.text for m in opening]) if text.strip()]
+    return "\n\n".join(texts), tuple(items[len(opening) :])
+
+
+def _is_system_text(item: Any) -> bool:
+    """Whether it is a system message of text alone: the files of others go along."""
+    return getattr(item, "role", "") == "system" and not item.attachments
 
 
 def _parse_required(body: Json, name: str) -> str:

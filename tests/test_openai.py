@@ -373,6 +373,20 @@ def test_system_text_at_the_beginning_stands_apart() -> None:
     assert ask == expected
 
 
+def test_system_message_with_files_is_no_mere_text() -> None:
+    """Its files go to the app as those of any other message."""
+    image = {"type": "image_url", "image_url": {"url": "https://x/a.png"}}
+    text = {"type": "text", "text": "Draw like this."}
+    ask = parsed(
+        {"role": "system", "content": "Be brief."},
+        {"role": "developer", "content": [text, image]},
+        {"role": "user", "content": "Hi"},
+    )
+    files = (Attachment("a.png", "image/*", url="https://x/a.png"),)
+    drawn = Message("system", "Draw like this.", attachments=files)
+    assert ask == Ask("m", (drawn, HI), "Be brief.")
+
+
 def test_request_without_a_user_message() -> None:
     ask = parsed({"role": "system", "content": "Say hello."})
     assert ask == Ask("m", (), "Say hello.")
