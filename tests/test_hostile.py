@@ -530,6 +530,14 @@ LEAVING: dict[str, Case] = {
         [get("/health", "Connection: x, CLOSE") + SMUGGLED], (200,), True
     ),
     "old-version": Case([head("GET /health HTTP/1.0") + SMUGGLED], (200,), True),
+    "old-version-without-host": Case(
+        [head("OPTIONS / HTTP/1.0", host=None) + SMUGGLED], (204,), True
+    ),
+    "old-version-of-a-page": Case(
+        [head("GET / HTTP/1.0", "Origin: https://evil.example", host=None)],
+        (403,),
+        True,
+    ),
     "old-version-kept-alive": Case(
         [head("GET /health HTTP/1.0", "Connection: keep-alive") + SMUGGLED],
         (200,),
