@@ -154,6 +154,12 @@ class AppSettings:
     smoothing: bool | None = None
     tools: str = "prompt"
 
+    @property
+    def filled(self) -> set[str]:
+        """The inputs that get something else than the message."""
+        tools = {"tools"} if self.tools == "inputs" else set()
+        return {*self.inputs, self.system_variable, self.history_variable, *tools}
+
 
 def _setting(default: Any, meaning: str, least: float | None = None) -> Any:
     """A field of Settings: default, meaning for the help, and lowest value."""
@@ -2491,17 +2497,20 @@ _QUERY_NAMES = ("query", "input", "prompt", "question", "text")
 _TEXT_TYPES = ("text-input", "paragraph")
 
 
-def query_variable(mode: str, form: AppForm, configured: str = "") -> str:
+def query_variable(mode: str, form: AppForm, app: AppSettings) -> str:
     """The input that takes the user's text; "" in a chat, where the query does.
+
+    It is one that is filled with something else only if there is no other.
 
     Raises:
         WrongMode: the app has none; the message lists what it has.
     """
     if mode in CHAT_MODES:
         return ""
-    if configured:
-        return configured
+    if app.query_variable:
+        return app.query_variable
     texts = [row for row in form.inputs if row.type in _TEXT_TYPES]
+    texts = [row for row in texts if row.variable not in app.filled] or texts
     names = [row.variable for row in texts]
     usual = [name for name in _QUERY_NAMES if name in names]
     required = [row.variable for row in texts if row.required]
@@ -8324,7 +8333,7 @@ class Dify:
         if run.get("id") != id_:
             return []
         form = NO_FORM if app.query_variable else await self.facts.form_of(app)
-        query = query_variable("workflow", form, app.query_variable)
+        query = query_variable("workflow", form, app)
         return [stored_run(run, app, query)]
 
     async def _messages(
@@ -8994,7 +9003,7 @@ async def _request_for(
         placed, beside = place_files(form, files, inputs)
         common["inputs"] = {**inputs, **placed}
         common["files"] = files_beside(form, beside)
-    variable = query_variable(mode, form, app.query_variable)
+    variable = query_variable(mode, form, app)
     conversation_id = plan.tail.conversation_id
     return dify_request(mode, plan.query, common, variable, conversation_id)
 
@@ -11461,7 +11470,7 @@ async def _check_app(
         try:
             mode = await dify.facts.confirmed_mode(app)
             form = await dify.facts.form_of(app)
-            variable = query_variable(mode, form, app.query_variable)
+            variable = query_variable(mode, form, app)
             notes += _notes_on(app, form, variable)
             notes += _known_problems(facts.version, mode)
             if asks:
@@ -11488,9 +11497,7 @@ def _notes_on(app: AppSettings, form: AppForm, variable: str) -> list[Note]:
         need = "required of clients" if input_.required else "optional"
         inputs.append(f"{input_.variable} ({roles.get(input_.variable, need)})")
     speech = ["speech to text"] * form.hears + ["text to speech"] * form.speaks
-    named = {*app.inputs, app.system_variable, app.history_variable}
-    named |= {variable} if app.query_variable else set()
-    named |= {"tools"} if app.tools == "inputs" else set()
+    named = app.filled | ({variable} if app.query_variable else set())
     known = {"", "query", *(input_.variable for input_ in form.inputs)}
     lost = named - known  # old text generators do not declare their `query`
     warning = f"Dify ignores what the app has no input for: {', '.join(sorted(lost))}."

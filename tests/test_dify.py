@@ -1175,7 +1175,26 @@ TEXT, REQUIRED = "text-input", True
     ],
 )
 def test_query_variable(inputs: list[AppInput], variable: str) -> None:
-    assert opendify.query_variable("workflow", form(*inputs)) == variable
+    app = AppSettings("app-key")
+    assert opendify.query_variable("workflow", form(*inputs), app) == variable
+
+
+@pytest.mark.parametrize("mode", ["completion", "workflow"])
+@pytest.mark.parametrize(
+    "app",
+    [
+        pytest.param(AppSettings("k", system_variable="tools"), id="system"),
+        pytest.param(AppSettings("k", history_variable="tools"), id="history"),
+        pytest.param(AppSettings("k", inputs={"tools": "saw"}), id="preset"),
+        pytest.param(AppSettings("k", tools="inputs"), id="tools"),
+    ],
+)
+def test_message_replaces_no_other_text_that_the_app_is_given(
+    mode: str, app: AppSettings
+) -> None:
+    tools, task = AppInput("tools", TEXT, REQUIRED), AppInput("task", TEXT)
+    assert opendify.query_variable(mode, form(tools, task), app) == "task"
+    assert opendify.query_variable(mode, form(tools), app) == "tools"
 
 
 def test_workflow_without_text_input_is_refused_with_its_inputs() -> None:
@@ -1183,10 +1202,11 @@ def test_workflow_without_text_input_is_refused_with_its_inputs() -> None:
     with pytest.raises(
         opendify.BadRequest, match=r"size \(select, required, one of S, L"
     ) as caught:
-        opendify.query_variable("workflow", form(size))
+        opendify.query_variable("workflow", form(size), AppSettings("app-key"))
     assert "`query_variable` to any name" in caught.value.message
-    assert opendify.query_variable("workflow", form(size), "any name") == "any name"
-    assert opendify.query_variable("completion", form()) == "query"
+    named = AppSettings("app-key", query_variable="any name")
+    assert opendify.query_variable("workflow", form(size), named) == "any name"
+    assert opendify.query_variable("completion", form(), AppSettings("k")) == "query"
 
 
 A_FILE = {"dify_model_identity": "__dify__file__", "url": "/f"}
