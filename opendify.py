@@ -6221,7 +6221,8 @@ def _owner(key: str) -> bytes:
 
 
 def _id(tail: Tail) -> bytes:
-    return _hash(tail.scope, tail.conversation_id.encode("utf-8", "replace"), 16)
+    id_ = tail.conversation_id.lower()  # Swift writes Dify's UUIDs in capitals
+    return _hash(tail.scope, id_.encode("utf-8", "replace"), 16)
 
 
 def _unknown(scope: bytes, conversation_id: str) -> Tail:

@@ -547,12 +547,13 @@ def test_an_answer_to_be_continued_starts_anew_and_is_not_recorded(
 # Explicit ids...
 
 
+@pytest.mark.parametrize("id_", ["c", "C"])
 def test_an_explicit_id_is_taken_as_given_and_moves_its_tail(
-    store: Conversations,
+    id_: str, store: Conversations
 ) -> None:
     record(store, "c", *chat(*TALK))
     request = ask_of("only the new one")
-    named = ask(*request.messages, conversation_id="c")
+    named = ask(*request.messages, conversation_id=id_)
     tail = store.take(named, SCOPE, 0.0)
     plan = plan_turn(named, SCOPE, tail)
     assert (plan.query, plan.tail.conversation_id) == ("only the new one", "c")
