@@ -328,10 +328,12 @@ def _complaints_of_urls(settings: Settings) -> Iterator[str]:
 
 def _complaints(settings: Settings) -> Iterator[str]:
     """What is wrong with other values that parsed."""
-    app_keys = [app.key for app in settings.model_config.values()]
-    for key in (*app_keys, *settings.dify_api_keys):
+    models = settings.model_config.items()
+    app_keys = [(f"MODEL_CONFIG: key of {name!r}", app.key) for name, app in models]
+    app_keys += [("DIFY_API_KEYS", key) for key in settings.dify_api_keys]
+    for where, key in app_keys:
         if not re.fullmatch(r"[!-~]+", key):
-            yield f"the app key {mask_key(key)!r} has characters no key has"
+            yield f"{where}: {mask_key(key)!r} has characters no key has"
     for key in settings.valid_api_keys:
         if not re.fullmatch(r"[\t -~]+", key):  # clients encode others differently
             yield f"VALID_API_KEYS: {mask_key(key)!r} has characters no header has"

@@ -359,6 +359,13 @@ def test_bad_base_of_a_model_names_the_model() -> None:
     ]
 
 
+def test_bad_key_of_a_model_names_the_model() -> None:
+    models = {"m": KEY, "other": {"key": "app-with a blank"}}
+    assert complaints(MODEL_CONFIG=json.dumps(models)) == [
+        "MODEL_CONFIG: key of 'other': 'app-wi…' has characters no key has"
+    ]
+
+
 def test_all_complaints_come_at_once_and_in_order() -> None:
     assert complaints(
         SERVER_PORT="http",
@@ -375,7 +382,7 @@ def test_all_complaints_come_at_once_and_in_order() -> None:
         "STREAM_SMOOTHING: must be on or off, not 'maybe'",
         "CONVERSATION_TTL: must be 1 or more, not 0s",
         "DIFY_API_BASE: must be a URL like https://host/v1, not 'dify.local'",
-        "the app key 'app wi…' has characters no key has",
+        "DIFY_API_KEYS: 'app wi…' has characters no key has",
         "VALID_API_KEYS: 'schlüs…' has characters no header has",
         "LOG_LEVEL: must be one of DEBUG, INFO, WARNING, ERROR",
     ]
