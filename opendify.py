@@ -381,7 +381,7 @@ def _parse_seconds(text: str) -> Seconds:
 
 
 def _parse_list(text: str) -> tuple[str, ...]:
-    return tuple(item.strip() for item in text.split(",") if item.strip())
+    return tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
 
 
 def _parse_models(text: str) -> dict[str, AppSettings]:
