@@ -4150,7 +4150,8 @@ def parse_message(message: Any, where: str) -> Message:
     """One message of a history."""
     message = of_type(message, dict, where)
     role = _ROLES.get(str(message.get("role")), "user")
-    text, attachments = parse_content(message.get("content"), f"{where}.content")
+    content = message.get("content") or message.get("refusal")
+    text, attachments = parse_content(content, f"{where}.content")
     name = message.get("name") if message.get("name") != role else ""  # AutoGen's users
     spoken_id = call_id = ""
     if role == "tool":
