@@ -3952,7 +3952,8 @@ def parse_stream(body: Json) -> bool:
 def split_system(items: Sequence[Any], first: str = "") -> tuple[str, tuple[Any, ...]]:
     """(the system text that opens a history, all other items)."""
     opening = [*itertools.takewhile(_is_system_text, items)]
-    texts = [text for text in (first, *[m.text for m in opening]) if text.strip()]
+    said = [m for m in (Message("system", first), *opening) if m.text.strip()]
+    texts = [f"{m.name}: {m.text}" if m.name else m.text for m in said]
     return "\n\n".join(texts), tuple(items[len(opening) :])
 
 

@@ -381,6 +381,19 @@ def test_system_text_at_the_beginning_stands_apart() -> None:
     assert ask == expected
 
 
+def test_examples_at_the_beginning_say_whose_they_are() -> None:
+    """OpenAI's guides give them as system messages with names."""
+    ask = parsed(
+        {"role": "system", "content": "Translate."},
+        {"role": "system", "name": "example_user", "content": "dog"},
+        {"role": "system", "name": "example_user", "content": " "},
+        {"role": "system", "name": "example_assistant", "content": "Hund"},
+        {"role": "user", "content": "Hi"},
+    )
+    system = "Translate.\n\nexample_user: dog\n\nexample_assistant: Hund"
+    assert ask == Ask("m", (HI,), system)
+
+
 def test_system_message_with_files_is_no_mere_text() -> None:
     """Its files go to the app as those of any other message."""
     image = {"type": "image_url", "image_url": {"url": "https://x/a.png"}}
