@@ -1590,16 +1590,16 @@ def is_retry(text: str) -> bool:
 # What it answers: calls...
 
 # How calls are written: our way (Hermes', Qwen's), then Anthropic's, DeepSeek's, GLM's,
-# MiniMax's, Seed's, Mistral's, Llama's, Kimi's, and that of a history that was folded
-# into a query.
+# MiniMax's, Seed's, Mistral's, Llama's, Kimi's, Qwen-Agent's, and that of a history
+# that was folded into a query.
 _MARKERS = (
     *("<tool_call", "<tools>", "<tool_use>", "<function_call"),
     *("<function=", "<function ", "<invoke ", "<antml:"),
     *("<｜DSML｜", "<｜tool▁call", "<|tool▁call", "<|tool_call", "<message "),
     *("<minimax:tool_call>", "<seed:tool_call>"),
-    *("<|python_tag|>", "[TOOL_CALLS]", "```"),
+    *("<|python_tag|>", "[TOOL_CALLS]", "✿FUNCTION✿", "```"),
 )
-_FENCE, _SIGNS = re.compile("`{1,3}"), re.compile(r"```|[<\[{`]")  # in code; elsewhere
+_FENCE, _SIGNS = re.compile("`{1,3}"), re.compile(r"```|[<\[{`✿]")  # in code; elsewhere
 _BEGINNINGS = {marker[:size] for marker in _MARKERS for size in range(1, len(marker))}
 _LONGEST = max(map(len, _MARKERS))
 _CONTEXT_CHARS = 80  # before JSON, that tell whether a call can stand there
@@ -1610,6 +1610,7 @@ _TOKEN = re.compile(
     r"""(?P<space>[\s;,}\]]+)
     |(?P<opener><(?:\w+:|｜DSML｜)?(?:tool_calls?|tools|tool_use|function_calls?)>
         |<[|｜](?!/)[^<>|｜]{1,40}(?<!end)(?<!_id)[|｜]>|\[TOOL_CALLS\]|\[ARGS\]
+        |✿[A-Z]+✿:?
         |<(?:(?:antml:|｜DSML｜)?(?:invoke|function|tool_call)(?:=|\ +name\ *=\ *)["']?
         |message\s[^<>]*?\btool_call=")(?P<name>[\w.-]+)(?![\w.-])[^<>]*>)
     |(?P<parameter>
@@ -1625,7 +1626,7 @@ _TOKEN = re.compile(
 )
 _UNFINISHED = re.compile(  # tokens that may be whole when more text comes
     r"<[^<>]{0,200}\Z|<arg_key>[^<>]*(?:</?[^<>]*(?:>\s*)?){0,2}\Z"
-    r"|\[[A-Z_]{0,10}\Z|`{1,2}\Z|```[\w-]{0,40}[ \t]*\Z"
+    r"|\[[A-Z_]{0,10}\Z|✿[A-Z]{0,10}✿?\Z|`{1,2}\Z|```[\w-]{0,40}[ \t]*\Z"
 )
 _FENCES = ("", "json", "json5", "jsonc", "xml", "tool_call", "tool_calls", "tool_code")
 _QUOTES = ("`", '"', "'", "“", "‘", "「", "\\")

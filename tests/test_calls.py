@@ -374,6 +374,15 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
         "<parameter=hourly>\ntrue\n</parameter>\n</function>\n</tool_call>",
         [("get_weather", {"city": "Paris\n<parameter=a>", "hourly": True})],
     ),
+    "qwen-agent": (
+        '✿FUNCTION✿: get_weather\n✿ARGS✿: {"city": "Paris"}\n'
+        "✿FUNCTION✿: get_time\n✿ARGS✿: {}\n✿RESULT✿",
+        [*PARIS_CALL, ("get_time", {})],
+    ),
+    "qwen-agent-made-up": (
+        'So:\n✿FUNCTION✿ get_weather\n✿ARGS✿ {"city": "Paris"}\n✿RESULT✿: 20°',
+        ["So:\n", *PARIS_CALL, "\n✿RESULT✿: 20°"],
+    ),
     "minimax": (
         '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Paris'
         "</parameter>\n</invoke>\n</minimax:tool_call>",
@@ -506,6 +515,7 @@ TEXTS = {
     "blank": " \n ",
     "cjk": "「<tool_call>」是标记。{“name”: “search”}",
     "mistral-word": "[TOOL_CALLS] is Mistral's marker",
+    "qwen-agent-word": "✿FUNCTION✿ is a marker, ✿ is a flower",
     "deepseek-word": "<｜tool▁calls▁begin｜> is a token",
 }
 
@@ -795,6 +805,8 @@ def test_a_name_that_only_begins_as_a_tools_holds_nothing_back() -> None:
                 "get_weather",
                 "<invoke name=",
                 "[TOOL_CALLS]",
+                "✿FUNCTION✿:",
+                "✿ARGS✿",
                 '<parameter name="a">',
                 "</parameter>",
                 "<function=search>",
