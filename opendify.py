@@ -4943,8 +4943,8 @@ def ask_of(
     Args:
         request: the request.
         found: what its references stand for. One that is not found is left out; those
-            to several items of one answer stand for one message, and calls that
-            follow are its own (the AI SDK names the message, and repeats the calls).
+            to several items of one answer stand for one message, and its text and
+            calls may follow (the AI SDK names the message, and repeats the calls).
         before: what was said up to `previous_response_id`.
         told: what Dify has of it, which only names the tools of new results.
 
@@ -4952,14 +4952,14 @@ def ask_of(
         BadRequest: there is nothing but references, and all are unknown.
     """
     messages = list(before)
-    named: Message | None = None
+    named = nothing = Message("", "")
     for item in request.items:
         if isinstance(item, Message):
-            is_answer = named is not None and named.role == "assistant"
-            is_its_call = is_answer and item.tool_calls and not item.text
-            text = messages.pop().text if is_its_call else item.text
-            messages.append(item._replace(text=text))
-            named = None
+            is_answer = named.role == item.role == "assistant"
+            is_its_own = is_answer and plain_text(item) in ("", plain_text(named))
+            said = messages.pop() if is_its_own else item
+            messages += [said._replace(tool_calls=item.tool_calls or said.tool_calls)]
+            named = named if is_its_own else nothing
         elif item in found and found[item] != named:
             named = found[item]
             messages.append(named)

@@ -296,6 +296,28 @@ def test_calls_after_a_reference_belong_to_what_it_names() -> None:
     assert ask_of(parsed, {}).messages == (HI, alone, result)
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([{"id": "rs_1"}, SAID, CALL], id="thoughts"),
+        pytest.param([{"id": "rs_1"}, SAID, {"id": "fc_1"}], id="around"),
+        pytest.param([{"id": "rs_1"}, {"id": "fc_1"}, SAID], id="calls"),
+    ],
+)
+def test_answer_that_is_named_and_repeated_is_said_once(rows: list[Any]) -> None:
+    said = Message("assistant", "a", tool_calls=(CALLED,))
+    parsed = parse_responses_request(request(HI_ROW, *rows, HI_ROW))
+    ask = ask_of(parsed, dict.fromkeys(("rs_1", "fc_1"), said))
+    assert ask.messages == (HI, said, HI)
+
+
+def test_another_answer_after_one_that_is_named_is_said_too() -> None:
+    parsed = parse_responses_request(request(HI_ROW, {"id": "msg_1"}, SAID))
+    other = Message("assistant", "b")
+    said = Message("assistant", "a")
+    assert ask_of(parsed, {"msg_1": other}).messages == (HI, other, said)
+
+
 def test_calls_after_a_question_that_is_named_are_no_part_of_it() -> None:
     parsed = parse_responses_request(request({"id": "msg_1"}, CALL))
     alone = Message("assistant", "", tool_calls=(CALLED,))
