@@ -2586,9 +2586,8 @@ def describe_uploads(form: AppForm) -> str:
     """Which files may go beside the inputs, "" if none may."""
     if not (rules := _upload_rules(form)):
         return ""
-    limit, (kinds, extensions) = count_of(rules.get("number_limits")), _allowed(rules)
-    names = ", ".join((*kinds, *extensions))
-    return f"{names}; {limit} at a time" if limit else names
+    limit = count_of(rules.get("number_limits"))
+    return _kinds_in(rules) + (f"; {limit} at a time" if limit else "")
 
 
 def size_limit_mb(form: AppForm, file: Attachment) -> int:
@@ -2610,8 +2609,8 @@ def _problem_beside(rules: Json, file: Attachment) -> str:
         none = "the app takes no files beside its inputs, and has no file input left"
         return f"{none} that takes it; switch file upload on in Dify"
     if not _kind_among(file, rules):
-        kinds = ", ".join(_allowed(rules)[0])
-        return f"the app takes files of type {kinds}, not {file_kind(file)}"
+        kind = file_kind(file).replace("custom", f".{file.extension}")
+        return f"the app takes files of type {_kinds_in(rules)}, not {kind}"
     methods = _texts(rules.get("allowed_file_upload_methods"))
     methods = methods or _texts(rules.get("transfer_methods"))
     method = "remote_url" if file.url and not file.upload_id else "local_file"
@@ -2672,17 +2671,23 @@ def _allowed(rules: Json) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return _texts(rules.get(kinds)), _texts(rules.get(extensions))
 
 
+def _kinds_in(rules: Json) -> str:
+    return ", ".join(itertools.chain(*_allowed(rules)))
+
+
 def _kind_among(file: Attachment, rules: Json) -> str:
     """The kind that a file is sent as by these rules; "" if it is not taken.
 
-    The app's own extensions are for files that are sent as custom. A file of no other
-    kind is not compared with them: Dify may learn another name for it from its URL.
+    The app's own extensions are for files that are sent as custom. A link to a file of
+    no other kind passes: Dify may learn another name for it from its URL.
     """
     kind, (kinds, extensions) = file_kind(file), _allowed(rules)
-    if not kinds or kind in kinds:
+    if not kinds or (kind in kinds and kind != "custom"):
         return kind
+    is_link = file.url and not file.upload_id
+    may_be_any = kind == "custom" and (is_link or not extensions)
     is_listed = file.extension in [text.lower().strip(".") for text in extensions]
-    return "custom" if "custom" in kinds and is_listed else ""
+    return "custom" if "custom" in kinds and (is_listed or may_be_any) else ""
 
 
 def upload_head(file: Attachment, boundary: str) -> bytes:

@@ -1263,6 +1263,10 @@ def test_output_of_a_chatflow_that_is_the_answer(
 PNG = Attachment("cat.png", "image/png", b"\x89PNG")
 PDF = Attachment("a.pdf", "application/pdf", b"%PDF")
 LINK = Attachment("cat.png", "image/*", url="https://host/cat.png")
+CUSTOM = {
+    "allowed_file_types": ["image", "custom"],
+    "allowed_file_extensions": [".PDF"],
+}
 UPLOADS = {
     "enabled": True,
     "allowed_file_types": ["image"],
@@ -1280,6 +1284,12 @@ UPLOADS = {
         ),
         pytest.param(UPLOADS, [PNG, PNG, PNG], "takes 2 files", id="count"),
         pytest.param(UPLOADS, [PDF], "type image, not document", id="kind"),
+        pytest.param(
+            {"enabled": True, **CUSTOM},
+            [Attachment("a.bin", data=b"x")],
+            "type image, custom, .PDF, not .bin",
+            id="extension",
+        ),
         pytest.param(UPLOADS, [LINK], "takes no URLs", id="method"),
         pytest.param(
             UPLOADS,
@@ -1381,10 +1391,6 @@ def test_file_that_comes_twice_fills_two_fields() -> None:
     assert placed == {"inputs": {"first": image, "second": image}, "files": [image]}
 
 
-CUSTOM = {
-    "allowed_file_types": ["image", "custom"],
-    "allowed_file_extensions": [".PDF"],
-}
 A_FIELD = {"variable": "doc", "type": "file-list", **CUSTOM}
 
 
@@ -1404,8 +1410,17 @@ def test_file_that_is_taken_for_its_extension_is_custom(
     placed = placed_files(app, [PNG, PDF])
     files = placed["files"] or placed["inputs"]["doc"]
     assert [row["type"] for row in files] == ["image", "custom"]
-    with pytest.raises(opendify.BadRequest):
-        opendify.check_files(app, [Attachment("a.md", data=b"#")], {})
+    for refused in (Attachment("a.md", data=b"#"), Attachment("a.bin", data=b"#")):
+        with pytest.raises(opendify.BadRequest):
+            opendify.check_files(app, [refused], {})
+
+
+def test_link_whose_name_is_not_known_passes_where_extensions_are_listed() -> None:
+    """Dify learns the name of a file from its server."""
+    app = AppForm((), {"enabled": True, **CUSTOM}, {})
+    opendify.check_files(app, [Attachment("f", url="https://host/f")], {})
+    any_custom = {"enabled": True, "allowed_file_types": ["custom"]}
+    opendify.check_files(AppForm((), any_custom, {}), [Attachment("a.bin")], {})
 
 
 def test_many_files_take_little_time() -> None:
