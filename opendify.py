@@ -5191,7 +5191,7 @@ def stored_item(value: Any, id_: str, taken: Collection[str]) -> dict[str, Any]:
     item.update((name, v) for name, v in given.items() if v is not None)
     if not (item["id"] and isinstance(item["id"], str)) or item["id"] in taken:
         item["id"] = id_
-    content = item.get("content")
+    content = item.get("content") or []
     if isinstance(content, str):
         kind = "output_text" if item.get("role") == "assistant" else "input_text"
         content = [{"type": kind, "text": content}]
@@ -5201,9 +5201,11 @@ def stored_item(value: Any, id_: str, taken: Collection[str]) -> dict[str, Any]:
 
 
 def _complete(part: Any) -> Any:
-    """A part of a message; clients expect the lists that go with an answer's text."""
-    is_answer = object_of(part).get("type") == "output_text"
-    return {**_MESSAGE_SHAPE.part, **part} if is_answer else part
+    """A part of a message, with what clients may leave out of one, but expect in it."""
+    shapes = {"output_text": _MESSAGE_SHAPE.part, "input_image": {"detail": "auto"}}
+    shape = shapes.get(str(object_of(part).get("type")), {})
+    missing = {name: v for name, v in shape.items() if part.get(name) is None}
+    return {**part, **missing} if missing else part
 
 
 def list_page(items: Sequence[Json], query: Mapping[str, str]) -> dict[str, Any]:

@@ -1416,15 +1416,40 @@ async def test_streamed_items_are_found_whatever_their_order() -> None:
     assert [row.json for row in found] == got["output"]
 
 
-async def test_answer_that_a_conversation_is_given_comes_back_with_its_lists() -> None:
-    text = {"type": "output_text", "text": "Two"}
-    said = {"role": "assistant", "content": [text]}
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        pytest.param(
+            {"type": "output_text", "text": "Two"},
+            {"annotations": [], "logprobs": []},
+            id="answer",
+        ),
+        pytest.param(
+            {"type": "input_image", "image_url": "http://x/a.png", "detail": None},
+            {"detail": "auto"},
+            id="image",
+        ),
+        pytest.param({"type": "input_text", "text": "One"}, {}, id="text"),
+    ],
+)
+async def test_part_that_a_conversation_is_given_comes_back_whole(
+    given: JSONObject, added: JSONObject
+) -> None:
+    role = "assistant" if given["type"] == "output_text" else "user"
     async with proxy() as served:
-        made = (await post(served, CONVERSATIONS, {"items": [said]})).json
+        items = [{"role": role, "content": [given]}]
+        made = (await post(served, CONVERSATIONS, {"items": items})).json
         page = (await served.get(f"{CONVERSATIONS}/{made['id']}/items")).json
     validate("ResponseItemList", page)
-    (part,) = page["data"][0]["content"]
-    assert part == {**text, "annotations": [], "logprobs": []}
+    assert page["data"][0]["content"] == [{**given, **added}]
+
+
+async def test_message_without_content_has_an_empty_list() -> None:
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {"items": [{"role": "user"}]})).json
+        page = (await served.get(f"{CONVERSATIONS}/{made['id']}/items")).json
+    validate("ResponseItemList", page)
+    assert page["data"][0]["content"] == []
 
 
 async def test_item_with_nulls_can_be_paged_past() -> None:
