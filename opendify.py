@@ -7701,6 +7701,7 @@ class Pool:
             return wire
         except BaseException:
             wire.abort()
+            vars(self).pop("_trust", None)  # its files may be better by now
             raise
 
     @functools.cached_property

@@ -1838,6 +1838,24 @@ async def test_authority_is_trusted_from_when_the_settings_name_it() -> None:
 
 
 @pytest.mark.real_clock
+async def test_authority_is_trusted_from_when_its_file_has_it(tmp_path: Path) -> None:
+    """An authority is renewed in its place, or could not be read at first."""
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes((TLS / "other-host.pem").read_bytes())
+    async with contextlib.AsyncExitStack() as stack:
+        serving = raw_server(answer_info, tls_context("localhost"))
+        base = await stack.enter_async_context(serving)
+        here = client(base, DIFY_CA_FILE=str(ca))
+        dify, app = await stack.enter_async_context(here)
+        with quiet_loop(), pytest.raises(ProxyError):
+            await dify.api.call(app, "/info")
+        ca.write_bytes((TLS / "authority.pem").read_bytes())
+        # By another name, for which nobody has failed just now.
+        again = dataclasses.replace(app, base=base.replace("127.0.0.1", "localhost"))
+        assert await dify.api.call(again, "/info") == {"name": "n"}
+
+
+@pytest.mark.real_clock
 @pytest.mark.usefixtures("trusted")
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 async def test_tls_connection_is_made_and_reused(host: str) -> None:
