@@ -6561,6 +6561,9 @@ MAX_FIELDS = 200  # Apache and Python's http.client allow 100
 READ_BUFFER_BYTES = 64 * 1024
 WRITE_TIMEOUT_S = 60.0  # for a peer that reads nothing
 MAX_TIMER_S = 30.0
+# A timer that is so late was stopped with the whole process (by Ctrl-Z, `docker pause`)
+# and may run before what came meanwhile is read: that is read first.
+STOPPED_S = 1.0
 
 MAX_EXTENSION_BYTES = 1024  # of a chunk; nobody reads it
 # A chunk's size line, with the line end of the chunk before it; and what may be the
@@ -6929,22 +6932,22 @@ class Wire(asyncio.Protocol):
     def _arm(self) -> None:
         if self._timer:
             self._timer.cancel()
-        self._check_at = min(self._deadline, self._loop.time() + MAX_TIMER_S)
+        now = self._loop.time()
+        self._check_at = max(now, min(self._deadline, now + MAX_TIMER_S))
         self._timer = self._loop.call_at(self._check_at, self._check_deadline)
 
     def _check_deadline(self) -> None:
-        self._check_at = inf
+        late_s, self._check_at = self._loop.time() - self._check_at, inf
         if not self._deadline or self._is_lost:
             return
         must_abort = self._unsent or self._transport.is_closing()
-        is_awaited = self._reader and not self._reader.done()
-        if self._loop.time() < self._deadline:
+        if late_s > STOPPED_S or self._loop.time() < self._deadline:
             self._arm()
         elif self.on_leave == self.close and not must_abort:
             self.close()  # a pool has kept it so long: what came is stray
         elif self._unsent < self._was_unsent:  # it reads, if slowly
             self.set_deadline(WRITE_TIMEOUT_S, self._on_deadline, sends=True)
-        elif self.unread and not (is_awaited or must_abort):
+        elif self.unread and not must_abort:
             self._deadline = 0.0  # we are late, not the peer
         else:
             self._failure = self._failure or self._on_deadline()

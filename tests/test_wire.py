@@ -8,10 +8,11 @@ import itertools
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, cast
 
 import h11
 import pytest
+from clock import VirtualClockLoop
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from work import at_most
@@ -1024,6 +1025,28 @@ async def test_deadline_does_not_strike_while_nobody_takes_what_came() -> None:
         with pytest.raises(TooLate):
             await some(wire)
         assert now() == 14
+
+
+async def test_deadline_that_passed_in_a_stop_lets_what_came_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A wait that a stop has ended (EINTR) brings timers alone, whatever came."""
+    selector = cast(VirtualClockLoop, asyncio.get_running_loop()).jumping
+
+    def stop(_: float | None) -> list[Any]:
+        monkeypatch.undo()
+        selector.now += 60
+        return []
+
+    async with wired() as (wire, far):
+        wire.set_deadline(5, TooLate)
+        far.send(b"in time")
+        monkeypatch.setattr(selector, "select", stop)
+        assert await some(wire) == b"in time"
+        wire.set_deadline(5, TooLate)
+        monkeypatch.setattr(selector, "select", stop)
+        with pytest.raises(TooLate):
+            await some(wire)
 
 
 async def test_deadline_of_a_head_counts_from_its_beginning() -> None:
