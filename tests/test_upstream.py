@@ -769,6 +769,7 @@ BROKEN = Outcome("Hello", "UpstreamFailed", 502, is_final=True)
 BROKEN_EARLY = Outcome("", "UpstreamFailed", 502, is_final=True)
 MISLED = Outcome("", "ConfigurationFault", 502, is_final=True)
 LONG = "x" * 8_000_000
+SAID = b'data: {"event": "message", "answer": "%b"}\n\n' % LONG[:50_000].encode()
 
 FAULTS: list[Any] = [
     # Before the head
@@ -933,6 +934,11 @@ FAULTS: list[Any] = [
         ],
         Outcome("a", "finish"),
         id="8-mb-of-no-interest",
+    ),
+    pytest.param(  # more than is taken at once, and some of it may be refused
+        [message("a"), Sleep(1), Send(SAID * 9), message_end()],
+        Outcome("a" + LONG[:50_000] * 9, "finish"),
+        id="much-at-once",
     ),
 ]
 
