@@ -5195,7 +5195,7 @@ def stored_item(value: Any, id_: str, taken: Collection[str]) -> dict[str, Any]:
     if isinstance(content, str):
         kind = "output_text" if item.get("role") == "assistant" else "input_text"
         content = [{"type": kind, "text": content}]
-    if item["type"] == "message" and isinstance(content, list):
+    if item["type"] == "message":
         item["content"] = [_complete(part) for part in content]
     return item
 

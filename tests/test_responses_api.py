@@ -1453,9 +1453,9 @@ async def test_message_without_content_has_an_empty_list() -> None:
 
 
 async def test_item_with_nulls_can_be_paged_past() -> None:
-    nulls = dict.fromkeys(("id", "type", "status"))
+    nulls = dict.fromkeys(("id", "type", "status", "content"))
     async with proxy() as served:
-        items = [{**nulls, **user("One")}, user("Two")]
+        items = [{**nulls, "role": "user"}, user("Two")]
         made = (await post(served, CONVERSATIONS, {"items": items})).json
         path = f"{CONVERSATIONS}/{made['id']}/items?order=asc"
         page = (await served.get(f"{path}&limit=1")).json
