@@ -5219,7 +5219,7 @@ def list_page(items: Sequence[Json], query: Mapping[str, str]) -> dict[str, Any]
         limit = min(max(int(query.get("limit") or 20), 1), 100)
     except ValueError:
         raise bad_value("limit", "it must be a number from 1 to 100.") from None
-    ordered = list(items) if query.get("order") == "asc" else list(reversed(items))
+    ordered = items if query.get("order") == "asc" else items[::-1]
     places = {item["id"]: number for number, item in enumerate(ordered, 1)}
     after = query.get("after")
     start = places.get(after, len(ordered)) if after else 0

@@ -1168,20 +1168,19 @@ def test_question_as_an_item() -> None:
     }
 
 
-ITEMS = [input_item(f"msg_{number}", HI) for number in range(30)]
+ITEMS = [input_item(f"msg_{number}", HI) for number in range(101)]
 
 
 @pytest.mark.parametrize(
     ("query", "numbers", "has_more"),
     [
-        ({}, range(29, 9, -1), True),
-        ({"order": "desc", "limit": "2"}, [29, 28], True),
+        ({}, range(100, 80, -1), True),
+        ({"order": "desc", "limit": "2"}, [100, 99], True),
         ({"order": "asc", "limit": "2"}, [0, 1], True),
-        ({"order": "asc", "limit": "100"}, range(30), False),
-        ({"order": "asc", "limit": "30"}, range(30), False),
-        ({"order": "asc", "limit": "9000"}, range(30), False),
+        ({"order": "asc", "limit": "100"}, range(100), True),
+        ({"order": "asc", "limit": "9000"}, range(100), True),
         ({"order": "asc", "limit": "0"}, [0], True),
-        ({"order": "asc", "after": "msg_27"}, [28, 29], False),
+        ({"order": "asc", "after": "msg_80"}, range(81, 101), False),
         ({"order": "desc", "after": "msg_2"}, [1, 0], False),
         ({"after": "msg_0"}, [], False),
         ({"after": "msg_unknown"}, [], False),
