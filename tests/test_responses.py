@@ -274,13 +274,14 @@ def test_system_text(fields: JSONObject, system: str, rest: int) -> None:
 
 
 def test_references_stand_in_order_for_what_they_name() -> None:
-    rows = [HI_ROW, {"id": "msg_1"}, {"id": "fc_1"}, {"id": "msg_?"}, HI_ROW]
+    silent = {"role": "user", "content": ""}
+    rows = [HI_ROW, {"id": "msg_1"}, {"id": "fc_1"}, {"id": "msg_?"}, silent]
     parsed = parse_responses_request(request(*rows))
     assert parsed.references == ("msg_1", "fc_1", "msg_?")
     said = Message("assistant", "a", tool_calls=(CALLED,))
     earlier = [Message("user", "0"), Message("assistant", "00")]
     ask = ask_of(parsed, {"msg_1": said, "fc_1": said}, earlier)
-    assert ask.messages == (*earlier, HI, said, HI)
+    assert ask.messages == (*earlier, HI, said, Message("user", ""))
 
 
 def test_calls_after_a_reference_belong_to_what_it_names() -> None:

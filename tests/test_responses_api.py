@@ -351,7 +351,7 @@ async def test_unknown_ids_are_refused(id_: str) -> None:
         assert "You said: Hi" in text_of(await answer(served, asked))
         only = await respond(served, asked[:1])
         assert told(served) == [["Hi"]]
-    assert only.status == 400
+    assert (only.status, only.error["param"]) == (400, "input")
 
 
 @pytest.mark.parametrize(("behind", "status"), [(499, 200), (500, 400)])
@@ -1275,7 +1275,7 @@ async def test_conversation_is_bound_by_its_first_turn() -> None:
 
 async def test_items_of_a_conversation_go_with_its_first_turn() -> None:
     async with proxy() as served:
-        made = (await post(served, CONVERSATIONS, {"items": [user("One")]})).json
+        made = (await post(served, CONVERSATIONS, {"items": ["One"]})).json
         path = f"{CONVERSATIONS}/{made['id']}/items"
         await post(served, path, {"items": [{"role": "assistant", "content": "Two"}]})
         before = (await served.get(f"{path}?order=asc")).json
@@ -1399,8 +1399,10 @@ async def test_conversation_is_given_items_that_are_only_named(
         one = await answer(served, "One")
         items = [{**kind, "id": one["output"][0]["id"]}]
         made = (await post(served, CONVERSATIONS, {"items": items})).json
+        page = (await served.get(f"{CONVERSATIONS}/{made['id']}/items")).json
         await answer(served, "Two", conversation=made["id"])
         _, (query,) = told(served)
+    assert page["data"][0]["type"] == "item_reference"
     assert f'<message role="assistant">\n{text_of(one)}\n' in query
     assert query.count("</message>") == 1
 
