@@ -18,28 +18,28 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 227,
+    "Settings": 236,
     "Errors": 87,
     "SSE": 61,
     "JSON": 94,
-    "Turn": 147,
-    "Calls": 681,
-    "Dify": 770,
+    "Turn": 205,
+    "Calls": 792,
+    "Dify": 794,
     "Ids": 62,
-    "OpenAI": 739,
-    "Responses": 423,
-    "Conversations": 428,
+    "OpenAI": 676,
+    "Responses": 425,
+    "Conversations": 451,
     "Pacer": 130,
-    "Wire": 505,
+    "Wire": 506,
     "Upstream": 715,
-    "Answers": 577,
-    "Handlers": 960,
-    "Server": 286,
+    "Answers": 490,
+    "Handlers": 904,
+    "Server": 284,
     "Page": 263,
-    "Command line": 454,
+    "Command line": 450,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7672
+WHOLE_BUDGET = 7688
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
