@@ -9942,11 +9942,12 @@ async def _answer_all(
 ) -> None:
     """Answer each question, of one client and to one app, as a choice; all at once."""
     exchange = questions[0].exchange
-    outlets = [
-        _outlet(site, question, form.stream(index))
-        for index, question in enumerate(questions if is_streamed else ())
-    ]
-    collectors = [] if is_streamed else [Collector(exchange) for _ in questions]
+    outlets: list[Outlet] = []
+    collectors: list[Collector] = []
+    if is_streamed:
+        outlets = [_outlet(site, q, form.stream(i)) for i, q in enumerate(questions)]
+    else:
+        collectors = [Collector(exchange) for _ in questions]
     sinks: list[Sink] = [*outlets, *collectors]
     try:
         if len(questions) == 1:
@@ -9989,12 +9990,12 @@ async def _all_of(
 
 def _outlet(site: Site, question: Question, stream: AnswerStream) -> Outlet:
     """The way to the client; even, unless operator or request switched that off."""
-    exchange = question.exchange
+    exchange, settings = question.exchange, site.dify.settings
     wish = exchange.request.headers.get("x-opendify-smoothing", "").lower()
     is_on = {"on": True, "off": False}.get(wish, question.app.smoothing)
     if is_on is None:
-        is_on = site.dify.settings.stream_smoothing
-    pacer = Pacer(site.dify.settings.stream_max_lag) if is_on else None
+        is_on = settings.stream_smoothing
+    pacer = Pacer(settings.stream_max_lag) if is_on else None
     return Outlet(exchange, stream, pacer, site.metrics)
 
 
