@@ -1775,7 +1775,8 @@ class _Block:
 
     `calls` are those that nobody has taken from it yet. They are certain once some text
     is `taken`: so many characters of it are calls. A method that takes a token raises
-    ValueError or LookupError if it can't be part of calls.
+    ValueError or LookupError if it can't be part of calls, RecursionError if they would
+    stand in too many lists.
     """
 
     def __init__(self, tools: Mapping[str, Tool]) -> None:
@@ -1797,7 +1798,7 @@ class _Block:
                 self._take_token()
         except _Unfinished:
             return is_last
-        except (ValueError, LookupError):
+        except (ValueError, LookupError, RecursionError):
             return True
         if is_last:
             if self._tool and self._given:

@@ -767,6 +767,13 @@ def test_ordinary_text_stays_text_however_it_is_cut() -> None:
         assert read(*pieces) == [Text(text)]
 
 
+@pytest.mark.parametrize("depth", [600, 3000])  # the latter: Python 3.13 reads it
+@pytest.mark.parametrize(("opener", "closer"), [("[", "]"), ('{"calls": ', "}")])
+def test_lists_without_end_are_text(opener: str, closer: str, depth: int) -> None:
+    text = f"<tool_call>{opener * depth}[]{closer * depth}"
+    assert read(text) == [Text(text)]
+
+
 def test_ordinary_text_is_hardly_held_back() -> None:
     """Nothing is, but a beginning of a marker, or of JSON with a call's first key."""
     for text in paragraphs(300):
