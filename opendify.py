@@ -5595,10 +5595,10 @@ _TAG = re.compile(r"<(?i:/?message(?:-(\d+))?)")  # of a folded message
 class Tail(NamedTuple):
     """Where a conversation stands, or a history: its messages as hashes.
 
-    `chain` stands for all `length` messages, `digests` has one hash each for the last.
-    `told` is what Dify was told last beside messages, of `_told_hashes`, `folded` the
-    number of first messages that Dify has as an input only. What is not `is_known` is
-    not recorded.
+    `chain` stands for all `length` messages, and for none is the scope; `digests` has
+    one hash each for the last. `told` is what Dify was told last beside messages, of
+    `_told_hashes`, `folded` the number of first messages that Dify has as an input
+    only. What is not `is_known` is not recorded.
     """
 
     scope: bytes
@@ -5760,7 +5760,7 @@ def _told_hashes(scope: bytes, ask: Ask, said: Messages, before: bytes = b"") ->
     opening = ask.system.replace(f" {MUST_CALL}", "")  # which is said each time
     texts = [opening, *within] if opening.strip() else within
     given = json.dumps({**ask.inputs}, sort_keys=True) if ask.inputs else ""
-    before = before.ljust(_DIGEST_BYTES)
+    before = before.ljust(_DIGEST_BYTES)  # where nothing was told
     system = _digest(scope, ascii(texts)) if texts else before[_SYSTEM]
     inputs = _digest(scope, given) if given else bytes(_DIGEST_BYTES)
     last = _digest(scope, ascii(within)) if within else before[_WITHIN]
