@@ -5328,6 +5328,7 @@ class _OpenItem:
         self.place = {"item_id": item["id"], "output_index": at}
         if shape.part:
             self.place[f"{shape.key}_index"] = 0
+        # How the event of a delta begins: its number and its text follow.
         kind = f"response.{shape.text_event}.delta"
         fields = json_bytes({"type": kind, **self.place, **shape.more})[:-1]
         self.head = encode_event(fields + b',"sequence_number":', kind).rstrip()
