@@ -294,6 +294,11 @@ def mask_app_keys(text: str) -> str:
 _APP_KEY = re.compile(r"\bapp-\w{9,}")
 
 
+def mask_password(url: str) -> str:
+    """A URL as it may be shown: without the user and password in it."""
+    return re.sub(r"^(\w+://)?.*@", r"\1…@", url)
+
+
 def written(value: Any) -> str:
     """A value as it is written in an env file; "" for none."""
     if isinstance(value, bool):
@@ -303,11 +308,6 @@ def written(value: Any) -> str:
         number = f"{value:f}".rstrip("0").rstrip(".")  # with no exponent
         return f"{days:.0f}d" if days and not rest else number
     return "" if value in ((), {}) else str(value)
-
-
-def mask_password(url: str) -> str:
-    """A URL as it may be shown: without the user and password in it."""
-    return re.sub(r"^(\w+://)?.*@", r"\1…@", url)
 
 
 def _complaints_of_urls(settings: Settings) -> Iterator[str]:
