@@ -4491,6 +4491,8 @@ def transcript(
     Dify tells no times: it is one segment, and one cue. `seconds` are 0 where they are
     not known; then a cue lasts as long as its words take to say.
     """
+    # Half a surrogate pair is U+FFFD: UTF-8 has none.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     wanted = transcript_format(fields)
     if wanted == "stream":
         delta = {"type": "transcript.text.delta", "delta": text}

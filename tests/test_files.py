@@ -525,6 +525,15 @@ async def test_recording_of_silence_has_an_empty_transcript() -> None:
     assert (got.status, got.json) == (200, {"text": ""})
 
 
+@pytest.mark.parametrize("kind", ["json", "text", "srt", "vtt", "verbose_json"])
+async def test_transcript_may_have_half_a_surrogate_pair(kind: str) -> None:
+    overrides = {"/audio-to-text": [Status(200, {"text": "a\ud83d"})]}
+    async with proxy(parameters=AUDIO, overrides=overrides) as served:
+        form = form_of(MP3, model="m", response_format=kind)
+        got = await post(served, TRANSCRIPTS, form)
+    assert (got.status, "a\ufffd" in got.body.decode()) == (200, True)
+
+
 async def test_recording_is_not_sent_for_a_transcript_that_can_not_be() -> None:
     async with proxy(parameters=AUDIO) as served:
         got = await post(served, TRANSCRIPTS, form_of(MP3, response_format="xml"))
