@@ -8992,16 +8992,13 @@ class Turns:
 
 
 async def _begun(exchange: Exchange, turn: Turn) -> Turn:
-    """The turn, once its first parts are here; raises the error that it begins with."""
+    """The turn, once its run can be stopped; raises the error that it begins with."""
     exchange.turn, stream = turn, turn.stream
     try:
         parts = await stream.read(until_stoppable=True)
-        if not (parts or stream.reader.is_finished):  # it may be long till then
-            with exchange:
-                parts = await stream.read()
         if parts and isinstance(parts[0], Failure):
             raise parts[0].error
-    except (asyncio.CancelledError, ConnectionBroken):
+    except asyncio.CancelledError:
         await stream.end()
         raise
     except BaseException:
