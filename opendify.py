@@ -7903,7 +7903,7 @@ class TurnStream:
 
     def close(self) -> None:
         """Let the connection go; stop a run that was given up, in the background."""
-        if self.is_given_up and self.reader.task_id:
+        if self.is_given_up:
             self._dify.run_in_background(self.end())
         elif self.reader.is_finished:
             self._response.close_soon(self._dify.run_in_background)

@@ -951,10 +951,10 @@ async def test_turn_when_dify_fails(
     async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
         fake.app(KEY, script=script)
         assert await turn(dify, app, takes=takes) == expected
-        asked = [r.path for r in fake.requests if r.path != "/messages"]
-        assert asked == ["/chat-messages"]
         fake.app(KEY, script=chat_answer("next"))  # what follows is not disturbed
         assert await turn(dify, app) == Outcome("next", "finish")
+        asked = [r.path for r in fake.requests if r.path != "/messages"]
+        assert asked == ["/chat-messages"] * 2
 
 
 async def test_text_is_carried_while_the_reading_task_sleeps() -> None:
@@ -1344,6 +1344,7 @@ async def test_chatflow_ends_soon_after_workflow_finished(
         fake.app(KEY, mode="advanced-chat", script=script)
         assert await turn(dify, app, "advanced-chat") == FINE
         assert round(now(), 3) == seconds
+        assert [request.path for request in fake.requests] == ["/chat-messages"]
 
 
 @pytest.mark.parametrize("order", ["old", "new", "lost"])
@@ -1410,6 +1411,8 @@ async def test_broken_stream_is_completed_by_what_dify_stored(
         assert await turn(dify, app) == expected
         if expected is BROKEN:  # its run may go on
             await fake.until(lambda: fake.requests[-1].path.endswith("/stop"))
+        await asyncio.sleep(1)
+        assert bool(fake.stops) == (expected is BROKEN)
 
 
 async def test_silent_stream_is_not_completed() -> None:
@@ -1435,6 +1438,15 @@ async def test_run_that_has_ended_is_not_stopped() -> None:
             pass
         await stream.end()
         assert [request.path for request in fake.requests] == ["/chat-messages"]
+
+
+async def test_stream_that_is_closed_before_its_end_is_not_read_on() -> None:
+    async with FakeDify() as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=[message("Hello"), Hang()])
+        stream = await dify.open_turn(app, "chat", question())
+        assert await stream.read() == [Text("Hello")]
+        stream.close()
+        assert not dify.background
 
 
 @pytest.mark.parametrize("mode", ["chat", "agent-chat", "advanced-chat", "completion"])
