@@ -618,7 +618,7 @@ async def test_window_of_stock_phrases_does_not_lead_into_another_chat() -> None
 CANNED = "We are open from nine to five, and on Sundays from ten to two.\n" * 4 + "Bye!"
 
 
-@pytest.mark.parametrize("how", ["left", "of two"])
+@pytest.mark.parametrize("how", ["left", "of two", "failed"])
 async def test_answer_in_set_words_does_not_lead_into_another_chat(how: str) -> None:
     """Not even if its own conversation could not be recorded."""
     async with site() as served:
@@ -633,6 +633,10 @@ async def test_answer_in_set_words_does_not_lead_into_another_chat(how: str) -> 
             await read_until(call, CANNED)
             await call.leave()
             await served.quiet()
+        elif how == "failed":
+            served.answers([fake.message(CANNED), fake.error_event()])
+            client.headers["X-OpenDify-Smoothing"] = "on"  # some of it is held back
+            await (await client.begin()).read_rest()
         else:
             await (await client.begin(n=2)).read_rest()
         served.answers()

@@ -1042,10 +1042,12 @@ async def test_text_is_held_no_longer_than_the_lag() -> None:
     assert "".join(got.deltas) == f"{LONG}Bye"
 
 
-async def test_held_text_comes_before_an_error() -> None:
-    script = [fake.message(LONG), fake.error_event()]
-    async with proxy(script) as served:
-        got = await served.chat(stream=True)
+@pytest.mark.parametrize("smoothing", ["on", "off"])
+async def test_held_text_comes_before_an_error(smoothing: str) -> None:
+    steps: list[Any] = [fake.message(LONG), fake.error_event()]
+    at_once = Send(b"".join([fake.encode_event(step.data) for step in steps]))
+    async with proxy([at_once]) as served:
+        got = await served.chat({"X-OpenDify-Smoothing": smoothing}, stream=True)
     assert "".join(got.deltas) == LONG
     assert got.pieces[-1][0] - got.head_at < 0.1  # an error is not delayed
 
@@ -1058,6 +1060,20 @@ async def test_reasoning_is_complete_before_the_answer() -> None:
     assert kinds == sorted(kinds)
     assert got.reasoning.strip() == LONG.strip()
     assert "".join(got.deltas).strip() == LONG.strip()
+
+
+async def test_thoughts_that_were_shown_as_text_are_seen_to_end() -> None:
+    async with proxy(fake.chat_answer("I think", "\n</think>\n\nYes.")) as served:
+        got = await served.chat(stream=True)
+    assert "".join(got.deltas) == "I think\n</think>\n\nYes."
+
+
+async def test_streamed_answer_may_be_an_image_alone() -> None:
+    image = {"type": "image", "url": "http://x/a.png", "belongs_to": "assistant"}
+    script = [Send({"event": "message_file", **image}), fake.message_end()]
+    async with proxy(script) as served:
+        got = await served.chat(stream=True)
+    assert "".join(got.deltas) == "![a.png](http://x/a.png)"
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
