@@ -610,7 +610,7 @@ class UpstreamTimeout(ProxyError):
 
 
 class Overloaded(ProxyError):
-    """Too many connections, or shutting down."""
+    """Too many connections, shutting down, or no app behind it."""
 
     status, code = 503, "server_is_overloaded"
 
@@ -9594,12 +9594,20 @@ async def show_health(site: Site, exchange: Exchange) -> Json:
 
 
 async def show_readiness(site: Site, exchange: Exchange) -> Json:
-    """`GET /ready`: an app has answered lately, or answers now."""
+    """`GET /ready`: an app has answered lately, or answers now.
+
+    Who asks needs no key, so the reason why none does is for the log alone.
+    """
     apps = (await site.models()).values()
-    if not apps:
-        raise ConfigurationFault("No app is configured.")
-    if asyncio.get_running_loop().time() - site.dify.api.answered_at > LATELY_S:
-        await _any_of(site.dify.api.call(app, "/info") for app in apps)
+    silent_s = asyncio.get_running_loop().time() - site.dify.api.answered_at
+    try:
+        if not apps:
+            raise ConfigurationFault("No app is configured.")
+        if silent_s > LATELY_S:
+            await _any_of(site.dify.api.call(app, "/info") for app in apps)
+    except ProxyError as error:
+        log.warning("not ready: %s", error.message)
+        raise Overloaded("No app answers; the log says why.") from error
     return {"status": "ready"}
 
 

@@ -380,7 +380,19 @@ async def test_metrics_need_a_key_where_keys_are_configured() -> None:
 
 async def test_nothing_is_ready_without_an_app() -> None:
     async with proxying("http://127.0.0.1:9/v1", MODEL_CONFIG="{}") as front:
-        assert status_of(await talk(front.port, get("/ready"))) >= 500
+        assert status_of(await talk(front.port, get("/ready"))) == 503
+
+
+async def test_why_nothing_is_ready_is_for_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It names hosts of the operator's, and who asks needs no key."""
+    async with proxying("http://127.0.0.1:9/v1", VALID_API_KEYS="k") as front:
+        answer = await talk(front.port, get("/ready"))
+        assert status_of(answer) == 503
+        assert b"No app answers" in answer
+        assert b"127.0.0.1" not in answer
+    assert "not ready: No connection with http://127.0.0.1:9" in caplog.text
 
 
 async def test_refused_app_key_is_never_ready() -> None:
@@ -388,7 +400,7 @@ async def test_refused_app_key_is_never_ready() -> None:
     async with FakeDify() as dify, proxying(dify.base) as front:
         dify.app(KEY, overrides={"/info": [refusal]})
         for _ in range(2):  # a refusal is no answer that counts for a while
-            assert status_of(await talk(front.port, get("/ready"))) == 502
+            assert status_of(await talk(front.port, get("/ready"))) == 503
 
 
 async def test_one_app_that_answers_is_enough_to_be_ready() -> None:
@@ -398,7 +410,7 @@ async def test_one_app_that_answers_is_enough_to_be_ready() -> None:
         for key in (KEY, "app-worse", "app-good"):
             dify.app(key, overrides={"/info": [refusal]})
         dify.app("app-worse", overrides={"/info": [Status(504, "<html>")]})
-        assert status_of(await talk(front.port, get("/ready"))) == 502, "the first's"
+        assert status_of(await talk(front.port, get("/ready"))) == 503, "the first's"
         dify.app("app-worse", overrides={"/info": [Hang()]})
         dify.app("app-good")
         asked_at = asyncio.get_running_loop().time()
@@ -412,7 +424,7 @@ async def test_health_and_readiness_need_no_key() -> None:
     async with FakeDify() as dify, proxying(dify.base, VALID_API_KEYS="k") as front:
         dify.app(KEY, overrides={"/info": [Status(500, "<html>")]})
         assert status_of(await talk(front.port, get("/health"))) == 200
-        assert status_of(await talk(front.port, get("/ready"))) == 502
+        assert status_of(await talk(front.port, get("/ready"))) == 503
         dify.app(KEY)
         assert status_of(await talk(front.port, get("/ready"))) == 200
         asked = len(dify.requests)
