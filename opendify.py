@@ -3864,6 +3864,7 @@ def open_place(sealer: IdSealer, id_: str, user: str, kind: str = "") -> Place |
 
 MAX_USER_CHARS = 200  # Dify keeps the end user's name in a column of 255
 MAX_STOPS, MAX_STOP_CHARS, MAX_CHOICES = 4, 1000, 8  # the first is OpenAI's own
+MAX_COMPLETIONS = 128  # of one request, for which LangChain sends 20 prompts
 # No model reads more. A body has room for 20 million: minutes of work, and gigabytes.
 MAX_MESSAGES = 20_000
 
@@ -4240,8 +4241,8 @@ def parse_completion_request(body: Json) -> tuple[ChatRequest, list[Ask]]:
     fields = {name: body[name] for name in body if name not in _CHAT_ONLY}
     chat = parse_chat_request({**fields, "messages": [{"role": "user", "content": ""}]})
     each = [prompt for prompt in prompts for _ in range(chat.n)]
-    if len(each) > MAX_CHOICES:
-        raise bad_value("prompt", f"there may be {MAX_CHOICES} choices at most.")
+    if len(each) > MAX_COMPLETIONS:
+        raise bad_value("prompt", f"there may be {MAX_COMPLETIONS} choices at most.")
     asks = [chat.ask._replace(messages=(Message("user", text),)) for text in each]
     echoes = [text if body.get("echo") else "" for text in each]
     return chat._replace(echoes=echoes), asks
@@ -9949,7 +9950,7 @@ def _shown_conversation(named: NamedConversation) -> Json:
 async def _answer_all(
     site: Site, questions: Sequence[Question], form: AnswerForm, *, is_streamed: bool
 ) -> None:
-    """Answer each question, of one client and to one app, as a choice; all at once."""
+    """Answer each question, of one client and to one app, as a choice."""
     exchange = questions[0].exchange
     outlets: list[Outlet] = []
     collectors: list[Collector] = []
@@ -9962,7 +9963,9 @@ async def _answer_all(
         if len(questions) == 1:
             await site.turns.run(questions[0], sinks[0])
         else:
-            await _all_of(site, exchange, map(site.turns.run, questions, sinks))
+            places = asyncio.Semaphore(MAX_CHOICES)
+            turns = (_in_place(site, places, *pair) for pair in zip(questions, sinks))
+            await _all_of(site, exchange, turns)
         if questions[0].ask.voice is not None:  # then it is the only one
             await _say(site, questions[0], sinks[0])
     finally:
@@ -9975,6 +9978,16 @@ async def _answer_all(
         return
     ids = collectors[0].ids
     send_json(exchange.reply, form.whole(collectors, ids), id_headers(ids))
+
+
+async def _in_place(
+    site: Site, places: asyncio.Semaphore, question: Question, sink: Outlet | Collector
+) -> None:
+    """Run a turn as soon as there is a place for it; none begins where one failed."""
+    with question.exchange:
+        await places.acquire()
+    await site.turns.run(question, sink)
+    places.release()
 
 
 async def _all_of(

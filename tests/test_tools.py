@@ -25,6 +25,7 @@ from test_handlers import HI, KEY, MODES, Got, Proxy, answer, form_of, proxy
 from work import at_most
 
 from opendify import (
+    MAX_CHOICES,
     MAX_KEPT_CHARS,
     Message,
     ToolCall,
@@ -1766,6 +1767,45 @@ async def test_completion(
     assert texts_of(got) == [(text, "stop") for text in expected]
 
 
+PROMPTS = [f"{number}." for number in range(20)]  # LangChain sends so many
+
+
+@WHOLE_OR_STREAMED
+async def test_many_prompts_are_answered_a_few_at_once(stream: bool) -> None:
+    gate = asyncio.Event()
+    async with proxy(lambda request: [Wait(gate), *parrot(request)]) as served:
+        body = {"model": "m", "prompt": PROMPTS, "stream": stream}
+        call = await served.open("POST", "/v1/completions", body)
+        await served.dify.until(lambda: served.dify.running == MAX_CHOICES)
+        await asyncio.sleep(1)  # of the virtual clock
+        assert len(served.turns) == MAX_CHOICES
+        gate.set()
+        got = await call.read_rest()
+    assert texts_of(got) == [(f"after {prompt}", "stop") for prompt in PROMPTS]
+
+
+async def test_prompts_that_wait_are_not_asked_when_another_has_failed() -> None:
+    def script(request: fake.Request) -> Sequence[fake.Step]:
+        is_third = request.json["query"] == "3."
+        return FAILURE if is_third else [fake.message("A"), Hang()]
+
+    async with proxy(script) as served:
+        got = await complete(served, prompt=PROMPTS)
+        await served.dify.until(lambda: not served.dify.running)
+        assert len(served.turns) == MAX_CHOICES
+    assert got.error["code"] == "completion_request_error"
+
+
+async def test_prompts_that_wait_are_not_asked_when_the_client_leaves() -> None:
+    async with proxy([fake.message("A"), Hang()]) as served:
+        body = {"model": "m", "prompt": PROMPTS, "stream": True}
+        call = await served.open("POST", "/v1/completions", body)
+        await served.dify.until(lambda: served.dify.running == MAX_CHOICES)
+        await call.leave()
+        await served.dify.until(lambda: not served.dify.running)
+        assert len(served.turns) == MAX_CHOICES
+
+
 async def test_usage_of_a_completion() -> None:
     async with proxy(parrot) as served:
         whole = await complete(served, prompt=["A", "B"])
@@ -1831,8 +1871,8 @@ async def test_prompt_too_long_names_the_field_of_the_endpoint(
         ({"prompt": {"text": "A"}}, "prompt", "invalid_value"),
         ({"prompt": None}, "prompt", "missing_required_parameter"),
         ({"prompt": []}, "prompt", "missing_required_parameter"),
-        ({"prompt": ["A"] * 9}, "prompt", "invalid_value"),
-        ({"prompt": ["A", "B", "C"], "n": 3}, "prompt", "invalid_value"),
+        ({"prompt": ["A"] * 129}, "prompt", "invalid_value"),
+        ({"prompt": ["A"] * 17, "n": 8}, "prompt", "invalid_value"),
         ({"n": 9}, "n", "invalid_value"),
         ({"stop": list("abcde")}, "stop", "invalid_value"),
         ({"stream": "yes"}, "stream", "invalid_type"),
