@@ -4166,6 +4166,7 @@ def parse_message(message: Any, where: str) -> Message:
     if role == "tool":
         call_id = str(message.get("tool_call_id") or "")
     elif role == "assistant" and not text:
+        text = str(message.get("refusal") or "")
         spoken_id = str(object_of(message.get("audio")).get("id") or "")
     calls = parse_calls(message)
     return Message(role, text, str(name or ""), attachments, calls, spoken_id, call_id)

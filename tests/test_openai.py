@@ -362,6 +362,14 @@ def test_error_repeats_little_of_the_request(body: JSONObject) -> None:
             {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
             Message("assistant", "No."),
         ),
+        (
+            {"role": "assistant", "content": None, "refusal": "No."},
+            Message("assistant", "No."),
+        ),
+        (
+            {"role": "assistant", "content": "a", "refusal": None},
+            Message("assistant", "a"),
+        ),
     ],
 )
 def test_message(row: JSONObject, message: Message) -> None:
