@@ -4166,8 +4166,9 @@ def parse_message(message: Any, where: str) -> Message:
     if role == "tool":
         call_id = str(message.get("tool_call_id") or "")
     elif role == "assistant" and not text:
-        text = str(message.get("refusal") or "")
-        spoken_id = str(object_of(message.get("audio")).get("id") or "")
+        audio = object_of(message.get("audio"))
+        text = str(message.get("refusal") or audio.get("transcript") or "")
+        spoken_id = "" if text else str(audio.get("id") or "")
     calls = parse_calls(message)
     return Message(role, text, str(name or ""), attachments, calls, spoken_id, call_id)
 

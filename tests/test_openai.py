@@ -367,6 +367,10 @@ def test_error_repeats_little_of_the_request(body: JSONObject) -> None:
             Message("assistant", "No."),
         ),
         (
+            {"role": "assistant", "audio": {"id": "audio_1", "transcript": "a"}},
+            Message("assistant", "a"),
+        ),
+        (
             {"role": "assistant", "content": "a", "refusal": None},
             Message("assistant", "a"),
         ),
