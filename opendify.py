@@ -1595,7 +1595,7 @@ def is_retry(text: str) -> bool:
 _MARKERS = (
     *("<tool_call", "<tools>", "<tool_use>", "<function_call"),
     *("<function=", "<function ", "<invoke ", "<antml:"),
-    *("<｜DSML｜", "<｜tool▁call", "<|tool▁call", "<|tool_call", "<message "),
+    *("<｜DSML｜", "<｜tool", "<|tool▁call", "<|tool_call", "<message "),
     *("<minimax:tool_call>", "<seed:tool_call>"),
     *("<|python_tag|>", "[TOOL_CALLS]", "✿FUNCTION✿", "```"),
 )

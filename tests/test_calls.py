@@ -432,6 +432,15 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
         '{"city": "Paris"}<|tool▁call▁end|><|tool▁calls▁end|>',
         PARIS_CALL,
     ),
+    **{
+        f"deepseek{sign}": (
+            f"<｜tool{sign}calls{sign}begin｜><｜tool{sign}call{sign}begin｜>function"
+            f'<｜tool{sign}sep｜>get_weather\n```json\n{{"city": "Paris"}}\n```'
+            f"<｜tool{sign}call{sign}end｜><｜tool{sign}calls{sign}end｜>",
+            PARIS_CALL,
+        )
+        for sign in ("_", " ", "\\_")  # as some servers and clients write its blanks
+    },
     "kimi": (
         "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0"
         '<|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|>'
