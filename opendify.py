@@ -1744,7 +1744,7 @@ class CallReader:
         before = self._tail + text[max(at - _CONTEXT_CHARS, 0) : at]
         before = before[-_CONTEXT_CHARS:]
         if text.startswith(_MARKERS, at):
-            return text[at] != "<" or not before.endswith(_QUOTES)
+            return text[at] not in "<✿" or not before.endswith(_QUOTES)
         line = before.rpartition("\n")[2].rstrip(" \t")
         if text[at] not in "[{" or _QUOTED_MARKER.search(before):
             return False

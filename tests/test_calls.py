@@ -524,6 +524,7 @@ TEXTS = {
     "blank": " \n ",
     "cjk": "「<tool_call>」是标记。{“name”: “search”}",
     "mistral-word": "[TOOL_CALLS] is Mistral's marker",
+    "qwen-agent-in-backticks": "Write `✿FUNCTION✿: search ✿ARGS✿: {}` to call.",
     "qwen-agent-word": "✿FUNCTION✿ is a marker, ✿ is a flower",
     "deepseek-word": "<｜tool▁calls▁begin｜> is a token",
 }
