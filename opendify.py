@@ -4159,8 +4159,7 @@ def parse_message(message: Any, where: str) -> Message:
     """One message of a history."""
     message = of_type(message, dict, where)
     role = _ROLES.get(str(message.get("role")), "user")
-    content = message.get("content") or message.get("refusal")
-    text, attachments = parse_content(content, f"{where}.content")
+    text, attachments = parse_content(message.get("content"), f"{where}.content")
     name = message.get("name") if message.get("name") != role else ""  # AutoGen's users
     spoken_id = call_id = ""
     if role == "tool":
@@ -9965,9 +9964,7 @@ async def _answer_all(
         if len(questions) == 1:
             await site.turns.run(questions[0], sinks[0])
         else:
-            places = asyncio.Semaphore(MAX_CHOICES)
-            turns = (_in_place(site, places, *pair) for pair in zip(questions, sinks))
-            await _all_of(site, exchange, turns)
+            await _run_all(site, questions, sinks)
         if questions[0].ask.voice is not None:  # then it is the only one
             await _say(site, questions[0], sinks[0])
     finally:
@@ -9982,25 +9979,24 @@ async def _answer_all(
     send_json(exchange.reply, form.whole(collectors, ids), id_headers(ids))
 
 
-async def _in_place(
-    site: Site, places: asyncio.Semaphore, question: Question, sink: Outlet | Collector
+async def _run_all(
+    site: Site, questions: Sequence[Question], sinks: Sequence[Sink]
 ) -> None:
-    """Run a turn as soon as there is a place for it; none begins where one failed."""
-    with question.exchange:
-        await places.acquire()
-    await site.turns.run(question, sink)
-    places.release()
+    """Run all turns, MAX_CHOICES at once; when one fails, no other begins.
 
-
-async def _all_of(
-    site: Site, exchange: Exchange, coroutines: Iterable[Awaitable[None]]
-) -> None:
-    """Run all; when one fails, the others end as if the client had left.
-
-    Their runs are stopped in the background: the client's error does not wait for
-    that, nor for the name of a run, without which it can't be stopped.
+    Those that have begun end as if the client had left. Their runs are stopped in the
+    background: the client's error does not wait for that, nor for the name of a run,
+    without which it can't be stopped.
     """
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    exchange, places = questions[0].exchange, asyncio.Semaphore(MAX_CHOICES)
+
+    async def run(question: Question, sink: Sink) -> None:
+        with exchange:
+            await places.acquire()
+        await site.turns.run(question, sink)
+        places.release()
+
+    tasks = [asyncio.ensure_future(run(*pair)) for pair in zip(questions, sinks)]
     try:
         await asyncio.gather(*tasks)  # takes note of all errors
     except asyncio.CancelledError:  # all are cancelled, or see that the client left

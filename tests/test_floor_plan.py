@@ -26,20 +26,20 @@ BUDGETS = {
     "Calls": 792,
     "Dify": 794,
     "Ids": 62,
-    "OpenAI": 676,
+    "OpenAI": 679,
     "Responses": 425,
     "Conversations": 451,
     "Pacer": 130,
     "Wire": 506,
     "Upstream": 715,
-    "Answers": 490,
-    "Handlers": 904,
+    "Answers": 487,
+    "Handlers": 916,
     "Server": 284,
     "Page": 263,
     "Command line": 450,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7688
+WHOLE_BUDGET = 7700
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
