@@ -6566,7 +6566,7 @@ MAX_FIELDS = 200  # Apache and Python's http.client allow 100
 # What a wire may hold unread before its transport is paused.
 READ_BUFFER_BYTES = 64 * 1024
 WRITE_TIMEOUT_S = 60.0  # for a peer that reads nothing
-MAX_TIMER_S = 30.0
+MAX_TIMER_S = 30.0  # a far deadline arms its timer again: a nearer one may come first
 # A timer that is so late was stopped with the whole process (by Ctrl-Z, `docker pause`)
 # and may run before what came meanwhile is read: that is read first.
 STOPPED_S = 1.0
@@ -9516,8 +9516,9 @@ async def _in_time(awaitables: Iterable[Awaitable[T]]) -> list[T | BaseException
 
 
 def _no_such_model(
-    model: str, models: Iterable[str], untold: ProxyError | None = None
+    model: str, models: Iterable[str], untold: ProxyError | None
 ) -> ProxyError:
+    """The error for a name that no app has, or none yet: `untold` says why."""
     known = ", ".join(models) or "none"
     shown = _shown(mask_app_keys(model))  # one may have been pasted
     if untold:
