@@ -8468,7 +8468,7 @@ class Exchange:
 
     def __init__(self, reply: Reply, id_: str, peer: str = "") -> None:
         self.reply, self.id, self.peer = reply, id_, peer
-        self._tasks: set[asyncio.Task[Any]] = set()  # that run with it
+        self._tasks: set[asyncio.Task[Any] | None] = set()  # that run with it
         self.outlets: list[Outlet] = []  # that its answers, if streamed, go through
         self.started_at = self.written_at = asyncio.get_running_loop().time()
         reply.headers.append(("x-request-id", id_))
@@ -8499,11 +8499,11 @@ class Exchange:
         """Begin; raises ConnectionBroken if the client has left or got all."""
         if self.has_left or self.reply.is_complete:  # another choice has failed
             raise ConnectionBroken("nobody waits")
-        self._tasks.add(cast("asyncio.Task[Any]", asyncio.current_task()))
+        self._tasks.add(asyncio.current_task())
 
     def __exit__(self, *_: object) -> None:
         """Whatever it ended with."""
-        self._tasks.discard(cast("asyncio.Task[Any]", asyncio.current_task()))
+        self._tasks.discard(asyncio.current_task())
 
     def leave(self) -> None:
         """The client has gone: what runs with it ends."""
@@ -8512,7 +8512,7 @@ class Exchange:
 
     def cut(self) -> None:
         """Cancel the tasks that run with it."""
-        for task in self._tasks:
+        for task in filter(None, self._tasks):
             task.cancel()
 
     # A streamed answer...
@@ -8565,7 +8565,7 @@ class Outlet:
         self._exchange, self._reply = exchange, exchange.reply
         self.stream, self._pacer, self._metrics = stream, pacer, metrics
         self._paced: type[Text] | type[Reasoning] = Text  # what the pacer holds
-        self._tells_lag = exchange.request.headers.get("x-opendify-lag") == "on"
+        self._tells_lag = self._reply.request.headers.get("x-opendify-lag") == "on"
         self._sent = KeptText()
         self.calls = stream.summary.calls
         self.has_begun = False
@@ -10630,11 +10630,11 @@ class Server(Listener):
 
     def _note(self, exchange: Exchange) -> None:
         """One line for each request, never a key or a text; and the metrics."""
-        metrics, request, reply = self._site.metrics, exchange.request, exchange.reply
+        metrics, reply = self._site.metrics, exchange.reply
         took_s = asyncio.get_running_loop().time() - exchange.started_at
         metrics.observe("opendify_request_seconds", took_s)
-        path = mask_app_keys(request.path)
-        told = [request.method, path, str(reply.status or "-")]
+        path = mask_app_keys(reply.request.path)
+        told = [reply.request.method, path, str(reply.status or "-")]
         if exchange.model:
             told.append(f"model={exchange.model!r}")
         if exchange.first_text_at is not None:
