@@ -4300,7 +4300,7 @@ def _parse_file(part: Json, where: str) -> Attachment:
     name = str(file.get("filename") or "")
     if key != "input_audio":
         return _attachment(source, name, stem, where)
-    if not source.startswith("data:"):
+    if source[:5].lower() != "data:":
         name = f"audio.{file.get('format') or 'wav'}".lower()
     sound = _attachment(source, name, stem, where)
     # By its name alone it could be a video.

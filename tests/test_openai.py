@@ -684,6 +684,11 @@ FILES = [
         id="audio-data-url",
     ),
     pytest.param(
+        audio("DATA:audio/mpeg;base64,SUQz", format="wav"),
+        Attachment("audio.mp3", "audio/mpeg", b"ID3"),
+        id="audio-data-url-in-capitals",
+    ),
+    pytest.param(
         file(base64_of(PDF), filename="Bericht.pdf"),
         Attachment("Bericht.pdf", "application/pdf", PDF),
         id="file-base64",
