@@ -1741,8 +1741,7 @@ class CallReader:
 
     def _may_be_call(self, text: str, at: int) -> bool:
         """Whether a marker or JSON stands here, where a call can stand."""
-        before = self._tail + text[max(at - _CONTEXT_CHARS, 0) : at]
-        before = before[-_CONTEXT_CHARS:]
+        before = (self._tail + text[max(at - _CONTEXT_CHARS, 0) : at])[-_CONTEXT_CHARS:]
         if text.startswith(_MARKERS, at):
             return text[at] not in "<✿" or not before.endswith(_QUOTES)
         line = before.rpartition("\n")[2].rstrip(" \t")
