@@ -8628,8 +8628,6 @@ class Outlet:
 
     def _take_in(self, parts: Sequence[Part], now: float) -> bytes:
         """What the parts add to the stream at once."""
-        if self._reply.is_complete:  # another choice has failed
-            raise ConnectionBroken("its response has ended")
         if len(parts) > 1 and set(map(type, parts)) == {Text}:
             return self._put_texts(cast("Sequence[Text]", parts), now)
         out: list[bytes] = []
