@@ -5282,7 +5282,7 @@ def _failure_code(error: ProxyError) -> str:
     `invalid_prompt`: final, shown with its message, and the one code of that kind that
     OpenAI's schema has (`insufficient_quota` is not in it).
     """
-    if error.is_final or (error.status < 500 and error.status not in (408, 429)):
+    if error.is_final or (error.status < 500 and error.status != 429):
         return "invalid_prompt"
     return "rate_limit_exceeded" if error.status == 429 else "server_error"
 
