@@ -36,7 +36,7 @@ from test_handlers import (
 )
 
 import opendify
-from opendify import BadRequest, FormPart, FormReader
+from opendify import BadRequest, FormPart, FormReader, user_name
 
 FORM_BODIES = int(os.environ.get("FORM_BODIES", "1000"))
 Parts = list[tuple[FormPart, bytes]]
@@ -543,8 +543,9 @@ async def test_recording_is_not_sent_for_a_transcript_that_can_not_be() -> None:
 async def test_transcription_as_json() -> None:
     """Open WebUI's "json" mode."""
     audio = {"data": base64.b64encode(MP3).decode(), "format": "mp3"}
-    body = {"model": "m", "input_audio": audio, "response_format": "text", "seed": None}
-    async with proxy(parameters=AUDIO, transcript=SAID) as served:
+    body = {"input_audio": audio, "response_format": "text", "seed": None}
+    models = {"MODEL_CONFIG": json.dumps({"m": KEY, "other": "app-other"})}
+    async with proxy(parameters=AUDIO, transcript=SAID, variables=models) as served:
         data = json.dumps(body).encode()
         got = await post(served, TRANSCRIPTS, data, "application/json", is_chunked=True)
         assert [row[:4] for row in sent(served)] == [
@@ -623,6 +624,14 @@ async def test_model_is_found_wherever_it_is_named(
         got = await post(served, path, form_of(MP3, **fields))
         (request,) = [row for row in served.dify.requests if row.parts]
     assert (got.status, request.key) == (200, KEY)
+
+
+async def test_field_is_read_whole_whatever_is_in_it() -> None:
+    form = part('name="user"', b"\xff" + b"u" * 100_000) + form_of(MP3, model="m")
+    async with proxy(parameters=AUDIO) as served:
+        await post(served, TRANSCRIPTS, form, "Multipart/Form-Data; boundary=b")
+        ((*_, name),) = sent(served)
+    assert name == user_name("\ufffd" + "u" * 100_000)
 
 
 REFUSED: dict[str, tuple[bytes, str, int, str | None, str | None, str]] = {

@@ -1042,6 +1042,14 @@ async def test_text_is_held_no_longer_than_the_lag() -> None:
     assert "".join(got.deltas) == f"{LONG}Bye"
 
 
+async def test_error_before_the_first_text_is_still_a_status() -> None:
+    failing: list[Step] = [Sleep(1), fake.error_event()]
+    script = [Send({"event": "workflow_started"}), *failing]
+    async with proxy(script, mode="advanced-chat") as served:
+        got = await served.chat(stream=True)
+    assert (got.status, got.error["message"]) == (502, "the model failed")
+
+
 @pytest.mark.parametrize("smoothing", ["on", "off"])
 async def test_held_text_comes_before_an_error(smoothing: str) -> None:
     steps: list[Any] = [fake.message(LONG), fake.error_event()]
@@ -1084,6 +1092,16 @@ async def test_replaced_text_that_is_still_held_is_never_seen(stream: bool) -> N
         got = await served.chat(stream=stream)
     text = "".join(got.deltas) if stream else got.message["content"]
     assert text == "He said nothing."
+
+
+async def test_thoughts_that_are_still_held_outlast_replaced_text() -> None:
+    thought, text = f"<think>\n{LONG}\n</think>\n\n", "No."
+    replaced = {"event": "message_replace", "answer": text}
+    burst = [{"event": "message", "answer": thought}, replaced]
+    script = [Send(b"".join(map(fake.encode_event, burst))), *fake.chat_answer()]
+    async with proxy(script) as served:
+        got = await served.chat(stream=True)
+    assert (got.reasoning.strip(), "".join(got.deltas)) == (LONG.strip(), text)
 
 
 @pytest.mark.parametrize(

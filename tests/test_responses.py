@@ -276,12 +276,13 @@ def test_system_text(fields: JSONObject, system: str, rest: int) -> None:
 def test_references_stand_in_order_for_what_they_name() -> None:
     silent = {"role": "user", "content": ""}
     rows = [HI_ROW, {"id": "msg_1"}, {"id": "fc_1"}, {"id": "msg_?"}, silent]
+    rows.append({"id": "fc_1"})
     parsed = parse_responses_request(request(*rows))
-    assert parsed.references == ("msg_1", "fc_1", "msg_?")
+    assert parsed.references == ("msg_1", "fc_1", "msg_?", "fc_1")
     said = Message("assistant", "a", tool_calls=(CALLED,))
     earlier = [Message("user", "0"), Message("assistant", "00")]
     ask = ask_of(parsed, {"msg_1": said, "fc_1": said}, earlier)
-    assert ask.messages == (*earlier, HI, said, Message("user", ""))
+    assert ask.messages == (*earlier, HI, said, Message("user", ""), said)
 
 
 def test_calls_after_a_reference_belong_to_what_it_names() -> None:
@@ -325,12 +326,21 @@ def test_calls_after_a_question_that_is_named_are_no_part_of_it() -> None:
     assert ask_of(parsed, {"msg_1": HI}).messages == (HI, alone)
 
 
+def test_calls_with_text_of_their_own_are_no_part_of_what_is_named() -> None:
+    text = {"role": "assistant", "content": "b"}
+    parsed = parse_responses_request(request({"id": "msg_1"}, text, CALL))
+    said = Message("assistant", "a")
+    own = Message("assistant", "b", tool_calls=(CALLED,))
+    assert ask_of(parsed, {"msg_1": said}).messages == (said, own)
+
+
 @pytest.mark.parametrize("field", ["previous_response_id", "conversation"])
 def test_continued_request_needs_no_input(field: str) -> None:
     body = {"model": "m", field: "x_1"}
     parsed = parse_responses_request(body)
     assert parsed.items == ()
     assert getattr(parsed, field) == "x_1"
+    assert ask_of(parsed, {}).messages == ()
 
 
 def test_conversation_may_be_an_object() -> None:

@@ -1284,6 +1284,7 @@ async def test_items_of_a_conversation_go_with_its_first_turn() -> None:
         ((first, last),) = told(served)
     texts = [item["content"][0]["text"] for item in before["data"]]
     assert texts == ["One", "Two"]
+    validate("ResponseItemList", before)
     assert ">\nOne\n<" in first and ">\nTwo\n<" in first
     assert first.endswith("\n\nThree") and last == "Four"
 
