@@ -474,14 +474,15 @@ def test_env_file_is_looked_at_once_a_second(edited: EditedFile, ticks: Ticks) -
 def test_bad_env_file_is_reported_and_changes_nothing(
     edited: EditedFile, ticks: Ticks, caplog: pytest.LogCaptureFixture
 ) -> None:
-    edited.write("SERVER_PORT=1002\nSHOW_PROCESS=maybe\nMAX_BODY_MB=x")
+    edited.write("SERVER_PORT=1002\nSHOW_PROCESS=maybe\nMAX_BODY_MB=x\nVALID_API_KEY=k")
     assert edited.port() is None
     assert [row.partition(" (")[0] for row in caplog.messages] == [
+        "VALID_API_KEY is not a setting of OpenDify; did you mean VALID_API_KEYS?",
         "SHOW_PROCESS: must be on or off, not 'maybe'",
         "MAX_BODY_MB: must be a whole number, not 'x'",
     ]
     ticks.now += 1
-    assert (edited.port(), len(caplog.messages)) == (None, 2)
+    assert (edited.port(), len(caplog.messages)) == (None, 3)
     edited.write("SERVER_PORT=1003")
     assert edited.port() == 1003
 
@@ -1278,3 +1279,14 @@ def test_time_of_a_line_is_its_own() -> None:
         record.created, record.msecs = created, created % 1 * 1000
         times.append(formatter.format(record).split()[1][-6:])
     assert times == ["20,250", "20,500", "21,750", "21,000"]
+
+
+@pytest.mark.parametrize("is_json", [False, True], ids=["text", "json"])
+def test_log_has_the_traceback_of_a_bug(is_json: bool) -> None:
+    try:
+        raise ZeroDivisionError("a bug")
+    except ZeroDivisionError:
+        told = {"msg": "failed", "exc_info": sys.exc_info()}
+    line = opendify._Formatter(is_json=is_json).format(logging.makeLogRecord(told))
+    trace = json.loads(line)["exception"] if is_json else line.partition("failed\n")[2]
+    assert trace.startswith("Traceback ") and trace.endswith("Error: a bug")
