@@ -23,7 +23,7 @@ BUDGETS = {
     "SSE": 61,
     "JSON": 94,
     "Turn": 205,
-    "Calls": 792,
+    "Calls": 791,
     "Dify": 794,
     "Ids": 62,
     "OpenAI": 679,
@@ -32,14 +32,14 @@ BUDGETS = {
     "Pacer": 130,
     "Wire": 506,
     "Upstream": 715,
-    "Answers": 487,
+    "Answers": 485,
     "Handlers": 916,
     "Server": 284,
     "Page": 263,
     "Command line": 450,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7700
+WHOLE_BUDGET = 7697
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
