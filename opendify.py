@@ -11533,7 +11533,7 @@ def _notes_on(app: AppSettings, form: AppForm, variable: str) -> list[Note]:
         need = "required of clients" if input_.required else "optional"
         inputs.append(f"{input_.variable} ({roles.get(input_.variable, need)})")
     speech = ["speech to text"] * form.hears + ["text to speech"] * form.speaks
-    named = app.filled | ({variable} if app.query_variable else set())
+    named = {*app.filled, variable}
     known = {"", "query", *(input_.variable for input_ in form.inputs)}
     lost = named - known  # old text generators do not declare their `query`
     warning = f"Dify ignores what the app has no input for: {', '.join(sorted(lost))}."
