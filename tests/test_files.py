@@ -347,10 +347,10 @@ MP3 = b"ID3\x04\0" * 401
 FILE_FIRST = "file, fields"  # as in OpenAI's examples for curl
 WAV = (
     b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0\x01\0\x01\0"
-    + (8000).to_bytes(4, "little")
-    + (16000).to_bytes(4, "little")
+    + (32000).to_bytes(4, "little")
+    + (64000).to_bytes(4, "little")
     + b"\x02\0\x10\0data\0\0\0\0"
-    + b"\0" * 24000
+    + b"\0" * 96000  # more than is read at once
 )
 
 
