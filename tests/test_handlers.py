@@ -1423,11 +1423,13 @@ async def test_comments_keep_a_silent_answer_alive() -> None:
 
 
 async def test_silent_choices_are_kept_alive_by_one_comment() -> None:
-    async with proxy([Sleep(40), *fake.chat_answer("Hi")]) as served:
+    script = [fake.message(""), Sleep(40), *fake.chat_answer("Hi")]
+    async with proxy(script) as served:
         start = asyncio.get_running_loop().time()
         got = await served.chat(stream=True, n=3)
     beats = [at - start for at in got.times_of(KEEP_ALIVE)]
     assert beats == SOON([20, 35], abs=0.1)
+    assert "x-dify-conversation-id" not in got.headers  # there are three
 
 
 async def test_no_comments_while_text_flows() -> None:

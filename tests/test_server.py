@@ -1345,11 +1345,11 @@ async def test_log_line_of_a_turn(
     async with FakeDify() as fake, serving(fake.base) as world:
         fake.app(KEY, script=chat_answer("Hello", " world", delay=1))
         client = await world.connect()
-        client.send(chat({**ASKS, "stream": stream}))
+        client.send(chat({**ASKS, "stream": stream, "n": 2}))
         reading = await client.read()
         assert reading.status == 200
     assert access_log() == [
-        "POST /v1/chat/completions 200 model='m' first=…s took=…s chars=11 id="
+        "POST /v1/chat/completions 200 model='m' first=…s took=…s chars=22 id="
         + reading.headers["x-request-id"]
     ]
     assert re.search(r" first=1\.\d+s took=[23]\.", caplog.text)
