@@ -5760,7 +5760,7 @@ def _told_hashes(scope: bytes, ask: Ask, said: Messages, before: bytes = b"") ->
 
     Without a system text the hashes of what was told `before` still hold.
     """
-    within = [m.text for m in said if m.role == "system"]
+    within = [message_digest(scope, m) for m in said if m.role == "system"]
     opening = ask.system.replace(f" {MUST_CALL}", "")  # which is said each time
     texts = [opening, *within] if opening.strip() else within
     given = json.dumps({**ask.inputs}, sort_keys=True) if ask.inputs else ""
@@ -5835,13 +5835,14 @@ def plan_turn(
     if tail is None:
         elsewhere = history if app.history_variable else ()
         tail = Tail(scope, chain=scope, folded=len(said) if elsewhere else 0)
+        shown: Messages = history
         lacked = history
         context = [*_opening(ask, app), *history[len(elsewhere) :]]
     else:
         lacked = said if ask.is_all_new else ()  # by the conversation
         elsewhere = () if lacked else _only_in_input(history, tail)
-        context = [*_untold(ask, app, history, tail), *lacked]
-    carried, files = _with_room(lacked, new, has_room)
+        shown = context = [*_untold(ask, app, history, tail), *lacked]
+    carried, files = _with_room(shown, new, has_room)
     inputs = {**ask.inputs, **_own_inputs(app, ask.system, fold(elsewhere, carried))}
     query = _query(ask, context, new, carried) if ask.messages else alone
     # Nobody can tell how a client shows an answer that was continued, or a title.

@@ -872,6 +872,25 @@ def test_text_between_messages_is_told_again_when_it_has_changed(
     assert queries == [["Be kind", "It rains"], ["Be kind", "It snows"], []]
 
 
+def test_file_of_a_system_message_is_sent_when_it_has_changed(
+    store: Conversations,
+) -> None:
+    def sent(view: str, *talk: Message) -> tuple[str, ...]:
+        file = Attachment("view.png", url=f"https://x/{view}.png")
+        request = ask(Message("system", "The room:", attachments=(file,)), *talk)
+        tail = store.take(request, SCOPE, 0.0)
+        plan = plan_turn(request, SCOPE, tail, has_room=lambda _: True)
+        store.put(plan.tail_after("c", answer("Yes.")), 0.0)
+        assert all(file.url in plan.query for file in plan.files)
+        return tuple(file.url for file in plan.files)
+
+    assert sent("1", *chat("hi")) == ("https://x/1.png",)
+    assert sent("1", *chat("hi", "Yes.", "and?")) == ()
+    talk = chat("hi", "Yes.", "and?", "Yes.", "now?")
+    assert sent("2", *talk) == ("https://x/2.png",)
+    assert sent("2", *talk, answer("Yes."), user("So?")) == ()
+
+
 def test_text_between_messages_is_told_once_beside_a_system_variable(
     store: Conversations,
 ) -> None:
