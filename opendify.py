@@ -11407,7 +11407,10 @@ async def _serve_until_signal(settings: Settings, server: Server) -> int:
         return 1
     for host, port in addresses:
         shown = f"[{host}]" if ":" in host else host
-        _show(f"OpenDify {__version__} listens on http://{shown}:{port}/v1")
+        text = f"OpenDify {__version__} listens on http://{shown}:{port}/v1"
+        record = log.makeRecord(log.name, logging.INFO, "", 0, text, (), None)
+        is_json = settings.log_format == "json"  # of both outputs, joined or not
+        _show(_Formatter(is_json=True).format(record) if is_json else text)
     log.info(_models_shown(settings))
     _warn_of_strangers(settings, server)
     await stop.wait()
