@@ -7708,8 +7708,10 @@ class Pool:
             if trust:
                 await wire.start_tls(trust, origin.host)
             return wire
-        except BaseException:
+        except BaseException as error:
             wire.abort()
+            if isinstance(error, ssl.SSLCertVerificationError):
+                vars(self).pop("_trust", None)  # its files may be better by now
             vars(self).pop("_trust", None)  # its files may be better by now
             raise
 
