@@ -8076,8 +8076,9 @@ async def _redirected(response: UpstreamResponse, app: AppSettings, path: str) -
 
 async def _refusal_in(response: UpstreamResponse, app: AppSettings) -> ProxyError:
     """What Dify, or what stands before it, says where no answer came."""
-    content = await response.read_all(MAX_ERROR_BYTES)
-    status, headers = response.status, response.headers
+    content, status, headers = b"", response.status, response.headers
+    with contextlib.suppress(ProxyError):  # a reset, say, by who has not read all
+        content = await response.read_all(MAX_ERROR_BYTES)
     error = error_from_body(status, content)
     if status == 407:
         error = ConfigurationFault(

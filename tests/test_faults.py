@@ -1030,6 +1030,22 @@ async def test_proxy_for_http_that_refuses_is_named(body: bytes) -> None:
     assert "secret-word" not in asked.message
 
 
+@pytest.mark.parametrize("end", ["reset", "close"])
+@pytest.mark.parametrize(
+    ("status", "words"), [(407, "(407). Check HTTP_PROXY"), (500, "answered 500")]
+)
+async def test_refusal_counts_though_its_page_breaks_off(
+    status: int, words: str, end: str
+) -> None:
+    """A proxy that has not read the request resets the connection (tinyproxy)."""
+    page = b"HTTP/1.1 %d No\r\nContent-Length: 99\r\n\r\n<html>" % status
+    server = raw_server(Upstream([page, end]).serve)
+    async with server as base, proxying(base) as front:
+        asked = await front.ask(stream=True)
+    assert asked.outcome == REFUSED
+    assert words in asked.message
+
+
 async def test_each_address_of_a_proxy_is_tried(
     monkeypatch: pytest.MonkeyPatch, deaf_port: int
 ) -> None:
