@@ -28,18 +28,18 @@ BUDGETS = {
     "Ids": 62,
     "OpenAI": 679,
     "Responses": 425,
-    "Conversations": 451,
+    "Conversations": 452,
     "Pacer": 130,
     "Wire": 506,
-    "Upstream": 715,
+    "Upstream": 718,
     "Answers": 485,
     "Handlers": 916,
     "Server": 284,
     "Page": 263,
-    "Command line": 450,
+    "Command line": 453,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7697
+WHOLE_BUDGET = 7704
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
