@@ -11201,6 +11201,8 @@ class SettingsSource:
             if not settings.has_apps:
                 raise SettingsError(f"{self._path} has no app any more")
         except SettingsError as error:
+            if isinstance(error.__cause__, OSError):
+                self._stamp = None  # it may be readable when it is looked at again
             for complaint in [*self.warnings, *str(error).splitlines()]:
                 log.error("%s (the settings stay as they were)", complaint)
             return None

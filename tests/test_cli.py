@@ -580,6 +580,22 @@ def test_env_file_that_may_be_read_now_is_read(
     assert (edited.port(), edited.port()) == (1002, None)
 
 
+def test_env_file_that_could_not_be_read_once_is_read(
+    edited: EditedFile, ticks: Ticks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program had it open (Windows), or no descriptor was left."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    edited.write("SERVER_PORT=1002")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", refuse)
+        assert edited.port() is None
+    ticks.now += 1
+    assert (edited.port(), edited.port()) == (1002, None)
+
+
 def test_vanished_env_file_changes_nothing(
     home: Path, edited: EditedFile, ticks: Ticks
 ) -> None:
