@@ -36,10 +36,10 @@ BUDGETS = {
     "Handlers": 916,
     "Server": 284,
     "Page": 263,
-    "Command line": 453,
+    "Command line": 455,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7704
+WHOLE_BUDGET = 7706
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
