@@ -1017,6 +1017,15 @@ async def test_pieces_pass_one_for_one_when_smoothing_is_off() -> None:
     assert got.deltas == pieces
 
 
+async def test_client_that_reads_late_gets_each_piece_once() -> None:
+    pieces = [letter * 300_000 for letter in "abcdefgh"]
+    async with proxy(fake.chat_answer(*pieces, delay=0.1)) as served:
+        call = await served.begin({"X-OpenDify-Smoothing": "off"}, stream=True)
+        await asyncio.sleep(5)
+        got = await call.read_rest()
+    assert got.deltas == pieces
+
+
 async def test_lags_are_told_to_a_client_that_asks() -> None:
     async with proxy(fake.chat_answer("One.", " Two and three.")) as served:
         asked = await served.chat({"X-OpenDify-Lag": "on"}, stream=True)
