@@ -16,7 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, cast
 
 import pytest
-from fake_dify import FakeDify, Hang, Send, Sleep, chat_answer, error_event, message
+from fake_dify import (
+    FakeDify,
+    Hang,
+    Send,
+    Sleep,
+    Wait,
+    chat_answer,
+    error_event,
+    message,
+)
 from sites import listening
 from test_wire import HOSTILE, bytewise
 
@@ -573,13 +582,14 @@ async def test_preflight_for_the_private_network(serving: Serving) -> None:
         assert reading.headers["access-control-allow-private-network"] == "true"
 
 
+@pytest.mark.parametrize("names", ["<script>", "é"])
 async def test_preflight_does_not_echo_what_is_no_list_of_names(
-    serving: Serving,
+    serving: Serving, names: str
 ) -> None:
     async with serving() as world:
         client = await world.connect()
         reading = await client.ask(
-            "/", "Access-Control-Request-Headers: <script>", method="OPTIONS"
+            "/", f"Access-Control-Request-Headers: {names}", method="OPTIONS"
         )
         assert reading.status == 204
         assert "access-control-allow-headers" not in reading.headers
@@ -1238,6 +1248,21 @@ async def test_drain_answers_what_follows_a_response_that_did_not_say_close(
         reading = await client.read()
         assert (reading.status, reading.body, reading.says_close) == (200, b"y", True)
         assert await client.is_closed()
+        assert await draining
+
+
+async def test_drain_says_close_with_an_error_too(serving: Serving) -> None:
+    gate = asyncio.Event()
+    async with FakeDify() as fake, serving(fake.base) as world:
+        fake.app(KEY, script=[Wait(gate), error_event()])
+        client = await world.connect()
+        client.send(chat(ASKS))
+        await fake.until(lambda: fake.running)
+        draining = asyncio.ensure_future(world.server.drain())
+        await asyncio.sleep(0)
+        gate.set()
+        reading = await client.read()
+        assert (reading.status, reading.says_close) == (502, True)
         assert await draining
 
 
