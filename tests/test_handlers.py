@@ -794,6 +794,20 @@ async def test_app_without_a_text_input_may_be_no_workflow() -> None:
     assert got.message["content"].startswith("Hello! You said: Hi")
 
 
+async def test_app_whose_mode_is_told_otherwise_each_time_is_given_up() -> None:
+    told = itertools.cycle(["completion", "chat"])
+
+    def info(_: fake.Request) -> list[Step]:
+        return [Status(200, {"name": "App", "mode": next(told)})]
+
+    config, overrides = {"mode": ""}, {"/info": info}
+    async with proxy(mode="workflow", config=config, overrides=overrides) as served:
+        got = await served.chat()
+        paths = [row.path for row in served.dify.requests if row.method == "POST"]
+    assert (got.status, got.error["code"]) == (502, "upstream_error")
+    assert paths == ["/completion-messages", "/chat-messages", "/completion-messages"]
+
+
 async def test_apps_tell_of_a_wrong_mode() -> None:
     async with proxy(mode="chat", config={"mode": "workflow"}) as served:
         (row,) = (await served.get("/v1/apps")).json["data"]
