@@ -3520,11 +3520,14 @@ class Appendix:
             self.add_file(file)
 
     def parts(self, answer: str) -> list[Part]:
-        """All of it, without the files that the answer links to itself."""
+        """All of it, without the files that the answer links to itself.
+
+        A link of Dify's without a host, as in old releases, leads a client nowhere.
+        """
         parts: list[Part] = []
         for unsigned, (path, media) in self._files.items():
-            is_own = path.startswith("/files/")  # Dify's, which may stand there alone
-            if unsigned not in answer and not (is_own and path in answer):
+            hosted = path.startswith("/files/") and rf"://[^/\s]+{re.escape(path)}"
+            if unsigned not in answer and not (hosted and re.search(hosted, answer)):
                 parts.append(media)
         if self._resources:
             parts.append(Citations(tuple(self._resources)))

@@ -439,7 +439,7 @@ def test_replacement_that_goes_on_with_the_answer_is_more_of_it() -> None:
         ("see https://h/download?id=1 and/or", "https://h/download?id=2", False),
         ("see https://h/download?id=1 and/or", "https://cdn/?f=1", False),
         ("see https://h/download?id=1 and/or", "https://h/download?id=1", True),
-        ("![](/files/tools/a.png?sign=1)", "/files/tools/a.png?sign=2", True),
+        ("![](/files/tools/a.png?sign=1)", "/files/tools/a.png?sign=2", False),
         ("![](http://web/files/tools/a.png)", "/files/tools/a.png?sign=2", True),
         ("![](/files/tools/b.png)", "/files/tools/a.png?sign=2", False),
         ("https://h/a.png?timestamp=1&sign=1", "https://h/a.png?timestamp=2", True),
@@ -1085,7 +1085,7 @@ def test_appendix_leaves_out_files_that_the_answer_has() -> None:
     found = {"result": [{"metadata": {"position": 1}, "content": "c"}]}
     appendix.add_node({"node_type": "knowledge-retrieval", "outputs": found})
     appendix.add_run({"files": [{"url": f"/files/{name}"} for name in "ab"]})
-    assert appendix.parts("![a](/files/a)") == [
+    assert appendix.parts("![a](http://files.example/files/a)") == [
         Media("custom", "http://dify.example/files/b", "b"),
         Citations(({"position": 1, "content": "c"},)),
         Usage(2, 3),
