@@ -7715,7 +7715,6 @@ class Pool:
             wire.abort()
             if isinstance(error, ssl.SSLCertVerificationError):
                 vars(self).pop("_trust", None)  # its files may be better by now
-            vars(self).pop("_trust", None)  # its files may be better by now
             raise
 
     @functools.cached_property
