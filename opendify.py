@@ -8798,6 +8798,7 @@ class Question:
     sent: dict[int, Attachment] = field(default_factory=dict)  # files, by their id()
     spent: Usage = NO_USAGE  # by a first try
     may_have_run: bool = False  # and then Dify may remember it
+    named: NamedConversation | None = None  # that it is a turn of
     user: str = field(init=False)  # who asks, as Dify knows them
     scope: bytes = field(init=False, repr=False)  # its conversations are found in it
 
@@ -9690,18 +9691,14 @@ async def create_response(site: Site, exchange: Exchange) -> None:
     user, sealer = exchange.user_of(ask.user), IdSealer(app.key, exchange.owner)
     now, new_id = int(site.wall_clock()), site.new_id()
     frame = ResponseFrame(now, exchange.model, request.echo, sealer, user, new_id)
-    question = Question(exchange, app, ask, joins=True)
+    question = Question(exchange, app, ask, joins=True, named=named)
     if named:
         await _check_fits(site, question, named)
     with site.turns.holding(question):
         await _join(site, question, request, sealer)
         ask = with_words(question.ask, app.tools)
         question.ask = _with_stored_files(site, exchange, ask)
-    try:
-        await _answer_all(site, [question], frame, is_streamed=request.stream)
-    finally:
-        if named and exchange.turn:
-            _bind(site, question, named, exchange.turn)
+    await _answer_all(site, [question], frame, is_streamed=request.stream)
 
 
 def _within(named: NamedConversation, request: ResponsesRequest) -> ResponsesRequest:
@@ -9721,12 +9718,14 @@ async def _check_fits(site: Site, question: Question, named: NamedConversation) 
         raise bad_value("conversation", "it belongs to another model or end user.")
 
 
-def _bind(site: Site, question: Question, named: NamedConversation, turn: Turn) -> None:
+def _bind(site: Site, question: Question, named: NamedConversation) -> None:
     """Bind a named conversation to the one that a turn began in Dify, if it did.
 
     Dify has now what `named` held when the turn began; what has been added since awaits
     the next one. Of a turn that failed, some releases remember nothing.
     """
+    if not (turn := question.exchange.turn):
+        return
     reader, scope = turn.stream.reader, turn.plan.tail.scope
     id_ = reader.conversation_id if reader.is_stored else ""
     exchange, now = question.exchange, site.wall_clock()
@@ -9974,6 +9973,8 @@ async def _answer_all(
     finally:
         for sink in sinks:
             sink.close()
+        if named := questions[0].named:  # before its client can go on
+            _bind(site, questions[0], named)
     if is_streamed:
         usage = sum((outlet.stream.summary.usage for outlet in outlets), NO_USAGE)
         ends = [outlet.end() for outlet in outlets]

@@ -1335,6 +1335,24 @@ async def test_task_is_a_turn_of_the_conversation_that_is_named() -> None:
         assert told(served) == [["Hi", task, "More"]]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_conversation_is_bound_before_the_client_has_all(stream: bool) -> None:
+    """Its next turn may come at once, and to another process with the same file."""
+    ended: list[bool] = []
+    async with proxy() as served:
+        conversations = served.site.conversations
+        made = (await post(served, CONVERSATIONS, {})).json
+        keep = conversations.keep
+
+        def note(*bound: Any) -> None:
+            ended.extend(e.reply.is_complete for e in served.site.in_flight)
+            keep(*bound)
+
+        conversations.keep = note  # type: ignore[method-assign,assignment]
+        await answer(served, "Hi", conversation=made["id"], stream=stream)
+    assert ended == [False]
+
+
 async def test_chat_with_the_same_words_has_no_part_in_a_conversation() -> None:
     async with proxy() as served:
         made = (await post(served, CONVERSATIONS, {})).json
