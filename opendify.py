@@ -9733,7 +9733,7 @@ def _bind(site: Site, question: Question, named: NamedConversation) -> None:
     if id_ and latest and latest.conversation_id == named.conversation_id:
         whose = {"model": exchange.model, "user": question.user}
         bound = latest.bind(scope, named.items, conversation_id=id_, **whose)
-        with contextlib.suppress(Overloaded):  # the answer is there all the same
+        with contextlib.suppress(ProxyError):  # the answer is there all the same
             _keep(site, exchange, bound)
         # No chat with the same words may go on in it.
         if tail := site.conversations.take_by_id(scope, id_, now):

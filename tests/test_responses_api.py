@@ -1335,6 +1335,18 @@ async def test_task_is_a_turn_of_the_conversation_that_is_named() -> None:
         assert told(served) == [["Hi", task, "More"]]
 
 
+async def test_answer_of_a_conversation_that_is_full_is_given_all_the_same() -> None:
+    """What binds it has no room in it any more."""
+    async with proxy() as served:
+        for room in range(0, 1024, 16):
+            metadata = {"a": "x" * (opendify.MAX_NAMED_BYTES - room)}
+            made = await post(served, CONVERSATIONS, {"metadata": metadata})
+            if made.status == 200:
+                break
+        got = await answer(served, "Hi", conversation=made.json["id"])
+    assert got["status"] == "completed"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_conversation_is_bound_before_the_client_has_all(stream: bool) -> None:
     """Its next turn may come at once, and to another process with the same file."""
