@@ -2053,6 +2053,16 @@ async def test_answer_does_not_wait_at_its_end_for_what_can_not_come() -> None:
         assert asyncio.get_running_loop().time() < 1
 
 
+async def test_no_turn_is_asked_for_when_the_client_has_left_before() -> None:
+    info = [Sleep(2), Status(200, {"name": "App", "mode": "chat"})]
+    async with proxy(config={"mode": ""}, overrides={"/info": info}) as served:
+        call = await served.begin()
+        await served.dify.until(lambda: served.dify.requests)
+        await call.leave()
+        await asyncio.sleep(5)
+        assert [row.path for row in served.dify.requests] == ["/info"]
+
+
 async def test_finished_answer_is_not_stopped() -> None:
     async with proxy(fake.chat_answer("Hi")) as served:
         call = await served.begin(stream=True)
