@@ -11560,7 +11560,7 @@ def _known_problems(version: str, mode: str) -> list[Note]:
     return [
         ("warning", f"Dify {version} {text}.".replace("(#", "(langgenius/dify#"))
         for first, until, modes, text in _KNOWN_PROBLEMS
-        if release and first <= release < until and mode in modes
+        if first <= release < until and mode in modes
     ]
 
 
