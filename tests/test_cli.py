@@ -258,14 +258,20 @@ def test_host_that_is_none_is_one_line_and_status_1(home: Path, run: Run) -> Non
 
 @pytest.mark.skipif(sys.platform == "win32", reason="names have no case there")
 @pytest.mark.parametrize(
-    "names", ["https_proxy HTTPS_PROXY", "HTTPS_PROXY https_proxy"]
+    "names",
+    [
+        ("https_proxy", "HTTPS_PROXY"),
+        ("HTTPS_PROXY", "https_proxy"),
+        ("HTTP_PROXY", "http_proxy"),
+        ("NO_PROXY", "no_proxy"),
+    ],
 )
 def test_proxy_in_lower_case_wins(
-    checked: Run, monkeypatch: pytest.MonkeyPatch, names: str
+    checked: Run, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
 ) -> None:
-    for name in names.split():
+    for name in names:
         monkeypatch.setenv(name, f"http://{name}:3128")
-    assert shown(checked())["HTTPS_PROXY"] == "http://https_proxy:3128"
+    assert shown(checked())[names[0].upper()] == f"http://{names[0].lower()}:3128"
 
 
 def test_real_variable_wins_over_the_env_file(
@@ -1045,9 +1051,11 @@ def test_check_masks_passwords_of_urls(
     checked: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://me:our-secret@proxy.example:3128")
+    monkeypatch.setenv("DIFY_API_BASE", "https://me:our-secret@dify.example/v1")
     outcome = checked()
     assert "our-secret" not in outcome.out + outcome.err
     assert "proxy.example:3128" in shown(outcome)["HTTPS_PROXY"]
+    assert shown(outcome)["DIFY_API_BASE"] == "https://…@dify.example/v1"
 
 
 def test_check_shows_origins_whole(
