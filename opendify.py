@@ -8862,8 +8862,8 @@ class Turns:
         goes_on = bool(ask.conversation_id and question.tail)
         before = () if goes_on else (*ask.messages, Message("assistant", text))
         again = ask._replace(messages=(*before, words))
-        exchange, app, sent = question.exchange, question.app, question.sent
-        question = Question(exchange, app, again, goes_on, None, sent, reading.usage)
+        question = replace(question, ask=again, joins=goes_on, spent=reading.usage)
+        question.tail, question.may_have_run = None, False
         reading = await self._run_once(question, sink)
         if reading.problem:
             raise unsatisfied(ask, reading.problem)
@@ -8905,6 +8905,8 @@ class Turns:
         finally:
             turn.stream.close()
             self._settle(turn, sink, can_go_on=can_go_on and question.joins)
+            if question.named and not reading.problem:  # before its client can go on
+                self._bind(question.named, question, turn)
         return reading
 
     async def _pass_on(
@@ -8943,6 +8945,25 @@ class Turns:
         else:
             self.conversations.forget(turn.plan.tail)
             self.conversations.note_shown(tail, now)
+
+    def _bind(self, named: NamedConversation, question: Question, turn: Turn) -> None:
+        """Bind a named conversation to the one that a turn began in Dify, if it did.
+
+        Dify has now what `named` held when the turn began; what has been added since
+        awaits the next one. Of a turn that failed, some releases remember nothing.
+        """
+        reader, scope, table = turn.stream.reader, question.scope, self.conversations
+        id_ = reader.conversation_id if reader.is_stored else ""
+        exchange, now = question.exchange, self.wall_clock()
+        latest = table.named(named.id, exchange.owner, now)
+        if id_ and latest and latest.conversation_id == named.conversation_id:
+            whose = {"model": exchange.model, "user": question.user}
+            bound = latest.bind(scope, named.items, conversation_id=id_, **whose)
+            with contextlib.suppress(ProxyError):  # the answer is there all the same
+                table.keep(bound, exchange.owner, now)
+            # No chat with the same words may go on in it.
+            if tail := table.take_by_id(scope, id_, now):
+                table.put(tail._replace(digests=b""), now)
 
     async def _open_turn(self, question: Question) -> Turn:
         """Send the question to Dify, until it begins to answer."""
@@ -9718,28 +9739,6 @@ async def _check_fits(site: Site, question: Question, named: NamedConversation) 
         raise bad_value("conversation", "it belongs to another model or end user.")
 
 
-def _bind(site: Site, question: Question, named: NamedConversation) -> None:
-    """Bind a named conversation to the one that a turn began in Dify, if it did.
-
-    Dify has now what `named` held when the turn began; what has been added since awaits
-    the next one. Of a turn that failed, some releases remember nothing.
-    """
-    if not (turn := question.exchange.turn):
-        return
-    reader, scope = turn.stream.reader, turn.plan.tail.scope
-    id_ = reader.conversation_id if reader.is_stored else ""
-    exchange, now = question.exchange, site.wall_clock()
-    latest = site.conversations.named(named.id, exchange.owner, now)
-    if id_ and latest and latest.conversation_id == named.conversation_id:
-        whose = {"model": exchange.model, "user": question.user}
-        bound = latest.bind(scope, named.items, conversation_id=id_, **whose)
-        with contextlib.suppress(ProxyError):  # the answer is there all the same
-            _keep(site, exchange, bound)
-        # No chat with the same words may go on in it.
-        if tail := site.conversations.take_by_id(scope, id_, now):
-            site.conversations.put(tail._replace(digests=b""), now)
-
-
 async def get_response(site: Site, exchange: Exchange) -> Json:
     """`GET /responses/{id}`: the answer, as Dify has stored it."""
     if query_of(exchange.request).get("stream", "").lower() == "true":
@@ -9973,8 +9972,6 @@ async def _answer_all(
     finally:
         for sink in sinks:
             sink.close()
-        if named := questions[0].named:  # before its client can go on
-            _bind(site, questions[0], named)
     if is_streamed:
         usage = sum((outlet.stream.summary.usage for outlet in outlets), NO_USAGE)
         ends = [outlet.end() for outlet in outlets]
