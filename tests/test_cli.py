@@ -1247,27 +1247,61 @@ def test_file_that_fails_later_is_a_warning(tmp_path: Path) -> None:
     assert err.count("WARNING CONVERSATION_STORE: database is locked; ") == 1
 
 
-@pytest.mark.parametrize(("is_clean", "status"), [(True, 0), (False, 1)])
-async def test_status_tells_whether_open_requests_could_end(
-    is_clean: bool, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = opendify.parse_settings({"MODEL_CONFIG": json.dumps({"m": KEY})})
+async def served_at(
+    host: str, patch: pytest.MonkeyPatch, *, is_clean: bool = True, keys: str = ""
+) -> int:
+    """Serve at this address until a signal that comes at once; returns the status."""
+    variables = {"MODEL_CONFIG": json.dumps({"m": KEY}), "VALID_API_KEYS": keys}
+    settings = opendify.parse_settings(variables)
     dify = opendify.Dify(settings, opendify.open_wire)
     conversations, _ = opendify.open_conversations("memory", 1.0)
     server = opendify.Server(opendify.Site(dify, conversations, str), new_id=str)
 
     async def listen(*_: object) -> list[tuple[str, int]]:
-        return [("127.0.0.1", 5000)]
+        server.is_local = opendify.is_loopback(host)
+        return [(host, 5000)]
 
     async def drain(*_: object) -> bool:
         return is_clean
 
-    monkeypatch.setattr(server, "listen", listen)
-    monkeypatch.setattr(server, "drain", drain)
-    monkeypatch.setattr(opendify, "_on_signals", lambda stop: stop.set())
-    assert await opendify._serve_until_signal(settings, server) == status
+    patch.setattr(server, "listen", listen)
+    patch.setattr(server, "drain", drain)
+    patch.setattr(opendify, "_on_signals", lambda stop: stop.set())
+    status = await opendify._serve_until_signal(settings, server)
     dify.close()
     conversations.close()
+    return status
+
+
+@pytest.mark.parametrize(("is_clean", "status"), [(True, 0), (False, 1)])
+async def test_status_tells_whether_open_requests_could_end(
+    is_clean: bool, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert await served_at("127.0.0.1", monkeypatch, is_clean=is_clean) == status
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "is_warning"),
+    [
+        ("127.0.0.1", "", False),
+        ("::1", "", False),
+        ("::", "", True),
+        ("0.0.0.0", "", True),
+        ("0.0.0.0", "secret", False),
+    ],
+)
+async def test_start_tells_who_can_reach_it(
+    host: str,
+    keys: str,
+    is_warning: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    await served_at(host, monkeypatch, keys=keys)
+    written = host if "." in host else f"[{host}]"
+    assert capsys.readouterr().out.endswith(f" listens on http://{written}:5000/v1\n")
+    assert any("set VALID_API_KEYS" in text for text in caplog.messages) == is_warning
 
 
 @pytest.mark.parametrize("is_stopping", [True, False])
