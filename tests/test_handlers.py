@@ -1876,6 +1876,15 @@ async def test_run_is_stopped_when_the_client_leaves_a_stream(
         await see_stop(served, mode)
 
 
+async def test_run_is_stopped_when_the_client_reads_nothing() -> None:
+    script = fake.chat_answer(*["x" * 500_000] * 200, delay=1.0)
+    async with proxy(script) as served:
+        call = await served.begin(stream=True)
+        await asyncio.sleep(1.5 * opendify.WRITE_TIMEOUT_S)
+        assert [stop.effective for stop in served.dify.stops] == [True]
+        await call.leave()
+
+
 @pytest.mark.parametrize("mode", MODES)
 async def test_run_is_stopped_when_the_client_leaves_before_the_answer(
     mode: str,
