@@ -8932,8 +8932,7 @@ class Turns:
             if reading.is_cut:
                 turn.stream.is_given_up = True
                 break
-        if not reading.problem:
-            await sink.finish()
+        await sink.finish()
 
     def _settle(self, turn: Turn, sink: Sink, *, can_go_on: bool) -> None:
         """Record where the conversation stands, or that nobody knows."""
