@@ -1073,6 +1073,21 @@ async def test_error_before_the_first_text_is_still_a_status() -> None:
     assert (got.status, got.error["message"]) == (502, "the model failed")
 
 
+async def test_text_is_complete_before_thoughts_that_follow() -> None:
+    thought = fake.message("\n<think>\nHm.\n</think>\n\nBye")
+    async with proxy([fake.message(LONG), thought, fake.message_end()]) as served:
+        got = await served.chat(stream=True)
+    kinds = ["content" in delta_of(chunk) for chunk in got.chunks[1:-1]]
+    assert [kind for kind, _ in itertools.groupby(kinds)] == [True, False, True]
+
+
+async def test_more_than_anyone_can_read_is_not_held_back() -> None:
+    script: list[Step] = [fake.message("x" * 200_000), Sleep(1), fake.message_end()]
+    async with proxy(script, variables={"STREAM_MAX_LAG": "5"}) as served:
+        got = await served.chat(stream=True)
+    assert max(map(len, got.deltas)) > 100_000
+
+
 @pytest.mark.parametrize("smoothing", ["on", "off"])
 async def test_held_text_comes_before_an_error(smoothing: str) -> None:
     steps: list[Any] = [fake.message(LONG), fake.error_event()]
