@@ -8905,7 +8905,7 @@ class Turns:
         finally:
             turn.stream.close()
             self._settle(turn, sink, can_go_on=can_go_on and question.joins)
-            if question.named and not reading.problem:  # before its client can go on
+            if question.named:  # before its client can go on
                 self._bind(question.named, question, turn)
         return reading
 
@@ -8960,6 +8960,8 @@ class Turns:
             bound = latest.bind(scope, named.items, conversation_id=id_, **whose)
             with contextlib.suppress(ProxyError):  # the answer is there all the same
                 table.keep(bound, exchange.owner, now)
+            # From here a second try may bind it to another one.
+            question.named = replace(named, conversation_id=id_)
             # No chat with the same words may go on in it.
             if tail := table.take_by_id(scope, id_, now):
                 table.put(tail._replace(digests=b""), now)

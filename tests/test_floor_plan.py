@@ -32,14 +32,14 @@ BUDGETS = {
     "Pacer": 130,
     "Wire": 506,
     "Upstream": 717,
-    "Answers": 499,
+    "Answers": 500,
     "Handlers": 900,
     "Server": 284,
     "Page": 263,
     "Command line": 455,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7703
+WHOLE_BUDGET = 7704
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

@@ -1365,6 +1365,21 @@ async def test_conversation_is_bound_before_the_client_has_all(stream: bool) -> 
     assert ended == [False]
 
 
+async def test_items_are_told_once_though_the_answer_to_them_is_unfit() -> None:
+    """Dify has them all the same, in the conversation where both tries were."""
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        await answer(served, "One", conversation=made["id"])
+        path = f"{CONVERSATIONS}/{made['id']}/items"
+        await post(served, path, {"items": [user("Two")]})
+        unfit = await respond(served, "Three", conversation=made["id"], **AS_JSON)
+        await answer(served, "Four", conversation=made["id"])
+        ((*_, asked, retried, last),) = told(served)
+    assert unfit.error["code"] == "response_format_unsatisfied"
+    assert ">\nTwo\n<" in asked and ">\nTwo\n<" not in retried
+    assert last == "Four"
+
+
 async def test_chat_with_the_same_words_has_no_part_in_a_conversation() -> None:
     async with proxy() as served:
         made = (await post(served, CONVERSATIONS, {})).json
