@@ -307,14 +307,6 @@ def test_error_repeats_little_of_the_request(body: JSONObject) -> None:
         ({"role": "assistant", "content": None}, Message("assistant", "")),
         ({"role": "assistant"}, Message("assistant", "")),
         (
-            {"role": "assistant", "content": None, "refusal": "No."},
-            Message("assistant", "No."),
-        ),
-        (
-            {"role": "assistant", "content": "a", "refusal": None},
-            Message("assistant", "a"),
-        ),
-        (
             {"role": "assistant", "audio": {"id": "audio_1"}},
             Message("assistant", "", spoken_id="audio_1"),
         ),
