@@ -5838,13 +5838,12 @@ def plan_turn(
     if tail is None:
         elsewhere = history if app.history_variable else ()
         tail = Tail(scope, chain=scope, folded=len(said) if elsewhere else 0)
-        shown: Messages = history
-        lacked = history
-        context = [*_opening(ask, app), *history[len(elsewhere) :]]
+        shown = lacked = history
+        context = (*_opening(ask, app), *history[len(elsewhere) :])
     else:
         lacked = said if ask.is_all_new else ()  # by the conversation
         elsewhere = () if lacked else _only_in_input(history, tail)
-        shown = context = [*_untold(ask, app, history, tail), *lacked]
+        shown = context = (*_untold(ask, app, history, tail), *lacked)
     carried, files = _with_room(shown, new, has_room)
     inputs = {**ask.inputs, **_own_inputs(app, ask.system, fold(elsewhere, carried))}
     query = _query(ask, context, new, carried) if ask.messages else alone

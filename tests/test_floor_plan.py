@@ -28,7 +28,7 @@ BUDGETS = {
     "Ids": 62,
     "OpenAI": 679,
     "Responses": 425,
-    "Conversations": 452,
+    "Conversations": 451,
     "Pacer": 130,
     "Wire": 506,
     "Upstream": 717,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 455,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7704
+WHOLE_BUDGET = 7703
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
