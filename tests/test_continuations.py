@@ -1413,18 +1413,6 @@ async def test_side_request_neither_joins_nor_moves_a_conversation(
         assert titles.conversation not in (own, list(served.dify.conversations)[1])
 
 
-async def test_several_choices_neither_join_nor_move_a_conversation() -> None:
-    async with site() as served:
-        client = Client(served)
-        (own,) = await client.chat("one")
-        both = client.copy([*client.messages, user("two")])
-        got = await (await both.begin(n=2, stream=False)).read_rest()
-        both.messages.append(assistant(got.message["content"]))
-        await both.chat("three")
-        assert [served.conversation_of(turn) for turn in served.turns] == [""] * 4
-        assert await client.chat("two") == [own]
-
-
 async def test_context_before_a_question_does_not_break_a_conversation() -> None:
     """Open WebUI puts what it found before a question, and shows it never again."""
     query = f"{CONTEXT}three"
