@@ -11158,6 +11158,7 @@ class SettingsSource:
         # Those for settings have their names; `parse_settings` ignores the others.
         self._given = {k: v for k, v in vars(options).items() if v is not None}
         self._stamp = self._look()
+        self._is_unread = False  # since then; it may be readable at the next look
         self._looked_at = time.monotonic()
 
     def load(self) -> Settings:
@@ -11193,18 +11194,19 @@ class SettingsSource:
             return None
         self._looked_at = now
         stamp = self._look()
-        if stamp is None or stamp == self._stamp:
+        is_new = stamp != self._stamp
+        if stamp is None or not (is_new or self._is_unread):
             return None
-        self._stamp = stamp
+        self._stamp, self._is_unread = stamp, False
         try:
             settings = self.load()
             if not settings.has_apps:
                 raise SettingsError(f"{self._path} has no app any more")
         except SettingsError as error:
-            if isinstance(error.__cause__, OSError):
-                self._stamp = None  # it may be readable when it is looked at again
-            for complaint in [*self.warnings, *str(error).splitlines()]:
-                log.error("%s (the settings stay as they were)", complaint)
+            self._is_unread = isinstance(error.__cause__, OSError)
+            if is_new or not self._is_unread:
+                for complaint in [*self.warnings, *str(error).splitlines()]:
+                    log.error("%s (the settings stay as they were)", complaint)
             return None
         log.info("settings read anew: %s", _models_shown(settings))
         for warning in self.warnings:

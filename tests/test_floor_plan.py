@@ -36,10 +36,10 @@ BUDGETS = {
     "Handlers": 900,
     "Server": 284,
     "Page": 263,
-    "Command line": 455,
+    "Command line": 457,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7703
+WHOLE_BUDGET = 7705
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
