@@ -610,7 +610,7 @@ class UpstreamTimeout(ProxyError):
 
 
 class Overloaded(ProxyError):
-    """Too many connections, shutting down, or no app behind it."""
+    """Too many connections, no room on the disk, shutting down, or no app answers."""
 
     status, code = 503, "server_is_overloaded"
 
