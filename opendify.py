@@ -2337,7 +2337,8 @@ class Reading:
         if ask.tools:
             most = 1 if ask.is_serial else inf
             self._calls = CallReader(ask.tools, call_ids(seed).__next__, most)
-        self._is_json = ask.output.kind != "text"
+        self._is_required = ask.tool_mode == "required"  # a call, and so no JSON
+        self._is_json = ask.output.kind != "text" and not self._is_required
         # Cut in half, JSON is none; and what stands around it never reaches the client.
         stops = () if self._is_json else ask.stops
         self._stop = StopReader(stops) if stops else None
@@ -2345,7 +2346,7 @@ class Reading:
         self._json = JsonReader(ask.output) if can_begin else None
         self.is_plain = not (ask.tools or ask.stops or self._is_json)
         self._holds_all = self._is_json and not self._json  # until it is judged
-        self._holds_all |= is_whole and ask.tool_mode == "required"
+        self._holds_all |= is_whole and self._is_required
         self._held: list[Part] = []  # until it is certain that the answer will do
         self.said = KeptText()  # as the app wrote it
         self._has_given = False  # text, that can't be taken back
@@ -2368,7 +2369,7 @@ class Reading:
         ready = self._stop.feed(ready) if self._stop else ready
         self._has_call |= any(isinstance(part, ToolCall) for part in ready)
         ready = self._json.feed(ready) if self._json else ready
-        if self._ask.tool_mode == "required":  # the answer is the call: this is none
+        if self._is_required:  # the answer is the call: this is none
             thought = functools.partial(Reasoning, is_inline=True)
             ready = [thought(p.text) if isinstance(p, Text) else p for p in ready]
         if self._stop and self._stop.is_cut and not self.is_cut:
@@ -2393,8 +2394,7 @@ class Reading:
     @property
     def _is_open(self) -> bool:
         """Whether the answer may still turn out not to do."""
-        lacks_json = self._json is not None and not self._json.text
-        lacks = self._ask.tool_mode == "required" or lacks_json
+        lacks = self._is_required or bool(self._json and not self._json.text)
         return self._holds_all or (lacks and not self._has_call)
 
     def _judge(self) -> None:
@@ -2403,7 +2403,7 @@ class Reading:
         answer.add(self._held)
         self.usage = answer.usage
         has_call = bool(answer.calls) if self._holds_all else self._has_call
-        if self._ask.tool_mode == "required" and not has_call:
+        if self._is_required and not has_call:
             names = ", ".join(tool.name for tool in self._ask.tools)
             self.problem = f"Call {names}."
         elif self._json and self._has_given and not has_call:

@@ -734,10 +734,14 @@ async def test_call_that_is_never_made_is_an_error(
 
 
 @WHOLE_OR_STREAMED
-async def test_text_beside_a_required_call_is_reasoning(stream: bool) -> None:
+@pytest.mark.parametrize("kind", ["text", "json_object"])
+async def test_text_beside_a_required_call_is_reasoning(
+    kind: str, stream: bool
+) -> None:
     """OpenAI's models say nothing there: some clients take any content for it all."""
     async with proxy(says(f"Sorry. {OSLO}\nDone.")) as served:
         fields: JSONObject = {"tools": TOOLS, "tool_choice": "required"}
+        fields["response_format"] = {"type": kind}
         got = await served.chat(stream=stream, **fields)
     assert choices_of(got) == [OSLO_CALL]
     rows = [row for chunk in got.chunks for row in chunk["choices"]] if stream else []
