@@ -922,6 +922,11 @@ def json_string(text: str) -> bytes:
     return _one_line(json.encoder.encode_basestring(text))
 
 
+def whole_characters(text: str) -> str:
+    """The text with surrogate pairs joined; half of one is U+FFFD: UTF-8 has none."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _one_line(text: str) -> bytes:
     try:  # of all that `splitlines` knows, JSON text holds none but those to escape
         if text.isascii() or len(text.splitlines()) == 1:
@@ -3106,7 +3111,7 @@ class AnswerText:
         text, self._half = self._half + text, ""
         if "\ud800" <= text[-1:] <= "\udbff":
             text, self._half = text[:-1], text[-1]
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return whole_characters(text)
 
     # Reasoning in tags...
 
@@ -4302,7 +4307,7 @@ def _parse_file(part: Json, where: str) -> Attachment:
     name = str(file.get("filename") or "")
     if key != "input_audio":
         return _attachment(source, name, stem, where)
-    if source[:5].lower() != "data:":
+    if not _is_data_url(source):
         name = f"audio.{file.get('format') or 'wav'}".lower()
     sound = _attachment(source, name, stem, where)
     # By its name alone it could be a video.
@@ -4319,7 +4324,7 @@ def _attachment(source: str, name: str, stem: str, where: str) -> Attachment:
         name = name or urllib.parse.unquote(path.rpartition("/")[2])
         family = "" if stem == "file" else f"{stem}/*"
         return Attachment(_plain_name(name or stem, ""), family, url=source)
-    if source[:5].lower() == "data:":
+    if _is_data_url(source):
         media_type, data = _parse_data_url(source, where)
     else:
         media_type, data = "", _decode_base64(source, where)
@@ -4334,6 +4339,10 @@ def known_file(name: str, media_type: str, data: bytes = b"") -> Attachment:
     if not is_told or media_type == "application/octet-stream":
         media_type = _guess_media_type(name, data)
     return Attachment(_plain_name(name, media_type), media_type, data)
+
+
+def _is_data_url(source: str) -> bool:
+    return source[:5].lower() == "data:"
 
 
 def _parse_data_url(url: str, where: str) -> tuple[str, bytes]:
@@ -4495,8 +4504,7 @@ def transcript(
     Dify tells no times: it is one segment, and one cue. `seconds` are 0 where they are
     not known; then a cue lasts as long as its words take to say.
     """
-    # Half a surrogate pair is U+FFFD: UTF-8 has none.
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = whole_characters(text)
     wanted = transcript_format(fields)
     if wanted == "stream":
         delta = {"type": "transcript.text.delta", "delta": text}

@@ -21,12 +21,12 @@ BUDGETS = {
     "Settings": 236,
     "Errors": 87,
     "SSE": 61,
-    "JSON": 94,
+    "JSON": 96,
     "Turn": 205,
     "Calls": 791,
-    "Dify": 794,
+    "Dify": 795,
     "Ids": 62,
-    "OpenAI": 679,
+    "OpenAI": 681,
     "Responses": 425,
     "Conversations": 451,
     "Pacer": 130,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 457,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7705
+WHOLE_BUDGET = 7710
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
