@@ -2518,7 +2518,8 @@ def query_variable(mode: str, form: AppForm, app: AppSettings) -> str:
     if app.query_variable:
         return app.query_variable
     texts = [row for row in form.inputs if row.type in _TEXT_TYPES]
-    texts = [row for row in texts if row.variable not in app.filled] or texts
+    filled = app.filled
+    texts = [row for row in texts if row.variable not in filled] or texts
     names = [row.variable for row in texts]
     usual = [name for name in _QUERY_NAMES if name in names]
     required = [row.variable for row in texts if row.required]
