@@ -8968,8 +8968,8 @@ class Turns:
             bound = latest.bind(scope, named.items, conversation_id=id_, **whose)
             with contextlib.suppress(ProxyError):  # the answer is there all the same
                 table.keep(bound, exchange.owner, now)
-            # From here a second try may bind it to another one.
-            question.named = replace(named, conversation_id=id_)
+                # From here a second try may bind it to another one.
+                question.named = replace(named, conversation_id=id_)
             # No chat with the same words may go on in it.
             if tail := table.take_by_id(scope, id_, now):
                 table.put(tail._replace(digests=b""), now)
