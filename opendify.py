@@ -10453,6 +10453,7 @@ class Listener:
         self.is_local &= all(is_loopback(host) for host, _ in addresses)
         for socket_ in server.sockets:
             with socket.fromfd(socket_.fileno(), socket_.family, socket_.type) as twin:
+                twin.setblocking(False)  # PyPy made it block, and the first with it
                 twin.listen(BACKLOG)
                 # Not on Windows, nor where a kernel is imitated (gVisor, WSL 1).
                 with contextlib.suppress(AttributeError, OSError):

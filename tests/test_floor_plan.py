@@ -34,12 +34,12 @@ BUDGETS = {
     "Upstream": 717,
     "Answers": 500,
     "Handlers": 900,
-    "Server": 284,
+    "Server": 285,
     "Page": 263,
     "Command line": 457,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7710
+WHOLE_BUDGET = 7711
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import logging
+import os
 import re
 import socket
 import struct
@@ -331,6 +332,22 @@ class Deaf(opendify.Listener):
 async def test_address_that_the_system_lacks_is_passed_over(found: Any) -> None:
     """Hosts files name ::1 where IPv6 is switched off, too."""
     assert await Deaf().listen_at(*found) == ["127.0.0.1"]
+
+
+async def test_listening_socket_never_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On PyPy a socket made of a descriptor blocks, and so do all that share it."""
+    make = socket.fromfd
+
+    def make_blocking(*about: int) -> socket.socket:
+        made = make(*about)
+        made.setblocking(True)
+        return made
+
+    monkeypatch.setattr(socket, "fromfd", make_blocking)
+    deaf = Deaf()
+    await deaf.listen("127.0.0.1", 0)
+    assert not os.get_blocking(deaf._servers[0].sockets[0].fileno())
+    await deaf.stop(0)
 
 
 async def test_kernel_may_lack_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
