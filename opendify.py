@@ -6008,7 +6008,7 @@ class NamedConversation:
     """One that a client made through the Conversations API, by the id it got there.
 
     `items` were given to it, and Dify does not have them yet. It is made without an
-    app: its first turn binds it to a Dify conversation of a model and an end user,
+    app: its first turn binds it to a Dify conversation of an app and an end user,
     under a `seal` of both.
     """
 
@@ -6016,7 +6016,6 @@ class NamedConversation:
     created: UnixTime
     metadata: Json = field(default_factory=dict)
     items: Sequence[Any] = ()
-    model: str = ""
     user: str = ""
     conversation_id: str = ""
     seal: str = ""
@@ -8964,8 +8963,8 @@ class Turns:
         exchange, now = question.exchange, self.wall_clock()
         latest = table.named(named.id, exchange.owner, now)
         if id_ and latest and latest.conversation_id == named.conversation_id:
-            whose = {"model": exchange.model, "user": question.user}
-            bound = latest.bind(scope, named.items, conversation_id=id_, **whose)
+            there = {"user": question.user, "conversation_id": id_}
+            bound = latest.bind(scope, named.items, **there)
             with contextlib.suppress(ProxyError):  # the answer is there all the same
                 table.keep(bound, exchange.owner, now)
                 # From here a second try may bind it to another one.
@@ -9904,17 +9903,16 @@ async def _items_of(
 ) -> list[dict[str, Any]]:
     """What Dify has of a conversation, and what awaits a turn, each id once."""
     items: list[dict[str, Any]] = []
-    models = await site.models() if named.conversation_id else {}
-    scopes = {model: scope_of(app.key, named.user) for model, app in models.items()}
-    bound = [model for model in models if named.is_bound_to(scopes[model])]
-    if bound:  # by another name, if the model has got one since
-        exchange.model = model = named.model if named.model in bound else bound[0]
-        app, place = models[model], Place(named.user, named.conversation_id, "")
-        sealer = IdSealer(app.key, exchange.owner)
-        for turn in (await _turns_of(site, app, place)).values():
-            frame = _frame(turn, model, sealer, named.user)
-            items.append(input_item(frame.id("msg_", "in"), turn.question))
-            items += _as_response(frame, turn)["output"]
+    place = Place(named.user, named.conversation_id, "")
+    models = await site.models() if place.conversation_id else {}
+    for model, app in models.items():
+        if named.is_bound_to(scope_of(app.key, named.user)):
+            exchange.model, sealer = model, IdSealer(app.key, exchange.owner)
+            for turn in (await _turns_of(site, app, place)).values():
+                frame = _frame(turn, model, sealer, named.user)
+                items.append(input_item(frame.id("msg_", "in"), turn.question))
+                items += _as_response(frame, turn)["output"]
+            break
     known = {item["id"] for item in items}  # a waiting item may name one of these
     return [*items, *(item for item in named.items if item["id"] not in known)]
 
