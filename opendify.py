@@ -9495,7 +9495,8 @@ class Site:
     async def find_app(self, exchange: Exchange, model: str) -> AppSettings:
         """The app of this name; the log and the metrics say it from now on.
 
-        Old clients form-encode a name in a path: there a space is a plus.
+        Old clients form-encode a name in a path: there a space is a plus. The error
+        for a name that Dify may tell later says why it does not now.
         """
         models, untold = self.known_models(), None
         if model not in models:
@@ -9505,7 +9506,13 @@ class Site:
             if name in models:
                 exchange.model = name
                 return models[name]
-        raise _no_such_model(model, models, untold)
+        shown = _shown(mask_app_keys(model))  # a key may have been pasted
+        if untold:
+            untold.message = f"The model {shown} is not known yet: {untold.message}"
+            raise untold
+        known = ", ".join(models) or "none"
+        text = f"The model {shown} does not exist here. Available: {known}."
+        raise ModelNotFound(text)
 
     async def models(self) -> Mapping[str, AppSettings]:
         """All apps by model name, as far as Dify tells the names in time."""
@@ -9546,18 +9553,6 @@ async def _in_time(awaitables: Iterable[Awaitable[T]]) -> list[T | BaseException
     """What each gives within NAMES_TIMEOUT_S, or the exception that it raises."""
     timed = [asyncio.wait_for(awaitable, NAMES_TIMEOUT_S) for awaitable in awaitables]
     return await asyncio.gather(*timed, return_exceptions=True)
-
-
-def _no_such_model(
-    model: str, models: Iterable[str], untold: ProxyError | None
-) -> ProxyError:
-    """The error for a name that no app has, or none yet: `untold` says why."""
-    known = ", ".join(models) or "none"
-    shown = _shown(mask_app_keys(model))  # one may have been pasted
-    if untold:
-        untold.message = f"The model {shown} is not known yet: {untold.message}"
-        return untold
-    return ModelNotFound(f"The model {shown} does not exist here. Available: {known}.")
 
 
 async def _json_of(exchange: Exchange) -> dict[str, Any]:
