@@ -9992,15 +9992,13 @@ async def _run_all(
     background: the client's error does not wait for that, nor for the name of a run,
     without which it can't be stopped.
     """
-    exchange, places = questions[0].exchange, asyncio.Semaphore(MAX_CHOICES)
+    exchange, pairs = questions[0].exchange, zip(questions, sinks)
 
-    async def run(question: Question, sink: Sink) -> None:
-        with exchange:
-            await places.acquire()
-        await site.turns.run(question, sink)
-        places.release()
+    async def run_next() -> None:
+        for question, sink in pairs:
+            await site.turns.run(question, sink)
 
-    tasks = [asyncio.ensure_future(run(*pair)) for pair in zip(questions, sinks)]
+    tasks = [asyncio.ensure_future(run_next()) for _ in questions[:MAX_CHOICES]]
     try:
         await asyncio.gather(*tasks)  # takes note of all errors
     except asyncio.CancelledError:  # all are cancelled, or see that the client left
