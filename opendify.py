@@ -9124,24 +9124,24 @@ _START_BYTES = 64  # of a recording: the head of a WAV file
 class Form:
     """A request that brings a file: its fields, and the file piece by piece.
 
-    `open` it, `find_app`, perhaps `limit` it, `forward` it there, `close` it. Fields
-    may stand before and behind the file: `fields`, `model` and `size` are final when it
-    is forwarded. It is multipart, or the JSON that `parse_audio_request` reads.
+    `open` it, `find_app`, `forward` it there, `close` it. Fields may stand before and
+    behind the file: `fields`, `model` and `size` are final when it is forwarded. It is
+    multipart, or the JSON that `parse_audio_request` reads.
 
     Args:
         site: what all handlers share.
         exchange: the request; its body is not read yet.
     """
 
+    _reader: FormReader  # of one that is multipart
+
     def __init__(self, site: Site, exchange: Exchange) -> None:
         self.fields: dict[str, str] = {}
         self.file: Attachment | None = None
         self.start = b""  # of the file
-        self.size = 0  # of the file, as far as read
+        self.size = 0  # of the file, as far as forwarded
         self._site, self._exchange = site, exchange
-        self._reader: FormReader | None = None  # None: all is read
-        self._field_bytes = 0
-        self._store: IO[bytes] = io.BytesIO()  # of a file that is read already
+        self._store: IO[bytes] | None = None  # of a file that is read already
         self._most_mb = 0  # 0: any size
 
     @property
@@ -9159,11 +9159,10 @@ class Form:
         content_type = self._exchange.request.headers.get("content-type", "")
         if content_type.lower().startswith("multipart/form-data"):
             self._reader = FormReader(content_type, self._exchange.read)
-            await self._read_on(self._reader)
+            await self._read_fields()
         elif "json" in content_type.lower() and self._exchange.route != "files":
             self.fields, self.file = parse_audio_request(await _json_of(self._exchange))
             self._store = io.BytesIO(self.file.data)
-            self.size, self.start = len(self.file.data), self.file.data[:_START_BYTES]
         else:
             raise BadRequest("A file must come as multipart/form-data.")
         if not self.file:
@@ -9173,19 +9172,21 @@ class Form:
     async def find_app(self) -> AppSettings:
         """The app that is named, before the file or behind it; else the first."""
         models = self._site.known_models()
-        if not self.model and len(models) > 1:
+        if not (self.model or self._store) and len(models) > 1:
             await self._hold()
         name = self.model or next(iter(models), "")
         return await self._site.find_app(self._exchange, name)
 
-    def limit(self, most_mb: int) -> None:
-        """Refuse a file of more MB than that (0: any); at once, if its size is told."""
+    async def forward(
+        self, app: AppSettings, path: str, file: Attachment, most_mb: int = 0
+    ) -> Json:
+        """Pass the file on to Dify as it comes; returns Dify's answer.
+
+        One of more MB than that (0: any) is refused; at once, if its size is told.
+        """
         self._most_mb = most_mb
         length = int(self._exchange.request.headers.get("content-length", 0))
-        self._check_size(max(self.size, length - _BESIDE_FILE_BYTES))
-
-    async def forward(self, app: AppSettings, path: str, file: Attachment) -> Json:
-        """Pass the file on to Dify as it comes; returns Dify's answer."""
+        self._check_size(length - _BESIDE_FILE_BYTES)
         send = self._site.dify.send_file
         answer = await send(app, path, file, self._read, self.user)
         if self.model:  # perhaps it stands behind the file
@@ -9195,47 +9196,47 @@ class Form:
     def close(self) -> None:
         """Let go of what is held."""
         with contextlib.suppress(OSError):  # a full disk, again
-            self._store.close()
+            if self._store:
+                self._store.close()
 
     async def _read(self) -> bytes:
+        """More of the file, to be forwarded; b"" at its end."""
+        store = self._store
+        data = store.read(READ_BUFFER_BYTES) if store else await self._read_part()
+        self.size += len(data)
+        self._check_size(self.size)
+        self.start += data[: _START_BYTES - len(self.start)]
+        return data
+
+    async def _read_part(self) -> bytes:
         """More of the file; b"" when it and the fields behind it are read."""
-        if not self._reader:
-            return self._store.read(READ_BUFFER_BYTES)
-        data = await self._reader.read()
-        if data:
-            self.size += len(data)
-            self._check_size(self.size)
-            self.start += data[: _START_BYTES - len(self.start)]
-        else:
-            await self._read_on(self._reader)
+        if not (data := await self._reader.read()):
+            await self._read_fields()
         return data
 
     async def _hold(self) -> None:
         """Read all now, for the fields behind the file; a large one goes to disk."""
-        if self._reader:
-            store = tempfile.SpooledTemporaryFile(MAX_HELD_BYTES)  # noqa: SIM115 - `close`
-            self._store = cast("IO[bytes]", store)
-            try:
-                while data := await self._read():
-                    self._store.write(data)
-                self._store.seek(0)
-            except OSError as error:  # a full disk, or one that may not be written
-                raise Overloaded(_NO_ROOM % os.strerror(error.errno or 0)) from error
-            self._reader = None  # all is read
+        store = tempfile.SpooledTemporaryFile(MAX_HELD_BYTES)  # noqa: SIM115 - `close`
+        self._store = cast("IO[bytes]", store)
+        try:
+            while data := await self._read_part():
+                store.write(data)
+            store.seek(0)
+        except OSError as error:  # a full disk, or one that may not be written
+            raise Overloaded(_NO_ROOM % os.strerror(error.errno or 0)) from error
 
-    async def _read_on(self, reader: FormReader) -> None:
-        """Read fields: those before the file, or those behind it."""
-        while part := await reader.next_part():
+    async def _read_fields(self) -> None:
+        """Read those before the file, or those behind it."""
+        while part := await self._reader.next_part():
             if part.name == "file":
                 if self.file:
                     raise BadRequest("A form brings one file at a time.", param="file")
                 self.file = known_file(part.filename or "", part.media_type)
                 return
-            value = b""
-            while data := await reader.read():
+            value, room = b"", MAX_FIELDS_BYTES - sum(map(len, self.fields.values()))
+            while data := await self._reader.read():
                 value += data
-                self._field_bytes += len(data)
-                if self._field_bytes > MAX_FIELDS_BYTES:
+                if len(value) > room:
                     raise BodyTooLarge(_LONG_FIELDS)
             self.fields[part.name] = value.decode("utf-8", "replace")
 
@@ -10156,8 +10157,8 @@ async def create_file(site: Site, exchange: Exchange) -> Json:
     with exchange, contextlib.closing(Form(site, exchange)) as form:
         file = await form.open()
         app = await form.find_app()
-        form.limit(size_limit_mb(await site.dify.facts.form_of(app), file))
-        answer = await form.forward(app, "/files/upload", file)
+        most_mb = size_limit_mb(await site.dify.facts.form_of(app), file)
+        answer = await form.forward(app, "/files/upload", file, most_mb)
     if not answer.get("id"):
         raise UpstreamFailed(f"Dify gave the file {file.name!r} no id.")
     size, created = str(form.size), str(int(site.wall_clock()))
