@@ -9749,14 +9749,14 @@ async def get_response(site: Site, exchange: Exchange) -> Json:
         raise bad_value("stream", "a stored response comes whole.")
     if running := _running_as(site, exchange):
         return running[0].so_far("in_progress")
-    return _as_response(*await _stored_response(site, exchange))
+    response, _ = await _stored_response(site, exchange)
+    return response
 
 
 async def get_input_items(site: Site, exchange: Exchange) -> Json:
     """`GET /responses/{id}/input_items`: the question of an answer."""
-    frame, turn = await _stored_response(site, exchange)
-    items = [input_item(frame.id("msg_", "in"), turn.question)]
-    return list_page(items, query_of(exchange.request))
+    _, question = await _stored_response(site, exchange)
+    return list_page([question], query_of(exchange.request))
 
 
 async def delete_response(site: Site, exchange: Exchange) -> Json:
@@ -9791,10 +9791,8 @@ def _running_as(site: Site, exchange: Exchange) -> tuple[ResponseStream, Turn] |
     return None
 
 
-async def _stored_response(
-    site: Site, exchange: Exchange
-) -> tuple[ResponseFrame, StoredTurn]:
-    """What Dify has stored of the response that a path names."""
+async def _stored_response(site: Site, exchange: Exchange) -> tuple[Json, Json]:
+    """The response that a path names, and its question, as Dify has stored them."""
     id_, user = exchange.name_in_path, exchange.forwarded_user
     for model, app in (await site.models()).items():
         sealer = IdSealer(app.key, exchange.owner)
@@ -9802,18 +9800,18 @@ async def _stored_response(
             exchange.model = model
             stored = await _turns_of(site, app, place)
             if turn := stored.get(place.message_id):
-                return _frame(turn, model, sealer, place.user), turn
+                return _as_response(turn, model, sealer, place.user)
     raise _not_found("Response", id_)
 
 
-def _as_response(frame: ResponseFrame, turn: StoredTurn) -> dict[str, Any]:
+def _as_response(
+    turn: StoredTurn, model: str, sealer: IdSealer, user: str
+) -> tuple[Json, Json]:
+    """A stored answer and its question, with the ids that they were sent with."""
+    frame = ResponseFrame(turn.created, model, echo_of({}), sealer, user, "", turn.ids)
     error = next((part.error for part in turn.parts if isinstance(part, Failure)), None)
-    return frame.whole([turn.answer()], turn.ids, error)
-
-
-def _frame(turn: StoredTurn, model: str, sealer: IdSealer, user: str) -> ResponseFrame:
-    """The frame of a stored answer: its ids come out as they were sent."""
-    return ResponseFrame(turn.created, model, echo_of({}), sealer, user, "", turn.ids)
+    question = input_item(frame.id("msg_", "in"), turn.question)
+    return frame.whole([turn.answer()], turn.ids, error), question
 
 
 # Conversations...
@@ -9896,18 +9894,17 @@ async def delete_item(site: Site, exchange: Exchange) -> Json:
 
 async def _items_of(
     site: Site, exchange: Exchange, named: NamedConversation
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """What Dify has of a conversation, and what awaits a turn, each id once."""
-    items: list[dict[str, Any]] = []
+    items: list[Json] = []
     place = Place(named.user, named.conversation_id, "")
     models = await site.models() if place.conversation_id else {}
     for model, app in models.items():
         if named.is_bound_to(scope_of(app.key, named.user)):
             exchange.model, sealer = model, IdSealer(app.key, exchange.owner)
             for turn in (await _turns_of(site, app, place)).values():
-                frame = _frame(turn, model, sealer, named.user)
-                items.append(input_item(frame.id("msg_", "in"), turn.question))
-                items += _as_response(frame, turn)["output"]
+                answer, question = _as_response(turn, model, sealer, named.user)
+                items += [question, *answer["output"]]
             break
     known = {item["id"] for item in items}  # a waiting item may name one of these
     return [*items, *(item for item in named.items if item["id"] not in known)]
