@@ -11152,20 +11152,22 @@ class SettingsSource:
         self.warnings: list[str] = []
         self.built_in: dict[str, AppSettings] = {}  # models beside those configured
         self._first: Settings | None = None
-        self._path = _find_env_file(options.env_file)
-        self._is_named = options.env_file is not None
         # Those for settings have their names; `parse_settings` ignores the others.
         self._given = {k: v for k, v in vars(options).items() if v is not None}
-        self._stamp = self._look()
-        self._is_unread = False  # since then; it may be readable at the next look
+        self._path = path = _find_env_file(options.env_file)
+        # It may be a pipe. A named one is read in any case, to complain if it can't.
+        is_there = os.path.exists(path) and not os.path.isdir(path)
+        is_meant = is_there or options.env_file is not None
+        self._content = _content_of(path) if is_meant else ("", "")
         self._looked_at = time.monotonic()
 
     def load(self) -> Settings:
-        """The settings as they are now; raises SettingsError."""
+        """The settings by the env file as it was when looked at; or SettingsError."""
         self.warnings = []
-        # It may be a pipe. A named one is read in any case, to complain if it can't.
-        is_there = os.path.exists(self._path) and not os.path.isdir(self._path)
-        in_file = _read_env_file(self._path) if self._is_named or is_there else {}
+        text, complaint = self._content
+        if complaint:
+            raise SettingsError(complaint)
+        in_file = _variables_in(text, self._path)
         # A key that wrapped to a line of its own may end in "=", and is no name.
         names = [name for name, value in in_file.items() if value.strip("=")]
         self.warnings = unknown_variables(names)
@@ -11191,34 +11193,23 @@ class SettingsSource:
         now = time.monotonic()
         if now - self._looked_at < 1:
             return None
-        self._looked_at = now
-        stamp = self._look()
-        is_new = stamp != self._stamp
-        if stamp is None or not (is_new or self._is_unread):
+        self._looked_at, before = now, self._content
+        if os.path.isfile(self._path):  # a pipe is read once
+            self._content = _content_of(self._path)
+        if self._content == before:
             return None
-        self._stamp, self._is_unread = stamp, False
         try:
             settings = self.load()
             if not settings.has_apps:
                 raise SettingsError(f"{self._path} has no app any more")
         except SettingsError as error:
-            self._is_unread = isinstance(error.__cause__, OSError)
-            if is_new or not self._is_unread:
-                for complaint in [*self.warnings, *str(error).splitlines()]:
-                    log.error("%s (the settings stay as they were)", complaint)
+            for complaint in [*self.warnings, *str(error).splitlines()]:
+                log.error("%s (the settings stay as they were)", complaint)
             return None
         log.info("settings read anew: %s", _models_shown(settings))
         for warning in self.warnings:
             log.warning(warning)
         return settings
-
-    def _look(self) -> tuple[float, float, int] | None:
-        """What changes with the file; None if it can't be read, or no second time."""
-        with contextlib.suppress(OSError):
-            if self._path.is_file():
-                found = self._path.stat()
-                return found.st_mtime, found.st_ctime, found.st_size
-        return None
 
 
 def _find_env_file(name: str | None) -> Path:
@@ -11229,17 +11220,21 @@ def _find_env_file(name: str | None) -> Path:
     return (Path() if is_here else Path(__file__).resolve().parent) / ".env"
 
 
-def _read_env_file(path: Path) -> dict[str, str]:
-    """Its variables; raises SettingsError, also for a line that sets nothing.
+def _content_of(path: Path) -> tuple[str, str]:
+    """The env file's text, and why it can't be read, if so."""
+    try:
+        return path.read_text(encoding="utf-8-sig"), ""
+    except (OSError, UnicodeDecodeError) as error:
+        cure = "; save it as UTF-8" if isinstance(error, UnicodeError) else ""
+        return "", f"{path} can't be read: {error}{cure}"
+
+
+def _variables_in(text: str, path: Path) -> dict[str, str]:
+    """The variables of an env file; raises SettingsError for a line that sets none.
 
     Without that line VALID_API_KEYS might be empty, and let anyone in. It is not shown:
     it may hold a key.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        cure = "; save it as UTF-8" if isinstance(error, UnicodeError) else ""
-        raise SettingsError(f"{path} can't be read: {error}{cure}") from error
     bindings = [*env_parser.parse_stream(io.StringIO(text))]
     if lines := ", ".join(_line_of(b) for b in bindings if not _is_sound(b)):
         cure = "a value on several lines, or with quotes in it, needs single quotes"
