@@ -10350,15 +10350,12 @@ def find_handler(site: Site, exchange: Exchange) -> Handler:
     request = exchange.request
     endpoint, exchange.name_in_path = find_endpoint(request.path)
     methods = ROUTES.get(endpoint)
-    if endpoint in NOT_SERVED:
-        raise NotFound(
-            f"{request.path} is not served: Dify apps have no embeddings, "
-            "moderations or images. Ask a model provider for those directly."
-        )
     if methods is None:
         hint = "" if "/v1/" in request.path else " A base URL ends in /v1."
         if request.path.rstrip("/").endswith("/v1"):  # as it is shown at the start
             hint = " Clients add a path to it; for a browser there is a page at /."
+        if endpoint in NOT_SERVED:
+            hint = " Dify apps can't do that; ask a model provider directly."
         raise NotFound(f"Invalid URL ({request.method} {request.path}).{hint}")
     method = "GET" if request.method == "HEAD" else request.method
     if method not in methods:
