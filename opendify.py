@@ -9626,35 +9626,27 @@ async def show_health(site: Site, exchange: Exchange) -> Json:
 
 
 async def show_readiness(site: Site, exchange: Exchange) -> Json:
-    """`GET /ready`: an app has answered lately, or answers now.
-
-    Who asks needs no key, so the reason why none does is for the log alone.
-    """
-    apps = (await site.models()).values()
-    silent_s = asyncio.get_running_loop().time() - site.dify.api.answered_at
-    try:
-        if not apps:
-            raise ConfigurationFault("No app is configured.")
-        if silent_s > LATELY_S:
-            await _any_of(site.dify.api.call(app, "/info") for app in apps)
-    except ProxyError as error:
-        log.warning("not ready: %s", error.message)
-        raise Overloaded("No app answers; the log says why.") from error
+    """`GET /ready`: an app has answered lately, or answers now."""
+    models, dify = await site.models(), site.dify
+    silent_s = asyncio.get_running_loop().time() - dify.api.answered_at
+    if silent_s > LATELY_S:
+        asked = [dify.run_in_background(_answers(site, *row)) for row in models.items()]
+        for answer in asyncio.as_completed(asked):
+            if await answer:
+                break
+        else:
+            raise Overloaded("No app answers; the log says why.")
     return {"status": "ready"}
 
 
-async def _any_of(awaitables: Iterable[Awaitable[T]]) -> T:
-    """What the first to succeed gives; raises the first one's error if none does."""
-    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+async def _answers(site: Site, model: str, app: AppSettings) -> bool:
+    """Whether an app answers; why not is for the log, since who asks needs no key."""
     try:
-        for done in asyncio.as_completed(tasks):
-            with contextlib.suppress(ProxyError):
-                return await done
-        return await tasks[0]
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)  # takes note of all errors
+        await site.dify.api.call(app, "/info")
+    except ProxyError as error:
+        log.warning("the app of %r does not answer: %s", model, error.message)
+        return False
+    return True
 
 
 async def show_metrics(site: Site, exchange: Exchange) -> None:

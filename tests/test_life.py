@@ -392,7 +392,8 @@ async def test_why_nothing_is_ready_is_for_the_log(
         assert status_of(answer) == 503
         assert b"No app answers" in answer
         assert b"127.0.0.1" not in answer
-    assert "not ready: No connection with http://127.0.0.1:9" in caplog.text
+    reason = "the app of 'm' does not answer: No connection with http://127.0.0.1:9"
+    assert reason in caplog.text
 
 
 async def test_refused_app_key_is_never_ready() -> None:
