@@ -9849,14 +9849,13 @@ async def add_items(site: Site, exchange: Exchange) -> Json:
 
 async def list_items(site: Site, exchange: Exchange) -> Json:
     """`GET /conversations/{id}/items`: all turns in Dify, and what awaits one."""
-    items = await _items_of(site, exchange, _named(site, exchange))
-    return list_page(items, query_of(exchange.request))
+    return list_page(await _items_of(site, exchange), query_of(exchange.request))
 
 
 async def get_item(site: Site, exchange: Exchange) -> Json:
     """`GET /conversations/{id}/items/{id}`."""
     item_id = exchange.name_in_path.partition("/")[2]
-    for item in await _items_of(site, exchange, _named(site, exchange)):
+    for item in await _items_of(site, exchange):
         if item["id"] == item_id:
             return item
     raise _not_found("Item", item_id)
@@ -9870,8 +9869,7 @@ async def delete_item(site: Site, exchange: Exchange) -> Json:
     item_id = exchange.name_in_path.partition("/")[2]
     named = _named(site, exchange)
     while not any(item["id"] == item_id for item in named.items):
-        before = named
-        items = await _items_of(site, exchange, named)
+        before, items = named, await _items_of(site, exchange)
         named = _named(site, exchange)
         if named == before:  # nobody has changed it while Dify was asked
             named = replace(named, conversation_id="", items=tuple(items))
@@ -9884,11 +9882,10 @@ async def delete_item(site: Site, exchange: Exchange) -> Json:
     return _keep(site, exchange, replace(named, items=tuple(rest)))
 
 
-async def _items_of(
-    site: Site, exchange: Exchange, named: NamedConversation
-) -> list[Json]:
+async def _items_of(site: Site, exchange: Exchange) -> list[Json]:
     """What Dify has of a conversation, and what awaits a turn, each id once."""
     items: list[Json] = []
+    named = _named(site, exchange)
     place = Place(named.user, named.conversation_id, "")
     models = await site.models() if place.conversation_id else {}
     for model, app in models.items():
