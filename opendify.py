@@ -9670,7 +9670,8 @@ async def create_chat_completion(site: Site, exchange: Exchange) -> None:
     ask = _with_stored_files(site, exchange, with_words(chat.ask, app.tools))
     spoken = await _spoken(site, exchange, app, ask) if ask.voice is not None else None
     ask = await _with_text(site, exchange, app, ask)
-    envelope = _envelope(site, exchange, chat, spoken)
+    id_, now = f"chatcmpl-{site.new_id()}", int(site.wall_clock())
+    envelope = Envelope(id_, now, exchange.model, chat, spoken)
     questions = [Question(exchange, app, ask, chat.n == 1) for _ in range(chat.n)]
     await _answer_all(site, questions, envelope, is_streamed=chat.stream)
 
@@ -9679,16 +9680,10 @@ async def create_completion(site: Site, exchange: Exchange) -> None:
     """`POST /completions`, the legacy API."""
     chat, asks = parse_completion_request(await _body_of(exchange))
     app = await site.find_app(exchange, chat.ask.model)
-    envelope = _envelope(site, exchange, chat)
+    id_, now = f"cmpl-{site.new_id()}", int(site.wall_clock())
+    envelope = Envelope(id_, now, exchange.model, chat)
     questions = [Question(exchange, app, ask, len(asks) == 1) for ask in asks]
     await _answer_all(site, questions, envelope, is_streamed=chat.stream)
-
-
-def _envelope(
-    site: Site, exchange: Exchange, chat: ChatRequest, spoken: Spoken | None = None
-) -> Envelope:
-    id_ = f"{'cmpl' if chat.echoes else 'chatcmpl'}-{site.new_id()}"
-    return Envelope(id_, int(site.wall_clock()), exchange.model, chat, spoken)
 
 
 # Responses...
