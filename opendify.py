@@ -10241,10 +10241,8 @@ def _with_stored_files(site: Site, exchange: Exchange, ask: Ask) -> Ask:
 # Routes...
 
 Handler = Callable[[Site, Exchange], Awaitable[Union[Json, None]]]  # None: it replied
-NOT_SERVED = (
-    *("embeddings", "moderations"),
-    *("images/generations", "images/edits", "images/variations"),
-)
+# So end the paths of what no app can do: embeddings, moderations, images.
+NOT_SERVED = ("embeddings", "moderations", "generations", "edits", "variations")
 ROUTES: dict[str, Mapping[str, Handler]] = {
     "chat/completions": {"POST": create_chat_completion},
     "completions": {"POST": create_completion},
@@ -10281,7 +10279,7 @@ _PREFIX = re.compile(  # before an endpoint; another one may stand there, too
     r"\A(?:(?:v1|api|openai|(?:chat/)?completions(?=/.)"
     r"|responses(?=/(?:responses|models)(?:/|\Z)))(?:/|\Z))+"
 )
-_ENDPOINTS = "|".join(re.sub(r"{\w+}", "[^/]+", key) for key in (*ROUTES, *NOT_SERVED))
+_ENDPOINTS = "|".join(re.sub(r"{\w+}", "[^/]+", key) for key in ROUTES)
 _DEPLOYMENT = re.compile(rf"(?:deployments|engines)/(.+?)/(?:v1/)?({_ENDPOINTS})\Z")
 _NO_NAMES = ("responses/compact", "responses/input_tokens")  # OpenAI's own endpoints
 _PATTERNS = [  # of the endpoints that name something; a model's name may have slashes
@@ -10338,7 +10336,7 @@ def find_handler(site: Site, exchange: Exchange) -> Handler:
         hint = "" if "/v1/" in request.path else " A base URL ends in /v1."
         if request.path.rstrip("/").endswith("/v1"):  # as it is shown at the start
             hint = " Clients add a path to it; for a browser there is a page at /."
-        if endpoint in NOT_SERVED:
+        if endpoint.endswith(NOT_SERVED):
             hint = " Dify apps can't do that; ask a model provider directly."
         raise NotFound(f"Invalid URL ({request.method} {request.path}).{hint}")
     method = "GET" if request.method == "HEAD" else request.method
