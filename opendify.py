@@ -9428,6 +9428,7 @@ def _no_previous(id_: str) -> PreviousGone:
 # What all handlers share...
 
 
+@dataclass(eq=False)
 class Site:
     """What the handlers share; it knows the apps, and which clients may ask.
 
@@ -9438,19 +9439,17 @@ class Site:
         wall_clock: seconds since the epoch.
     """
 
-    def __init__(
-        self,
-        dify: Dify,
-        conversations: Conversations,
-        new_id: Callable[[], str],
-        wall_clock: Callable[[], float] = time.time,
-    ) -> None:
-        self.dify, self.conversations = dify, conversations
-        self.new_id, self.wall_clock = new_id, wall_clock
-        self.turns = Turns(dify, conversations, wall_clock)
+    dify: Dify
+    conversations: Conversations
+    new_id: Callable[[], str]
+    wall_clock: Callable[[], float] = time.time
+
+    def __post_init__(self) -> None:
+        """Begin with nothing in flight, and no key tried."""
+        self.turns = Turns(self.dify, self.conversations, self.wall_clock)
         self.metrics = Metrics()
         self.in_flight: set[Exchange] = set()
-        self.created = int(wall_clock())  # the time of each model
+        self.created = int(self.wall_clock())  # the time of each model
         self._key_failures: dict[str, list[float]] = {}  # times, by address
         self._right_keys: set[tuple[str, str]] = set()  # that came, by address
 
