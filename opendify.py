@@ -6834,7 +6834,7 @@ class Wire(asyncio.Protocol):
     def __init__(self, on_open: Callable[[Wire], None] | None = None) -> None:
         self._on_open = on_open
         self.on_leave: Callable[[], None] | None = None  # called when the peer closes
-        self.on_data: Callable[[], None] | None = None  # called while a task waits
+        self.on_data: Callable[[], None] | None = None  # for `wake`, when some come
         self._loop = asyncio.get_running_loop()
         self.peer = "-"  # its address, for the log
         # Until it is connected; and the one that stands under TLS.
@@ -6877,11 +6877,8 @@ class Wire(asyncio.Protocol):
         if len(self.unread) > READ_BUFFER_BYTES and not self._reader:
             self._is_paused = True
             self._transport.pause_reading()
-        if not self.on_data:
-            self.wake()
-            return
-        while self.unread and self._reader and not self._reader.done():
-            self.on_data()
+        if self._reader and not self._reader.done():
+            (self.on_data or self.wake)()
 
     def eof_received(self) -> bool:
         """The peer sends nothing more; whether it may still be written to."""
@@ -6989,6 +6986,9 @@ class Wire(asyncio.Protocol):
             raise RuntimeError("two tasks read one connection")
         if not (self.unread or self._failure or self._is_at_end):
             self._reader = self._loop.create_future()
+            if self._is_paused:
+                self._is_paused = False
+                self._transport.resume_reading()
             try:
                 await self._reader
             finally:
@@ -6998,12 +6998,8 @@ class Wire(asyncio.Protocol):
         return bool(self.unread) or not self._is_at_end
 
     def take(self) -> bytes:
-        """What is read, READ_BUFFER_BYTES at most."""
-        data = self.unread[:READ_BUFFER_BYTES]
-        self.unread = self.unread[READ_BUFFER_BYTES:]
-        if self._is_paused and not self.unread:
-            self._is_paused = False
-            self._transport.resume_reading()
+        """All that has come."""
+        data, self.unread = self.unread, b""
         return data
 
     # Writing...
@@ -7062,7 +7058,7 @@ async def read_head(wire: Wire) -> bytes:
         if (len(data) if end < 0 else end) > MAX_HEAD_BYTES:
             raise HeadTooLarge(f"The head is over {MAX_HEAD_BYTES >> 10} KiB.")
         if end >= 0:
-            wire.unread = data[end + 4 :] + wire.unread
+            wire.unread = data[end + 4 :]
             return data[: end + 4]
         check_line_ends(data[max(0, checked - 1) :])
         checked = len(data)
@@ -7238,7 +7234,7 @@ def take_body(wire: Wire, decoder: BodyDecoder) -> bytes:
     """What has come of a body."""
     body = decoder.feed(wire.take())
     if decoder.is_complete:
-        wire.unread = decoder.rest + wire.unread
+        wire.unread = decoder.rest
     return body
 
 

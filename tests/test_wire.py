@@ -21,6 +21,7 @@ from opendify import (
     MAX_EXTENSION_BYTES,
     MAX_FIELDS,
     MAX_HEAD_BYTES,
+    READ_BUFFER_BYTES,
     WRITE_TIMEOUT_S,
     BodyDecoder,
     ConnectionBroken,
@@ -1179,6 +1180,20 @@ async def test_socket_rests_while_nobody_takes_what_came() -> None:
         got = 0
         while got < len(MUCH):
             got += len(await some(wire))
+        await sending
+
+
+async def test_socket_rests_while_requests_that_came_are_not_served() -> None:
+    """Else a client that sends many ahead would fill the memory, one by one."""
+    async with wired() as (wire, far):
+        ahead = asyncio.get_running_loop().sock_sendall(far, GET * 200_000)
+        sending = asyncio.ensure_future(ahead)
+        for _ in range(20):
+            assert await read_head(wire) == GET
+            await asyncio.sleep(1)
+        assert len(wire.unread) < 10 * READ_BUFFER_BYTES
+        while not sending.done():
+            await some(wire)
         await sending
 
 
