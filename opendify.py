@@ -7366,12 +7366,10 @@ MAX_INTERIM_RESPONSES = 10  # 1xx before the final response
 STOP_DRAIN_S = 10.0  # reading on after a stop, so that Dify stores what it has
 MAX_ERROR_BYTES = 256 * 1024  # gateways send whole pages
 MAX_JSON_BYTES = 16 * 1024 * 1024  # a page of 100 stored messages
-LINGER_S = 2.0  # for the end of a body after its last event
 FORM_FRESH_S = 300.0  # what an app said of itself is asked again after this time
 
 
 Connect = Callable[..., Awaitable[Wire]]
-RunInBackground = Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]
 Body = Union[bytes, Read]  # of a request; the latter gives it piece by piece
 
 
@@ -7503,7 +7501,7 @@ class UpstreamResponse:
         if self.status in (204, 304):
             self._body = BodyDecoder(0)
         self.can_reuse = not ends_connection(self.headers, head.http_version)
-        self._is_released = self._is_lingering = False
+        self._is_released = False
 
     def set_deadline(self, seconds: float, error: Fault) -> None:
         """What is read from now on may take `seconds`; then it raises `error()`."""
@@ -7545,33 +7543,23 @@ class UpstreamResponse:
             self.close()
         return bytes(content)
 
-    def close(self) -> None:
+    def close(self, *, is_over: bool = False) -> None:
         """Let the connection go: to the pool if the body is complete, else for good.
 
-        May be called twice.
+        Of one that `is_over` nobody needs what may still come. May be called twice.
         """
         if self._is_released:
             return
         self._is_released = True
-        self._wire.on_data = None
-        is_good = self._body.is_complete and self.can_reuse
-        if is_good and not (self._wire.is_stale or self._pool.is_closed):
-            self._pool.give_back(self._origin, self._wire)
+        wire, body = self._wire, self._body
+        wire.on_data = None
+        if is_over and not body.is_complete:
+            take_body(wire, body)  # what came meanwhile
+        is_good = self.can_reuse and (is_over or body.is_complete)
+        if is_good and not (wire.is_stale or self._pool.is_closed):
+            self._pool.give_back(self._origin, wire, body)
         else:
-            self._wire.abort()
-
-    def close_soon(self, run_in_background: RunInBackground) -> None:
-        """As `close`, but read what little is left first, to keep the connection."""
-        if not (self._is_released or self._is_lingering):
-            self._is_lingering = True
-            self._wire.on_data = None  # nobody needs what is left
-            task = run_in_background(self._linger())
-            task.add_done_callback(lambda _: self.close())
-
-    async def _linger(self) -> None:
-        self.set_deadline(LINGER_S, _too_silent)
-        with contextlib.suppress(ProxyError):  # it was not worth the wait
-            await self.read_all(MAX_ERROR_BYTES)
+            wire.abort()
 
 
 class Pool:
@@ -7588,7 +7576,8 @@ class Pool:
     def __init__(self, connect: Connect, settings: Settings) -> None:
         self.settings, self.is_closed = settings, False
         self._connect = connect
-        self._idle: dict[Origin, deque[Wire]] = defaultdict(deque)
+        # With the bodies that were read last: the end of one may still be on its way.
+        self._idle: dict[Origin, deque[tuple[Wire, BodyDecoder]]] = defaultdict(deque)
         self._faults: dict[Origin, asyncio.Future[ProxyError]] = {}
 
     async def request(
@@ -7646,28 +7635,32 @@ class Pool:
             wire.abort()
             raise
 
-    def give_back(self, origin: Origin, wire: Wire) -> None:
-        """Keep a connection whose last response was read to its end."""
+    def give_back(self, origin: Origin, wire: Wire, body: BodyDecoder) -> None:
+        """Keep a connection whose last response is over."""
         wire.on_leave = wire.close
         wire.set_deadline(IDLE_CONNECTION_S, ConnectionBroken)
         idle = self._idle[origin]
-        idle.append(wire)
+        # The last is the first to be used, and the end of a body must come before.
+        (idle.append if body.is_complete else idle.appendleft)((wire, body))
         if len(idle) > MAX_IDLE_CONNECTIONS:
-            idle.popleft().close()
+            idle.popleft()[0].close()
 
     def close(self) -> None:
         """Close all idle connections, and keep none any more."""
         self.is_closed = True
-        for wire in itertools.chain.from_iterable(self._idle.values()):
+        for wire, _ in itertools.chain.from_iterable(self._idle.values()):
             wire.close()
 
     def _take_idle(self, origin: Origin) -> Wire | None:
         idle = self._idle[origin]
         while idle:
-            wire = idle.pop()  # the newest: it lives most likely
-            if not wire.is_stale:  # else it closes soon, as if it were still kept
-                wire.on_leave = None
+            wire, body = idle.pop()  # the newest: it lives most likely
+            wire.on_leave = None
+            if not body.is_complete:
+                take_body(wire, body)
+            if body.is_complete and not wire.is_stale:
                 return wire
+            wire.close()
         return None
 
     # Opening...
@@ -7914,10 +7907,8 @@ class TurnStream:
         """Let the connection go; stop a run that was given up, in the background."""
         if self.is_given_up:
             self._dify.run_in_background(self.end())
-        elif self.reader.is_finished:
-            self._response.close_soon(self._dify.run_in_background)
         else:
-            self._response.close()
+            self._response.close(is_over=self.reader.is_finished)
 
     async def stop(self) -> None:
         """Have Dify end the run, if it may still go on."""
