@@ -7616,24 +7616,21 @@ class Pool:
             timeout_s: for the answer, when all is sent.
         """
         wire, is_sent = await self._open(origin), False
-        wire.write(head)
-        answering = asyncio.ensure_future(self._exchange(origin, wire, b"", timeout_s))
         try:
-            while not is_sent and not answering.done():
+            wire.write(head)
+            while not (is_sent or wire.unread or wire.must_drain()):
                 data = await read()
                 await asyncio.sleep(0)  # an answer is read, before a write fails
                 wire.write(b"%x\r\n%b\r\n" % (len(data), data))  # the last is empty
                 is_sent = not data
-                with contextlib.suppress(ConnectionBroken):  # `answering` knows why
+                with contextlib.suppress(ConnectionBroken):  # `_exchange` tells why
                     await wire.drain()
-                wire.set_deadline(timeout_s, _too_slow)
-            response = await answering
-            response.can_reuse &= is_sent
-            return response
         except BaseException:
-            answering.cancel()
             wire.abort()
             raise
+        response = await self._exchange(origin, wire, b"", timeout_s)
+        response.can_reuse &= is_sent
+        return response
 
     def give_back(self, origin: Origin, wire: Wire, body: BodyDecoder) -> None:
         """Keep a connection whose last response is over."""
