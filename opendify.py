@@ -7497,9 +7497,8 @@ class UpstreamResponse:
         self.status, self.headers = head.status, head.headers
         self.content_type = self.headers.get("content-type", "application/octet-stream")
         self._pool, self._origin, self._wire = pool, origin, wire
-        self._body = body_decoder(self.headers, until_end=True)
-        if self.status in (204, 304):
-            self._body = BodyDecoder(0)
+        has_body = self.status not in (204, 304)
+        self._body = body_decoder(self.headers, until_end=has_body)
         self.can_reuse = not ends_connection(self.headers, head.http_version)
         self._is_released = False
 
