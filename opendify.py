@@ -6585,7 +6585,7 @@ MAX_EXTENSION_BYTES = 1024  # of a chunk; nobody reads it
 # A chunk's size line, with the line end of the chunk before it; and what may be the
 # beginning of one.
 _SIZE_LINE = rb"([0-9A-Fa-f]{1,15})[ \t]{0,64}(?:;[^\r\n]{0,%d})?" % MAX_EXTENSION_BYTES
-_CHUNK = re.compile(rb"\r\n" + _SIZE_LINE)
+_CHUNK = re.compile(rb"\r\n" + _SIZE_LINE + rb"\r\n")
 _CHUNK_BEGUN = re.compile(rb"\r?\Z|\r\n(?:" + _SIZE_LINE + rb"\r?)?\Z")
 _TRAILERS = re.compile(rb"(?:\r\n[!#$%&'*+.^_`|~\w-]+:[^\r\n]*)*\r\n\r\n")
 _LAST_CHUNK = b"0\r\n\r\n"  # without trailers
@@ -6654,16 +6654,15 @@ class BodyDecoder:
         at, left = 0, self._left
         while at < len(data):
             if not left:
-                line_end = data.find(b"\r\n", at + 2)
-                if line_end < 0:
+                if not (line := _CHUNK.match(data, at)):
                     if not _CHUNK_BEGUN.match(data, at):
                         raise MalformedHTTP(_BAD_CHUNK)
                     break
-                left = _chunk_size(data[at:line_end])
+                left = int(line[1], 16)
                 if not left:
-                    self._skip_trailers(data, line_end)
+                    self._skip_trailers(data, line.end() - 2)
                     break
-                at = line_end + 2
+                at = line.end()
             piece = data[at : at + left]
             pieces.append(piece)
             at += len(piece)
@@ -6694,14 +6693,6 @@ def _whole_chunks(data: bytes) -> bytes:
     sizes = [b"%x" % len(chunk) for chunk in chunks]
     is_whole = lines[::2] == [*sizes, b""]  # nothing follows the last line end
     return b"".join(chunks) if is_whole and all(chunks) else b""
-
-
-@functools.lru_cache(maxsize=1024)
-def _chunk_size(line: bytes) -> int:
-    """The size that a line says; kept, since events are of a few sizes."""
-    if not (match := _CHUNK.fullmatch(line)):
-        raise MalformedHTTP(_BAD_CHUNK)
-    return int(match[1], 16)
 
 
 # A form's parts in number, and the head of one: browsers send some 200 bytes.
