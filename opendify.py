@@ -6857,6 +6857,8 @@ class Wire(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The connection is open."""
         self._transport = self._plain = cast(asyncio.Transport, transport)
+        # asyncio reads 256 KiB at once, and as much would then be sent on at once.
+        vars(transport)["max_size"] = READ_BUFFER_BYTES
         if isinstance(address := transport.get_extra_info("peername"), tuple):
             self.peer = str(address[0])
         if self._on_open:
@@ -6988,11 +6990,6 @@ class Wire(asyncio.Protocol):
             raise self._failure
         return bool(self.unread) or not self._is_at_end
 
-    def take(self) -> bytes:
-        """All that has come."""
-        data, self.unread = self.unread, b""
-        return data
-
     # Writing...
 
     def must_drain(self) -> bool:
@@ -7044,7 +7041,7 @@ async def read_head(wire: Wire) -> bytes:
     """The next head, its blank line included; b"" if the peer closed before one."""
     data, checked = b"", 0
     while wire.unread or await wire.wait_for_data():
-        data = _without_empty_lines(data + wire.take())
+        data, wire.unread = _without_empty_lines(data + wire.unread), b""
         end = data.find(b"\r\n\r\n", max(0, checked - 3))
         if (len(data) if end < 0 else end) > MAX_HEAD_BYTES:
             raise HeadTooLarge(f"The head is over {MAX_HEAD_BYTES >> 10} KiB.")
@@ -7223,9 +7220,8 @@ async def read_body(wire: Wire, decoder: BodyDecoder) -> bytes:
 
 def take_body(wire: Wire, decoder: BodyDecoder) -> bytes:
     """What has come of a body."""
-    body = decoder.feed(wire.take())
-    if decoder.is_complete:
-        wire.unread = decoder.rest
+    body = decoder.feed(wire.unread)
+    wire.unread = decoder.rest
     return body
 
 

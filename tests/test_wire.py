@@ -114,7 +114,8 @@ async def wired() -> AsyncIterator[tuple[Wire, socket.socket]]:
 async def some(wire: Wire) -> bytes:
     """Some bytes, b"" at the end."""
     await wire.wait_for_data()
-    return wire.take()
+    data, wire.unread = wire.unread, b""
+    return data
 
 
 def cut(data: bytes, at: Iterable[int]) -> list[bytes]:
