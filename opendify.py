@@ -5573,7 +5573,7 @@ AnswerForm = Union[Envelope, ResponseFrame]
 #     none, TAKEN -> FREE [put], FREE -> TAKEN [take], TAKEN -> LOST [take by id],
 #     FREE -> LOST [put, by one who has not taken it],
 #     FREE, TAKEN -> LOST, by another name, if more is known than the id [forget],
-#     FREE, TAKEN -> none [remove; put, if its end is not known]
+#     FREE, TAKEN -> none [remove; put, if nothing is known of it]
 
 MAX_CONVERSATIONS = 100_000  # some 40 MB
 MAX_NAMED = 10_000  # that clients named; these hold texts until their next turn
@@ -5614,7 +5614,7 @@ class Tail(NamedTuple):
     `chain` stands for all `length` messages, and for none is the scope; `digests` has
     one hash each for the last. `told` is what Dify was told last beside messages, of
     `_told_hashes`, `folded` the number of first messages that Dify has as an input
-    only. What is not `is_known` is not recorded.
+    only.
     """
 
     scope: bytes
@@ -5625,7 +5625,6 @@ class Tail(NamedTuple):
     told: bytes = b""
     folded: int = 0
     is_taken: bool = False
-    is_known: bool = True
 
     def __repr__(self) -> str:
         """Without the scope, which is secret."""
@@ -5675,7 +5674,7 @@ class Plan(NamedTuple):
     """How a turn is put to Dify: `files` belong to the query, `inputs` go over others.
 
     `tail` is where the conversation stands before `new`, what the `ask` adds to it;
-    that of a new one has no conversation_id. If it is not known, nor is what follows.
+    that of a new one has no conversation_id. With nothing new it is unknown afterwards.
     """
 
     query: str
@@ -5691,6 +5690,8 @@ class Plan(NamedTuple):
         What was new is hashed now, not while the question waits to be sent.
         """
         tail, ask = self.tail, self.ask
+        if not self.new:
+            return _unknown(tail.scope, conversation_id)
         told = _told_hashes(tail.scope, ask, ask.messages, tail.told)
         said = [*self.new, answer]
         return tail.extend(said, conversation_id=conversation_id, told=told)
@@ -5857,9 +5858,9 @@ def plan_turn(
     inputs = {**ask.inputs, **_own_inputs(app, ask.system, fold(elsewhere, carried))}
     query = _query(ask, context, new, carried) if ask.messages else alone
     # Nobody can tell how a client shows an answer that was continued, or a title.
-    if not new or is_side_request(ask):
-        tail = tail._replace(is_known=False)
-    return Plan(query or " ", inputs, tuple(files), tail, ask, (*lacked, *new))
+    is_shown = new and not is_side_request(ask)
+    added = (*lacked, *new) if is_shown else ()
+    return Plan(query or " ", inputs, tuple(files), tail, ask, added)
 
 
 def _own_inputs(app: AppSettings, system: str, history: str) -> dict[str, str]:
@@ -6096,12 +6097,10 @@ class Conversations:
 
     def put(self, tail: Tail, now: float) -> None:
         """Record where a conversation, new or taken, stands for the next turn."""
-        if tail.is_known:
+        if tail.length:
             self._put(tail, now)
-        elif tail.is_taken:  # by its id, by which it can be learned anew
-            self.remove(tail)
         else:
-            self._lose(tail, now)  # again: another process may have been in the way
+            self.remove(tail)  # it can be learned anew by its id
 
     def remove(self, tail: Tail) -> None:
         """Know nothing of a conversation: Dify has lost it, or it is learned anew."""
@@ -6124,7 +6123,7 @@ class Conversations:
         A request with this history finds it, rather than one that only ends so, and is
         folded. It is put as if it had been taken: no such row was, so it is lost.
         """
-        if tail.is_known and tail.conversation_id:
+        if tail.length and tail.conversation_id:
             self._put(_alone(tail)._replace(is_taken=True), now)
 
     def named(self, id_: str, owner: str, now: float) -> NamedConversation | None:
@@ -6196,7 +6195,7 @@ class Conversations:
         """Nobody knows where the conversation stands: it is not continued."""
         sql = f"UPDATE opendify_tails SET state = {_LOST}, used = ? WHERE id = ?"
         self._run(sql, now, _id(tail))
-        return tail._replace(is_known=False)
+        return tail
 
     def _put(self, tail: Tail, now: float) -> None:
         if not _CONVERSATION_ID.fullmatch(tail.conversation_id):

@@ -1829,7 +1829,7 @@ def test_id_that_is_none_of_dify_s_is_not_kept(store: Conversations) -> None:
     """A client may send any text as one; Dify refuses it, and the turn is put back."""
     request = ask(user("u"), conversation_id="x" * 101)
     tail = store.take(request, SCOPE, 0.0)
-    assert tail and not tail.is_known
+    assert tail and not tail.is_taken
     store.put(tail, 0.0)
     assert len(store) == 0
 
