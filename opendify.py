@@ -5854,9 +5854,9 @@ def plan_turn(
         lacked = said if ask.is_all_new else ()  # by the conversation
         elsewhere = () if lacked else _only_in_input(history, tail)
         shown = context = (*_untold(ask, app, history, tail), *lacked)
-    carried, files = _with_room(shown, new, has_room)
-    inputs = {**ask.inputs, **_own_inputs(app, ask.system, fold(elsewhere, carried))}
-    query = _query(ask, context, new, carried) if ask.messages else alone
+    files = _with_room(shown, new, has_room)
+    inputs = {**ask.inputs, **_own_inputs(app, ask.system, fold(elsewhere, files))}
+    query = _query(ask, context, new, files) if ask.messages else alone
     # Nobody can tell how a client shows an answer that was continued, or a title.
     is_shown = new and not is_side_request(ask)
     added = (*lacked, *new) if is_shown else ()
@@ -5883,17 +5883,13 @@ def _untold(ask: Ask, app: AppSettings, history: Messages, tail: Tail) -> list[M
     return [Message("system", MUST_CALL) for m in opening if MUST_CALL in m.text]
 
 
-def _with_room(
-    history: Messages, new: Messages, has_room: HasRoom
-) -> tuple[list[Message], list[Attachment]]:
-    """(the newest messages whose files have room beside the new ones, all files)."""
-    carried: list[Message] = []
+def _with_room(history: Messages, new: Messages, has_room: HasRoom) -> list[Attachment]:
+    """The new messages' files, behind those of earlier ones that have room beside."""
     files = [file for message in new for file in message.attachments]
     for message in reversed(history):
         if message.attachments and has_room([*message.attachments, *files]):
             files = [*message.attachments, *files]
-            carried.insert(0, message)
-    return carried, files
+    return files
 
 
 def _only_in_input(history: tuple[Message, ...], tail: Tail) -> tuple[Message, ...]:
@@ -5907,7 +5903,9 @@ def _only_in_input(history: tuple[Message, ...], tail: Tail) -> tuple[Message, .
     return history[:at]
 
 
-def _query(ask: Ask, context: Messages, new: Messages, carried: Messages) -> str:
+def _query(
+    ask: Ask, context: Messages, new: Messages, files: Sequence[Attachment]
+) -> str:
     """The new messages and, if need be, what Dify does not know yet, as one text."""
     is_history = any([message.role != "system" for message in context])
     parts = ["The conversation so far:"] if is_history else []
@@ -5916,9 +5914,9 @@ def _query(ask: Ask, context: Messages, new: Messages, carried: Messages) -> str
         if not text.strip() and new[0].attachments:
             text = f"[attached: {_file_names(new[0])}]"
         ending = ["Answer this message:", text] if is_history else [text]
-        parts += [fold(context, carried, beside=text), *ending]
+        parts += [fold(context, files, beside=text), *ending]
     else:
-        parts.append(fold([*context, *new], [*carried, *new]))
+        parts.append(fold([*context, *new], files))
         ask_for = _NEXT if is_history or not new else ""
         # A call, JSON and the words of another speaker are no end of the last message.
         goes_on = not (new or ask.is_strict or ask.messages[-1].name)
@@ -5926,30 +5924,31 @@ def _query(ask: Ask, context: Messages, new: Messages, carried: Messages) -> str
     return "\n\n".join(filter(None, parts))
 
 
-def fold(messages: Messages, carried: Messages = (), beside: str = "") -> str:
+def fold(messages: Messages, files: Sequence[Attachment] = (), beside: str = "") -> str:
     """Messages as text, between tags that neither they nor the text beside contain.
 
         <message role="user" name="Ada">
         What's the weather like?
         </message>
 
-    The files of `carried` messages go with the query, those of others don't.
+    These `files` go with the query, those of other messages don't.
     """
     if not messages:
         return ""
-    with_files = set(map(id, carried))
-    pairs = [_element(message, id(message) in with_files) for message in messages]
+    sent = set(map(id, files))
+    pairs = [_element(message, sent) for message in messages]
     used = {*_TAG.findall("\n".join([beside, *[text for _, text in pairs]]))}
     numbers = (n for n in count(2) if str(n) not in used)
     tag = f"message-{next(numbers)}" if used else "message"
     return "\n".join([f"<{tag}{about}>\n{text}\n</{tag}>" for about, text in pairs])
 
 
-def _element(message: Message, is_carried: bool) -> tuple[str, str]:
+def _element(message: Message, sent: set[int]) -> tuple[str, str]:
     """(attributes, text) of a message; its calls are written as the app writes them."""
     given = {"role": message.role, "name": message.name}
     if message.attachments:
-        given["file" if is_carried else "file_not_included"] = _file_names(message)
+        is_sent = sent.issuperset(map(id, message.attachments))
+        given["file" if is_sent else "file_not_included"] = _file_names(message)
     quoted = json.encoder.encode_basestring
     about = [f" {name}={quoted(value)}" for name, value in given.items() if value]
     texts = [message.text, *map(describe_call, message.tool_calls)]
