@@ -4188,16 +4188,20 @@ def parse_calls(message: Json) -> tuple[ToolCall, ...]:
     calls = objects_of(given) + ([{"function": legacy}] if legacy else [])
     parsed = []
     for call in calls:
-        function, custom = call.get("function"), call.get("custom")
-        if isinstance(custom, dict):
-            function = {**custom, "arguments": {"input": custom.get("input") or ""}}
-        if isinstance(function, dict):
-            arguments = function.get("arguments")
-            if not isinstance(arguments, str):
-                arguments = json_text(arguments or {})
-            name, id_ = str(function.get("name") or ""), str(call.get("id") or "")
-            parsed.append(ToolCall(id_, name, arguments))
+        kind = "custom" if isinstance(call.get("custom"), dict) else "function"
+        if isinstance(call.get(kind), dict):
+            parsed.append(parse_call(kind, call.get("id"), call[kind]))
     return tuple(parsed)
+
+
+def parse_call(kind: str, id_: Any, called: Json) -> ToolCall:
+    """A call of a "function", or of a "custom" tool, whose text is an argument."""
+    arguments = called.get("arguments")
+    if kind == "custom":
+        arguments = {"input": called.get("input") or ""}
+    if not isinstance(arguments, str):
+        arguments = json_text(arguments or {})
+    return ToolCall(str(id_ or ""), str(called.get("name") or ""), arguments)
 
 
 def parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...]]:
@@ -5034,8 +5038,8 @@ def _parse_item(item: Any, where: str) -> Item | None:
 
 def _parse_call(item: Json, where: str) -> Message:
     kind = "custom" if item.get("type") == "custom_tool_call" else "function"
-    call = {"id": item.get("call_id"), kind: item}
-    return Message("assistant", "", tool_calls=parse_calls({"tool_calls": [call]}))
+    call = parse_call(kind, item.get("call_id"), item)
+    return Message("assistant", "", tool_calls=(call,))
 
 
 def _parse_result(item: Json, where: str) -> Message:
