@@ -3960,9 +3960,7 @@ def parse_ask(body: Json) -> Ask:
 def parse_stream(body: Json) -> bool:
     """Whether a request wants its answer as a stream."""
     stream = body.get("stream")
-    if stream not in (None, True, False):
-        raise bad_type("stream", "true or false")
-    return bool(stream)
+    return stream is not None and of_type(stream, bool, "stream", "true or false")
 
 
 def split_system(items: Sequence[Any], first: str = "") -> tuple[str, tuple[Any, ...]]:
@@ -4113,9 +4111,7 @@ def _parse_stops(stop: Any) -> tuple[str, ...]:
 
 
 def _parse_n(n: Any) -> int:
-    if n is None:
-        return 1
-    number = of_type(n, int, "n", "a whole number")
+    number = of_type(1 if n is None else n, int, "n", "a whole number")
     if not 1 <= number <= MAX_CHOICES:
         raise bad_value("n", f"it must be from 1 to {MAX_CHOICES}.")
     return number
@@ -4995,8 +4991,7 @@ def ask_of(
 
 
 def _parse_id(body: Json, name: str) -> str:
-    value = _id_in(body.get(name))
-    return "" if value is None else of_type(value, str, name)
+    return of_type(_id_in(body.get(name)) or "", str, name)
 
 
 def _id_in(value: Any) -> Any:
