@@ -4325,11 +4325,8 @@ def _attachment(source: str, name: str, stem: str, where: str) -> Attachment:
         name = name or urllib.parse.unquote(path.rpartition("/")[2])
         family = "" if stem == "file" else f"{stem}/*"
         return Attachment(_plain_name(name or stem, ""), family, url=source)
-    if _is_data_url(source):
-        media_type, data = _parse_data_url(source, where)
-    else:
-        media_type, data = "", _decode_base64(source, where)
-    return known_file(name or stem, media_type, data)
+    url = source if _is_data_url(source) else f"data:;base64,{source}"
+    return known_file(name or stem, *_parse_data_url(url, where))
 
 
 def known_file(name: str, media_type: str, data: bytes = b"") -> Attachment:
