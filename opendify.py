@@ -6076,8 +6076,11 @@ class Conversations:
         if is_side_request(ask):
             return None
         if ask.conversation_id:
-            tail = self.take_by_id(scope, ask.conversation_id, now)
-            return tail or self._lose(_unknown(scope, ask.conversation_id), now)
+            if tail := self.take_by_id(scope, ask.conversation_id, now):
+                return tail
+            lost = _unknown(scope, ask.conversation_id)  # their order is not known
+            self.forget(lost)
+            return lost
         may_go_on = history and new and not ask.is_all_new
         tail = self._find(scope, ask, history, now) if may_go_on else None
         return self._mark(tail, now) if tail else None
@@ -6109,7 +6112,7 @@ class Conversations:
         id can then be learned anew. If that was all that was known, it is lost as well:
         somebody's first turn may be under way there.
         """
-        left = tail if tail.chain == _id(tail) else _alone(tail)
+        left = _alone(tail) if tail.length else tail
         self._run(_FORGET, _id(left), left.conversation_id, _id(tail))
 
     def note_shown(self, tail: Tail, now: float) -> None:
@@ -6185,12 +6188,6 @@ class Conversations:
         if len(tails) > 1:
             tails = _told_alike(tails, _told_hashes(scope, ask, said))
         return tails[0] if tails else None
-
-    def _lose(self, tail: Tail, now: float) -> Tail:
-        """Nobody knows where the conversation stands: it is not continued."""
-        sql = f"UPDATE opendify_tails SET state = {_LOST}, used = ? WHERE id = ?"
-        self._run(sql, now, _id(tail))
-        return tail
 
     def _put(self, tail: Tail, now: float) -> None:
         if not _CONVERSATION_ID.fullmatch(tail.conversation_id):
