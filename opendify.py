@@ -5851,18 +5851,15 @@ def plan_turn(
         elsewhere = () if lacked else _only_in_input(history, tail)
         shown = context = (*_untold(ask, app, history, tail), *lacked)
     files = _with_room(shown, new, has_room)
-    inputs = {**ask.inputs, **_own_inputs(app, ask.system, fold(elsewhere, files))}
+    past = fold(elsewhere, files)
+    own = {app.system_variable: ask.system, app.history_variable: past}
+    given = {name: text for name, text in own.items() if name and text.strip()}
     query = _query(ask, context, new, files) if ask.messages else alone
     # Nobody can tell how a client shows an answer that was continued, or a title.
     is_shown = new and not is_side_request(ask)
     added = (*lacked, *new) if is_shown else ()
+    inputs = {**ask.inputs, **given}
     return Plan(query or " ", inputs, tuple(files), tail, ask, added)
-
-
-def _own_inputs(app: AppSettings, system: str, history: str) -> dict[str, str]:
-    """The system text and the history, where the app has inputs for them."""
-    pairs = ((app.system_variable, system), (app.history_variable, history))
-    return {name: text for name, text in pairs if name and text.strip()}
 
 
 def _opening(ask: Ask, app: AppSettings) -> list[Message]:
