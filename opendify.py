@@ -4638,7 +4638,13 @@ class Envelope(NamedTuple):
             said["reasoning_content"] = answer.reasoning
         said.update(cite(answer.citations, len(text)))
         if self.spoken and answer.sounds:
-            said.update(_said_aloud(answer, self.spoken, ids))
+            said["content"] = None
+            said["audio"] = {
+                "id": self.spoken.id_of(ids),
+                "expires_at": self.spoken.expires_at,
+                "data": base64.b64encode(b"".join(answer.sounds)).decode(),
+                "transcript": text,
+            }
         return said
 
 
@@ -4659,17 +4665,6 @@ def dify_key(ids: DifyIds) -> dict[str, Any]:
 
 def _choice(index: int, content: Json, reason: str | None) -> dict[str, Any]:
     return {"index": index, **content, "logprobs": None, "finish_reason": reason}
-
-
-def _said_aloud(answer: Answer, spoken: Spoken, ids: DifyIds) -> dict[str, Any]:
-    """The keys that differ in the message of a spoken answer."""
-    audio = {
-        "id": spoken.id_of(ids),
-        "expires_at": spoken.expires_at,
-        "data": base64.b64encode(b"".join(answer.sounds)).decode(),
-        "transcript": answer.text,
-    }
-    return {"content": None, "audio": audio}
 
 
 def _call_object(call: ToolCall) -> dict[str, Any]:
