@@ -4014,20 +4014,35 @@ def in_rounds(messages: Iterable[Message]) -> list[Message]:
     one, or part them from its text. A user's message of nothing but files is joined to
     the words beside it.
     """
-    runs = itertools.groupby(messages, lambda m: bool(m.tool_calls or m.call_id))
+    answers = in_answers(messages)
+    runs = itertools.groupby(answers, lambda m: bool(m.tool_calls or m.call_id))
     ordered: list[Message] = []
     for is_of_calls, run in runs:
-        group = [*run]
-        if ordered and _is_calling(ordered[-1], group[0]):
-            group[0] = joined([ordered.pop(), group[0]])
-        ordered += _by_answer(group) if is_of_calls else _by_words(group)
+        ordered += _by_answer([*run]) if is_of_calls else _by_words([*run])
     return ordered
 
 
-def _is_calling(said: Message, called: Message) -> bool:
-    """Whether the calls of one message go with the text of the one before."""
-    is_answer = (said.role, said.name) == ("assistant", called.name)
-    return is_answer and bool(called.tool_calls) and not called.text
+def in_answers(items: Iterable[Any]) -> list[Any]:
+    """Messages, or items, an answer's thoughts, text and calls as one message.
+
+    These come in any order. Two texts are two messages: agents that take turns leave
+    several.
+    """
+    groups: list[list[Any]] = []
+    for item in items:
+        if groups and _is_one_answer(groups[-1][-1], item):
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return [joined(group) if len(group) > 1 else group[0] for group in groups]
+
+
+def _is_one_answer(said: Any, more: Any) -> bool:
+    """Whether one item goes on with the answer of the one before."""
+    if not getattr(said, "role", "") == getattr(more, "role", "") == "assistant":
+        return False
+    is_silent = not (more.text if more.tool_calls else plain_text(said))
+    return is_silent and said.name == more.name
 
 
 def _by_words(messages: list[Message]) -> list[Message]:
@@ -4992,25 +5007,11 @@ def _id_in(value: Any) -> Any:
 
 
 def parse_items(value: Any, name: str = "input") -> list[Item]:
-    """The items in order; an answer's thoughts, text and calls are one message.
-
-    These come in any order. Two texts are two messages: agents that take turns leave
-    several.
-    """
+    """The items in order, those of an answer as one message."""
     if value is None or isinstance(value, str):
         return [Message("user", value)] if value else []
     parsed = parse_each(value, name, "a string or an array of items", _parse_item)
-    groups: list[list[Any]] = []
-    last: Message | None = None  # of an answer that the next item may belong to
-    for item in filter(None, parsed):
-        is_answer = getattr(item, "role", "") == "assistant"
-        said = plain_text(last) if last and not last.tool_calls else ""
-        if last and is_answer and (item.tool_calls or not said):
-            groups[-1].append(item)
-        else:
-            groups.append([item])
-        last = item if is_answer else None
-    return [joined(group) if len(group) > 1 else group[0] for group in groups]
+    return in_answers(filter(None, parsed))
 
 
 def _parse_item(item: Any, where: str) -> Item | None:
