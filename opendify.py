@@ -3092,15 +3092,9 @@ class AnswerText:
         self.is_replaced, self.kept = True, KeptText()
         self._half = self._held = ""
         self.end_block()
-        text = reasoning = ""
-        for part in self.add(whole) + self.close():
-            if isinstance(part, Recast):
-                text, reasoning = "", reasoning + text
-            elif isinstance(part, Reasoning):
-                reasoning += part.text
-            elif isinstance(part, Text):
-                text += part.text
-        return [Replace(text, reasoning.lstrip("\n"))]
+        answer = Answer()
+        answer.add(self.add(whole) + self.close())
+        return [Replace(answer.text, answer.reasoning.lstrip("\n"))]
 
     def close(self) -> list[Part]:
         """What is still held back; no more text will come."""
