@@ -2966,10 +2966,13 @@ _STATES[None] = _state(
 _MORE_OF_TAG = re.compile(rf"(?:{_beginnings(_MARKER)})?\Z")  # newlines may come, too
 
 
+_LINES = ("step", "tool", "log")  # kinds of blocks that no model has thought
+
+
 class Blocks:
     """Keeps blocks of reasoning apart: those of a tag, a node, a thought, a step.
 
-    Lines about tools, steps and logs come once, and only if the operator wants them.
+    Lines about steps, tools and logs come once, and only if the operator wants them.
     """
 
     def __init__(self, *, has_lines: bool = False) -> None:
@@ -2985,25 +2988,21 @@ class Blocks:
         if self._last not in (None, block):
             text = "\n\n" + text
         self._last = block
-        self.has_thought = self.has_thought or block[0] in ("tag", "node", "thought")
+        self.has_thought = self.has_thought or block[0] not in _LINES
         return [Reasoning(text, block[0] == "tag")]
-
-    def add_line(self, kind: str, value: Json, line: str) -> list[Part]:
-        """A line about something that has an id; "" for none yet."""
-        return self._add_told(kind, value, line) if self._has_lines else []
 
     def add_round(self, value: Json, *, is_thought: bool) -> list[Part]:
         """A snapshot of an agent's round: of a tool, or of text that may be thought."""
         tool, thought = (str(value.get(name) or "") for name in ("tool", "thought"))
-        if tool:
-            line = f"Tool: {tool} {value.get('tool_input') or ''}".rstrip()
-            return self.add_line(
-                "tool", value, line if value.get("observation") else ""
-            )
-        return self._add_told("thought", value, thought if is_thought else "")
+        if not tool:
+            return self.add_whole("thought", value, thought if is_thought else "")
+        line = f"Tool: {tool} {value.get('tool_input') or ''}".rstrip()
+        return self.add_whole("tool", value, line if value.get("observation") else "")
 
-    def _add_told(self, kind: str, value: Json, text: str) -> list[Part]:
-        """What is new in a text that comes as a whole each time; "" for none yet."""
+    def add_whole(self, kind: str, value: Json, text: str) -> list[Part]:
+        """What is new in the text of something with an id; "" for none yet."""
+        if kind in _LINES and not self._has_lines:
+            return []
         block = (kind, value.get("id"))
         told = self._told.get(repr(block), "")
         self._told[repr(block)] = text or told
@@ -3261,13 +3260,13 @@ class AnswerReader:
 
     def _on_node_started(self, data: dict[str, Any]) -> list[Part]:
         title = data.get("title") or data.get("node_type")
-        return self._blocks.add_line("step", data, f"Step: {title}" if title else "")
+        return self._blocks.add_whole("step", data, f"Step: {title}" if title else "")
 
     _on_iteration_started = _on_loop_started = _on_node_started  # come in its place
 
     def _on_agent_log(self, data: dict[str, Any]) -> list[Part]:
         ended = self._text.end_node(data.get("node_id"))  # or what it says in a round
-        return ended + self._blocks.add_line("log", data, str(data.get("label") or ""))
+        return ended + self._blocks.add_whole("log", data, str(data.get("label") or ""))
 
     def _on_node_finished(self, data: dict[str, Any]) -> list[Part]:
         self._appendix.add_node(data)

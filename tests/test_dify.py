@@ -1065,10 +1065,10 @@ def test_blocks_of_reasoning_stand_apart() -> None:
 def test_each_line_of_reasoning_comes_once() -> None:
     row = {"id": "1"}
     blocks = Blocks(has_lines=True)
-    assert blocks.add_line("step", row, "Step: LLM") == [Reasoning("Step: LLM")]
-    assert blocks.add_line("log", row, "R 1") == [Reasoning("\n\nR 1")]
-    assert blocks.add_line("step", row, "Step: LLM") == []
-    assert Blocks().add_line("step", row, "Step: LLM") == []
+    assert blocks.add_whole("step", row, "Step: LLM") == [Reasoning("Step: LLM")]
+    assert blocks.add_whole("log", row, "R 1") == [Reasoning("\n\nR 1")]
+    assert blocks.add_whole("step", row, "Step: LLM") == []
+    assert Blocks().add_whole("step", row, "Step: LLM") == []
 
 
 def test_what_is_new_of_a_thought_is_reasoning() -> None:
