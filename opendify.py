@@ -1078,11 +1078,6 @@ class OutputFormat:
     schema: Json = field(default_factory=dict)
     param: str = "response_format"
 
-    @property
-    def is_compound(self) -> bool:
-        """Whether the schema says that it begins with a brace or a bracket."""
-        return self.schema.get("type") in ("object", "array")
-
 
 class Ask(NamedTuple):
     """What a client wants of an app, whichever API it came by.
@@ -2345,9 +2340,10 @@ class Reading:
         self._is_required = ask.tool_mode == "required"  # a call, and so no JSON
         self._is_json = ask.output.kind != "text" and not self._is_required
         # Cut in half, JSON is none; and what stands around it never reaches the client.
-        stops = () if self._is_json else ask.stops
-        self._stop = StopReader(stops) if stops else None
-        can_begin = self._is_json and not is_whole and ask.output.is_compound
+        self._stop = StopReader(ask.stops) if ask.stops and not self._is_json else None
+        # A brace or a bracket alone shows that it begins.
+        is_streamed = self._is_json and not is_whole
+        can_begin = is_streamed and ask.output.schema.get("type") in ("object", "array")
         self._json = JsonReader(ask.output) if can_begin else None
         self.is_plain = not (ask.tools or ask.stops or self._is_json)
         self._holds_all = self._is_json and not self._json  # until it is judged
