@@ -1784,7 +1784,6 @@ class _Block:
         self._tools = tools
         self._text, self._at, self._is_last = "", 0, False
         self._is_tagged = self._is_fenced = False
-        self._is_open = False  # something began after the last call
         self._tool: Tool | None = None  # whose call has begun
         self._given: dict[str, Any] = {}
         self._value = _ValueEnd()  # of the JSON or the parameter that comes next
@@ -1826,7 +1825,7 @@ class _Block:
             self._finish([(self._tool, self._given)], self._at)
         if token["name"]:
             self._tool = self._tools[token["name"]]
-        self._is_tagged, self._is_open = not self._is_fenced, True
+        self._is_tagged = not self._is_fenced
 
     def _take_word(self, token: re.Match[str]) -> None:
         """The tool's name, bare: `functions.get_weather:0`."""
@@ -1859,7 +1858,7 @@ class _Block:
     def _take_closer(self, token: re.Match[str]) -> None:
         if self._tool:
             self._finish([(self._tool, self._given)], token.end())
-        elif self.taken and not self._is_open:
+        elif self.taken:  # markup without anything in it goes, too
             self.taken = token.end()
         self._is_tagged = False
 
@@ -1934,7 +1933,7 @@ class _Block:
     def _finish(self, calls: _Calls, end: int) -> None:
         self.calls += calls
         self._tool, self._given, self._value = None, {}, _ValueEnd()
-        self._at, self._is_open = end, False
+        self._at = end
         if not self._is_fenced:  # it may still hold other things
             self.taken = end
 
