@@ -3267,8 +3267,7 @@ class AnswerReader:
         self._appendix.add_node(data)
         return self._text.end_node(data.get("node_id"))
 
-    def _on_node_retry(self, data: dict[str, Any]) -> list[Part]:
-        return self._text.end_node(data.get("node_id"))  # it begins anew
+    _on_node_retry = _on_node_finished  # what it has used counts, and it begins anew
 
     def _on_message_file(self, value: dict[str, Any]) -> list[Part]:
         if isinstance(value.get("answer"), str):  # text, by a bug of 1.11.2 and later
