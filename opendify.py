@@ -9203,8 +9203,9 @@ async def _join(
 ) -> None:
     """Ask what the request asks, in the conversation that it continues, taken.
 
-    An answer that is named is continued where it stands, if Dify's conversation
-    ends with it and nobody else has a turn there. Else its history is folded.
+    An answer that is named is continued where it stands, if Dify's conversation ends
+    with what the client has seen, and nobody else has a turn there. Else its history
+    is folded.
     """
     user, previous = question.user, request.previous_response_id
     latest_first = dict.fromkeys((previous, *reversed(request.references)))
@@ -9271,9 +9272,10 @@ async def _join_at(
     turns = [turn for turn in stored.values() if turn.conversation_id == here]
     ids = [turn.message_id for turn in turns]
     end = ids.index(anchor.message_id) + 1 if anchor.message_id in ids else 0
-    known = _transcript(turns[:end], tools)
-    is_newest = 0 < end == len(turns)
-    if is_free and is_newest and not any(turn.is_short for turn in turns):
+    # Behind the last item that is only named, whole ones may tell of later turns.
+    seen = turns[:end] if previous else turns
+    known, is_newest = _transcript(seen, tools), 0 < end == len(turns)
+    if is_free and end and seen == turns and not any(turn.is_short for turn in turns):
         ask = ask_of(request, found, told=known)
         is_known = is_known_history(ask, known)
         if previous or is_known:

@@ -905,6 +905,21 @@ async def test_results_are_told_by_their_tools_however_the_calls_are_named(
     assert "Let me look" not in query
 
 
+async def test_run_of_which_only_a_text_is_named_goes_on_in_its_conversation() -> None:
+    """The AI SDK names the texts of a run, and repeats its calls."""
+    texts = [f"Let me look.\n{CALL}", CALL.replace("Rome", "Oslo"), "Sunny."]
+    async with proxy(script=lambda _: fake.chat_answer(texts.pop(0))) as served:
+        items: list[JSONObject] = [user("Where is it sunny?")]
+        for _ in range(3):
+            got = await answer(served, items, tools=[WEATHER])
+            *said, call = got["output"]
+            result = {"type": "function_call_output", "call_id": call.get("call_id")}
+            items += [*map(reference, said), call, {**result, "output": "sunny"}]
+        ((_, *queries),) = told(served)
+    result_told = '<message role="tool" name="get_weather">\nsunny\n</message>'
+    assert queries == [result_told] * 2
+
+
 async def test_call_that_a_conversation_has_is_not_told_again() -> None:
     script: list[list[fake.Step]] = [fake.chat_answer(CALL), fake.chat_answer("Sunny.")]
     async with proxy(lambda _: script.pop(0)) as served:
