@@ -5793,11 +5793,11 @@ def _is_said(question: Sequence[Message], stored: Sequence[Message]) -> bool:
     """Whether these messages, in any order, are what was sent as one question."""
     if not question or len(question) > MAX_MESSAGES_SOUGHT:
         return not (question or stored)
-    texts = [message.text.strip() for message in question]
     whole = stored[0].text.strip()
-    if len(texts) == 1 and question[0].role == "user":
-        return whole == texts[0] or whole.endswith(f"\n\n{texts[0]}")
-    return all(f"\n{text}\n" in whole for text in texts)
+    if len(question) == 1 and question[0].role == "user":
+        text = question[0].text.rstrip()
+        return whole == text.lstrip() or whole.endswith(f"\n\n{text}")
+    return all(f"\n{message.text}\n" in whole for message in question)
 
 
 # Putting a turn to Dify...

@@ -1804,13 +1804,15 @@ def test_history_is_known_if_it_is_what_dify_has_or_its_end(
         (["user q2", "tool r1"], TWO_IN_ONE, False),
         (["tool r1"], TWO_IN_ONE, True),
         (["tool r2"], TWO_IN_ONE, False),
+        (["user \n  q1"], "<told>\n\n\n  q1", True),
+        (["tool   r1  "], opendify.fold([opendify.Message("tool", "  r1  ")]), True),
     ],
 )
 def test_question_is_known_by_all_its_messages(
     shown: list[str], stored: str, is_known: bool
 ) -> None:
-    pairs = [text.split() for text in shown]
-    asked = [opendify.Message(role, text) for role, text in pairs]
+    pairs = [text.partition(" ") for text in shown]
+    asked = [opendify.Message(role, text) for role, _, text in pairs]
     answer = opendify.Message("assistant", "a1")
     ask = opendify.Ask("m", (*asked, answer, opendify.Message("user", "q3")))
     known = (opendify.Message("user", stored), answer)
