@@ -10716,66 +10716,66 @@ background: var(--page); color: var(--text); max-width: 84rem; margin: auto; pad
 flex-wrap: wrap; gap: .5rem .9rem; align-items: center } label { flex-wrap: nowrap; gap:
 .5rem; min-width: 0 } .bar > :first-child { margin-right: auto } small, dt, .bar button,
 pre, code { font-size: .85rem; font-weight: 400 } small, #hint, details { color:
-var(--soft) } p small, section small { display: block } main { display: grid; gap:
-1.25rem; align-items: start } #door, section { min-width: 0; background: var(--card);
-border: 1px solid var(--line); border-radius: .9rem; padding: 1.25rem; display: grid;
-gap: .9rem; align-content: start } #door { margin-bottom: 1.25rem; justify-content:
-start } button, select, textarea, input { border: 1px solid var(--edge); border-radius:
-.55rem; background: var(--card); padding: .35rem .7rem; min-width: 0; accent-color:
-var(--good) } button { cursor: pointer } .main { background: var(--good); color:
-var(--card); padding: .6rem 1.2rem } :focus-visible { outline: 3px solid var(--good);
-outline-offset: 2px } a { color: var(--good) } code, pre { font-family: ui-monospace,
-Menlo, Consolas, monospace } pre, .user, svg { background: var(--page); border-radius:
-.55rem; padding: .6rem .9rem } pre, .user, .text { white-space: pre-wrap } #apps {
-max-height: 22rem; overflow: auto; display: grid; gap: .6rem; list-style: none } #apps
-li, details, .error, dl div { padding-left: .8rem; border-left: 4px solid var(--line) }
-#apps .good, #pieces { border-color: var(--good) } #apps .bad { border-color: var(--bad)
-} .bad small, .error { color: var(--bad) } #lag { border-color: var(--warm) } #log {
-height: 25rem; overflow: auto; display: flex; flex-direction: column-reverse } #talk {
-display: grid; gap: 1rem; margin-bottom: auto; padding: .2rem } .user { justify-self:
-end; max-width: 85% } .answer { display: grid; gap: .6rem } img { display: block;
-max-width: 100%; max-height: 20rem; border-radius: .55rem } #ask { display: flex; gap:
-.6rem; align-items: end } #ask label { flex: 1; display: grid; gap: .2rem } svg { width:
-100%; height: 7rem; padding: 0 } path { fill: none; vector-effect: non-scaling-stroke;
-stroke-width: 2 } #bars { fill: var(--good); opacity: .5 } #lags { stroke: var(--warm) }
-#first { stroke: var(--soft); stroke-dasharray: 4 4 } select { max-width: 9rem } label
-span { flex: none } dl { display: flex; flex-wrap: wrap; gap: .75rem 1.2rem;
-font-variant-numeric: tabular-nums } #said { position: absolute; width: 1px; height:
-1px; overflow: hidden; clip-path: inset(50%) } @media (min-width: 60rem) { main { grid:
-auto 1fr / 23rem 1fr } #play { grid-area: 1 / 2 / 3 } }
+var(--soft) } section small { display: block } main, section, #apps, #talk, .answer {
+display: grid; gap: .9rem } main { gap: 1.25rem; align-items: start } #door, section {
+min-width: 0; background: var(--card); border: 1px solid var(--line); border-radius:
+.9rem; padding: 1.25rem; align-content: start } #door { margin-bottom: 1.25rem;
+justify-content: start } button, select, textarea, input { border: 1px solid
+var(--edge); border-radius: .55rem; background: var(--card); padding: .35rem .7rem;
+min-width: 0; accent-color: var(--good) } button { cursor: pointer } #send { background:
+var(--good); color: var(--card); padding: .6rem 1.2rem } :focus-visible { outline: 3px
+solid var(--good); outline-offset: 2px } a { color: var(--good) } code, pre {
+font-family: ui-monospace, Menlo, Consolas, monospace } pre, .user, svg { background:
+var(--page); border-radius: .55rem; padding: .6rem .9rem } pre, .user, .text {
+white-space: pre-wrap } #apps { max-height: 22rem; overflow: auto; gap: .6rem;
+list-style: none } #apps li, details, .error, dl div { padding-left: .8rem; border-left:
+4px solid var(--line) } #apps .good, #pieces { border-color: var(--good) } #apps .bad {
+border-color: var(--bad) } .bad small, .error { color: var(--bad) } #lag { border-color:
+var(--warm) } #log { height: 25rem; overflow: auto; display: flex; flex-direction:
+column-reverse } #talk { margin-bottom: auto; padding: .2rem } .user { justify-self:
+end; max-width: 85% } img { display: block; max-width: 100%; max-height: 20rem;
+border-radius: .55rem } #ask { display: flex; gap: .6rem; align-items: end } #ask label
+{ flex: 1; display: grid; gap: .2rem } svg { width: 100%; height: 7rem; padding: 0 }
+path { fill: none; vector-effect: non-scaling-stroke; stroke-width: 2 } #bars { fill:
+var(--good); opacity: .5 } #lags { stroke: var(--warm) } #first { stroke: var(--soft);
+stroke-dasharray: 4 4 } select { max-width: 9rem } label span { flex: none } dl {
+display: flex; flex-wrap: wrap; gap: .75rem 1.2rem; font-variant-numeric: tabular-nums }
+#said { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path:
+inset(50%) } @media (min-width: 60rem) { main { grid: auto 1fr / 23rem 1fr } #play {
+grid-area: 1 / 2 / 3 } }
 """
 _BODY = """
-<!doctype html><html lang="en" data-key="@KEY@"><head><meta charset="utf-8"> <meta
-name="viewport" content="width=device-width, initial-scale=1"> <link rel="icon"
-href="data:,"><title>OpenDify</title><style>@STYLE@</style></head> <body><header
-class="bar"><h1>OpenDify <small>@VERSION@</small></h1><label> <input id="theme"
-type="checkbox"><span data-zh="深色">Dark</span></label></header> <form id="door"
-method="dialog" class="bar" hidden><label><span data-zh="API 密钥">API key</span> <input
+<!doctype html><html lang="en" data-key="@KEY@"><head><meta charset="utf-8"><meta
+name="viewport" content="width=device-width, initial-scale=1"><link rel="icon"
+href="data:,"><title>OpenDify</title><style>@STYLE@</style></head><body><header
+class="bar"><h1>OpenDify <small>@VERSION@</small></h1><label><input id="theme"
+type="checkbox"><span data-zh="深色">Dark</span></label></header><form id="door"
+method="dialog" class="bar" hidden><label><span data-zh="API 密钥">API key</span><input
 id="key" type="password" autocomplete="off" required></label><button data-zh="继续">Go
-on </button></form><main> <section aria-labelledby="h1"><div class="bar"><h2 id="h1"
-data-zh="应用">Apps</h2> <button id="again" data-zh="重新检查">Check
-again</button></div> <ul id="apps" tabindex="0" aria-labelledby="h1"
-aria-live="polite"></ul></section> <section id="play" aria-labelledby="h2"><div
-class="bar"> <h2 id="h2" data-zh="试用">Playground</h2> <label><span
-data-zh="模型">Model</span> <select id="model"></select></label><label> <input
-id="smooth" type="checkbox" checked><span data-zh="平滑输出">Smoothing</span></label>
-<button id="clear" data-zh="新对话">New chat</button></div> <div id="log" role="log"
-aria-live="off" tabindex="0" aria-labelledby="h2"><div id="talk"> <p id="hint"
+on</button></form><main><section aria-labelledby="h1"><div class="bar"><h2 id="h1"
+data-zh="应用">Apps</h2><button id="again" data-zh="重新检查">Check
+again</button></div><ul id="apps" tabindex="0" aria-labelledby="h1"
+aria-live="polite"></ul></section><section id="play" aria-labelledby="h2"><div
+class="bar"><h2 id="h2" data-zh="试用">Playground</h2><label><span
+data-zh="模型">Model</span><select id="model"></select></label><label><input id="smooth"
+type="checkbox" checked><span data-zh="平滑输出">Smoothing</span></label><button
+id="clear" data-zh="新对话">New chat</button></div><div id="log" role="log"
+aria-live="off" tabindex="0" aria-labelledby="h2"><div id="talk"><p id="hint"
 data-zh="按 Enter 发送，Shift+Enter 换行，Esc 停止。">Enter sends, Shift+Enter breaks
-the line, Esc stops.</p></div></div> <form id="ask" method="dialog"><label><small
+the line, Esc stops.</p></div></div><form id="ask" method="dialog"><label><small
 data-zh="消息">Message</small><textarea id="text" rows="2"></textarea></label><button
-id="send" class="main" data-zh="发送">Send</button></form> <svg viewBox="0 0 600 100"
-preserveAspectRatio="none" aria-hidden="true"> <path id="bars"/><path id="lags"/><path
-id="first"/></svg><dl> <div><dt data-zh="首字时间">First text</dt><dd
-id="n0"></dd></div> <div id="pieces"><dt data-zh="每秒段数">Pieces/s</dt><dd
-id="n1"></dd></div> <div id="lag"><dt data-zh="平滑延迟">Lag</dt><dd
-id="n2"></dd></div></dl></section> <section aria-labelledby="h3"><h2 id="h3"
-data-zh="连接客户端">Connect a client</h2> <div class="bar"><div><small
-data-zh="接口地址">Base URL</small><code id="base"></code></div> <button
-data-copy="base"></button></div><div class="bar"><label><span data-zh="客户端">Client
-</span> <select id="client"></select></label> <button data-copy="settings"></button>
-</div><pre id="settings"></pre></section></main><p id="said" role="status"></p> <script
-type="module">@SCRIPT@</script></body></html>
+id="send" data-zh="发送">Send</button></form><svg viewBox="0 0 600 100"
+preserveAspectRatio="none" aria-hidden="true"><path id="bars"/><path id="lags"/><path
+id="first"/></svg><dl><div><dt data-zh="首字时间">First text</dt><dd
+id="n0"></dd></div><div id="pieces"><dt data-zh="每秒段数">Pieces/s</dt><dd
+id="n1"></dd></div><div id="lag"><dt data-zh="平滑延迟">Lag</dt><dd
+id="n2"></dd></div></dl></section><section aria-labelledby="h3"><h2 id="h3"
+data-zh="连接客户端">Connect a client</h2><div class="bar"><div><small
+data-zh="接口地址">Base URL</small><code id="base"></code></div><button
+data-copy="base"></button></div><div class="bar"><label><span
+data-zh="客户端">Client</span><select id="client"></select></label><button
+data-copy="settings"></button></div><pre id="settings"></pre></section></main><p
+id="said" role="status"></p><script type="module">@SCRIPT@</script></body></html>
 """
 _SCRIPT = r"""
 const $ = (id) => document.getElementById(id), now = () => performance.now() / 1000;
