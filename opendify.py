@@ -10708,7 +10708,7 @@ light-dark(#56635f, #9fada9); --line: light-dark(#dce3e0, #2d3739); --edge:
 light-dark(#7f8c88, #6f7d79); --good: light-dark(#0b6b5b, #5ed1b9); --warm:
 light-dark(#a8480a, #f2ad62); --bad: light-dark(#b3261e, #ff9d92) }
 :root:has(#theme:checked) { color-scheme: dark } * { box-sizing: border-box; margin: 0;
-padding: 0; font: inherit; color: inherit } [hidden] { display: none !important } body {
+padding: 0; font: inherit; color: inherit } #door[hidden] { display: none } body {
 background: var(--page); color: var(--text); max-width: 84rem; margin: auto; padding: 0
 1rem 2rem; overflow-wrap: anywhere; font: 1rem/1.6 system-ui, "Noto Sans CJK SC",
 "Microsoft YaHei", sans-serif } h1, h2, b, dd { font-weight: 600 } h1 { font-size:
@@ -10717,15 +10717,14 @@ flex-wrap: wrap; gap: .5rem .9rem; align-items: center } label { flex-wrap: nowr
 .5rem; min-width: 0 } .bar > :first-child { margin-right: auto } small, dt, .bar button,
 pre, code { font-size: .85rem; font-weight: 400 } small, #hint, details { color:
 var(--soft) } section small { display: block } main, section, #apps, #talk, .answer {
-display: grid; gap: .9rem } main { gap: 1.25rem; align-items: start } #door, section {
+display: grid; gap: .9rem } main { gap: 1.25rem; align-items: start } section {
 min-width: 0; background: var(--card); border: 1px solid var(--line); border-radius:
-.9rem; padding: 1.25rem; align-content: start } #door { margin-bottom: 1.25rem;
-justify-content: start } button, select, textarea, input { border: 1px solid
-var(--edge); border-radius: .55rem; background: var(--card); padding: .35rem .7rem;
-min-width: 0; accent-color: var(--good) } button { cursor: pointer } #send { background:
-var(--good); color: var(--card); padding: .6rem 1.2rem } :focus-visible { outline: 3px
-solid var(--good); outline-offset: 2px } a { color: var(--good) } code, pre {
-font-family: ui-monospace, Menlo, Consolas, monospace } pre, .user, svg { background:
+.9rem; padding: 1.25rem; align-content: start } button, select, textarea, input {
+border: 1px solid var(--edge); border-radius: .55rem; background: var(--card); padding:
+.35rem .7rem; min-width: 0; accent-color: var(--good) } button { cursor: pointer } #send
+{ background: var(--good); color: var(--card); padding: .6rem 1.2rem } :focus-visible {
+outline: 3px solid var(--good); outline-offset: 2px } a { color: var(--good) } code, pre
+{ font-family: ui-monospace, Menlo, Consolas, monospace } pre, .user, svg { background:
 var(--page); border-radius: .55rem; padding: .6rem .9rem } pre, .user, .text {
 white-space: pre-wrap } #apps { max-height: 22rem; overflow: auto; gap: .6rem;
 list-style: none } #apps li, details, .error, dl div { padding-left: .8rem; border-left:
@@ -10749,12 +10748,12 @@ _BODY = """
 name="viewport" content="width=device-width, initial-scale=1"><link rel="icon"
 href="data:,"><title>OpenDify</title><style>@STYLE@</style></head><body><header
 class="bar"><h1>OpenDify <small>@VERSION@</small></h1><label><input id="theme"
-type="checkbox"><span data-zh="深色">Dark</span></label></header><form id="door"
-method="dialog" class="bar" hidden><label><span data-zh="API 密钥">API key</span><input
-id="key" type="password" autocomplete="off" required></label><button data-zh="继续">Go
-on</button></form><main><section aria-labelledby="h1"><div class="bar"><h2 id="h1"
-data-zh="应用">Apps</h2><button id="again" data-zh="重新检查">Check
-again</button></div><ul id="apps" tabindex="0" aria-labelledby="h1"
+type="checkbox"><span data-zh="深色">Dark</span></label></header><main><section
+aria-labelledby="h1"><div class="bar"><h2 id="h1" data-zh="应用">Apps</h2><button
+id="again" data-zh="重新检查">Check again</button></div><form id="door" method="dialog"
+class="bar" hidden><label><span data-zh="API 密钥">API key</span><input id="key"
+type="password" autocomplete="off" required></label><button data-zh="继续">Go
+on</button></form><ul id="apps" tabindex="0" aria-labelledby="h1"
 aria-live="polite"></ul></section><section id="play" aria-labelledby="h2"><div
 class="bar"><h2 id="h2" data-zh="试用">Playground</h2><label><span
 data-zh="模型">Model</span><select id="model"></select></label><label><input id="smooth"
@@ -10816,19 +10815,19 @@ async function call(path, options = {}) {
   if (key) options.headers = { ...options.headers, Authorization: `Bearer ${key}` };
   const response = await fetch(base + path, options);
   if (response.ok) return response;
-  $("door").hidden &&= response.status !== 401;
+  if (response.status === 401) openDoor();
   const { error } = await response.json().catch(() => ({}));
   throw fault(error, `HTTP ${response.status}`, response.headers.get("x-request-id"));
 }
+const openDoor = () => { $("door").hidden = false, $("key").focus(); };
 const list = async (path) => (await (await call(path)).json()).data;
 async function load() {
-  showSettings(), $("door").hidden = key || !root.dataset.key;
-  if (!$("door").hidden) return $("key").focus();
+  if (root.dataset.key && !key) return openDoor();
   try {
     const ids = (await list("/models")).map(({ id }) => id), was = $("model").value;
     $("model").replaceChildren(...ids.map((id) => make("option", id)));
     if (ids.includes(was)) $("model").value = was;
-    if (key) sessionStorage.setItem("api-key", key);
+    if (!$("door").hidden) $("door").hidden = true, $("text").focus();
     showSettings(), showApps(ids.map((id) => ({ id }))), showApps(await list("/apps"));
   } catch (error) {
     $("apps").replaceChildren(make("li", told(error), { className: "error" }));
@@ -10934,14 +10933,15 @@ $("text").onkeydown = (event) => {
 };
 $("door").onsubmit = () => {
   key = $("key").value.replace(/[^ -~]/g, "?"); // a header takes no others
-  load();
+  sessionStorage.setItem("api-key", key), load();
 };
 onkeydown = (event) => { if (event.key === "Escape") stop(); };
 $("clear").onclick = () => { stop(), past = [], talk.replaceChildren(hint); };
 $("model").onchange = $("client").onchange = showSettings, $("again").onclick = load;
 $("theme").checked = matchMedia("(prefers-color-scheme: dark)").matches;
 $("client").append(...Object.keys(CLIENTS).map((name) => make("option", name)));
-root.lang = say("en", "zh-CN"), $("base").textContent = base, draw(), load();
+root.lang = say("en", "zh-CN"), $("base").textContent = base, draw();
+showSettings(), $("text").focus({ preventScroll: true }), load();
 """
 
 

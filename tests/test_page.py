@@ -310,6 +310,11 @@ class Tab:
         self.page.keyboard.type(question)
         self.page.keyboard.press("Enter")
 
+    def focus(self) -> str:
+        """Return what has the focus."""
+        here = "document.activeElement.id || document.activeElement.dataset.copy"
+        return self.page.evaluate(here) or ""
+
     def text(self, selector: str) -> str:
         """Return the text of an element as soon as it has some."""
         shown = self.page.locator(f"{selector}:not(:empty)").last
@@ -357,6 +362,15 @@ def test_page_loads_silently_and_shows_the_apps(tab: Tab) -> None:
     assert rows[0] == ["desk", "Helpdesk · chat · ready"]
     assert (rows[1][0], "MODEL_CONFIG" in rows[1][1]) == ("gone", True)
     assert (tab.messages, tab.elsewhere) == ([], [])
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_message_is_typed_at_once(browser: Any, site: Site, width: int) -> None:
+    """And a phone shows the apps nevertheless."""
+    size = {"width": width, "height": 740}
+    with opened(browser, site.url, viewport=size) as tab:
+        tab.text("#apps .good")
+        assert (tab.focus(), tab.page.evaluate("scrollY")) == ("text", 0)
 
 
 def test_chosen_model_is_kept_when_the_apps_are_checked_again(tab: Tab) -> None:
@@ -513,9 +527,8 @@ def test_all_is_reached_by_keyboard(tab: Tab) -> None:
     reached = []
     for _ in range(16):
         tab.page.keyboard.press("Tab")
-        here = "document.activeElement.id || document.activeElement.dataset.copy"
-        reached.append(tab.page.evaluate(here))
-    wanted = "theme again apps model smooth clear log text send base client settings"
+        reached.append(tab.focus())
+    wanted = "send base client settings theme again apps model smooth clear log text"
     assert [name for name in reached if name][:12] == wanted.split()
     tab.page.focus("#log")
     outline = tab.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
@@ -566,21 +579,29 @@ def test_settings_hold_any_name_of_a_model(browser: Any) -> None:
     assert json.loads(words[words.index("-d") + 1])["model"] == name
 
 
-def test_key_is_asked_for_and_kept_in_the_tab_only(browser: Any, guarded: Site) -> None:
+def test_wrong_key_is_asked_for_again(browser: Any, guarded: Site) -> None:
     with opened(browser, guarded.url) as tab:
-        assert tab.page.evaluate("document.activeElement.id") == "key"
         assert (tab.messages, tab.page.locator("#apps li").count()) == ([], 0)
+        assert _complaints(tab) == []
         for wrong in ("wrong", "“pasted”", "密钥"):  # no header can hold the latter
             tab.page.evaluate("document.querySelector('#apps').replaceChildren()")
-            tab.page.fill("#key", wrong)
+            tab.page.keyboard.press("Control+A")
+            tab.page.keyboard.type(wrong)
             tab.page.keyboard.press("Enter")
             assert "Incorrect API key" in tab.text("#apps .error")
-            assert tab.page.is_visible("#door")
+            assert (tab.page.is_visible("#door"), tab.focus()) == (True, "key")
         tab.page.reload()
-        tab.page.fill("#key", CLIENT_KEY)
-        tab.page.press("#key", "Enter")
+        assert "Incorrect API key" in tab.text("#apps .error")
+        assert (tab.page.is_visible("#door"), tab.focus()) == (True, "key")
+
+
+def test_key_is_asked_for_and_kept_in_the_tab_only(browser: Any, guarded: Site) -> None:
+    with opened(browser, guarded.url) as tab:
+        assert tab.focus() == "key"
+        tab.page.keyboard.type(CLIENT_KEY)
+        tab.page.keyboard.press("Enter")
         tab.text("#apps .good")
-        assert tab.page.is_hidden("#door")
+        assert (tab.page.is_hidden("#door"), tab.focus()) == (True, "text")
         kept = tab.page.evaluate("[{...sessionStorage}, {...localStorage}]")
         assert kept == [{"api-key": CLIENT_KEY}, {}]
         assert tab.page.context.cookies() == []
