@@ -10928,14 +10928,14 @@ $("ask").onsubmit = () => { // a form for a dialog without one leads nowhere
   if (question) $("text").value = "", chat(question);
 };
 $("text").onkeydown = (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  if (event.keyCode !== 13 || event.shiftKey) return; // an input method's is 229
   event.preventDefault(), run.stop || $("ask").requestSubmit();
 };
 $("door").onsubmit = () => {
   key = $("key").value.replace(/[^ -~]/g, "?"); // a header takes no others
   sessionStorage.setItem("api-key", key), load();
 };
-onkeydown = (event) => { if (event.key === "Escape") stop(); };
+onkeydown = (event) => { if (event.keyCode === 27) stop(); };
 $("clear").onclick = () => { stop(), past = [], talk.replaceChildren(hint); };
 $("model").onchange = $("client").onchange = showSettings, $("again").onclick = load;
 $("theme").checked = matchMedia("(prefers-color-scheme: dark)").matches;

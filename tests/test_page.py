@@ -542,6 +542,22 @@ def test_shift_enter_breaks_the_line(tab: Tab) -> None:
     assert tab.page.input_value("#text") == "a\nb"
 
 
+@pytest.mark.parametrize("key", ["Enter", "Escape"])
+def test_keys_of_an_input_method_send_and_stop_nothing(tab: Tab, key: str) -> None:
+    """Safari says of its last key that nothing is being composed any more."""
+    tab.ask("hang on")
+    tab.page.locator(".answer > .text", has_text="And then").wait_for()
+    if key == "Enter":
+        tab.page.keyboard.press("Escape")
+        tab.is_done()
+    tab.page.fill("#text", "你好")
+    event = {"key": key, "keyCode": 229, "bubbles": True, "cancelable": True}
+    typed = "(box, event) => box.dispatchEvent(new KeyboardEvent('keydown', event))"
+    assert tab.page.locator("#text").evaluate(typed, event)
+    assert tab.page.input_value("#text") == "你好"
+    assert tab.page.text_content("#send") == {"Enter": "Send", "Escape": "Stop"}[key]
+
+
 CLIENTS = [
     *("Open WebUI", "LobeChat", "NextChat", "Cherry Studio", "Chatbox", "Continue"),
     *("openai-python", "curl"),
