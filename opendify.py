@@ -10838,7 +10838,7 @@ const showApps = (apps) => $("apps").replaceChildren(...apps.map((app) => {
   const is = mode ? say("ready", "正常") : say("checking…", "检查中…");
   const facts = error || [name !== id && name, mode, is].filter(Boolean).join(" · ");
   return make("li", [make("b", id), make("small", facts)], { className });
-}), apps.length ? "" : say("No app is configured.", "没有配置应用。"));
+}), apps.length ? "" : make("li", say("No app is configured.", "没有配置应用。")));
 function showSettings() {
   const id = $("model").value || "MODEL", secret = root.dataset.key || "any";
   const json = JSON.stringify(id).replaceAll("'", "\\u0027"); // for the shell

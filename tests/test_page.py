@@ -373,6 +373,12 @@ def test_message_is_typed_at_once(browser: Any, site: Site, width: int) -> None:
         assert (tab.focus(), tab.page.evaluate("scrollY")) == ("text", 0)
 
 
+def test_page_without_an_app_says_so(browser: Any) -> None:
+    with running_site(MODEL_CONFIG="{}") as mine, opened(browser, mine.url) as tab:
+        assert tab.text("#apps li") == "No app is configured."
+        assert (_complaints(tab), tab.messages) == ([], [])
+
+
 def test_chosen_model_is_kept_when_the_apps_are_checked_again(tab: Tab) -> None:
     tab.page.select_option("#model", "gone")
     tab.page.evaluate("document.querySelector('#model').firstChild.id = 'old'")
