@@ -10726,22 +10726,22 @@ border: 1px solid var(--edge); border-radius: .55rem; background: var(--card); p
 outline: 3px solid var(--good); outline-offset: 2px } a { color: var(--good) } code, pre
 { font-family: ui-monospace, Menlo, Consolas, monospace } pre, .user, svg { background:
 var(--page); border-radius: .55rem; padding: .6rem .9rem } pre, .user, .text {
-white-space: pre-wrap } #apps { max-height: 22rem; overflow: auto; gap: .6rem;
-list-style: none } #apps li, details, .error, dl div { padding-left: .8rem; border-left:
-4px solid var(--line) } #apps .good, #pieces { border-color: var(--good) } #apps .bad {
-border-color: var(--bad) } .bad small, .error { color: var(--bad) } #lag { border-color:
-var(--warm) } #log { height: 25rem; overflow: auto; display: flex; flex-direction:
-column-reverse } #talk { margin-bottom: auto; padding: .2rem } .user { justify-self:
-end; max-width: 85% } img { display: block; max-width: 100%; max-height: 20rem;
-border-radius: .55rem } #ask { display: flex; gap: .6rem; align-items: end } #ask label
-{ flex: 1; display: grid; gap: .2rem } svg { width: 100%; height: 7rem; padding: 0 }
-path { fill: none; vector-effect: non-scaling-stroke; stroke-width: 2 } #bars { fill:
-var(--good); opacity: .5 } #lags { stroke: var(--warm) } #first { stroke: var(--soft);
-stroke-dasharray: 4 4 } select { max-width: 9rem } label span { flex: none } dl {
-display: flex; flex-wrap: wrap; gap: .75rem 1.2rem; font-variant-numeric: tabular-nums }
-#said { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path:
-inset(50%) } @media (min-width: 60rem) { main { grid: auto 1fr / 23rem 1fr } #play {
-grid-area: 1 / 2 / 3 } }
+white-space: pre-wrap } .user, .text, textarea { unicode-bidi: plaintext } #apps {
+max-height: 22rem; overflow: auto; gap: .6rem; list-style: none } #apps li, details,
+.error, dl div { padding-left: .8rem; border-left: 4px solid var(--line) } #apps .good,
+#pieces { border-color: var(--good) } #apps .bad { border-color: var(--bad) } .bad
+small, .error { color: var(--bad) } #lag { border-color: var(--warm) } #log { height:
+25rem; overflow: auto; display: flex; flex-direction: column-reverse } #talk {
+margin-bottom: auto; padding: .2rem } .user { justify-self: end; max-width: 85% } img {
+display: block; max-width: 100%; max-height: 20rem; border-radius: .55rem } #ask {
+display: flex; gap: .6rem; align-items: end } #ask label { flex: 1; display: grid; gap:
+.2rem } svg { width: 100%; height: 7rem; padding: 0 } path { fill: none; vector-effect:
+non-scaling-stroke; stroke-width: 2 } #bars { fill: var(--good); opacity: .5 } #lags {
+stroke: var(--warm) } #first { stroke: var(--soft); stroke-dasharray: 4 4 } select {
+max-width: 9rem } label span { flex: none } dl { display: flex; flex-wrap: wrap; gap:
+.75rem 1.2rem; font-variant-numeric: tabular-nums } #said { position: absolute; width:
+1px; height: 1px; overflow: hidden; clip-path: inset(50%) } @media (min-width: 60rem) {
+main { grid: auto 1fr / 23rem 1fr } #play { grid-area: 1 / 2 / 3 } }
 """
 _BODY = """
 <!doctype html><html lang="en" data-key="@KEY@"><head><meta charset="utf-8"><meta

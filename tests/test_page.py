@@ -46,7 +46,12 @@ PIXEL = base64.b64decode(
 )
 EVIL = "<img src=x onerror=alert(1)> [x](javascript:alert(1))"
 CODE = f"![a cat]({PICTURE})\n"
-TEXTS = {"code": f"Write\n```md\n{CODE}```\nor so.", "brackets": "[" * 60_000}
+ARABIC = "مرحبا بالعالم."
+TEXTS = {
+    "code": f"Write\n```md\n{CODE}```\nor so.",
+    "brackets": "[" * 60_000,
+    "arabic": ARABIC,
+}
 SOURCE = {
     "position": 1,
     "dataset_name": "Handbook",
@@ -455,6 +460,22 @@ def test_code_of_an_answer_is_shown_as_it_is(tab: Tab) -> None:
     assert tab.text(".answer pre") == CODE.strip()
     assert tab.text(".answer > .text") == f"Write\n{CODE}or so."
     assert tab.elsewhere == []
+
+
+def test_text_from_right_to_left_begins_at_the_right(tab: Tab) -> None:
+    tab.page.fill("#text", f"{ARABIC}\n(arabic)")
+    tab.page.press("#text", "Enter")
+    tab.is_done()
+    order = """(box, last) => {
+        const range = document.createRange(), text = box.firstChild;
+        const [first, stop] = [0, last].map((at) => {
+            range.setStart(text, at), range.setEnd(text, at + 1);
+            return range.getBoundingClientRect().left;
+        });
+        return stop < first;
+    }"""
+    for box in (".user", ".answer > .text"):
+        assert tab.page.locator(box).evaluate(order, len(ARABIC) - 1)
 
 
 def test_answer_of_brackets_does_not_stop_the_page(tab: Tab) -> None:
