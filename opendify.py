@@ -11558,7 +11558,7 @@ class DemoApp(Listener):
         reply.start(200, [("Content-Type", "text/event-stream; charset=utf-8")])
         row = {**ids, "id": ids["message_id"], "query": body["query"], "answer": ""}
         text = f"{_DEMO_ANSWER}You said: {body['query']}"
-        for burst in re.findall(r"[^.。;,]+[.。;,]?\s*", text):
+        for burst in re.split(r"(?<=[.。;,])", text):
             if ids["task_id"] in self._stopped:
                 break
             event = {"event": "message", **ids, "answer": burst}
