@@ -10766,9 +10766,9 @@ data-zh="消息">Message</small><textarea id="text" rows="2"></textarea></label>
 id="send" data-zh="发送">Send</button></form><svg viewBox="0 0 600 100"
 preserveAspectRatio="none" aria-hidden="true"><path id="bars"/><path id="lags"/><path
 id="first"/></svg><dl><div><dt data-zh="首字时间">First text</dt><dd
-id="n0"></dd></div><div id="pieces"><dt data-zh="每秒段数">Pieces/s</dt><dd
-id="n1"></dd></div><div id="lag"><dt data-zh="平滑延迟">Lag</dt><dd
-id="n2"></dd></div></dl></section><section aria-labelledby="h3"><h2 id="h3"
+id="n0">–</dd></div><div id="pieces"><dt data-zh="每秒段数">Pieces/s</dt><dd
+id="n1">–</dd></div><div id="lag"><dt data-zh="平滑延迟">Lag</dt><dd
+id="n2">–</dd></div></dl></section><section aria-labelledby="h3"><h2 id="h3"
 data-zh="连接客户端">Connect a client</h2><div class="bar"><div><small
 data-zh="接口地址">Base URL</small><code id="base"></code></div><button
 data-copy="base"></button></div><div class="bar"><label><span
@@ -10796,7 +10796,7 @@ const CLIENTS = { "Open WebUI": "OPENAI_API_BASE_URL=<v1>\nOPENAI_API_KEY=<key>"
 const LABEL = /(!?)\[((?:\\.|[^\]\\]){0,300})\]/.source; // else "[[[…" takes minutes
 const TO = /((?:https?:\/\/|data:image\/)[^\s()]*(?:\([^\s()]*\)[^\s()]*)*)/.source;
 const LINK = RegExp(`${LABEL}\\(${TO}\\)`);
-let key = sessionStorage.getItem("api-key"), past = [], run = { pieces: [], lags: [] };
+let key = sessionStorage.getItem("api-key"), past = [], run = {};
 const make = (tag, content, fields) => {
   const node = Object.assign(document.createElement(tag), fields);
   return node.append(...[content].flat().filter(Boolean)), node;
@@ -10848,8 +10848,8 @@ function showSettings() {
   for (const button of copiers) button.textContent = say("Copy", "复制");
 }
 function draw() { // bars: pieces per second; line: lag; dashes: the first text
-  const { pieces, lags, from, end } = run, counts = {}, last = pieces.length - 1;
-  const x = 600 / Math.max(5, end || now() - from || 0), top = Math.min;
+  const { pieces, lags, from } = run, counts = {}, last = pieces.length - 1;
+  const x = 600 / Math.max(5, now() - from), top = Math.min;
   for (const at of pieces) counts[at * 4 | 0] = (counts[at * 4 | 0] || 0) + 1;
   const plot = (id, paths) => $(id).setAttribute("d", paths.join(""));
   plot("bars", Object.entries(counts).map(([at, count]) =>
@@ -10859,7 +10859,7 @@ function draw() { // bars: pieces per second; line: lag; dashes: the first text
   const lag = lags.reduce((sum, row) => sum + row[1], 0) / (lags.length || 1);
   const took = pieces[last] - pieces[0]; // too short a time tells no rate
   $("n0").textContent = last < 0 ? "–" : pieces[0].toFixed(2) + " s";
-  $("n1").textContent = took >= .25 ? (last / took | 0) || 1 : "–";
+  $("n1").textContent = took >= .25 ? Math.ceil(last / took) : "–";
   $("n2").textContent = last < 0 ? "–" : lag.toFixed(2) + " s";
 }
 async function* eventsOf(response) {
@@ -10910,7 +10910,7 @@ async function chat(question) {
     answer.append(make("p", why, { className: "error", role: "alert" }));
     if (answer.isConnected) $("text").value ||= question; // not after "New chat"
   }
-  clearInterval(timer), mine.end = clock(), mine.stop = undefined, draw();
+  clearInterval(timer), mine.stop = undefined, draw();
   $("send").textContent = say("Send", "发送");
 }
 const stop = () => run.stop?.abort(Error(say("Stopped.", "已停止。")));
@@ -10940,8 +10940,8 @@ $("clear").onclick = () => { stop(), past = [], talk.replaceChildren(hint); };
 $("model").onchange = $("client").onchange = showSettings, $("again").onclick = load;
 $("theme").checked = matchMedia("(prefers-color-scheme: dark)").matches;
 $("client").append(...Object.keys(CLIENTS).map((name) => make("option", name)));
-root.lang = say("en", "zh-CN"), $("base").textContent = base, draw();
-showSettings(), $("text").focus({ preventScroll: true }), load();
+root.lang = say("en", "zh-CN"), $("base").textContent = base, showSettings();
+$("text").focus({ preventScroll: true }), load();
 """
 
 
