@@ -51,7 +51,9 @@ TEXTS = {
     "code": f"Write\n```md\n{CODE}```\nor so.",
     "brackets": "[" * 60_000,
     "arabic": ARABIC,
+    "labels": r"[](https://docs.example/1) [a \[b\]](https://docs.example/2)",
 }
+HELD = {"ponder": "<think>Now I think. Now I", "hang": "And then"}  # without an end
 SOURCE = {
     "position": 1,
     "dataset_name": "Handbook",
@@ -60,6 +62,7 @@ SOURCE = {
     "content": "Thirty days a year.",
     "doc_metadata": {"link": "https://docs.example/leave"},
 }
+BARE_SOURCE = {**SOURCE, "document_name": "notes.txt", "doc_metadata": None}
 
 
 # ------------------------------------------------------------------------------
@@ -76,18 +79,17 @@ def answer(request: fake.Request) -> list[fake.Step]:
             fake.message("<think>First I think.</think>"),
             fake.message(f"See [the handbook](https://docs.example/a_(b)) {EVIL}"),
             fake.message(f"\n\n![a cat]({PICTURE})"),
-            fake.message_end(resources=[SOURCE]),
+            fake.message_end(resources=[SOURCE, BARE_SOURCE]),
         ]
     if "refuse" in query:
         body = {"code": "invalid_param", "message": "no such input", "status": 400}
         return [fake.Status(400, body)]
     if "break" in query:
         return [fake.message("Half an"), fake.error_event("the model fell over")]
-    for word, text in TEXTS.items():
+    for word, text in {**TEXTS, **HELD}.items():
         if word in query:
-            return [fake.message(text), fake.message_end()]
-    if "hang" in query:
-        return [fake.message("And then"), fake.Hang()]
+            end = fake.Hang() if word in HELD else fake.message_end()
+            return [fake.message(text), end]
     return fake.chat_answer(*words, delay=0 if "at once" in query else 0.03)
 
 
@@ -326,6 +328,11 @@ class Tab:
         shown.wait_for(state="attached", timeout=PATIENCE_MS)
         return str(shown.text_content()).strip()
 
+    def hang(self) -> None:
+        """Ask what is never answered to its end; return when some text is there."""
+        self.ask("hang on")
+        self.page.locator(".answer > .text", has_text="And then").wait_for()
+
     def is_done(self) -> None:
         """Wait for the end of an answer."""
         sending = self.page.locator("#send", has_text=re.compile("Send|发送"))
@@ -333,7 +340,7 @@ class Tab:
 
 
 @contextlib.contextmanager
-def opened(browser: Any, url: str, **options: Any) -> Iterator[Tab]:
+def opened(browser: Any, url: str = "about:blank", **options: Any) -> Iterator[Tab]:
     """Open a page in a fresh profile."""
     context = browser.new_context(**{**KEYLESS, **options})
     tab = Tab(context.new_page())
@@ -384,12 +391,32 @@ def test_page_without_an_app_says_so(browser: Any) -> None:
         assert (_complaints(tab), tab.messages) == ([], [])
 
 
+def test_apps_are_listed_before_they_have_answered(browser: Any) -> None:
+    """A name is not said twice."""
+    models = json.dumps({"Helpdesk": "app-good"})
+    with running_site(MODEL_CONFIG=models) as mine, opened(browser) as tab:
+        shown = []
+
+        def look(route: Any) -> None:
+            shown.append(tab.text("#apps li"))
+            route.continue_()
+
+        tab.page.route("**/apps", look)
+        tab.page.goto(mine.url)
+        shown.append(tab.text("#apps .good"))
+    assert shown == ["Helpdeskchecking…", "Helpdeskchat · ready"]
+
+
 def test_chosen_model_is_kept_when_the_apps_are_checked_again(tab: Tab) -> None:
     tab.page.select_option("#model", "gone")
     tab.page.evaluate("document.querySelector('#model').firstChild.id = 'old'")
     tab.page.click("#again")
     tab.page.locator("#model:not(:has(#old))").wait_for(state="attached")
     assert tab.page.input_value("#model") == "gone"
+    tab.page.evaluate("document.querySelector('#model').selectedOptions[0].text = '-'")
+    tab.page.click("#again")
+    tab.page.locator("#model:not(:has-text('-'))").wait_for(state="attached")
+    assert tab.page.input_value("#model") == "desk"
 
 
 def test_answer_appears_while_it_comes(tab: Tab) -> None:
@@ -401,6 +428,8 @@ def test_answer_appears_while_it_comes(tab: Tab) -> None:
     tab.is_done()
     assert tab.text(".answer > .text").endswith("word11")
     assert len(set(lengths)) > 2
+    assert tab.text("#said") == tab.text(".answer > .text")
+    assert tab.page.locator("details:visible, #hint").count() == 0
     assert tab.messages == []
 
 
@@ -425,7 +454,20 @@ def test_pieces_that_come_at_once_have_no_rate(tab: Tab) -> None:
     tab.ask("tell me at once")
     tab.is_done()
     assert tab.text(".answer > .text").endswith("word11")
-    assert tab.text("#n1") == "–"
+    assert [tab.text(f"#n{n}")[-2:] for n in range(3)] == [" s", "–", " s"]
+
+
+def test_thoughts_are_open_until_the_answer_begins(tab: Tab) -> None:
+    thoughts = tab.page.locator(".answer details .text")
+    tab.ask("ponder")
+    thoughts.get_by_text("Now I think.").wait_for()
+    tab.page.keyboard.press("Escape")
+    tab.is_done()
+    tab.page.fill("#text", "")
+    tab.ask("something rich")
+    tab.is_done()
+    assert [thoughts.nth(n).is_visible() for n in range(2)] == [True, False]
+    assert tab.page.locator("summary", has_text="Thinking").last.is_visible()
 
 
 def test_reasoning_files_links_and_sources_are_shown(tab: Tab) -> None:
@@ -436,6 +478,7 @@ def test_reasoning_files_links_and_sources_are_shown(tab: Tab) -> None:
     assert [(x.text_content(), x.get_attribute("href")) for x in link.all()] == [
         ("the handbook", "https://docs.example/a_(b)")
     ]
+    assert link.get_attribute("target") == "_blank"
     picture = tab.page.locator(".answer img")
     assert (picture.get_attribute("alt"), picture.get_attribute("src")) == (
         "a cat",
@@ -444,7 +487,10 @@ def test_reasoning_files_links_and_sources_are_shown(tab: Tab) -> None:
     source = tab.page.locator("details").last
     assert source.locator("summary").text_content() == "Sources"
     assert source.locator("a").get_attribute("href") == "https://docs.example/leave"
-    assert source.locator("small").text_content() == "Thirty days a year."
+    assert source.locator("p").all_text_contents() == [
+        "leave.pdfThirty days a year.",
+        "notes.txtThirty days a year.",
+    ]
 
 
 def test_markup_of_an_answer_is_text(tab: Tab) -> None:
@@ -452,6 +498,13 @@ def test_markup_of_an_answer_is_text(tab: Tab) -> None:
     tab.is_done()
     assert EVIL in tab.page.text_content(".answer > .text")
     assert (tab.messages, tab.elsewhere) == ([], [PICTURE])
+
+
+def test_links_have_the_names_that_an_answer_gives(tab: Tab) -> None:
+    tab.ask("labels")
+    tab.is_done()
+    names = tab.page.locator(".answer a").all_text_contents()
+    assert names == ["https://docs.example/1", "a [b]"]
 
 
 def test_code_of_an_answer_is_shown_as_it_is(tab: Tab) -> None:
@@ -490,26 +543,41 @@ def test_question_is_in_sight_where_one_had_read_above(tab: Tab) -> None:
     tab.is_done()
     tab.page.evaluate("document.querySelector('#log').scrollTop = -9e9")
     assert tab.page.evaluate("document.querySelector('#log').scrollTop") < 0
-    tab.ask("hang on")
-    tab.page.locator(".answer > .text", has_text="And then").wait_for()
+    tab.hang()
     assert tab.page.evaluate("document.querySelector('#log').scrollTop") == 0
 
 
-def test_question_and_history_are_sent(tab: Tab, site: Site) -> None:
+def test_history_is_sent_until_a_new_chat(tab: Tab, site: Site) -> None:
     before = len(site.dify.requests)
     for question in ("tell me one", "tell me two"):
         tab.ask(question)
         tab.is_done()
-    turns = [row.json for row in site.dify.requests[before:]]
-    asked = [row["query"] for row in turns if "query" in row]
-    assert asked == ["tell me one", "tell me two"]
+    tab.page.click("#clear")
+    assert tab.page.is_visible("#hint")
+    tab.ask("tell me three")
+    tab.is_done()
+    sent = site.dify.requests[before:]
+    asked = [row.json for row in sent if row.path.endswith("/chat-messages")]
+    words = [row["query"].split()[-1] for row in asked]
+    assert words == ["one", "two", "three"]
+    assert [bool(row.get("conversation_id")) for row in asked] == [False, True, False]
+
+
+def test_nothing_is_not_sent(tab: Tab) -> None:
+    tab.ask("  ")
+    tab.page.click("#send")
+    tab.page.keyboard.press("Escape")
+    assert tab.page.locator(".answer").count() == 0
+    assert tab.messages == []
 
 
 @pytest.mark.parametrize(
     ("question", "words"),
     [
         pytest.param(
-            "refuse this", ["no such input", "HTTP 400", "req_"], id="refused"
+            "refuse this",
+            ["no such input", "HTTP 400", "req_", "invalid_param"],
+            id="refused",
         ),
         pytest.param("break it", ["the model fell over"], id="inside-the-stream"),
     ],
@@ -532,18 +600,46 @@ def test_error_is_shown_when_the_server_is_gone(browser: Any) -> None:
         assert tab.text("[role=alert]") == "OpenDify can't be reached."
 
 
-def test_answer_is_stopped_by_escape(tab: Tab) -> None:
-    tab.ask("hang on")
-    tab.page.locator(".answer > .text", has_text="And then").wait_for()
-    assert tab.page.text_content("#send") == "Stop"
-    tab.page.keyboard.press("Escape")
-    assert tab.text("[role=alert]") == "Stopped."
+@pytest.mark.parametrize(
+    ("status", "body", "shown"),
+    [
+        pytest.param(502, "<html>", "HTTP 502", id="of-a-gateway"),
+        pytest.param(
+            200,
+            'data: {"choices": [{"delta": {"content": "Half"}}]}\n\n',
+            "The answer broke off.",
+            id="cut",
+        ),
+    ],
+)
+def test_what_is_no_answer_is_an_error(
+    tab: Tab, status: int, body: str, shown: str
+) -> None:
+    """Something stands between, or fell over."""
+    answer = {"status": status, "body": body}
+    tab.page.route("**/chat/completions", lambda route: route.fulfill(**answer))
+    tab.ask("tell me")
+    assert tab.text("[role=alert]") == shown
     tab.is_done()
 
 
+@pytest.mark.parametrize("way", ["Escape", "button"])
+def test_answer_is_stopped_and_the_next_question_kept(tab: Tab, way: str) -> None:
+    tab.hang()
+    tab.page.keyboard.type("and")
+    tab.page.keyboard.press("Enter")  # sends nothing yet, and stops nothing
+    assert tab.page.text_content("#send") == "Stop"
+    if way == "Escape":
+        tab.page.keyboard.press(way)
+    else:
+        tab.page.click("#send")
+    assert tab.text("[role=alert]") == "Stopped."
+    tab.is_done()
+    assert tab.page.input_value("#text") == "and"
+
+
 def test_new_chat_drops_the_question_that_runs(tab: Tab) -> None:
-    tab.ask("hang on")
-    tab.page.locator(".answer > .text", has_text="And then").wait_for()
+    tab.hang()
     tab.page.click("#clear")
     tab.is_done()
     assert tab.page.input_value("#text") == ""
@@ -572,8 +668,7 @@ def test_shift_enter_breaks_the_line(tab: Tab) -> None:
 @pytest.mark.parametrize("key", ["Enter", "Escape"])
 def test_keys_of_an_input_method_send_and_stop_nothing(tab: Tab, key: str) -> None:
     """Safari says of its last key that nothing is being composed any more."""
-    tab.ask("hang on")
-    tab.page.locator(".answer > .text", has_text="And then").wait_for()
+    tab.hang()
     if key == "Enter":
         tab.page.keyboard.press("Escape")
         tab.is_done()
@@ -612,6 +707,14 @@ def test_settings_of_clients_are_copied(browser: Any, site: Site) -> None:
         assert buttons.all_inner_texts() == ["Copy", "Copy"]
 
 
+def test_settings_hold_the_chosen_model_and_the_key(tab: Tab) -> None:
+    assert tab.text("#settings").endswith("OPENAI_API_KEY=any")
+    tab.page.select_option("#client", "LobeChat")
+    for model in ("desk", "gone"):
+        tab.page.select_option("#model", model)
+        assert tab.text("#settings").endswith(f"OPENAI_MODEL_LIST=-all,+{model}")
+
+
 def test_settings_hold_any_name_of_a_model(browser: Any) -> None:
     name = """Bob's "test" \\ 助手"""
     models = json.dumps({name: "app-good"})
@@ -624,6 +727,7 @@ def test_settings_hold_any_name_of_a_model(browser: Any) -> None:
 
 def test_wrong_key_is_asked_for_again(browser: Any, guarded: Site) -> None:
     with opened(browser, guarded.url) as tab:
+        assert tab.focus() == "key"
         assert (tab.messages, tab.page.locator("#apps li").count()) == ([], 0)
         assert _complaints(tab) == []
         for wrong in ("wrong", "“pasted”", "密钥"):  # no header can hold the latter
@@ -640,7 +744,9 @@ def test_wrong_key_is_asked_for_again(browser: Any, guarded: Site) -> None:
 
 def test_key_is_asked_for_and_kept_in_the_tab_only(browser: Any, guarded: Site) -> None:
     with opened(browser, guarded.url) as tab:
-        assert tab.focus() == "key"
+        assert tab.text("#settings").endswith("OPENAI_API_KEY=YOUR-KEY")
+        tab.page.select_option("#client", "LobeChat")
+        tab.page.focus("#key")
         tab.page.keyboard.type(CLIENT_KEY)
         tab.page.keyboard.press("Enter")
         tab.text("#apps .good")
@@ -648,7 +754,8 @@ def test_key_is_asked_for_and_kept_in_the_tab_only(browser: Any, guarded: Site) 
         kept = tab.page.evaluate("[{...sessionStorage}, {...localStorage}]")
         assert kept == [{"api-key": CLIENT_KEY}, {}]
         assert tab.page.context.cookies() == []
-        assert CLIENT_KEY not in tab.page.text_content("#settings")
+        assert CLIENT_KEY not in tab.text("#settings")
+        assert tab.text("#settings").endswith("+desk")
         tab.ask("tell me")
         tab.is_done()
         assert tab.text(".answer > .text").endswith("word11")
