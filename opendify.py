@@ -11541,9 +11541,9 @@ class DemoApp(Listener):
             send_json(reply, {"message": "The demo app takes no files."}, status=400)
         else:  # of a stop's path, the task's id
             self._stopped.update(request.path.split("/"))
-            facts = {"name": "OpenDify demo", "mode": "chat", "result": "success"}
             off = {"enabled": False}
-            send_json(reply, {**facts, "speech_to_text": off, "text_to_speech": off})
+            facts = {"speech_to_text": off, "text_to_speech": off}
+            send_json(reply, {"name": "OpenDify demo", **facts})
 
     async def _stream(self, reply: Reply, body: Json) -> None:
         """An answer in bursts; events and framing are those of Dify 1.12."""

@@ -18,7 +18,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -945,6 +945,47 @@ def test_demo_can_be_checked(run: Run) -> None:
     assert rows(outcome)[1:] == [["demo", "OpenDify demo", "chat", "-", "ok"]]
     (told,) = notes(outcome)
     assert told.startswith("answer: \"Hello! This is OpenDify's demo app.")
+
+
+@contextlib.asynccontextmanager
+async def sent(
+    port: int, line: str, body: str = ""
+) -> AsyncIterator[asyncio.StreamReader]:
+    """Send a request; give what is answered."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    fields = f"Host: a\r\nContent-Length: {len(body)}"
+    writer.write(f"{line} HTTP/1.1\r\n{fields}\r\n\r\n{body}".encode())
+    yield reader
+    writer.close()
+    await writer.wait_closed()
+
+
+async def next_object(stream: asyncio.StreamReader, end: str) -> JSONObject:
+    """Return the next object of JSON, known by its end."""
+    text = (await stream.readuntil(end.encode())).decode()
+    found: JSONObject = json.loads(text[text.index("{") :])
+    return found
+
+
+async def test_demo_stops_where_it_is_told_and_keeps_what_it_said() -> None:
+    demo, said = opendify.DemoApp(), ""
+    ((_, port),) = await demo.listen("127.0.0.1", 0)
+    question = '{"query": "Hi", "conversation_id": "mine"}'
+    async with sent(port, "POST /v1/chat-messages", question) as stream:
+        event = await next_object(stream, "\n\n")
+        async with sent(port, f"POST /v1/chat-messages/{event['task_id']}/stop"):
+            while event["event"] == "message":
+                said += event["answer"]
+                event = await next_object(stream, "\n\n")
+    assert 0 < len(said) < len(opendify._DEMO_ANSWER)
+    asked = "GET /v1/messages?conversation_id="
+    async with sent(port, asked + "mine") as stream:
+        (row,) = (await next_object(stream, '"has_more":false}'))["data"]
+    told = {"id": event["message_id"], "query": "Hi", "answer": said}
+    assert {name: row[name] for name in told} == told
+    async with sent(port, asked + "another") as stream:
+        assert (await next_object(stream, '"has_more":false}'))["data"] == []
+    await demo.stop(0)
 
 
 @pytest.mark.real_clock
