@@ -110,9 +110,8 @@ def test_recorded_answer_has_what_goes_with_the_text(row: Expected) -> None:
     cited = [(source["position"], source["document_name"]) for source in sources]
     assert cited == row.citations
     ids = (reader.conversation_id, reader.message_id, reader.task_id)
-    if not row.error:
-        wanted = (row.conversation_id, row.message_id, row.task_id)
-        assert ids == tuple(id_ or "" for id_ in wanted)
+    wanted = (row.conversation_id, row.message_id, row.task_id)
+    assert ids == tuple(id_ or "" for id_ in wanted)
 
 
 @pytest.mark.parametrize("row", EXPECTED, ids=row_id)
@@ -122,12 +121,12 @@ def test_recorded_answer_ends_as_it_was_written_down(row: Expected) -> None:
     if row.error:
         error: ProxyError = failure.error
         assert parts[-1] is failure
-        assert (error.status, error.code) == (row.error["status"], row.error["code"])
-        assert row.error["contains"] in error.message
+        assert (error.status, error.code) == (row.error.status, row.error.code)
+        assert row.error.contains in error.message
         assert finish is None
         return
     assert failure is None
-    assert finish == parts[-1] == Finish(row.finish or "")
+    assert finish == parts[-1] == Finish(row.finish)
     counts = (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)
     assert counts == row.usage
 

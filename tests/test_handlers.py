@@ -2222,11 +2222,8 @@ async def test_recorded_answer_in_one_piece(row: Expected) -> None:
         got = await served.chat()
         base = served.dify.base
     if row.error:
-        assert (got.status, got.error["code"]) == (
-            row.error["status"],
-            row.error["code"],
-        )
-        assert row.error["contains"] in got.error["message"]
+        assert (got.status, got.error["code"]) == (row.error.status, row.error.code)
+        assert row.error.contains in got.error["message"]
         return
     message, usage = got.message, got.json["usage"]
     check_text(row, message["content"], row.text, base)
@@ -2253,14 +2250,11 @@ async def test_recorded_answer_streamed(row: Expected) -> None:
         got = await served.chat(stream=True, stream_options={"include_usage": True})
         base = served.dify.base
     if row.error and not row.text:
-        assert (got.status, got.error["code"]) == (
-            row.error["status"],
-            row.error["code"],
-        )
+        assert (got.status, got.error["code"]) == (row.error.status, row.error.code)
         return
     text = "".join(got.deltas)
     if row.error:
-        assert (got.error["code"], text) == (row.error["code"], row.text)
+        assert (got.error["code"], text) == (row.error.code, row.text)
         return
     check_chat_stream(got.chunks, include_usage=True)
     *_, finish, last = got.chunks
