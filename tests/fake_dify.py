@@ -177,11 +177,9 @@ def chat_answer(
     return [*texts, message(""), message_end(usage, resources)]
 
 
-def completion_answer(
-    *pieces: str, delay: float = 0, usage: tuple[int, int] = (6, 8)
-) -> list[Step]:
+def completion_answer(*pieces: str) -> list[Step]:
     """Return the answer of a completion app."""
-    return chat_answer(*pieces, delay=delay, usage=usage)
+    return chat_answer(*pieces, usage=(6, 8))
 
 
 def agent_thought(thought_id: str = "1", position: int = 1, **fields: Any) -> Send:
@@ -322,28 +320,18 @@ def _node(node: str, **finished: Any) -> list[Step]:
     ]
 
 
-def replay(file: str, exchange: int = 0, *, timed: bool = False) -> list[Step]:
+def replay(file: str, exchange: int = 0) -> list[Step]:
     """Return the recorded response of an exchange, byte for byte.
 
     Args:
-        file: the recording, as `replay.timed_reads` takes it.
+        file: the recording, as `replay.reads` takes it.
         exchange: its number within the recording.
-        timed: keep the pauses between the reads.
     """
-    from replay import timed_reads  # noqa: PLC0415 - only recordings need it
+    from replay import reads  # noqa: PLC0415 - only recordings need it
 
-    steps: list[Step] = []
-    last = 0.0
-    data = b""
-    for number, (seconds, read) in enumerate(timed_reads(file, exchange)):
-        if timed and number:
-            steps.append(Sleep(max(seconds - last, 0)))
-        steps.append(Raw(read))
-        last = seconds
-        data += read
-    if not _is_whole(data):
-        steps.append(Close())
-    return steps
+    received = reads(file, exchange)
+    end = [] if _is_whole(b"".join(received)) else [Close()]
+    return [*map(Raw, received), *end]
 
 
 def _is_whole(data: bytes) -> bool:
@@ -1095,9 +1083,9 @@ class FakeDify:
         self._apps[key] = App(key, **{"version": self.version, **settings})
         return self._apps[key]
 
-    def refuse_next(self, count: int = 1) -> None:
-        """Close the next connections without reading from them."""
-        self._refusals += count
+    def refuse_next(self) -> None:
+        """Close the next connection without reading from it."""
+        self._refusals += 1
 
     @property
     def running(self) -> int:

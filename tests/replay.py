@@ -19,7 +19,6 @@ DATA = Path(__file__).parent / "data"
 STREAM_HEADERS = [("Content-Type", "text/event-stream; charset=utf-8")]
 
 Headers = list[tuple[str, str]]
-TimedReads = list[tuple[float, bytes]]
 
 
 @cache
@@ -32,23 +31,20 @@ def load(file: str) -> dict[str, Any]:
     return recording
 
 
-def timed_reads(file: str, exchange: int = 0) -> TimedReads:
-    """Return the answer as it was read from the wire: (seconds, bytes) of each read.
+def reads(file: str, exchange: int = 0) -> list[bytes]:
+    """Return the answer as it was read from the wire, read by read.
 
-    The seconds count from the sending of the request. A bare stream is one read, with
-    a response head put before it.
+    A bare stream is one read, with a response head put before it.
     """
     recording = load(file)
     if "stream" in recording:
         head = "".join(f"{name}: {value}\r\n" for name, value in STREAM_HEADERS)
         text = f"HTTP/1.1 200 OK\r\n{head}Connection: close\r\n\r\n"
-        return [(0.0, text.encode() + recording["stream"])]
+        return [text.encode() + recording["stream"]]
     if "one_connection" in recording:
-        return _split_connection(file)[exchange][1]
-    exchanged = recording["exchanges"][exchange]
-    start = exchanged.get("sent_at", 0.0)
-    raw = exchanged["response"]["raw"]
-    return [(max(0.0, round(at - start, 3)), _as_bytes(data)) for at, data in raw]
+        return _split_connection(file)[exchange]
+    raw = recording["exchanges"][exchange]["response"]["raw"]
+    return [_as_bytes(data) for _, data in raw]
 
 
 def status_and_headers(file: str, exchange: int = 0) -> tuple[int, Headers]:
@@ -67,40 +63,9 @@ def stream_bytes(file: str, exchange: int = 0) -> bytes:
     return _unchunked(body)[0]
 
 
-def is_complete(file: str, exchange: int = 0) -> bool:
-    """Tell whether the body reached its end: last chunk, length or the server's EOF."""
-    if "stream" in load(file):
-        return True
-    _, fields = status_and_headers(file, exchange)
-    lengths = [int(value) for name, value in fields if name.lower() == "content-length"]
-    if lengths:
-        return len(stream_bytes(file, exchange)) == lengths[0]
-    if _is_chunked(file, exchange):
-        body = _wire(file, exchange).partition(b"\r\n\r\n")[2]
-        return _unchunked(body)[1] >= 0
-    recording = load(file)
-    if "one_connection" in recording:
-        return True
-    end: str = recording["exchanges"][exchange]["response"]["end"]
-    return "server" in end
-
-
-def request_body(file: str, exchange: int = 0) -> Any:
-    """Return the body sent: JSON as a value, anything else as text or its parts."""
-    recording = load(file)
-    if "stream" in recording:
-        return None
-    if "one_connection" in recording:
-        head, _, body = _split_connection(file)[exchange][0].partition(b"\r\n\r\n")
-        if b"transfer-encoding: chunked" in head.lower():
-            body = _unchunked(body)[0]
-        return json.loads(body) if body else None
-    return recording["exchanges"][exchange]["request"].get("body")
-
-
 def _wire(file: str, exchange: int) -> bytes:
     """Return the answer in one piece, without `100 Continue` before it."""
-    data = b"".join(data for _, data in timed_reads(file, exchange))
+    data = b"".join(reads(file, exchange))
     while data.startswith(b"HTTP/1.1 100"):
         data = data.partition(b"\r\n\r\n")[2]
     return data
@@ -135,63 +100,46 @@ def _as_bytes(data: str | dict[str, str]) -> bytes:
 
 
 @cache
-def _split_connection(file: str) -> list[tuple[bytes, TimedReads]]:
-    """Cut one connection into (request, reads of its answer), pipelined ones too."""
-    entries = [(at, way, _as_bytes(data)) for at, way, data in _entries(file)]
-    sends = [(at, data) for at, way, data in entries if way == "sent"]
-    reads = [(at, data) for at, way, data in entries if way == "received"]
-    sent = b"".join(data for _, data in sends)
-    received = b"".join(data for _, data in reads)
-    exchanges: list[tuple[bytes, TimedReads]] = []
-    asked = answered = 0
-    while asked < len(sent):
-        request = sent[asked : asked + _message_length(sent[asked:])]
-        end = answered + _answer_length(received[answered:])
-        start = _cut(sends, asked, asked + len(request))[0][0]
-        answer = _cut(reads, answered, end)
-        exchanges.append(
-            (request, [(round(at - start, 3), data) for at, data in answer])
-        )
-        asked, answered = asked + len(request), end
-    return exchanges
+def _split_connection(file: str) -> list[list[bytes]]:
+    """Cut one connection into the reads of each answer, pipelined ones too."""
+    received = [
+        _as_bytes(data)
+        for _, way, data in load(file)["one_connection"]
+        if way == "received" and not str(data).startswith("(end of stream")
+    ]
+    whole = b"".join(received)
+    answers: list[list[bytes]] = []
+    at = 0
+    while at < len(whole):
+        end = at + _answer_length(whole[at:])
+        answers.append(_cut(received, at, end))
+        at = end
+    return answers
 
 
-def _entries(file: str) -> list[Any]:
-    """Return what passed on one connection, without the remark at its end."""
-    entries: list[Any] = load(file)["one_connection"]
-    return [e for e in entries if not str(e[2]).startswith("(end of stream")]
-
-
-def _cut(parts: TimedReads, begin: int, end: int) -> TimedReads:
+def _cut(parts: list[bytes], begin: int, end: int) -> list[bytes]:
     """Return the parts that hold the bytes from `begin` to `end`, trimmed to them."""
-    cut: TimedReads = []
+    cut: list[bytes] = []
     position = 0
-    for at, data in parts:
+    for data in parts:
         part = data[max(0, begin - position) : max(0, end - position)]
         if part:
-            cut.append((at, part))
+            cut.append(part)
         position += len(data)
     return cut
 
 
 def _answer_length(data: bytes) -> int:
     """Return the length of the first answer in the data, with any 100 before it."""
-    if data.startswith(b"HTTP/1.1 100"):
-        interim = data.index(b"\r\n\r\n") + 4
-        return interim + _answer_length(data[interim:])
-    return _message_length(data, until_eof=True)
-
-
-def _message_length(data: bytes, *, until_eof: bool = False) -> int:
-    """Return the length of the first HTTP message in the data."""
     head, _, body = data.partition(b"\r\n\r\n")
     begin = len(head) + 4
-    fields = dict(
-        line.lower().split(b":", 1) for line in head.split(b"\r\n")[1:] if b":" in line
-    )
+    if head.startswith(b"HTTP/1.1 100"):
+        return begin + _answer_length(body)
+    lines = (line.lower() for line in head.split(b"\r\n")[1:])
+    fields = dict(line.split(b":", 1) for line in lines)
     if fields.get(b"transfer-encoding", b"").strip() == b"chunked":
         end = _unchunked(body)[1]
         return len(data) if end < 0 else begin + end
     if b"content-length" in fields:
         return min(len(data), begin + int(fields[b"content-length"]))
-    return len(data) if until_eof else begin
+    return len(data)

@@ -91,11 +91,10 @@ def block_after(text: str, language: str) -> str:
     return next(block.text for block in blocks(language) if block.line > line)
 
 
-def table(heading: str, number: int = 0) -> list[list[str]]:
+def table(heading: str) -> list[list[str]]:
     """The rows of a table whose first column has this heading."""
-    start = [match.start() for match in re.finditer(rf"(?m)^\| {heading} \|", README)]
-    text = README[start[number] :].partition("\n\n")[0]
-    _, _, *lines = text.splitlines()
+    _, start, rest = README.partition(f"\n| {heading} |")
+    _, _, *lines = (start[1:] + rest).partition("\n\n")[0].splitlines()
     return [[cell.strip() for cell in line[1:-1].split(" | ")] for line in lines]
 
 
@@ -498,8 +497,8 @@ def test_routes_that_the_metrics_are_said_to_name_exist() -> None:
     assert [route for route in routes if route not in opendify.ROUTES] == []
 
 
-def block_of(language: str, index: int = 0) -> str:
-    return blocks(language)[index].text
+def block_of(language: str) -> str:
+    return blocks(language)[0].text
 
 
 def test_stops_of_the_recipes_wait_for_open_requests() -> None:
@@ -774,7 +773,7 @@ def test_quick_start_prints_what_it_shows(demo_base: str, tmp_path: Path) -> Non
     assert [logged(line) for line in lines].count(shown) == 3
 
 
-def test_log_in_json_is_as_shown(tmp_path: Path) -> None:
+def test_log_in_json_is_as_shown() -> None:
     text = FLAT.partition("With `LOG_FORMAT=json` each line is an object like `")[2]
     shown = json.loads(text.partition("`")[0])
     record = logging.LogRecord("", logging.INFO, "", 0, shown["message"], (), None)

@@ -226,7 +226,6 @@ async def proxying(
 HEL, LO = event("message", answer="Hel"), event("message", answer="lo")
 EMPTY = event("message", answer="")
 ALL = HEL + LO + EMPTY + END
-LONG_HEAD = HEAD.replace(b"Transfer-Encoding: chunked", b"Content-Length: 9999")
 
 # How far the answer has come when the fault happens.
 POINTS: dict[str, bytes] = {
@@ -247,7 +246,6 @@ STATUS = {BROKEN: 502, SLOW: 504, FINE: 200, "completion_request_error": 502}
 #                    head            first           later          after the end
 ENDS_BROKEN = dict(zip(POINTS, [*[BROKEN] * 8, FINE]))
 ENDS_SLOW = dict(zip(POINTS, [*[SLOW] * 8, FINE]))
-ONLY_IN_BODY = list(POINTS)[2:]
 ONLY_BETWEEN_EVENTS = ["before-first-event", "after-first-event", "before-end"]
 
 

@@ -99,11 +99,9 @@ def type_of(boundary: str) -> str:
     return f"multipart/form-data; boundary={boundary}"
 
 
-def part(
-    head: str, data: bytes = b"", boundary: str = "b", disposition: str = "form-data; "
-) -> bytes:
+def part(head: str, data: bytes = b"", boundary: str = "b") -> bytes:
     """Return a part as it is written, its boundary before it."""
-    text = f"--{boundary}\r\nContent-Disposition: {disposition}{head}\r\n\r\n"
+    text = f"--{boundary}\r\nContent-Disposition: form-data; {head}\r\n\r\n"
     return text.encode() + data + CRLF
 
 
@@ -395,7 +393,7 @@ async def post(
     return await call.read_rest()
 
 
-def two_apps(base: str = "") -> dict[str, str]:
+def two_apps() -> dict[str, str]:
     """Return the settings of two models; the second one is of the fake's app."""
     models = {"first": {"key": "app-other", "mode": "chat"}, "m": {"key": KEY}}
     return {"MODEL_CONFIG": json.dumps(models)}

@@ -326,12 +326,12 @@ NUMBERS = st.one_of(
 PLAIN = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)
 
 
-def nested(names: st.SearchStrategy[str], size: int = 4) -> st.SearchStrategy[Any]:
+def nested(names: st.SearchStrategy[str]) -> st.SearchStrategy[Any]:
     return st.recursive(
         PLAIN,
         lambda inner: st.one_of(
-            st.lists(inner, max_size=size),
-            st.dictionaries(st.one_of(names, TEXTS), inner, max_size=size),
+            st.lists(inner, max_size=4),
+            st.dictionaries(st.one_of(names, TEXTS), inner, max_size=4),
         ),
         max_leaves=8,
     )

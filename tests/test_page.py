@@ -433,7 +433,7 @@ def test_answer_appears_while_it_comes(tab: Tab) -> None:
     assert tab.messages == []
 
 
-def test_smoothing_is_switched_and_measured(tab: Tab, site: Site) -> None:
+def test_smoothing_is_switched_and_measured(tab: Tab) -> None:
     seen = {}
     for name in ("on", "off"):
         tab.page.set_checked("#smooth", name == "on")

@@ -1525,14 +1525,14 @@ async def test_cut_answer_is_not_continued() -> None:
 # ------------------------------------------------------------------------------
 
 
-def numbered(count: int, delay: float = 0.2) -> fake.Script:
+def numbered(count: int) -> fake.Script:
     """Return a script: turn i says "i.0", "i.1" …, one after another."""
     turns = iter(range(100))
 
     def script(_: fake.Request) -> list[fake.Step]:
         turn = next(turns)
         texts = [f"{turn}.{piece} " for piece in range(count)]
-        return fake.chat_answer(*texts, delay=delay, usage=(10, 1 + turn))
+        return fake.chat_answer(*texts, delay=0.2, usage=(10, 1 + turn))
 
     return script
 
