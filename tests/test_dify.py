@@ -56,10 +56,13 @@ def parts_of(row: Expected) -> tuple[list[Part], AnswerReader]:
     status, fields = replay.status_and_headers(row.file, row.exchange)
     headers = {name.lower(): value for name, value in fields}
     body = replay.stream_bytes(row.file, row.exchange)
-    reader = AnswerReader(row.mode, APP)
+    reader, one_by_one = AnswerReader(row.mode, APP), AnswerReader(row.mode, APP)
     if status != 200 or not headers["content-type"].startswith("text/event-stream"):
         return [Failure(opendify.error_from_body(status, body))], reader
-    parts = reader.read(SSEDecoder().feed(body))
+    events = SSEDecoder().feed(body)
+    parts = reader.read(events)
+    singly = [part for event in events for part in one_by_one.read([event])]
+    assert repr(singly) == repr(parts)  # errors are equal to none but themselves
     return parts + reader.end(), reader
 
 
@@ -84,9 +87,23 @@ def only(parts: list[Part], kind: Any) -> Any:
 
 
 @pytest.mark.parametrize("row", EXPECTED, ids=row_id)
-def test_recorded_answer_has_the_text_that_was_written_down(row: Expected) -> None:
-    parts, _ = parts_of(row)
-    text = joined(parts, Text)
+def test_recorded_answer_is_what_was_written_down(row: Expected) -> None:
+    parts, reader = parts_of(row)
+    check_text(row, joined(parts, Text))
+    assert joined(parts, Reasoning) == "\n\n".join(row.reasoning)
+    files = [part for part in parts if isinstance(part, Media)]
+    assert [(file.kind, file.url) for file in files] == [row[:2] for row in row.files]
+    citations = only(parts, Citations)
+    sources = citations.resources if citations else ()
+    cited = [(source["position"], source["document_name"]) for source in sources]
+    assert cited == row.citations
+    ids = (reader.conversation_id, reader.message_id, reader.task_id)
+    wanted = (row.conversation_id, row.message_id, row.task_id)
+    assert ids == tuple(id_ or "" for id_ in wanted)
+    check_end(row, parts)
+
+
+def check_text(row: Expected, text: str) -> None:
     if isinstance(row.text, Long):
         assert row.text.matches(text)
     elif row.file == "streams/workflow-outputs-only.sse":
@@ -99,24 +116,7 @@ def test_recorded_answer_has_the_text_that_was_written_down(row: Expected) -> No
         assert text == row.text
 
 
-@pytest.mark.parametrize("row", EXPECTED, ids=row_id)
-def test_recorded_answer_has_what_goes_with_the_text(row: Expected) -> None:
-    parts, reader = parts_of(row)
-    files = [part for part in parts if isinstance(part, Media)]
-    citations = only(parts, Citations)
-    assert joined(parts, Reasoning) == "\n\n".join(row.reasoning)
-    assert [(file.kind, file.url) for file in files] == [row[:2] for row in row.files]
-    sources = citations.resources if citations else ()
-    cited = [(source["position"], source["document_name"]) for source in sources]
-    assert cited == row.citations
-    ids = (reader.conversation_id, reader.message_id, reader.task_id)
-    wanted = (row.conversation_id, row.message_id, row.task_id)
-    assert ids == tuple(id_ or "" for id_ in wanted)
-
-
-@pytest.mark.parametrize("row", EXPECTED, ids=row_id)
-def test_recorded_answer_ends_as_it_was_written_down(row: Expected) -> None:
-    parts, _ = parts_of(row)
+def check_end(row: Expected, parts: list[Part]) -> None:
     failure, usage, finish = (only(parts, kind) for kind in (Failure, Usage, Finish))
     if row.error:
         error: ProxyError = failure.error
@@ -129,38 +129,6 @@ def test_recorded_answer_ends_as_it_was_written_down(row: Expected) -> None:
     assert finish == parts[-1] == Finish(row.finish)
     counts = (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)
     assert counts == row.usage
-
-
-CUT_ROWS = [
-    row
-    for row in EXPECTED
-    if "chat-streaming" in row.file
-    or row.file.endswith(("/workflow-streaming.json", "/agent-streaming-tool.json"))
-    or row.file in ("streams/chat-think.sse", "streams/chat-crlf-intermediary.sse")
-    or row.file == "streams/chat-unicode-line-separators.sse"
-]
-
-
-@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"], ids=["lf", "crlf"])
-@pytest.mark.parametrize("row", CUT_ROWS, ids=row_id)
-def test_answer_is_the_same_when_cut_at_every_byte(
-    row: Expected, line_end: bytes
-) -> None:
-    body = replay.stream_bytes(row.file, row.exchange).replace(b"\r\n", b"\n")
-    body = body.replace(b"\n", line_end)
-    whole = SSEDecoder().feed(body)
-    for cut in range(len(body) + 1):
-        decoder = SSEDecoder()
-        assert decoder.feed(body[:cut]) + decoder.feed(body[cut:]) == whole
-    decoder = SSEDecoder()
-    singly = [
-        event for at in range(len(body)) for event in decoder.feed(body[at : at + 1])
-    ]
-    assert singly == whole
-    reader = AnswerReader(row.mode, APP)
-    assert [part for event in whole for part in reader.read([event])] == parts_of(row)[
-        0
-    ]
 
 
 # ------------------------------------------------------------------------------
