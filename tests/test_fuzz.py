@@ -37,7 +37,7 @@ from opendify import (
 
 CASES_WANTED = os.environ.get("OPENDIFY_FUZZ_CASES", "")
 CASES_IN_ALL = int(CASES_WANTED or 2000)
-VARIANTS = 8  # of what hypothesis has made, which takes it longer than to run them
+VARIANTS = 16  # of what hypothesis has made, which takes it longer than to run them
 KEY = "app-key-of-the-tests"
 
 
