@@ -1196,79 +1196,51 @@ def test_missing_part_of_python_is_one_line_and_status_1(name: str) -> None:
     assert f"{name!r}: a part of Python that some systems package apart" in err
 
 
-@pytest.fixture
-def demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """The demo on a free port, as a process."""
-    command = [*START, "--demo", "--port", "0"]
+@contextlib.contextmanager
+def demo(folder: Path, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Give the demo on a free port, as a process, and the first line that it prints."""
     with subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=few_variables(),
+        [*START, "--demo", "--port", "0"],
+        cwd=folder,
+        env={**few_variables(), **variables},
         encoding="utf-8",
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
         try:
-            yield process
+            assert process.stdout
+            yield process, process.stdout.readline()
         finally:
             process.kill()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
-def test_demo_serves_until_a_signal_and_ends_with_0(
-    demo: subprocess.Popen[str],
-) -> None:
-    assert demo.stdout
-    line = demo.stdout.readline()
-    told = re.fullmatch(
-        re.escape(VERSION[:-1]) + r" listens on (http://127\.0\.0\.1:\d+/v1)\n", line
-    )
-    assert told, line
+def test_demo_serves_until_a_signal_and_ends_with_0(tmp_path: Path) -> None:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with direct.open(f"{told[1]}/models") as response:
-        models = json.load(response)["data"]
-    assert [model["id"] for model in models] == ["demo"]
-    demo.send_signal(signal.SIGTERM)
-    out, err = demo.communicate()
-    assert (demo.returncode, out) == (0, "")
+    shown = re.escape(VERSION[:-1]) + r" listens on (http://127\.0\.0\.1:\d+/v1)\n"
+    with demo(tmp_path) as (process, line):
+        told = re.fullmatch(shown, line)
+        assert told, line
+        with direct.open(f"{told[1]}/models") as response:
+            models = json.load(response)["data"]
+        assert [model["id"] for model in models] == ["demo"]
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate()
+    assert (process.returncode, out) == (0, "")
     assert " GET /v1/models 200 " in err
     assert "Traceback" not in err
-
-
-def test_demo_says_that_it_takes_no_files(demo: subprocess.Popen[str]) -> None:
-    assert demo.stdout
-    url = demo.stdout.readline().split()[-1] + "/files"
-    name = 'Content-Disposition: form-data; name="file"; filename="a.txt"'
-    body = f"--b\r\n{name}\r\n\r\nhello\r\n--b--\r\n".encode()
-    headers = {"Content-Type": "multipart/form-data; boundary=b"}
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        direct.open(urllib.request.Request(url, body, headers))
-    with caught.value as refused:
-        message = json.load(refused)["error"]["message"]
-    told = "The file 'a.txt' was refused: The demo app takes no files."
-    assert (caught.value.code, message) == (400, told)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
 def test_file_that_fails_later_is_a_warning(tmp_path: Path) -> None:
     path = str(tmp_path / "c.sqlite")
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with subprocess.Popen(
-        [*START, "--demo", "--port", "0"],
-        cwd=tmp_path,
-        env={**few_variables(), "CONVERSATION_STORE": path},
-        encoding="utf-8",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
-        assert process.stdout
-        url = process.stdout.readline().split()[-1]
+    with demo(tmp_path, CONVERSATION_STORE=path) as (process, line):
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             for _ in range(3):
                 with pytest.raises(urllib.error.HTTPError, match="503") as caught:
-                    direct.open(f"{url}/conversations", b"{}")
+                    direct.open(f"{line.split()[-1]}/conversations", b"{}")
                 caught.value.close()
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate()

@@ -30,6 +30,7 @@ from test_handlers import (
     Got,
     JSONObject,
     Proxy,
+    demo,
     own_tasks,
     proxy,
     with_parts,
@@ -1067,6 +1068,13 @@ async def test_file_over_the_app_s_limit_is_refused(
         assert served.dify.uploads == {}
     assert (got.status, got.error["param"]) == (413, "file")
     assert got.error["message"] == TOO_LARGE
+
+
+async def test_demo_says_that_it_takes_no_files() -> None:
+    async with demo() as served:
+        got = await post(served, FILES, pdf())
+    told = "The file '图 1.pdf' was refused: The demo app takes no files."
+    assert (got.status, got.error["message"]) == (400, told)
 
 
 async def test_file_of_the_app_s_limit_passes() -> None:

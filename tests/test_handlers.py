@@ -258,6 +258,16 @@ async def proxy(
 
 
 @contextlib.asynccontextmanager
+async def demo() -> AsyncIterator[Proxy]:
+    """Give a proxy whose model `m` is the demo's app."""
+    app = opendify.DemoApp()
+    ((host, port),) = await app.listen("127.0.0.1", 0)
+    async with proxy(variables={"DIFY_API_BASE": f"http://{host}:{port}/v1"}) as made:
+        yield made
+    assert await app.stop(1)
+
+
+@contextlib.asynccontextmanager
 async def serving(settings: opendify.Settings, dify: FakeDify) -> AsyncIterator[Proxy]:
     """Give a running proxy; once its clients have left, it must end at once."""
     store, ttl_s = settings.conversation_store, settings.conversation_ttl

@@ -25,6 +25,7 @@ from test_handlers import (
     Headers,
     JSONObject,
     Proxy,
+    demo,
     proxy,
     serving,
 )
@@ -110,6 +111,15 @@ async def test_every_app_mode_answers(mode: str, stream: bool) -> None:
 # ------------------------------------------------------------------------------
 # Continuing
 # ------------------------------------------------------------------------------
+
+
+async def test_demo_keeps_what_was_said() -> None:
+    async with demo() as served:
+        one = await answer(served, "One")
+        two = await answer(served, "Two", previous_response_id=one["id"])
+        again = await served.get(f"{PATH}/{one['id']}")
+    assert text_of(two).endswith("You said: Two")
+    assert text_of(again.json) == text_of(one)
 
 
 @contextlib.asynccontextmanager
