@@ -262,9 +262,12 @@ async def demo() -> AsyncIterator[Proxy]:
     """Give a proxy whose model `m` is the demo's app."""
     app = opendify.DemoApp()
     ((host, port),) = await app.listen("127.0.0.1", 0)
-    async with proxy(variables={"DIFY_API_BASE": f"http://{host}:{port}/v1"}) as made:
-        yield made
-    assert await app.stop(1)
+    try:
+        variables = {"DIFY_API_BASE": f"http://{host}:{port}/v1"}
+        async with proxy(variables=variables) as made:
+            yield made
+    finally:
+        assert await app.stop(1)
 
 
 @contextlib.asynccontextmanager
