@@ -22,24 +22,24 @@ BUDGETS = {
     "Errors": 87,
     "SSE": 61,
     "JSON": 96,
-    "Turn": 205,
-    "Calls": 791,
-    "Dify": 795,
+    "Turn": 202,
+    "Calls": 790,
+    "Dify": 787,
     "Ids": 62,
     "OpenAI": 681,
-    "Responses": 425,
-    "Conversations": 451,
+    "Responses": 414,
+    "Conversations": 447,
     "Pacer": 130,
-    "Wire": 506,
-    "Upstream": 717,
+    "Wire": 493,
+    "Upstream": 705,
     "Answers": 500,
-    "Handlers": 900,
+    "Handlers": 870,
     "Server": 285,
     "Page": 263,
-    "Command line": 457,
+    "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7711
+WHOLE_BUDGET = 7623
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
