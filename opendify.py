@@ -6828,8 +6828,6 @@ class Wire(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The connection is open."""
         self._transport = self._plain = cast(asyncio.Transport, transport)
-        # asyncio reads 256 KiB at once, and as much would then be sent on at once.
-        vars(transport)["max_size"] = READ_BUFFER_BYTES
         if isinstance(address := transport.get_extra_info("peername"), tuple):
             self.peer = str(address[0])
         if self._on_open:
@@ -6841,8 +6839,9 @@ class Wire(asyncio.Protocol):
         if len(self.unread) > READ_BUFFER_BYTES and not self._reader:
             self._is_paused = True
             self._transport.pause_reading()
-        if self._reader and not self._reader.done():
-            (self.on_data or self.wake)()
+        take = self.on_data or self.wake
+        while self.unread and self._reader and not self._reader.done():
+            take()
 
     def eof_received(self) -> bool:
         """The peer sends nothing more; whether it may still be written to."""
@@ -7190,9 +7189,10 @@ async def read_body(wire: Wire, decoder: BodyDecoder) -> bytes:
 
 
 def take_body(wire: Wire, decoder: BodyDecoder) -> bytes:
-    """What has come of a body."""
-    body = decoder.feed(wire.unread)
-    wire.unread = decoder.rest
+    """What has come of a body; READ_BUFFER_BYTES at most, since asyncio reads more."""
+    rest = wire.unread[READ_BUFFER_BYTES:]
+    body = decoder.feed(wire.unread[:READ_BUFFER_BYTES])
+    wire.unread = decoder.rest + rest
     return body
 
 
@@ -7609,12 +7609,16 @@ class Pool:
         idle = self._idle[origin]
         while idle:
             wire, body = idle.pop()  # the newest: it lives most likely
-            wire.on_leave = None
             if not body.is_complete:
                 take_body(wire, body)
-            if body.is_complete and not wire.is_stale:
+            if wire.is_stale or body.failure:
+                wire.close()
+            elif body.is_complete:
+                wire.on_leave = None
                 return wire
-            wire.close()
+            else:  # nor are those complete that were used later
+                idle.append((wire, body))
+                break
         return None
 
     # Opening...

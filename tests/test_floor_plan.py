@@ -30,8 +30,8 @@ BUDGETS = {
     "Responses": 414,
     "Conversations": 447,
     "Pacer": 130,
-    "Wire": 493,
-    "Upstream": 705,
+    "Wire": 494,
+    "Upstream": 709,
     "Answers": 500,
     "Handlers": 870,
     "Server": 285,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7623
+WHOLE_BUDGET = 7628
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

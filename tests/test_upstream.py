@@ -1358,6 +1358,18 @@ async def test_chatflow_ends_in_every_order_of_the_last_events(order: str) -> No
         assert fake.connections == 1  # read to the last chunk, and kept
 
 
+async def test_connection_is_kept_until_the_last_chunk_of_a_body_comes() -> None:
+    async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=[message("Hello"), message_end(), Sleep(1)])
+        for connections in (1, 2, 3):  # none is over, and each is kept
+            assert await turn(dify, app) == FINE
+            assert fake.connections == connections
+        await asyncio.sleep(2)
+        for _ in range(3):
+            assert await turn(dify, app) == FINE
+        assert fake.connections == 3
+
+
 # ------------------------------------------------------------------------------
 # A broken stream: what Dify has stored
 # ------------------------------------------------------------------------------
