@@ -3786,7 +3786,8 @@ class IdSealer:
 
     def _cipher(self, tag: bytes, data: bytes) -> bytes:
         stream = hashlib.shake_256(self._stream_key + tag).digest(len(data))
-        return bytes(a ^ b for a, b in zip(data, stream))
+        mixed = int.from_bytes(data, "big") ^ int.from_bytes(stream, "big")
+        return mixed.to_bytes(len(data), "big")
 
 
 def _spelled(data: bytes) -> str:

@@ -25,7 +25,7 @@ BUDGETS = {
     "Turn": 202,
     "Calls": 790,
     "Dify": 787,
-    "Ids": 62,
+    "Ids": 63,
     "OpenAI": 681,
     "Responses": 414,
     "Conversations": 447,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7628
+WHOLE_BUDGET = 7629
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
