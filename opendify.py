@@ -9044,7 +9044,7 @@ async def _with_past(dify: Dify, question: Question, plan: Plan) -> Json:
 
 MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
 MAX_ADDRESSES = 10_000  # that are remembered for it
-MAX_REFERENCES = 500  # to stored items; the body of a request has room for a million
+MAX_REFERENCES = 500  # to stored items; to open 20,000 long ids would take 17 s
 MAX_CONVERSATIONS_READ, MAX_PAGES = 40, 20  # for a request; a run counts as one
 LATELY_S = 300.0  # what `GET /ready` takes as proof
 NAMES_TIMEOUT_S = 5.0  # Open WebUI gives the model list 10 s
@@ -9213,12 +9213,7 @@ async def _join(
     is folded.
     """
     user, previous = question.user, request.previous_response_id
-    latest_first = dict.fromkeys((previous, *reversed(request.references)))
-    places = {
-        id_: place
-        for id_ in itertools.islice(latest_first, 1 + MAX_REFERENCES)
-        if (place := open_place(sealer, id_, user))
-    }
+    places = _places_of((previous, *reversed(request.references)), sealer, user)
     if previous and not (previous in places and previous.startswith("resp_")):
         raise _no_previous(previous)
     if not places:
@@ -9234,6 +9229,13 @@ async def _join(
     if question.tail and question.ask.conversation_id != here:
         table.put(question.tail, site.wall_clock())
         question.tail = None
+
+
+def _places_of(ids: Iterable[str], sealer: IdSealer, user: str) -> dict[str, Place]:
+    """Where in Dify ids lead, as `open_place` says; the first MAX_REFERENCES count."""
+    first = itertools.islice(dict.fromkeys(filter(None, ids)), MAX_REFERENCES)
+    places = {id_: open_place(sealer, id_, user) for id_ in first}
+    return {id_: place for id_, place in places.items() if place}
 
 
 async def _join_named(site: Site, question: Question, request: ResponsesRequest) -> Ask:
@@ -9301,11 +9303,12 @@ async def _with_text(site: Site, exchange: Exchange, app: AppSettings, ask: Ask)
     if not ids:  # nearly always
         return ask
     sealer, user = IdSealer(app.key, exchange.owner), exchange.user_of(ask.user)
-    places = {id_: open_place(sealer, id_, user, "audio_") for id_ in ids}
-    stored = await _turns_of(site, app, *filter(None, places.values()))
+    places = _places_of(ids, sealer, user)
+    stored = await _turns_of(site, app, *places.values())
     texts: dict[str, str] = {}
-    for id_, place in places.items():
-        if not place or place.message_id not in stored:
+    for id_ in dict.fromkeys(ids):
+        place = places.get(id_)
+        if not (place and id_.startswith("audio_") and place.message_id in stored):
             raise bad_value("messages", _NO_SPOKEN % _shown(id_))
         texts[id_] = stored[place.message_id].answer(ask.tools).text
     messages = (m._replace(text=texts.get(m.spoken_id, m.text)) for m in ask.messages)

@@ -503,6 +503,21 @@ async def test_id_that_is_not_ours_is_refused(change: Callable[[str], str]) -> N
     assert len(served.turns) == 1
 
 
+async def test_so_many_ids_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes up to a millisecond, in which all streams stand still."""
+    opened: list[str] = []
+
+    def noted(sealer: opendify.IdSealer, id_: str, prefix: str) -> None:
+        opened.append(id_)
+
+    monkeypatch.setattr(opendify.IdSealer, "open", noted)
+    rows = [row for number in range(501) for row in named(f"audio_{number}")]
+    async with proxy(parameters=SPEAKS) as served:
+        got = await served.chat(messages=rows)
+    assert (got.status, got.error["param"]) == (400, "messages")
+    assert opened == [f"audio_{number}" for number in range(500)]
+
+
 async def test_answer_of_another_user_is_not_known() -> None:
     async with proxy(parameters=SPEAKS, memory=True) as served:
         id_ = id_of(await served.chat(user="al", **ASKED))
