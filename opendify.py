@@ -10706,6 +10706,7 @@ async def _wait_for_end(tasks: Collection[asyncio.Task[Any]], seconds: float) ->
 # What a browser shows at /: the apps, the settings of clients, and a playground. No
 # external resource, and a policy that names its style and its script by their hashes.
 # What comes from elsewhere becomes text, links and images by DOM calls, never HTML.
+# Its forms are those of a dialog that is not there, which lead nowhere.
 # The script is a client like any other, but asks by X-OpenDify-Lag for the lag of each
 # piece, which comes as a comment before it: `: lag 0.1`.
 
@@ -10720,12 +10721,12 @@ padding: 0; font: inherit; color: inherit } #door[hidden] { display: none } body
 background: var(--page); color: var(--text); max-width: 84rem; margin: auto; padding: 0
 1rem 2rem; overflow-wrap: anywhere; font: 1rem/1.6 system-ui, "Noto Sans CJK SC",
 "Microsoft YaHei", sans-serif } h1, h2, b, dd { font-weight: 600 } h1 { font-size:
-1.4rem; padding: 1.1rem 0 } h2, dd { font-size: 1.1rem } .bar, label { display: flex;
-flex-wrap: wrap; gap: .5rem .9rem; align-items: center } label { flex-wrap: nowrap; gap:
-.5rem; min-width: 0 } .bar > :first-child { margin-right: auto } small, dt, .bar button,
-pre, code { font-size: .85rem; font-weight: 400 } small, #hint, details { color:
-var(--soft) } section small { display: block } main, section, #apps, #talk, .answer {
-display: grid; gap: .9rem } main { gap: 1.25rem; align-items: start } section {
+1.4rem; padding: 1.1rem 0 } h2, dd { font-size: 1.1rem } .bar, label, dl { display:
+flex; flex-wrap: wrap; gap: .5rem .9rem; align-items: center } label { flex-wrap:
+nowrap; gap: .5rem; min-width: 0 } .bar > :first-child { margin-right: auto } small, dt,
+.bar button, pre, code { font-size: .85rem; font-weight: 400 } small, #hint, details {
+color: var(--soft) } main small { display: block } main, section, #apps, #talk, .answer
+{ display: grid; gap: .9rem } main { gap: 1.25rem; align-items: start } section {
 min-width: 0; background: var(--card); border: 1px solid var(--line); border-radius:
 .9rem; padding: 1.25rem; align-content: start } button, select, textarea, input {
 border: 1px solid var(--edge); border-radius: .55rem; background: var(--card); padding:
@@ -10735,21 +10736,20 @@ outline: 3px solid var(--good); outline-offset: 2px } a { color: var(--good) } c
 { font-family: ui-monospace, Menlo, Consolas, monospace } pre, .user, svg { background:
 var(--page); border-radius: .55rem; padding: .6rem .9rem } pre, .user, .text {
 white-space: pre-wrap } .user, .text, textarea { unicode-bidi: plaintext } #apps {
-max-height: 22rem; overflow: auto; gap: .6rem; list-style: none } #apps li, details,
-.error, dl div { padding-left: .8rem; border-left: 4px solid var(--line) } #apps .good,
-#pieces { border-color: var(--good) } #apps .bad { border-color: var(--bad) } .bad
-small, .error { color: var(--bad) } #lag { border-color: var(--warm) } #log { height:
-25rem; overflow: auto; display: flex; flex-direction: column-reverse } #talk {
-margin-bottom: auto; padding: .2rem } .user { justify-self: end; max-width: 85% } img {
-display: block; max-width: 100%; max-height: 20rem; border-radius: .55rem } #ask {
-display: flex; gap: .6rem; align-items: end } #ask label { flex: 1; display: grid; gap:
-.2rem } svg { width: 100%; height: 7rem; padding: 0 } path { fill: none; vector-effect:
-non-scaling-stroke; stroke-width: 2 } #bars { fill: var(--good); opacity: .5 } #lags {
-stroke: var(--warm) } #first { stroke: var(--soft); stroke-dasharray: 4 4 } select {
-max-width: 9rem } label span { flex: none } dl { display: flex; flex-wrap: wrap; gap:
-.75rem 1.2rem; font-variant-numeric: tabular-nums } #said { position: absolute; width:
-1px; height: 1px; overflow: hidden; clip-path: inset(50%) } @media (min-width: 60rem) {
-main { grid: auto 1fr / 23rem 1fr } #play { grid-area: 1 / 2 / 3 } }
+max-height: 22rem; overflow: auto; list-style: none } li, details, .error, dl div {
+padding-left: .8rem; border-left: 4px solid var(--line) } .good, #pieces { border-color:
+var(--good) } .bad { border-color: var(--bad) } .bad small, .error { color: var(--bad) }
+#lag { border-color: var(--warm) } #log { height: 25rem; overflow: auto; display: flex;
+flex-direction: column-reverse } #talk { margin-bottom: auto; padding: .2rem } .user {
+justify-self: end; max-width: 85% } img { display: block; max-width: 100%; max-height:
+20rem; border-radius: .55rem } #ask { display: flex; gap: .6rem; align-items: end } #ask
+label { flex: 1; display: grid; gap: .2rem } svg { width: 100%; height: 7rem; padding: 0
+} path { fill: none; vector-effect: non-scaling-stroke; stroke-width: 2 } #bars { fill:
+var(--good); opacity: .5 } #lags { stroke: var(--warm) } #first { stroke: var(--soft);
+stroke-dasharray: 4 4 } select { max-width: 9rem } label span { flex: none } dl {
+font-variant-numeric: tabular-nums } #said { position: absolute; width: 1px; height:
+1px; overflow: hidden; clip-path: inset(50%) } @media (min-width: 60rem) { main { grid:
+auto 1fr / 23rem 1fr } #play { grid-area: 1 / 2 / 3 } }
 """
 _BODY = """
 <!doctype html><html lang="en" data-key="@KEY@"><head><meta charset="utf-8"><meta
@@ -10878,11 +10878,12 @@ async function* eventsOf(response) {
   }
 }
 async function chat(question) {
+  if (!question) return;
   const text = make("div", [], { className: "text" }), thought = text.cloneNode();
   const thinking = make("details", [make("summary", say("Thinking", "思考")), thought]);
   const answer = make("div", [thinking, text], { className: "answer" });
   hint.remove(), talk.append(make("div", question, { className: "user" }), answer);
-  $("log").scrollTop = 0; // which is its end
+  $("text").value = "", $("log").scrollTop = 0; // which is its end
   const messages = [...past, { role: "user", content: question }];
   const body = JSON.stringify({ model: $("model").value, messages, stream: true });
   const headers = { "Content-Type": "application/json", "X-OpenDify-Lag": "on",
@@ -10930,11 +10931,7 @@ for (const button of copiers) button.onclick = () => {
   document.execCommand("copy"); // since plain http has no `navigator.clipboard`
   $("said").textContent = button.textContent = say("Copied", "已复制");
 };
-$("ask").onsubmit = () => { // a form for a dialog without one leads nowhere
-  const question = $("text").value.trim();
-  if (run.stop) return stop();
-  if (question) $("text").value = "", chat(question);
-};
+$("ask").onsubmit = () => { run.stop ? stop() : chat($("text").value.trim()); };
 $("text").onkeydown = (event) => {
   if (event.keyCode !== 13 || event.shiftKey) return; // an input method's is 229
   event.preventDefault(), run.stop || $("ask").requestSubmit();
@@ -10944,7 +10941,9 @@ $("door").onsubmit = () => {
   sessionStorage.setItem("api-key", key), load();
 };
 onkeydown = (event) => { if (event.keyCode === 27) stop(); };
-$("clear").onclick = () => { stop(), past = [], talk.replaceChildren(hint); };
+$("clear").onclick = () => {
+  stop(), past = [], talk.replaceChildren(hint), $("text").focus();
+};
 $("model").onchange = $("client").onchange = showSettings, $("again").onclick = load;
 $("theme").checked = matchMedia("(prefers-color-scheme: dark)").matches;
 $("client").append(...Object.keys(CLIENTS).map((name) => make("option", name)));

@@ -553,7 +553,7 @@ def test_history_is_sent_until_a_new_chat(tab: Tab, site: Site) -> None:
         tab.ask(question)
         tab.is_done()
     tab.page.click("#clear")
-    assert tab.page.is_visible("#hint")
+    assert (tab.page.is_visible("#hint"), tab.focus()) == (True, "text")
     tab.ask("tell me three")
     tab.is_done()
     sent = site.dify.requests[before:]
