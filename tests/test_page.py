@@ -225,13 +225,14 @@ def test_policy_allows_exactly_what_the_page_holds(site: Site) -> None:
 
 def test_page_comes_with_safe_headers(site: Site) -> None:
     got = get(site.url)
-    names = ("content-type", "x-content-type-options", "referrer-policy")
-    assert [got.status, *(got.headers[name] for name in names)] == [
-        200,
-        "text/html; charset=utf-8",
-        "nosniff",
-        "no-referrer",
-    ]
+    wanted = {
+        "content-type": "text/html; charset=utf-8",
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-cache",
+    }
+    assert {name: got.headers[name] for name in wanted} == wanted
+    assert (got.status, opendify.__version__ in got.text) == (200, True)
 
 
 def test_page_needs_nothing_from_elsewhere(site: Site) -> None:
