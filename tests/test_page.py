@@ -62,7 +62,7 @@ SOURCE = {
     "content": "Thirty days a year.",
     "doc_metadata": {"link": "https://docs.example/leave"},
 }
-BARE_SOURCE = {**SOURCE, "document_name": "notes.txt", "doc_metadata": None}
+BARE_SOURCE = {"position": 2, "document_name": "notes.txt", "content": None}
 
 
 # ------------------------------------------------------------------------------
@@ -490,7 +490,7 @@ def test_reasoning_files_links_and_sources_are_shown(tab: Tab) -> None:
     assert source.locator("a").get_attribute("href") == "https://docs.example/leave"
     assert source.locator("p").all_text_contents() == [
         "leave.pdfThirty days a year.",
-        "notes.txtThirty days a year.",
+        "notes.txt",
     ]
 
 
