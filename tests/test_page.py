@@ -450,6 +450,23 @@ def test_smoothing_is_switched_and_measured(tab: Tab) -> None:
     assert all(re.fullmatch(r"\d+", row[1]) for row in seen.values())
 
 
+def test_chart_is_drawn_until_the_answer_ends(tab: Tab) -> None:
+    tab.page.evaluate("""() => {
+        const { setInterval, clearInterval } = window, live = window.live = new Set();
+        window.setInterval = (...given) => {
+            const id = setInterval(...given);
+            return live.add(id), id;
+        };
+        window.clearInterval = (id) => { clearInterval(id), live.delete(id); };
+    }""")
+    tab.hang()
+    assert tab.page.evaluate("live.size") == 1
+    tab.page.locator("#n0", has_text=" s").wait_for(timeout=PATIENCE_MS)
+    tab.page.keyboard.press("Escape")
+    tab.is_done()
+    assert tab.page.evaluate("live.size") == 0
+
+
 def test_pieces_that_come_at_once_have_no_rate(tab: Tab) -> None:
     tab.page.set_checked("#smooth", False)
     tab.ask("tell me at once")
