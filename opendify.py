@@ -10706,7 +10706,7 @@ async def _wait_for_end(tasks: Collection[asyncio.Task[Any]], seconds: float) ->
 # What a browser shows at /: the apps, the settings of clients, and a playground. No
 # external resource, and a policy that names its style and its script by their hashes.
 # What comes from elsewhere becomes text, links and images by DOM calls, never HTML.
-# Its forms are those of a dialog that is not there, which lead nowhere.
+# The forms are those of a dialog that is not there: they lead nowhere.
 # The script is a client like any other, but asks by X-OpenDify-Lag for the lag of each
 # piece, which comes as a comment before it: `: lag 0.1`.
 
@@ -10804,7 +10804,8 @@ const CLIENTS = { "Open WebUI": "OPENAI_API_BASE_URL=<v1>\nOPENAI_API_KEY=<key>"
 const LABEL = /(!?)\[((?:\\.|[^\]\\]){0,300})\]/.source; // else "[[[…" takes minutes
 const TO = /((?:https?:\/\/|data:image\/)[^\s()]*(?:\([^\s()]*\)[^\s()]*)*)/.source;
 const LINK = RegExp(`${LABEL}\\(${TO}\\)`);
-let key = sessionStorage.getItem("api-key"), past = [], run = {};
+let key, past = [], run = {};
+try { key = sessionStorage.getItem("api-key"); } catch { } // of blocked cookies
 const make = (tag, content, fields) => {
   const node = Object.assign(document.createElement(tag), fields);
   return node.append(...[content].flat().filter(Boolean)), node;
@@ -10938,7 +10939,7 @@ $("text").onkeydown = (event) => {
 };
 $("door").onsubmit = () => {
   key = $("key").value.replace(/[^ -~]/g, "?"); // a header takes no others
-  sessionStorage.setItem("api-key", key), load();
+  load(), sessionStorage.setItem("api-key", key); // if it can be kept
 };
 onkeydown = (event) => { if (event.keyCode === 27) stop(); };
 $("clear").onclick = () => {

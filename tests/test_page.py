@@ -760,6 +760,22 @@ def test_wrong_key_is_asked_for_again(browser: Any, guarded: Site) -> None:
         assert (tab.page.is_visible("#door"), tab.focus()) == (True, "key")
 
 
+def test_browser_that_keeps_nothing_may_chat(browser: Any, guarded: Site) -> None:
+    """Where cookies are blocked, one may not even ask for the storage of the tab."""
+    with opened(browser) as tab:
+        tab.page.add_init_script(
+            "Object.defineProperty(window, 'sessionStorage', { get() { "
+            "throw new DOMException('denied', 'SecurityError'); } });"
+        )
+        tab.page.goto(guarded.url)
+        tab.page.keyboard.type(CLIENT_KEY)
+        tab.page.keyboard.press("Enter")
+        tab.text("#apps .good")
+        tab.ask("tell me")
+        tab.is_done()
+        assert tab.text(".answer > .text").endswith("word11")
+
+
 def test_key_is_asked_for_and_kept_in_the_tab_only(browser: Any, guarded: Site) -> None:
     with opened(browser, guarded.url) as tab:
         assert tab.text("#settings").endswith("OPENAI_API_KEY=YOUR-KEY")
