@@ -50,7 +50,6 @@ class Expected:
     conversation_id: str | None = None
     message_id: str | None = None
     task_id: str | None = None
-    streamed_text: str | None = None  # all that a streamed client saw, if not `text`
     then: list[str] = field(default_factory=list)  # follow `text`, in our own wording
     reasoning: list[str] = field(default_factory=list)  # one for each block or node
     files: list[tuple[str, str, str]] = field(default_factory=list)  # kind, url, name
@@ -1456,7 +1455,6 @@ EXPECTED = [
         exchange=2,
         mode="chat",
         text="Output blocked.",
-        streamed_text="One two three Hello! You said: [[mid:silent]] (user turns seen: 1, images: 0)",
         usage=(20, 11, 31),
         finish="content_filter",
         conversation_id="0ac3c92d-13bd-43fb-9f1f-f3966feda2dc",
@@ -3290,7 +3288,6 @@ EXPECTED = [
         exchange=2,
         mode="chat",
         text="Output blocked.",
-        streamed_text="One two three Hello! You said: [[mid:silent]] (user turns seen: 1, images: 0)",
         usage=(7, 11, 18),
         finish="content_filter",
         conversation_id="3110322e-ef05-4d8d-b890-43b9d0035ebe",
@@ -4022,7 +4019,6 @@ EXPECTED = [
         file="streams/chat-message-replace-final.sse",
         mode="chat",
         text="This request cannot be answered.",
-        streamed_text="Here is how to do the forbidden thing.",
         usage=(15, 13, 28),
         finish="content_filter",
         conversation_id="ab843652-726b-5ef7-b233-5addd91d1980",
@@ -4033,7 +4029,6 @@ EXPECTED = [
         file="streams/chat-message-replace-midway.sse",
         mode="chat",
         text="My secret is *** and I like green tea.",
-        streamed_text="My secret is hunter2 and I like green tea.",
         usage=(15, 17, 32),
         finish="content_filter",
         conversation_id="f4c6ef9b-a4c8-5cdf-8a60-f4ca54ac097f",
@@ -4286,7 +4281,7 @@ EXPECTED = [
         mode="workflow",
         text='{"result": {"square": 49}, "report": "7² = 49"}',
         task_id="b9384a25-cac2-5baf-b6f5-5b4024c760e2",
-        note="no text_chunk, no key with a preferred name and a string: JSON of all; compare parsed",
+        note="no text_chunk, no key with a preferred name and a string: JSON of all",
     ),
     Expected(
         file="streams/workflow-reasoning-chunk.sse",
