@@ -232,23 +232,31 @@ def test_unknown_name_is_told_beside_complaints(run: Run) -> None:
     ]
 
 
-def test_port_in_use_is_one_line_and_status_1(run: Run) -> None:
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_port_in_use_is_one_line_and_status_1(
+    run: Run, monkeypatch: pytest.MonkeyPatch, log_format: str
+) -> None:
+    monkeypatch.setenv("LOG_FORMAT", log_format)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         status, out, err = run("--demo", "--port", str(port))
-    said = [line for line in err.splitlines() if line.startswith("opendify: ")]
-    assert (status, out, len(said)) == (1, "", 1)
-    assert said[0].startswith(f"opendify: can't listen on 127.0.0.1:{port}: ")
+    (said,) = [line for line in err.splitlines() if str(port) in line]
+    assert (status, out) == (1, "")
+    assert said.startswith(f"opendify: can't listen on 127.0.0.1:{port}: ")
     assert "Traceback" not in err
 
 
-def test_host_that_is_none_is_one_line_and_status_1(home: Path, run: Run) -> None:
-    (home / "work/.env").write_text("SERVER_HOST=a\0b\n")
-    status, out, err = run("--demo")
+@pytest.mark.parametrize(
+    "host", ["192.0.2.1", "999.1.1.1", "::1%nowhere", "no host", "a\0b"]
+)
+def test_host_that_is_not_ours_is_one_line_and_status_1(run: Run, host: str) -> None:
+    status, out, err = run("--demo", "--host", host)
+    (said,) = [line for line in err.splitlines() if line.startswith("opendify: ")]
     assert (status, out) == (1, "")
-    assert err.splitlines()[-1].startswith("opendify: can't listen on a")
+    assert said.startswith(f"opendify: can't listen on {host}")
+    assert "Traceback" not in err
 
 
 # ------------------------------------------------------------------------------

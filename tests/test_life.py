@@ -567,26 +567,6 @@ async def test_second_signal_ends_at_once(tmp_path: Path, number: int) -> None:
 
 
 @pytest.mark.real_clock
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--host", "192.0.2.1"], "192.0.2.1"),
-        (["--host", "999.1.1.1"], "999.1.1.1"),
-        (["--host", "::1%nowhere"], "::1%nowhere"),
-        (["--host", "no host"], "no host"),
-    ],
-)
-async def test_host_that_is_not_ours_is_one_line_and_status_1(
-    tmp_path: Path, arguments: list[str], words: str
-) -> None:
-    async with running(tmp_path, *arguments, MODEL_CONFIG=models("m")) as server:
-        assert await server.end(None) == 1
-        (line,) = [line for line in server.log if "can't listen" in line]
-        assert words in line
-        assert not [line for line in server.log if "Traceback" in line]
-
-
-@pytest.mark.real_clock
 async def test_log_begins_with_the_bases_that_are_used(tmp_path: Path) -> None:
     far = {"key": KEY, "base": "https://me:planted@far.test/v1"}
     config = json.dumps({"near": KEY, "far": far, "farther": far})
@@ -596,35 +576,15 @@ async def test_log_begins_with_the_bases_that_are_used(tmp_path: Path) -> None:
     (line,) = [line for line in server.log if "models: " in line]
     bases = "http://near.test/v1, https://…@far.test/v1"
     assert line.endswith(f"models: near, far, farther, 1 named by Dify; Dify: {bases}")
+    assert not [line for line in server.log if "VALID_API_KEYS" in line]  # it is local
 
 
 @pytest.mark.real_clock
-@pytest.mark.parametrize(
-    ("host", "keys", "warns"),
-    [("0.0.0.0", "", True), ("0.0.0.0", "k", False), ("127.0.0.1", "", False)],
-)
-async def test_open_server_without_keys_is_warned_of(
-    tmp_path: Path, host: str, keys: str, warns: bool
-) -> None:
-    variables = {"MODEL_CONFIG": models("m"), "VALID_API_KEYS": keys}
-    async with running(tmp_path, "--host", host, **variables) as server:
-        await talk(server.port, get("/health"))
-        await server.until_logged("GET /health")
+async def test_open_server_without_keys_is_warned_of(tmp_path: Path) -> None:
+    arguments = ("--host", "0.0.0.0")
+    async with running(tmp_path, *arguments, MODEL_CONFIG=models("m")) as server:
         assert await server.end() == 0
-        warned = [line for line in server.log if "set VALID_API_KEYS" in line]
-        assert len(warned) == int(warns)
-
-
-@pytest.mark.real_clock
-async def test_port_in_use_is_one_line_and_status_1(tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        variables = {"MODEL_CONFIG": models("m"), "LOG_FORMAT": "json"}
-        async with running(tmp_path, "--port", port, **variables) as server:
-            assert await server.end(None) == 1
-            assert len([line for line in server.log if port in line]) == 1
+    assert len([line for line in server.log if "set VALID_API_KEYS" in line]) == 1
 
 
 class Load:
