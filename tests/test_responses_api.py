@@ -1360,8 +1360,11 @@ async def test_task_is_a_turn_of_the_conversation_that_is_named() -> None:
         assert told(served) == [["Hi", task, "More"]]
 
 
-async def test_answer_of_a_conversation_that_is_full_is_given_all_the_same() -> None:
+async def test_answer_of_a_conversation_that_is_full_is_given_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """What binds it has no room in it any more."""
+    monkeypatch.setattr(opendify, "MAX_NAMED_BYTES", 4096)
     async with proxy() as served:
         for room in range(0, 1024, 16):
             metadata = {"a": "x" * (opendify.MAX_NAMED_BYTES - room)}

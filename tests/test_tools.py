@@ -24,9 +24,9 @@ from schemas import FILE, check_chat_stream, validate
 from test_handlers import HI, KEY, MODES, Got, Proxy, answer, form_of, proxy
 from work import at_most
 
+import opendify
 from opendify import (
     MAX_CHOICES,
-    MAX_KEPT_CHARS,
     Message,
     ToolCall,
     call_ids,
@@ -854,13 +854,14 @@ async def test_conversation_goes_on_after_a_second_try() -> None:
     ("said", "fields"),
     [
         pytest.param("No.", {"tools": TOOLS, "tool_choice": "required"}, id="no-call"),
-        pytest.param("x" * (MAX_KEPT_CHARS + 1), {"stream": True}, id="too-long"),
+        pytest.param("x" * 1001, {"stream": True}, id="too-long"),
     ],
 )
 async def test_conversation_of_an_answer_that_is_not_kept_is_left(
-    said: str, fields: JSONObject
+    said: str, fields: JSONObject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dify remembers it; some clients go on as if the answer had been empty."""
+    monkeypatch.setattr(opendify, "MAX_KEPT_CHARS", 1000)
     messages = [*history_of({"content": ""}), {"role": "user", "content": "Why?"}]
     async with proxy(says(*[said] * 3), memory=True) as served:
         await served.chat(**fields)
@@ -1287,12 +1288,14 @@ async def test_files_that_went_with_the_first_try_go_with_the_second(url: str) -
     assert (len(first), uploads) == (2, 0 if url.startswith("https") else 2)
 
 
-async def test_long_answer_is_not_shown_as_an_empty_one() -> None:
-    size = MAX_KEPT_CHARS + 1
-    async with proxy(says("x" * size, GOOD)) as served:
+async def test_long_answer_is_not_shown_as_an_empty_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(opendify, "MAX_KEPT_CHARS", 1000)
+    async with proxy(says("x" * 1001, GOOD)) as served:
         got = await served.chat(response_format=CITY)
     assert choices_of(got) == [Choice(GOOD, [], "stop")]
-    assert f'role="assistant">\n[{size} characters]\n' in query(served)
+    assert 'role="assistant">\n[1001 characters]\n' in query(served)
 
 
 @pytest.mark.parametrize("bad", BAD_ANSWERS)
