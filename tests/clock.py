@@ -59,6 +59,11 @@ class JumpingSelector(selectors.DefaultSelector):
         return PATIENCE_S if timeout is None else GRACE_S
 
 
+def now() -> float:
+    """Return the time of the running loop, in seconds."""
+    return asyncio.get_running_loop().time()
+
+
 class VirtualClockLoop(asyncio.SelectorEventLoop):
     """An event loop whose time is virtual; see the module's docstring."""
 

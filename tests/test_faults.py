@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, NamedTuple, Union
 
 import pytest
+from clock import now
 from fake_dify import FakeDify, chat_answer
 from schemas import FINISH_REASONS
 from sites import listening
@@ -141,12 +142,12 @@ class Front:
         value = {"model": model, "messages": messages, "stream": stream, "user": user}
         body = json.dumps(value).encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        began = asyncio.get_running_loop().time()
+        began = now()
         lines = ["POST /v1/chat/completions HTTP/1.1", "Host: localhost"]
         lines += [f"Content-Length: {len(body)}", "Connection: close", "", ""]
         writer.write("\r\n".join(lines).encode() + body)
         data = await asyncio.wait_for(reader.read(-1), 1000)
-        took_s = asyncio.get_running_loop().time() - began
+        took_s = now() - began
         writer.close()
         await writer.wait_closed()
         outcome, message = understand(data, stream=stream)

@@ -18,6 +18,7 @@ from urllib.parse import quote, quote_plus
 
 import fake_dify as fake
 import pytest
+from clock import now
 from expected_answers import EXPECTED, Expected
 from fake_dify import FakeDify, Hang, Send, Sleep, Status, Step
 from schemas import check_chat_stream, validate
@@ -54,7 +55,7 @@ class Call:
     async def read_head(self) -> None:
         """Read the response's head."""
         data = await self._reader.readuntil(b"\r\n\r\n")
-        self.head_at = asyncio.get_running_loop().time()
+        self.head_at = now()
         first, *lines = data.decode("latin-1").strip().split("\r\n")
         self.status = int(first.split()[1])
         fields = (line.partition(":") for line in lines)
@@ -445,12 +446,12 @@ async def test_apps_without_a_model_name_are_listed_by_their_own(
             *("app-ce5ac345", "app-d4cf0029"),  # that Dify does not tell
         ]
         asked = len(served.dify.requests)
-        begun = asyncio.get_running_loop().time()
+        begun = now()
         chat = await served.chat(model="Helper 一")
         assert chat.message["content"].startswith("Hello! You said: Hi")
         await served.chat(model="m (503e)")
         await served.chat()
-        assert asyncio.get_running_loop().time() < begun + 3  # nobody waits for a name
+        assert now() < begun + 3  # nobody waits for a name
         assert len(served.dify.requests) == asked + 5  # the mode of two, three turns
     assert [row.key for row in served.turns] == ["app-one", "app-two", KEY]
     (warning,) = [row for row in caplog.messages if "DIFY_API_KEYS" in row]
@@ -1445,7 +1446,7 @@ KEEP_ALIVE = b": keep-alive\n\n"
 @pytest.mark.parametrize("seconds", [0, 3, 4.9])
 async def test_head_waits_for_the_first_event(seconds: float) -> None:
     async with proxy([Sleep(seconds), *fake.chat_answer("Hi")]) as served:
-        start = asyncio.get_running_loop().time()
+        start = now()
         got = await served.chat(stream=True)
     assert got.head_at - start == SOON(seconds, abs=0.05)
     assert (
@@ -1456,7 +1457,7 @@ async def test_head_waits_for_the_first_event(seconds: float) -> None:
 
 async def test_head_waits_five_seconds_at_most_then_comments_keep_it_alive() -> None:
     async with proxy([Sleep(60), *fake.chat_answer("Hi")]) as served:
-        start = asyncio.get_running_loop().time()
+        start = now()
         got = await served.chat(stream=True)
     assert got.head_at - start == SOON(5, abs=0.05)
     beats = [at - start for at in got.times_of(KEEP_ALIVE)]
@@ -1477,7 +1478,7 @@ async def test_comments_keep_a_silent_answer_alive() -> None:
 async def test_silent_choices_are_kept_alive_by_one_comment() -> None:
     script = [fake.message(""), Sleep(40), *fake.chat_answer("Hi")]
     async with proxy(script) as served:
-        start = asyncio.get_running_loop().time()
+        start = now()
         got = await served.chat(stream=True, n=3)
     beats = [at - start for at in got.times_of(KEEP_ALIVE)]
     assert beats == SOON([20, 35], abs=0.1)
@@ -1882,9 +1883,9 @@ def unfinished(mode: str) -> list[Step]:
 
 async def see_stop(served: Proxy, mode: str) -> None:
     """Check that Dify is told to stop within a second, and that nothing is left."""
-    start = asyncio.get_running_loop().time()
+    start = now()
     await served.dify.until(lambda: served.dify.stops and not served.dify.running)
-    assert asyncio.get_running_loop().time() - start <= 1
+    assert now() - start <= 1
     (stop,) = served.dify.stops
     path = STOP_PATHS.get(mode, "/chat-messages/{}/stop").format(stop.task_id)
     assert (stop.user, stop.key, stop.path, stop.effective) == ("al", KEY, path, True)
@@ -1988,10 +1989,10 @@ async def test_failed_choice_does_not_wait_for_the_others(
     scripts, stop_delay_s = FAILING_CHOICES[how]
     turns = iter(scripts)
     async with proxy(lambda _: next(turns), stop_delay_s=stop_delay_s) as served:
-        start = asyncio.get_running_loop().time()
+        start = now()
         got = await served.chat(n=2, stream=stream)
         assert got.error["message"] == "No."
-        assert asyncio.get_running_loop().time() - start < 2
+        assert now() - start < 2
         await served.dify.until(lambda: not served.dify.open_connections)
         assert [stop.effective for stop in served.dify.stops] == [True]
 
@@ -2088,7 +2089,7 @@ async def test_answer_does_not_wait_at_its_end_for_what_can_not_come() -> None:
     script = fake.chat_answer("Hi, good 👍")
     async with proxy(script, variables={"STREAM_MAX_LAG": "5"}) as served:
         await served.chat(stream=True)
-        assert asyncio.get_running_loop().time() < 1
+        assert now() < 1
 
 
 async def test_no_turn_is_asked_for_when_the_client_has_left_before() -> None:

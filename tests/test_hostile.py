@@ -23,6 +23,7 @@ from dataclasses import replace
 from typing import NamedTuple, Union
 
 import pytest
+from clock import now
 from fake_dify import FakeDify, chat_answer
 from sites import listening
 from test_wire import HOSTILE
@@ -210,10 +211,6 @@ def assert_proper(answer: Answer) -> None:
         error = json.loads(answer.body)["error"]
         assert sorted(error) == ["code", "message", "param", "type"]
         assert (error["type"] == "server_error") == (answer.status >= 500)
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 async def quiet() -> None:

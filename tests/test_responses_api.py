@@ -15,6 +15,7 @@ from typing import Any
 
 import fake_dify as fake
 import pytest
+from clock import now
 from fake_dify import Sleep, Status
 from schemas import check_responses_stream, validate
 from test_handlers import (
@@ -684,7 +685,7 @@ async def test_failed_whole_response_is_an_http_error() -> None:
 async def test_heartbeats_are_comments_before_and_events_after_the_beginning() -> None:
     script = [Sleep(22), fake.message("a"), Sleep(40), *fake.chat_answer("b")]
     async with proxy(script) as served:
-        start = asyncio.get_running_loop().time()
+        start = now()
         got = await respond(served, stream=True)
     assert got.head_at - start == pytest.approx(5, abs=0.05)
     assert got.body.count(b": keep-alive") == 2

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, cast
 
 import pytest
+from clock import now
 from fake_dify import (
     FakeDify,
     Hang,
@@ -293,10 +294,6 @@ async def some_turns() -> None:
     """Let what was begun go on, without waiting for anything."""
     for _ in range(10):
         await asyncio.sleep(0)
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 # ------------------------------------------------------------------------------

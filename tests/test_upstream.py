@@ -15,6 +15,7 @@ from typing import Any, Callable, NamedTuple
 
 import fake_dify
 import pytest
+from clock import now
 from fake_dify import (
     PING,
     Close,
@@ -216,10 +217,6 @@ async def read_request(reader: asyncio.StreamReader) -> bytes:
         if line.startswith(b"content-length:"):
             return head + await reader.readexactly(int(line.split(b":")[1]))
     return head
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 # ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any, Callable, Optional, cast
 
 import h11
 import pytest
-from clock import VirtualClockLoop
+from clock import VirtualClockLoop, now
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from work import at_most
@@ -984,10 +984,6 @@ class TooLate(Exception):
 
 class AnotherError(Exception):
     """That of another deadline."""
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 async def test_read_ends_at_its_deadline_with_its_error() -> None:
