@@ -131,10 +131,29 @@ async def run_python(
         return got, served.turns
 
 
-PREAMBLE = f"""
+PREAMBLE = (
+    f"""
 import json, sys
 base, got = sys.argv[1], {{}}
 callers, objects = {list(CALLS)!r}, {list(OBJECTS)!r}
+"""
+    + """
+def get_weather(city: str) -> str:
+    "The weather of a city."
+    return f"20 degrees in {city}"
+"""
+)
+SHAPES = """
+from pydantic import BaseModel
+
+class Twin(BaseModel):
+    name: str
+
+class City(BaseModel):
+    "A city."
+    name: str
+    people: int
+    twins: list[Twin]
 """
 ALL_SUNNY = dict.fromkeys(CALLS, SUNNY)
 OSLO: JSONObject = json.loads(CITY)
@@ -147,16 +166,6 @@ ALL_OSLO = dict.fromkeys(OBJECTS, OSLO)
 
 OPENAI = """
 import asyncio, openai
-from pydantic import BaseModel
-
-class Twin(BaseModel):
-    name: str
-
-class City(BaseModel):
-    name: str
-    people: int
-    twins: list[Twin]
-
 class get_weather(BaseModel):
     city: str
 
@@ -216,7 +225,7 @@ print(json.dumps(got))
 
 @pytest.mark.real_clock
 async def test_openai_parse_and_stream(tmp_path: Path) -> None:
-    got, turns = await run_python("openai", OPENAI, tmp_path)
+    got, turns = await run_python("openai", SHAPES + OPENAI, tmp_path)
     for name in ("parse", "stream"):
         status, code, message = got.pop(f"{name} hopeless")
         assert (status, code) == (502, "response_format_unsatisfied")
@@ -239,21 +248,6 @@ async def test_openai_parse_and_stream(tmp_path: Path) -> None:
 LANGCHAIN = """
 from typing import Any
 from langchain_openai import ChatOpenAI
-from pydantic import BaseModel
-
-class Twin(BaseModel):
-    name: str
-
-class City(BaseModel):
-    "A city."
-    name: str
-    people: int
-    twins: list[Twin]
-
-def get_weather(city: str) -> str:
-    "The weather of a city."
-    return f"20 degrees in {city}"
-
 def chat(model, **more):
     return ChatOpenAI(model=model, base_url=base, api_key="sk-any", **more)
 
@@ -289,10 +283,6 @@ LANGCHAIN_AGENT = """
 from langchain.agents import create_agent
 from langchain_openai import ChatOpenAI
 
-def get_weather(city: str) -> str:
-    "The weather of a city."
-    return f"20 degrees in {city}"
-
 asked = {"messages": [{"role": "user", "content": "What is the weather in Oslo?"}]}
 got["invoked"], got["streamed"] = {}, {}
 for model in callers:
@@ -311,7 +301,7 @@ WEATHER_CALL = [["get_weather", {"city": "Oslo"}]]
 
 @pytest.mark.real_clock
 async def test_langchain_chat_model(tmp_path: Path) -> None:
-    got, _ = await run_python("langchain_openai", LANGCHAIN, tmp_path)
+    got, _ = await run_python("langchain_openai", SHAPES + LANGCHAIN, tmp_path)
     assert got == {
         "calls": dict.fromkeys(CALLS, WEATHER_CALL),
         "streamed calls": dict.fromkeys(CALLS, WEATHER_CALL),
@@ -334,22 +324,8 @@ OPENAI_AGENTS = """
 import asyncio
 import agents
 from openai import AsyncOpenAI
-from pydantic import BaseModel
-
-class Twin(BaseModel):
-    name: str
-
-class City(BaseModel):
-    name: str
-    people: int
-    twins: list[Twin]
-
-@agents.function_tool
-def get_weather(city: str) -> str:
-    "The weather of a city."
-    return f"20 degrees in {city}"
-
 agents.set_tracing_disabled(True)
+tools = [agents.function_tool(get_weather)]
 client = AsyncOpenAI(base_url=base, api_key="sk-any")
 
 def agent(model, **more):
@@ -362,13 +338,13 @@ async def main():
         got[name] = {}
     settings = agents.ModelSettings(tool_choice="required")
     for model in callers:
-        one = agent(model, tools=[get_weather])
+        one = agent(model, tools=tools)
         got["run"][model] = (await agents.Runner.run(one, "Weather?")).final_output
         result = agents.Runner.run_streamed(one, "Weather?")
         async for event in result.stream_events():
             pass
         got["streamed"][model] = result.final_output
-        one = agent(model, tools=[get_weather], model_settings=settings)
+        one = agent(model, tools=tools, model_settings=settings)
         got["forced"][model] = (await agents.Runner.run(one, "Weather?")).final_output
     for model in objects:
         result = await agents.Runner.run(agent(model, output_type=City), "Oslo?")
@@ -381,7 +357,7 @@ print(json.dumps(got))
 
 @pytest.mark.real_clock
 async def test_openai_agents(tmp_path: Path) -> None:
-    got, _ = await run_python("agents", OPENAI_AGENTS, tmp_path)
+    got, _ = await run_python("agents", SHAPES + OPENAI_AGENTS, tmp_path)
     tools = dict.fromkeys(["run", "streamed", "forced"], ALL_SUNNY)
     assert got == {**tools, "typed": ALL_OSLO}
 
@@ -438,10 +414,6 @@ lines = [line.replace("my-model", name) for name in [*callers, *objects]]
 folder = pathlib.Path(os.environ["LLM_USER_PATH"])
 (folder / "extra-openai-models.yaml").write_text("\\n".join(lines), encoding="utf-8")
 import llm
-
-def get_weather(city: str) -> str:
-    "The weather of a city."
-    return f"20 degrees in {city}"
 
 schema = {"type": "object", "properties": {"name": {"type": "string"}}}
 for stream in (True, False):
