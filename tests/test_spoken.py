@@ -362,8 +362,11 @@ async def test_speech_ends_when_the_client_leaves(
         assert own_tasks() == []
 
 
-async def test_whole_answer_is_bounded_and_a_streamed_one_is_not() -> None:
-    sound = bytes(opendify.MAX_SOUND_BYTES + 1)
+async def test_whole_answer_is_bounded_and_a_streamed_one_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(opendify, "MAX_SOUND_BYTES", 1 << 20)
+    sound = bytes((1 << 20) + 1)
     async with proxy(chat_answer("Hi"), parameters=SPEAKS, audio=sound) as served:
         whole = await served.chat(**ASKED)
         streamed = await served.chat(stream=True, **ASKED)
