@@ -35,11 +35,11 @@ BUDGETS = {
     "Answers": 500,
     "Handlers": 870,
     "Server": 285,
-    "Page": 263,
+    "Page": 262,
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7629
+WHOLE_BUDGET = 7628
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
