@@ -9044,7 +9044,7 @@ async def _with_past(dify: Dify, question: Question, plan: Plan) -> Json:
 
 MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
 MAX_ADDRESSES = 10_000  # that are remembered for it
-MAX_REFERENCES = 500  # to stored items; to open 20,000 long ids would take 17 s
+MAX_REFERENCES = 500  # to stored items; the body of a request has room for a million
 MAX_CONVERSATIONS_READ, MAX_PAGES = 40, 20  # for a request; a run counts as one
 LATELY_S = 300.0  # what `GET /ready` takes as proof
 NAMES_TIMEOUT_S = 5.0  # Open WebUI gives the model list 10 s
