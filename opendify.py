@@ -5775,30 +5775,27 @@ def is_known_history(ask: Ask, known: Sequence[Message]) -> bool:
         known: the stored messages, questions and answers in turns. A question may
             hold more than the client's: what was folded, and results of tools.
     """
-    at = len(known)
-    question: list[Message] = []
     history, _ = split_turn(ask)
-    for message in reversed([m for m in history if m.role != "system"]):
-        if message.role != "assistant":
-            question.append(message)
-            continue
-        if not _is_said(question, known[at : at + 1]) or not at:
-            return False
-        at, question = at - 2, []
-        if message_digest(b"", message) != message_digest(b"", known[at + 1]):
-            return False
-    return at < len(known) and (not question or _is_said(question, known[at : at + 1]))
+    said = [message for message in history if message.role != "system"]
+    runs = itertools.groupby(said, lambda message: message.role == "assistant")
+    groups = [[*run] for _, run in runs]  # in turns, too, and ending with an answer
+    if not 0 < len(groups) <= len(known):
+        return False
+    return all(map(_is_said, groups, known[-len(groups) :]))
 
 
-def _is_said(question: Sequence[Message], stored: Sequence[Message]) -> bool:
-    """Whether these messages, in any order, are what was sent as one question."""
-    if not question or len(question) > MAX_MESSAGES_SOUGHT:
-        return not (question or stored)
-    whole = stored[0].text.strip()
-    if len(question) == 1 and question[0].role == "user":
-        text = question[0].text.rstrip()
+def _is_said(group: Sequence[Message], stored: Message) -> bool:
+    """Whether messages are a stored answer, or in any order a stored question."""
+    if stored.role == "assistant":
+        said, kept = (message_digest(b"", message) for message in (group[0], stored))
+        return len(group) == 1 and said == kept
+    if len(group) > MAX_MESSAGES_SOUGHT:
+        return False
+    whole = stored.text.strip()
+    if len(group) == 1 and group[0].role == "user":
+        text = group[0].text.rstrip()
         return whole == text.lstrip() or whole.endswith(f"\n\n{text}")
-    return all(f"\n{message.text}\n" in whole for message in question)
+    return all(f"\n{message.text}\n" in whole for message in group)
 
 
 # Putting a turn to Dify...
