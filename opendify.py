@@ -5671,7 +5671,7 @@ class Plan(NamedTuple):
         """
         tail, ask = self.tail, self.ask
         if not self.new:
-            return _unknown(tail.scope, conversation_id)
+            return tail._replace(conversation_id=conversation_id, length=0)
         told = _told_hashes(tail.scope, ask, ask.messages, tail.told)
         said = [*self.new, answer]
         return tail.extend(said, conversation_id=conversation_id, told=told)
@@ -6075,7 +6075,7 @@ class Conversations:
         """Record where a conversation, new or taken, stands for the next turn."""
         if tail.length:
             self._put(tail, now)
-        else:
+        elif tail.is_taken:
             self.remove(tail)  # it can be learned anew by its id
 
     def remove(self, tail: Tail) -> None:
