@@ -4026,11 +4026,11 @@ def in_answers(items: Iterable[Any]) -> list[Any]:
 
 
 def _is_one_answer(said: Any, more: Any) -> bool:
-    """Whether one item goes on with the answer of the one before."""
+    """Whether one item is more of an answer: only one of both has a text, or will."""
     if not getattr(said, "role", "") == getattr(more, "role", "") == "assistant":
         return False
-    is_silent = not (more.text if more.tool_calls else plain_text(said))
-    return is_silent and said.name == more.name
+    is_text = more.text if more.tool_calls else plain_text(said) or said.spoken_id
+    return said.name == more.name and not is_text
 
 
 def _by_words(messages: list[Message]) -> list[Message]:

@@ -1222,8 +1222,18 @@ def test_calls_go_with_the_text_of_who_makes_them() -> None:
         [said, theirs],
         [said, mine._replace(text="Now.")],
         [Message("user", "Look."), call],
+        [Message("assistant", "", spoken_id="audio_1"), said._replace(name="")],
     ):
         assert in_rounds(rows) == rows
+
+
+def test_calls_that_are_shown_one_by_one_are_of_one_answer() -> None:
+    """Before their results, and whoever made their ids."""
+    both = tuple(ToolCall(id_, "f", "{}") for id_ in "12")
+    rows = [Message("assistant", "", tool_calls=(call,)) for call in both]
+    results = [Message("tool", "x", call_id=id_) for id_ in "12"]
+    said = rows[0]._replace(tool_calls=both)
+    assert in_rounds([*rows, *results]) == [said, *results]
 
 
 def test_many_results_take_little_time() -> None:
