@@ -3915,7 +3915,7 @@ def parse_chat_request(body: Json) -> ChatRequest:
     include_usage = bool(object_of(body.get("stream_options")).get("include_usage"))
     system, messages = _parse_messages(body.get("messages"))
     stops = _parse_stops(body.get("stop"))
-    n = _parse_n(body.get("n"))
+    n = 1 if body.get("n") is None else _parse_n(body["n"])
     voice = _parse_spoken(body, n)
     ask = ask._replace(system=system, messages=messages, stops=stops, voice=voice)
     return ChatRequest(ask, stream, include_usage, n, _is_legacy(body))
@@ -4114,7 +4114,7 @@ def _parse_stops(stop: Any) -> tuple[str, ...]:
 
 
 def _parse_n(n: Any) -> int:
-    number = of_type(1 if n is None else n, int, "n", "a whole number")
+    number = of_type(n, int, "n", "a whole number")
     if not 1 <= number <= MAX_CHOICES:
         raise bad_value("n", f"it must be from 1 to {MAX_CHOICES}.")
     return number
