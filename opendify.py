@@ -4492,8 +4492,7 @@ def transcript_format(fields: Mapping[str, str]) -> str:
     """How a form wants its transcript: its `response_format`, or "stream"."""
     wanted = fields.get("response_format") or "json"
     if wanted not in _TRANSCRIPTS:
-        formats = ", ".join(_TRANSCRIPTS)
-        raise bad_value("response_format", f"a transcript can be {formats}.")
+        raise bad_value("response_format", f"it can be {', '.join(_TRANSCRIPTS)}.")
     return "stream" if fields.get("stream", "").lower() in ("true", "1") else wanted
 
 
