@@ -4017,18 +4017,19 @@ def in_answers(items: Iterable[Any]) -> list[Any]:
     several.
     """
     groups: list[list[Any]] = []
+    last = ""  # the role of the item before
     for item in items:
-        if groups and _is_one_answer(groups[-1][-1], item):
+        role = getattr(item, "role", "")
+        if role == last == "assistant" and _is_one_answer(groups[-1][-1], item):
             groups[-1].append(item)
         else:
             groups.append([item])
+        last = role
     return [joined(group) if len(group) > 1 else group[0] for group in groups]
 
 
-def _is_one_answer(said: Any, more: Any) -> bool:
-    """Whether one item is more of an answer: only one of both has a text, or will."""
-    if not getattr(said, "role", "") == getattr(more, "role", "") == "assistant":
-        return False
+def _is_one_answer(said: Message, more: Message) -> bool:
+    """Whether a message is more of an answer: only one of both has a text, or will."""
     is_text = more.text if more.tool_calls else plain_text(said) or said.spoken_id
     return said.name == more.name and not is_text
 
