@@ -4973,9 +4973,11 @@ def ask_of(
         if isinstance(item, Message):
             is_answer = named.role == item.role == "assistant"
             is_its_own = is_answer and plain_text(item) in ("", plain_text(named))
-            said = messages.pop() if is_its_own else item
-            messages += [said._replace(tool_calls=item.tool_calls or said.tool_calls)]
-            named = named if is_its_own else nothing
+            if not is_its_own:
+                named = nothing
+                messages.append(item)
+            elif item.tool_calls:
+                messages[-1] = messages[-1]._replace(tool_calls=item.tool_calls)
         elif item in found and found[item] != named:
             named = found[item]
             messages.append(named)
