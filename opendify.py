@@ -3914,9 +3914,8 @@ def parse_chat_request(body: Json) -> ChatRequest:
     ask, stream = parse_ask(body), parse_stream(body)
     include_usage = bool(object_of(body.get("stream_options")).get("include_usage"))
     system, messages = _parse_messages(body.get("messages"))
-    stops = _parse_stops(body.get("stop"))
     n = 1 if body.get("n") is None else _parse_n(body["n"])
-    voice = _parse_spoken(body, n)
+    stops, voice = _parse_stops(body.get("stop")), _parse_spoken(body, n)
     ask = ask._replace(system=system, messages=messages, stops=stops, voice=voice)
     return ChatRequest(ask, stream, include_usage, n, _is_legacy(body))
 
