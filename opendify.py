@@ -4090,11 +4090,11 @@ def with_tool_names(messages: list[Message]) -> list[Message]:
         unknown = (inf, result.name or result.call_id)
         return calls.get(result.call_id or result.name, unknown)
 
-    for is_result, run in itertools.groupby(messages, lambda m: m.role == "tool"):
+    for role, run in itertools.groupby(messages, operator.attrgetter("role")):
         group = list(run)
-        if is_result:
-            group.sort(key=lambda result: called(result)[0])
-            group = [m._replace(name=called(m)[1], call_id="") for m in group]
+        if role == "tool":
+            known = sorted([(*called(m), m) for m in group], key=operator.itemgetter(0))
+            group = [m._replace(name=name, call_id="") for _, name, m in known]
         for call in (call for message in group for call in message.tool_calls):
             calls[call.id] = (next(numbers), call.name)  # ids may return
         ordered += group
