@@ -4015,15 +4015,16 @@ def in_answers(items: Iterable[Any]) -> list[Any]:
     These come in any order. Two texts are two messages: agents that take turns leave
     several.
     """
+    said = list(items)
+    roles = [getattr(item, "role", "") for item in said]
+    if ("assistant", "assistant") not in zip(roles, roles[1:]):  # nearly always
+        return said
     groups: list[list[Any]] = []
-    last = ""  # the role of the item before
-    for item in items:
-        role = getattr(item, "role", "")
-        if role == last == "assistant" and _is_one_answer(groups[-1][-1], item):
+    for last, role, item in zip(["", *roles], roles, said):
+        if last == role == "assistant" and _is_one_answer(groups[-1][-1], item):
             groups[-1].append(item)
         else:
             groups.append([item])
-        last = role
     return [joined(group) if len(group) > 1 else group[0] for group in groups]
 
 
