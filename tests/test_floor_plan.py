@@ -27,8 +27,8 @@ BUDGETS = {
     "Dify": 787,
     "Ids": 63,
     "OpenAI": 681,
-    "Responses": 414,
-    "Conversations": 447,
+    "Responses": 416,
+    "Conversations": 444,
     "Pacer": 130,
     "Wire": 494,
     "Upstream": 709,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7628
+WHOLE_BUDGET = 7627
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
