@@ -6945,8 +6945,6 @@ class Wire(asyncio.Protocol):
         Raises:
             ConnectionBroken, or what the deadline raises.
         """
-        if self._reader:
-            raise RuntimeError("two tasks read one connection")
         if not (self.unread or self._failure or self._is_at_end):
             self._reader = self._loop.create_future()
             if self._is_paused:
