@@ -7529,8 +7529,7 @@ class Pool:
     """
 
     def __init__(self, connect: Connect, settings: Settings) -> None:
-        self.settings, self.is_closed = settings, False
-        self._connect = connect
+        self.connect, self.settings, self.is_closed = connect, settings, False
         # With the bodies that were read last: the end of one may still be on its way.
         self._idle: dict[Origin, deque[tuple[Wire, BodyDecoder]]] = defaultdict(deque)
         self._faults: dict[Origin, asyncio.Future[ProxyError]] = {}
@@ -7653,10 +7652,9 @@ class Pool:
 
     async def _connect_to(self, origin: Origin, proxy: Proxy | None) -> Wire:
         trust = self._trust if origin.scheme == "https" else None
-        peer, options = proxy or origin, dict[str, Any]()
-        if not is_address(peer.host):  # the race of addresses costs 0.1 ms
-            options["happy_eyeballs_delay"] = 0.25
-        wire = await self._connect(peer.host, peer.port, **options)
+        peer = proxy or origin
+        race_s = None if is_address(peer.host) else 0.25  # of a name's addresses
+        wire = await self.connect(peer.host, peer.port, happy_eyeballs_delay=race_s)
         try:
             if trust and proxy:
                 await _tunnel(wire, proxy, origin)
@@ -8142,7 +8140,6 @@ class Dify:
     """
 
     def __init__(self, settings: Settings, connect: Connect) -> None:
-        self._connect = connect
         self.background: set[asyncio.Task[Any]] = set()
         self.api = Api(Pool(connect, settings))
         self.facts = Facts(self.api)
@@ -8155,7 +8152,7 @@ class Dify:
     def use(self, settings: Settings) -> None:
         """Go on with other settings."""
         self.api.pool.close()
-        self.api.pool = Pool(self._connect, settings)
+        self.api.pool = Pool(self.api.pool.connect, settings)
 
     def close(self) -> None:
         """End what runs in the background, and close the connections that are kept."""

@@ -2046,7 +2046,7 @@ async def test_choice_that_was_late_writes_nothing_behind_the_end(
         fake.chat_answer("Late."),
     ]
     async with proxy(lambda _: scripts.pop(0)) as served:
-        monkeypatch.setattr(served.site.dify.api.pool, "_connect", connect)
+        monkeypatch.setattr(served.site.dify.api.pool, "connect", connect)
         call = await served.begin(n=2, stream=True)
         assert (await call.read_rest()).error["message"] == "No."
         with pytest.raises(asyncio.TimeoutError):
