@@ -7830,12 +7830,12 @@ class TurnStream:
 
     async def _recover(self) -> list[Part]:
         """The stream broke: the rest of the answer, if Dify has stored it."""
-        reader, parts = self.reader, list[Part]()
+        reader = self.reader
         if reader.can_recover and not reader.is_closing:
             row = await self._dify.stored_row(reader, self._user)
-            parts = reader.recover(row)
-        self.is_given_up = not (parts or reader.is_closing)
-        return parts or reader.end()
+            if parts := reader.recover(row):
+                return parts
+        return self._give_up(UpstreamFailed(BROKEN_OFF, is_final=True))
 
     def _give_up(self, error: ProxyError) -> list[Part]:
         if self.reader.is_closing:  # all but the last event has come
@@ -7849,12 +7849,10 @@ class TurnStream:
         except SSEOverflow as error:
             return self._give_up(UpstreamFailed(f"Dify sent {error}.", is_final=True))
         parts = self.reader.read(events)
-        if self._is_draining:
-            return parts
-        if self.reader.is_closing:
-            self._response.set_deadline(GRACE_S, _too_silent)
-        elif not _SILENT.issuperset(events):
-            self._response.set_deadline(self._idle_timeout_s, _too_silent)
+        if not (self._is_draining or _SILENT.issuperset(events)):
+            is_closing = self.reader.is_closing
+            limit_s = GRACE_S if is_closing else self._idle_timeout_s
+            self._response.set_deadline(limit_s, _too_silent)
         return parts
 
     def close(self) -> None:
