@@ -7857,7 +7857,7 @@ class TurnStream:
 
     def close(self) -> None:
         """Let the connection go; stop a run that was given up, in the background."""
-        if self.is_given_up:
+        if self.is_given_up and not self._is_draining:
             self._dify.run_in_background(self.end())
         else:
             self._response.close(is_over=self.reader.is_finished)
@@ -7880,15 +7880,14 @@ class TurnStream:
         Returns:
             Whether Dify has ended the answer with not a word more than was read before.
         """
-        has_more = False
+        has_more, self._carry = False, None
+        self._is_draining = True
         try:
             await self.stop()
             self._response.set_deadline(STOP_DRAIN_S, _too_silent)
-            self._is_draining, self._carry = True, None
             while parts := await self.read():
                 has_more = has_more or any(isinstance(part, Text) for part in parts)
         finally:
-            self.is_given_up = False  # whatever came meanwhile
             self.close()
         return self.reader.is_as_sent and not has_more
 
@@ -8971,10 +8970,8 @@ async def _begun(exchange: Exchange, turn: Turn) -> Turn:
         parts = await stream.read(until_stoppable=True)
         if parts and isinstance(parts[0], Failure):
             raise parts[0].error
-    except asyncio.CancelledError:
-        await stream.end()
-        raise
-    except BaseException:
+    except BaseException as error:
+        stream.is_given_up |= isinstance(error, asyncio.CancelledError)
         stream.close()
         raise
     stream.parts = parts
