@@ -6614,8 +6614,8 @@ class BodyDecoder:
         return body
 
     def feed_eof(self) -> None:
-        """The peer closed: fine for "until the end", else ConnectionBroken."""
-        if not self.is_complete and self._left >= 0:
+        """The peer closed before the end; ConnectionBroken if that is not the end."""
+        if self._left >= 0:
             raise ConnectionBroken("closed in the middle of a body")
         self.is_complete = True
 
@@ -6979,13 +6979,10 @@ class Wire(asyncio.Protocol):
 
     def close(self) -> None:
         """Close after what was written is sent; may be called twice."""
-        if self._transport.is_closing():
-            return
-        self.clear_deadline()
-        self._transport.close()
-        # A peer that reads nothing must not hold it for ever, nor one of TLS that does
-        # not say goodbye in its turn.
-        if self._unsent or self._transport.get_extra_info("sslcontext"):
+        if not self._transport.is_closing():
+            self._transport.close()
+            # A peer that reads nothing must not hold it for ever, nor one of TLS that
+            # does not say goodbye in its turn.
             self.set_deadline(WRITE_TIMEOUT_S, ConnectionBroken, sends=True)
 
     def abort(self) -> None:
