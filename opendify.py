@@ -6544,7 +6544,7 @@ def _ends_in_half_a_flag(text: str) -> bool:
 # nginx and Node allow 32 and 16 KiB; cookies of a shared host can be large.
 MAX_HEAD_BYTES = 32 * 1024
 MAX_FIELDS = 200  # Apache and Python's http.client allow 100
-# What a wire may hold unread before its transport is paused.
+# What is taken at once, and what a wire may hold unread before it reads no more.
 READ_BUFFER_BYTES = 64 * 1024
 WRITE_TIMEOUT_S = 60.0  # for a peer that reads nothing
 MAX_TIMER_S = 30.0  # a far deadline arms its timer again: a nearer one may come first

@@ -30,16 +30,16 @@ BUDGETS = {
     "Responses": 416,
     "Conversations": 444,
     "Pacer": 130,
-    "Wire": 494,
-    "Upstream": 709,
-    "Answers": 500,
+    "Wire": 489,
+    "Upstream": 703,
+    "Answers": 498,
     "Handlers": 870,
     "Server": 285,
     "Page": 262,
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7627
+WHOLE_BUDGET = 7614
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
