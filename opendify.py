@@ -2114,8 +2114,7 @@ def extract_json(text: str, output: OutputFormat) -> tuple[str | None, str]:
     reader = JsonReader(output)
     reader.feed([Text(text)])
     source = reader.text or text[max(text.find("{"), 0) :].strip()
-    if "{" in source:
-        source = source[: _ValueEnd().find(source, 0) or None]
+    source = source[: _ValueEnd().find(source, 0) or None]
     try:
         parse_json_text(source)
     except ValueError:
