@@ -2711,17 +2711,21 @@ def _part_head(boundary: str, rest: str) -> str:
     return f"--{boundary}\r\nContent-Disposition: form-data; {rest}\r\n\r\n"
 
 
+def _by_word(**lists: str) -> dict[str, str]:
+    """{"x": "a", "y": "a"} of a="x y"."""
+    return {word: name for name, words in lists.items() for word in words.split()}
+
+
 # Recordings by the subtype of their media type or by their extension, and the subtypes
 # that all releases take. Dify looks at nothing else, and names whatever it is
-# "temp.mp3" to the model.
-_SOUNDS = {
-    **dict.fromkeys(("wav", "x-wav", "wave", "vnd.wave"), "wav"),
-    **dict.fromkeys(("m4a", "mp4", "x-m4a"), "m4a"),
-    **dict.fromkeys(("mp3", "mpeg", "mpga", "aac", "flac"), "mp3"),
-    **dict.fromkeys(("ogg", "oga", "opus", "webm"), "mp3"),
-    "amr": "amr",
-    "bin": "mp3",  # one that has neither a name nor a type, as of bytes in memory
-}
+# "temp.mp3" to the model. One that has neither a name nor a type, as of bytes in
+# memory, is a "bin".
+_SOUNDS = _by_word(
+    wav="wav x-wav wave vnd.wave",
+    m4a="m4a mp4 x-m4a",
+    mp3="mp3 mpeg mpga aac flac ogg oga opus webm bin",
+    amr="amr",
+)
 
 
 def audio_type(file: Attachment) -> str:
@@ -2733,14 +2737,13 @@ def audio_type(file: Attachment) -> str:
     return f"audio/{sound}" if sound else file.media_type
 
 
-_KNOWN_EXTENSIONS = {
-    "image": "jpg jpeg png webp gif svg",
-    "video": "mp4 mov mpeg webm",
-    "audio": "mp3 m4a wav amr mpga",
-    "document": "txt markdown md mdx pdf html htm xlsx xls docx csv vtt properties"
+_KINDS = _by_word(
+    image="jpg jpeg png webp gif svg",
+    video="mp4 mov mpeg webm",
+    audio="mp3 m4a wav amr mpga",
+    document="txt markdown md mdx pdf html htm xlsx xls docx csv vtt properties"
     " doc eml msg ppt pptx xml epub",
-}
-_KINDS = {x: kind for kind, names in _KNOWN_EXTENSIONS.items() for x in names.split()}
+)
 
 
 def file_kind(file: Attachment) -> str:
