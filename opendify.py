@@ -2662,7 +2662,7 @@ def _file_mapping(file: Attachment, kind: str) -> dict[str, str]:
         where = {"transfer_method": "local_file", "upload_file_id": file.upload_id}
     else:
         where = {"transfer_method": "remote_url", "url": file.url}
-    return {"type": kind or file_kind(file), **where}
+    return {"type": kind, **where}
 
 
 def _allowed(rules: Json) -> tuple[tuple[str, ...], tuple[str, ...]]:
