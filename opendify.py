@@ -3625,11 +3625,7 @@ class StoredTurn(NamedTuple):
     @property
     def is_short(self) -> bool:
         """Whether the app made several calls, and the client got the one it wanted."""
-        if not self.told.is_serial:
-            return False
-        reading = Reading(self.told, self.message_id, is_whole=True, spent=NO_USAGE)
-        reading.feed([*self.parts])
-        return reading.is_short
+        return self.told.is_serial and self._read_as(self.told)[0].is_short
 
     def answer(self, tools: Iterable[Tool] = ()) -> Answer:
         """What the app said, read as it was told to write: calls are no text.
@@ -3639,13 +3635,17 @@ class StoredTurn(NamedTuple):
         """
         known = {tool.name: tool for tool in (*self.told.tools, *tools)}
         ask = self.told._replace(tools=tuple(known.values()))
-        reading = Reading(ask, self.message_id, is_whole=True, spent=NO_USAGE)
-        answer, parts = Answer(), reading.feed([*self.parts])
+        reading, parts = self._read_as(ask)
         if reading.problem:  # it is no call, or not the JSON: it stays as it is
             told = ask._replace(output=OutputFormat(), tool_mode="auto")
             return self._replace(told=told).answer()
+        answer = Answer()
         answer.add(part for part in parts if not isinstance(part, Failure))
         return answer
+
+    def _read_as(self, ask: Ask) -> tuple[Reading, list[Part]]:
+        reading = Reading(ask, self.message_id, is_whole=True, spent=NO_USAGE)
+        return reading, reading.feed([*self.parts])
 
     def message(self, tools: Iterable[Tool]) -> Message:
         """The answer as a message of a history."""
