@@ -4961,8 +4961,9 @@ def ask_of(
     Args:
         request: the request.
         found: what its references stand for. One that is not found is left out; those
-            to several items of one answer stand for one message, and its text and
-            calls may follow (the AI SDK names the message, and repeats the calls).
+            to several items of one answer stand for one message. Its calls may follow
+            (the AI SDK names the message), and its text, or that may go before them
+            (Mastra names the calls).
         before: what was said up to `previous_response_id`.
         told: what Dify has of it, which only names the tools of new results.
 
@@ -4981,7 +4982,9 @@ def ask_of(
             elif item.tool_calls:
                 messages[-1] = messages[-1]._replace(tool_calls=item.tool_calls)
         elif item in found and found[item] != named:
-            named = found[item]
+            is_first, named = named == nothing, found[item]
+            if is_first and messages[-1:] == [named._replace(tool_calls=())]:
+                messages.pop()
             messages.append(named)
     messages = with_tool_names([*told, *in_rounds(messages)])[len(told) :]
     if request.references and not (messages or told):
@@ -9235,8 +9238,7 @@ async def _join_named(site: Site, question: Question, request: ResponsesRequest)
         turns, _ = await site.dify.messages(app, Place(question.user, id_, ""))
         told = _transcript(_as_asked(turns), request.known_tools)
     ask = ask_of(request, {}, told=told)
-    is_all_new = ask.is_all_new and not is_known_history(ask, told)
-    return ask._replace(is_all_new=is_all_new)
+    return ask._replace(is_all_new=ask.is_all_new and not is_known_history(ask, told))
 
 
 async def _join_at(

@@ -23,23 +23,23 @@ BUDGETS = {
     "SSE": 61,
     "JSON": 96,
     "Turn": 202,
-    "Calls": 790,
-    "Dify": 787,
+    "Calls": 789,
+    "Dify": 785,
     "Ids": 63,
     "OpenAI": 681,
-    "Responses": 416,
+    "Responses": 418,
     "Conversations": 444,
     "Pacer": 130,
     "Wire": 489,
     "Upstream": 703,
     "Answers": 498,
-    "Handlers": 870,
+    "Handlers": 869,
     "Server": 285,
     "Page": 262,
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7614
+WHOLE_BUDGET = 7612
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

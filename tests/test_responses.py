@@ -304,6 +304,7 @@ def test_calls_after_a_reference_belong_to_what_it_names() -> None:
         pytest.param([{"id": "rs_1"}, SAID, CALL], id="thoughts"),
         pytest.param([{"id": "rs_1"}, SAID, {"id": "fc_1"}], id="around"),
         pytest.param([{"id": "rs_1"}, {"id": "fc_1"}, SAID], id="calls"),
+        pytest.param([SAID, {"id": "fc_1"}], id="behind"),
     ],
 )
 def test_answer_that_is_named_and_repeated_is_said_once(rows: list[Any]) -> None:
@@ -318,6 +319,13 @@ def test_another_answer_after_one_that_is_named_is_said_too() -> None:
     other = Message("assistant", "b")
     said = Message("assistant", "a")
     assert ask_of(parsed, {"msg_1": other}).messages == (HI, other, said)
+
+
+def test_answer_that_is_named_behind_another_s_equal_text_is_said_too() -> None:
+    parsed = parse_responses_request(request(HI_ROW, {"id": "msg_1"}, {"id": "fc_1"}))
+    one = Message("assistant", "a")
+    two = one._replace(tool_calls=(CALLED,))
+    assert ask_of(parsed, {"msg_1": one, "fc_1": two}).messages == (HI, one, two)
 
 
 def test_calls_after_a_question_that_is_named_are_no_part_of_it() -> None:
