@@ -4033,7 +4033,7 @@ def in_answers(items: Iterable[Any]) -> list[Any]:
 def _is_one_answer(said: Message, more: Message) -> bool:
     """Whether a message is more of an answer: only one of both has a text, or will."""
     is_text = more.text if more.tool_calls else plain_text(said) or said.spoken_id
-    return said.name == more.name and not is_text
+    return said.name == more.name and not (is_text or more.spoken_id)
 
 
 def _by_words(messages: list[Message]) -> list[Message]:

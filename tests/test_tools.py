@@ -1217,12 +1217,16 @@ def test_calls_go_with_the_text_of_who_makes_them() -> None:
     call = Message("assistant", "", tool_calls=(ToolCall("1", "f", "{}"),))
     said = Message("assistant", "I look.", "Ada")
     mine, theirs = (call._replace(name=name) for name in ("Ada", "Bob"))
+    spoken = Message("assistant", "", spoken_id="audio_1")
     assert in_rounds([said, mine]) == [mine._replace(text="I look.")]
     for rows in (
         [said, theirs],
         [said, mine._replace(text="Now.")],
         [Message("user", "Look."), call],
-        [Message("assistant", "", spoken_id="audio_1"), said._replace(name="")],
+        [spoken, said._replace(name="")],
+        [call, spoken],
+        [call, spoken._replace(tool_calls=call.tool_calls)],
+        [Message("assistant", ""), spoken],
     ):
         assert in_rounds(rows) == rows
 
