@@ -5840,8 +5840,8 @@ def plan_turn(
         shown = context = (*_untold(ask, app, history, tail), *lacked)
     files = _with_room(shown, new, has_room)
     past = fold(elsewhere, files)
-    own = {app.system_variable: ask.system, app.history_variable: past}
-    given = {name: text for name, text in own.items() if name and text.strip()}
+    own = (app.system_variable, ask.system), (app.history_variable, past)
+    given = {name: text for name, text in own if name and text.strip()}
     query = _query(ask, context, new, files) if ask.messages else alone
     # Nobody can tell how a client shows an answer that was continued, or a title.
     is_shown = new and not is_side_request(ask)
