@@ -6952,9 +6952,7 @@ class Wire(asyncio.Protocol):
         """
         if not (self.unread or self._failure or self._is_at_end):
             self._reader = self._loop.create_future()
-            if self._is_paused:
-                self._is_paused = False
-                self._transport.resume_reading()
+            self.read_on()
             try:
                 await self._reader
             finally:
@@ -6962,6 +6960,12 @@ class Wire(asyncio.Protocol):
         if self._failure and not self.unread:
             raise self._failure
         return bool(self.unread) or not self._is_at_end
+
+    def read_on(self) -> None:
+        """Let more come once all is taken; nobody is told else that the peer leaves."""
+        if self._is_paused and not (self.unread or self._is_lost):
+            self._is_paused = False
+            self._transport.resume_reading()
 
     # Writing...
 
@@ -7017,6 +7021,7 @@ async def read_head(wire: Wire) -> bytes:
             raise HeadTooLarge(f"The head is over {MAX_HEAD_BYTES >> 10} KiB.")
         if end >= 0:
             wire.unread = data[end + 4 :]
+            wire.read_on()
             return data[: end + 4]
         check_line_ends(data[max(0, checked - 1) :])
         checked = len(data)
@@ -7193,6 +7198,7 @@ def take_body(wire: Wire, decoder: BodyDecoder) -> bytes:
     rest = wire.unread[READ_BUFFER_BYTES:]
     body = decoder.feed(wire.unread[:READ_BUFFER_BYTES])
     wire.unread = decoder.rest + rest
+    wire.read_on()
     return body
 
 
@@ -7247,12 +7253,10 @@ class Reply:
 
     def __init__(self, wire: Wire, request: Request = _NO_REQUEST) -> None:
         self.request = request  # that it answers
-        self.status = 0  # 0: not started
-        self.is_complete = self.must_close = self._is_bare = False
+        self.status = self.body_bytes = 0  # 0: not started
+        self.is_complete = self.must_close = self._is_bare = self._is_chunked = False
         self.headers: list[tuple[str, str]] = []  # that go with any response
-        self.body_bytes = 0
         self._wire = wire
-        self._is_chunked = False
         self._head = b""
         self.drain, self.must_drain = wire.drain, wire.must_drain
 
@@ -7544,8 +7548,7 @@ class Pool:
         Raises:
             UpstreamFailed, UpstreamTimeout, ConfigurationFault.
         """
-        kept = self._take_idle(origin)
-        if kept:
+        if kept := self._take_idle(origin):
             with contextlib.suppress(NoAnswer):
                 return await self._exchange(origin, kept, request, timeout_s)
         try:
@@ -7732,10 +7735,9 @@ async def _read_response_head(wire: Wire) -> ResponseHead:
     """The head of the final response; interim ones (1xx) are passed over."""
     now = asyncio.get_running_loop().time
     until = now() + RACE_S
-    try:
+    has_answer = False
+    with contextlib.suppress(ConnectionBroken):
         has_answer = await wire.wait_for_data()
-    except ConnectionBroken:
-        has_answer = False
     if not has_answer:
         raise (NoAnswer if now() < until else UpstreamFailed)(
             "Dify closed the connection without an answer. If it always does, check "

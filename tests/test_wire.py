@@ -1264,6 +1264,21 @@ async def test_leaving_is_told_while_nobody_reads(unread: bytes) -> None:
         await asyncio.wait_for(left.wait(), 1)
 
 
+@pytest.mark.parametrize("has_body", [False, True])
+async def test_leaving_is_told_once_all_that_came_is_taken(has_body: bool) -> None:
+    """Though it was so much at once that the socket rested."""
+    much = bytes(READ_BUFFER_BYTES + 1) if has_body else GET * (READ_BUFFER_BYTES // 20)
+    async with wired() as (wire, far):
+        left, body = asyncio.Event(), BodyDecoder(len(much))
+        wire.on_leave = left.set
+        await asyncio.get_running_loop().sock_sendall(far, much)
+        await asyncio.sleep(1)
+        while wire.unread:
+            await (read_body(wire, body) if has_body else read_head(wire))
+        far.close()
+        await asyncio.wait_for(left.wait(), 1)
+
+
 async def test_deadline_is_no_leaving() -> None:
     async with wired() as (wire, _):
         left = asyncio.Event()
