@@ -7577,7 +7577,7 @@ class Pool:
         wire, is_sent = await self._open(origin), False
         try:
             wire.write(head)
-            while not (is_sent or wire.unread or wire.must_drain()):
+            while not (is_sent or _ANSWER.search(wire.unread) or wire.must_drain()):
                 data = await read()
                 await asyncio.sleep(0)  # an answer is read, before a write fails
                 wire.write(b"%x\r\n%b\r\n" % (len(data), data))  # the last is empty
@@ -7694,8 +7694,7 @@ class Pool:
         try:
             wire.write(request)
             wire.set_deadline(timeout_s, _too_slow, sends=True)
-            answer = await _read_response_head(wire)
-            return UpstreamResponse(self, origin, wire, answer)
+            return UpstreamResponse(self, origin, wire, await _read_response_head(wire))
         except BaseException as error:
             wire.abort()
             if isinstance(error, _WIRE_ERRORS):
@@ -7767,6 +7766,7 @@ def _parse_response_head(head: bytes) -> ResponseHead:
 
 
 _INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)\d\d[ \r]")
+_ANSWER = re.compile(rb"(?:\A|\r\n)HTTP/1\.[01] (?!1(?!01)\d\d[ \r])")  # behind those
 
 
 class TurnStream:

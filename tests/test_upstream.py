@@ -1613,6 +1613,28 @@ async def test_upload_of_a_slow_client_has_the_time_that_it_needs() -> None:
         assert now() == 6 * almost_s
 
 
+@pytest.mark.parametrize(
+    "interim", [b"100 Continue\r\n", b"103 Early Hints\r\nA: b\r\n"]
+)
+@pytest.mark.parametrize("refuses", [False, True])
+async def test_only_the_final_response_ends_an_upload(
+    interim: bytes, refuses: bool
+) -> None:
+    """Some servers send interim ones though nobody has asked for them."""
+    sent: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 %b\r\n" % interim * 2)
+        writer.write(json_answer({"id": "f"}) if refuses else b"")
+        sent.append(await reader.readuntil(b"\r\n0\r\n\r\n"))
+        writer.write(json_answer({"id": "f"}))
+
+    async with raw_server(serve) as base, client(base) as (dify, app):
+        assert await send_pieces(dify, app, every_s=1) == {"id": "f"}
+    assert len(sent) == (not refuses)
+
+
 @pytest.mark.parametrize(("option", "count"), [("keep-alive", 1), ("close", 2)])
 async def test_connection_of_an_upload_is_used_again_unless_the_answer_says_close(
     option: str, count: int
