@@ -7459,8 +7459,8 @@ class UpstreamResponse:
         self.status, self.headers = head.status, head.headers
         self.content_type = self.headers.get("content-type", "application/octet-stream")
         self._pool, self._origin, self._wire = pool, origin, wire
-        has_body = self.status not in (204, 304)
-        self._body = body_decoder(self.headers, until_end=has_body)
+        has_body = self.status not in (204, 304)  # whatever their length says
+        self._body = body_decoder(self.headers if has_body else {}, until_end=has_body)
         self.can_reuse = not ends_connection(self.headers, head.http_version)
         self._is_released = False
 

@@ -284,6 +284,14 @@ async def test_connection_is_used_again_unless_the_answer_says_close(
     [
         pytest.param(b'HTTP/1.0 200 OK\r\n\r\n{"name": "n"}', {"name": "n"}, id="1.0"),
         pytest.param(b"HTTP/1.1 204 No Content\r\n\r\n", {}, id="no-content"),
+        pytest.param(  # a length is then that of another answer (RFC 9112, section 6.3)
+            b"HTTP/1.1 204 No Content\r\nContent-Length: 20\r\n\r\n", {}, id="length"
+        ),
+        pytest.param(
+            b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n",
+            {},
+            id="chunked",
+        ),
     ],
 )
 async def test_answer_without_a_length_has_an_end(
