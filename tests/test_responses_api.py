@@ -1791,9 +1791,10 @@ TWO_IN_ONE = opendify.fold(
         (["q", "a1", "q2", "a2"], False),
         (["q1", "a1", "q2", "a"], False),
         (["q1", "a", "q2", "a2"], False),
-        (["q1", "a1", "a2"], False),
+        (["q2", "a2", "a1"], False),
         (["q0", "a0", "q1", "a1", "q2", "a2"], False),
         (["q1", "a1"], False),
+        ([], False),
     ],
 )
 def test_history_is_known_if_it_is_what_dify_has_or_its_end(
@@ -1811,8 +1812,9 @@ def test_history_is_known_if_it_is_what_dify_has_or_its_end(
 @pytest.mark.parametrize(
     ("shown", "stored", "is_known"),
     [
-        (["user q1 \n"], "q1 \n", True),
+        (["user  q1 \n"], " q1 \n", True),
         (["user q1"], "<told>\n\nq1\n", True),
+        (["user q1", "tool r1"], "<told>\n\nq1", False),
         (["tool r1", "user q1"], TWO_IN_ONE, True),
         (["user q1", "tool r2"], TWO_IN_ONE, False),
         (["user q2", "tool r1"], TWO_IN_ONE, False),
