@@ -1147,7 +1147,7 @@ def test_a_history_in_an_input_that_is_gone_starts_a_new_conversation() -> None:
 @pytest.mark.parametrize(("room", "says"), [(0, "file_not_included"), (1, "file")])
 def test_a_history_in_an_input_says_which_files_are_there(room: int, says: str) -> None:
     shown = Message("user", "u1", attachments=(Attachment("a.png", data=b"1"),))
-    request = ask(shown, answer("a1"), user("u2"))
+    request = ask(shown, answer("a1"), user("u2"), system="Be brief.")
     plan = plan_turn(
         request,
         SCOPE,
@@ -1156,6 +1156,7 @@ def test_a_history_in_an_input_says_which_files_are_there(room: int, says: str) 
         has_room=lambda files: len(files) <= room,
     )
     assert f'<message role="user" {says}="a.png">\nu1\n' in plan.inputs["past"]
+    assert [*plan.inputs] == ["past"]
     assert len(plan.files) == room
 
 
