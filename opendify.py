@@ -1354,7 +1354,7 @@ def media_text(media: Media, *, is_first: bool) -> str:
 #     reasoned beside it: that goes on at once, before what is held back.
 
 
-# What is asked...
+# Reading tools and output formats in a request...
 
 _MODES = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
 
@@ -1461,7 +1461,7 @@ def parse_output_format(body: Json) -> OutputFormat:
     return OutputFormat(kind, str(spec.get("name") or ""), schema, where)
 
 
-# What the app is told...
+# Describing them to the app...
 
 _TOOLS_TEXT = """\
 You can call the tools below. They are run for you: you only write the call.
@@ -1587,7 +1587,7 @@ def is_retry(text: str) -> bool:
     return text.startswith(tuple(t.split("{")[0] for t in _RETRY_TEXTS.values()))
 
 
-# What it answers: calls...
+# Finding calls in the answer...
 
 # How calls are written: our way (Hermes', Qwen's), then Anthropic's, DeepSeek's, GLM's,
 # MiniMax's, Seed's, Mistral's, Llama's, Kimi's, Qwen-Agent's, and that of a history
@@ -1802,7 +1802,7 @@ class _Block:
             if self._tool and self._given:
                 self._finish([(self._tool, self._given)], self._at)
             if not self._tool and (self.calls or self.taken):
-                self.taken = self._at  # markup without anything in it, too
+                self.taken = self._at  # empty markup goes, too
         return is_last
 
     @property
@@ -1858,7 +1858,7 @@ class _Block:
     def _take_closer(self, token: re.Match[str]) -> None:
         if self._tool:
             self._finish([(self._tool, self._given)], token.end())
-        elif self.taken:  # markup without anything in it goes, too
+        elif self.taken:  # empty markup goes, too
             self.taken = token.end()
         self._is_tagged = False
 
@@ -1972,7 +1972,7 @@ def _typed(tool: Tool, key: str, text: str) -> Any:
     return text
 
 
-# ... where a JSON value ends in it...
+# Finding where a JSON value ends...
 
 _VALUE_SIGN = re.compile(r"\\.|[\"'{}\[\]<`]", re.DOTALL)
 _DEPTHS = {"{": 1, "[": 1, "}": -1, "]": -1}
@@ -2006,7 +2006,7 @@ class _ValueEnd:
         return 0
 
 
-# ... where it must end...
+# Cutting the answer at a stop text...
 
 
 class StopReader:
@@ -2055,7 +2055,7 @@ def _begun_at(text: str, stop: str) -> int:
     return next(starts, len(text))
 
 
-# ... and JSON...
+# Taking the JSON out of the answer...
 
 # How they begin: for certain, where a group is matched; else more text must tell.
 _OBJECT = r"\{\s{0,999}(?:([\"}])|\Z)"
@@ -2135,7 +2135,7 @@ def json_problem(text: str, output: OutputFormat) -> str:
     return "; ".join(schema_problems(value, output.schema))
 
 
-# ... that keeps to a schema...
+# Checking it against a schema...
 
 _MAX_CHECKS = 50_000  # of one answer, a third of a second; what is left passes
 _MAX_PROBLEMS, _MAX_RULE_CHARS = 5, 200  # are told to the app
@@ -2299,7 +2299,7 @@ _HOLDS: Mapping[str, tuple[str, Callable[[Any, Any], bool]]] = {
 }
 
 
-# ... and all of that, as a request needs it...
+# All of that, as a request needs it...
 
 
 def call_ids(message_id: str) -> Iterator[str]:
@@ -2339,7 +2339,7 @@ class Reading:
         self._is_json = ask.output.kind != "text" and not self._is_required
         # Cut in half, JSON is none; and what stands around it never reaches the client.
         self._stop = StopReader(ask.stops) if ask.stops and not self._is_json else None
-        # A brace or a bracket alone shows that it begins.
+        # Only a brace or a bracket shows for certain that JSON begins.
         is_streamed = self._is_json and not is_whole
         can_begin = is_streamed and ask.output.schema.get("type") in ("object", "array")
         self._json = JsonReader(ask.output) if can_begin else None
