@@ -9030,10 +9030,11 @@ async def _with_past(dify: Dify, question: Question, plan: Plan) -> Json:
 # ==============================================================================
 #
 # The routes, one coroutine each: it returns the JSON that answers a request, or replies
-# by itself. First comes what they share: Form reads a request that brings a file, what
-# Dify keeps of earlier turns is read back, and Site has the rest; each handler is given
-# it. Then come the handlers, API by API, then ROUTES, the table of all. Catches
-# nothing that the error boundary of room 17 can answer. Never touches sockets or h11.
+# by itself. First comes what they share: the Site, which each of them is given, then
+# Form, which reads a request that brings a file, and the functions that read back what
+# Dify keeps of earlier turns. Then come the handlers, API by API, then ROUTES, the
+# table of all. Catches nothing that the error boundary of room 17 can answer. Never
+# touches sockets or h11.
 
 MAX_KEY_FAILURES, KEY_FAILURES_S = 20, 60.0  # of an address that guesses keys
 MAX_ADDRESSES = 10_000  # that are remembered for it
@@ -9055,6 +9056,168 @@ _NO_SPOKEN = (
 _LONG_FIELDS = f"The fields of a form may have {MAX_FIELDS_BYTES >> 10} KiB."
 _BESIDE_FILE_BYTES = MAX_FIELDS_BYTES + MAX_FORM_PARTS * 2 * MAX_PART_HEAD_BYTES
 _START_BYTES = 64  # of a recording: the head of a WAV file
+
+
+# What all handlers share...
+
+
+@dataclass(eq=False)
+class Site:
+    """What the handlers share; it knows the apps, and which clients may ask.
+
+    Args:
+        dify: the client of Dify; it has the settings as they are now.
+        conversations: what is known of them.
+        new_id: makes a fresh id for an answer, without its prefix.
+        wall_clock: seconds since the epoch.
+    """
+
+    dify: Dify
+    conversations: Conversations
+    new_id: Callable[[], str]
+    wall_clock: Callable[[], float] = time.time
+
+    def __post_init__(self) -> None:
+        """Begin with nothing in flight, and no key tried."""
+        self.turns = Turns(self.dify, self.conversations, self.wall_clock)
+        self.metrics = Metrics()
+        self.in_flight: set[Exchange] = set()
+        self.created = int(self.wall_clock())  # the time of each model
+        self._key_failures: dict[str, list[float]] = {}  # times, by address
+        self._right_keys: set[tuple[str, str]] = set()  # that came, by address
+
+    def check_key(self, key: str, peer: str) -> str:
+        """Whose ids a client may open: its key's, or "" where no key is needed.
+
+        It is compared with all keys, so that the time tells nothing. An address that
+        sends many wrong ones may use only those that it has used before: who guesses
+        learns nothing, and does not shut out its other clients.
+
+        Raises:
+            Unauthorized, KeysGuessed.
+        """
+        valid = self.dify.settings.valid_api_keys
+        if not valid:
+            return ""
+        now = asyncio.get_running_loop().time()
+        since = now - KEY_FAILURES_S
+        failures = [at for at in self._key_failures.get(peer, ()) if at >= since]
+        given = key.encode()
+        matches = [hmac.compare_digest(given, known.encode()) for known in valid]
+        is_shut = len(failures) >= MAX_KEY_FAILURES
+        if is_shut and (peer, key) not in self._right_keys:
+            error = KeysGuessed("Too many wrong API keys from this address.")
+            error.headers.append(("Retry-After", f"{KEY_FAILURES_S:g}"))
+            raise error
+        if any(matches):
+            if len(self._right_keys) > MAX_ADDRESSES:
+                self._right_keys.clear()
+            self._right_keys.add((peer, key))
+            return key
+        if not key:
+            raise Unauthorized("No API key. Send one as `Authorization: Bearer KEY`.")
+        if not is_loopback(peer):
+            if len(self._key_failures) > MAX_ADDRESSES:
+                self._key_failures.clear()
+            self._key_failures[peer] = [*failures, now][-MAX_KEY_FAILURES:]
+        raise Unauthorized(
+            "Incorrect API key provided: it is none of this server's VALID_API_KEYS.",
+            code="invalid_api_key",
+        )
+
+    async def find_app(self, exchange: Exchange, model: str) -> AppSettings:
+        """The app of this name; the log and the metrics say it from now on.
+
+        Old clients form-encode a name in a path: there a space is a plus. The error
+        for a name that Dify may tell later says why it does not now.
+        """
+        models, untold = self.known_models(), None
+        if model not in models:
+            untold = await self._learn_names()
+            models = self.known_models()
+        for name in (model, model.replace("+", " ")):
+            if name in models:
+                exchange.model = name
+                return models[name]
+        shown = _shown(mask_app_keys(model))  # a key may have been pasted
+        if untold:
+            untold.message = f"The model {shown} is not known yet: {untold.message}"
+            raise untold
+        known = ", ".join(models) or "none"
+        text = f"The model {shown} does not exist here. Available: {known}."
+        raise ModelNotFound(text)
+
+    async def models(self) -> Mapping[str, AppSettings]:
+        """All apps by model name, as far as Dify tells the names in time."""
+        await self._learn_names()
+        return self.known_models()
+
+    async def _learn_names(self) -> ProxyError | None:
+        """Ask Dify for names that are not known; returns why one may be known later."""
+        facts = self.dify.facts
+        untold: ProxyError | None = None
+        apps = [app for app in self.dify.settings.keyed_apps if not facts.of(app).name]
+        results = await _in_time(map(facts.ask_info, apps))
+        for app, got in zip(apps, results):
+            if isinstance(got, asyncio.TimeoutError):
+                untold = UpstreamTimeout("Dify does not tell an app's name in time.")
+            elif isinstance(got, Exception):
+                log.warning("%s of DIFY_API_KEYS: %s", mask_key(app.key), got)
+            if isinstance(got, ProxyError) and got.status >= 500 and not got.is_final:
+                untold = got
+        return untold
+
+    def known_models(self) -> Mapping[str, AppSettings]:
+        """All apps by model name; those of DIFY_API_KEYS as far as Dify has named them.
+
+        One of them that never answers must not hold up the others' turns.
+        """
+        models = dict(self.dify.settings.model_config)
+        for app in self.dify.settings.keyed_apps:
+            digest = hashlib.sha256(app.key.encode()).hexdigest()
+            name = self.dify.facts.of(app).name or f"app-{digest[:8]}"
+            if name in models:
+                name = f"{name} ({digest[:4]})"
+            models[name] = app
+        return models
+
+
+async def _in_time(awaitables: Iterable[Awaitable[T]]) -> list[T | BaseException]:
+    """What each gives within NAMES_TIMEOUT_S, or the exception that it raises."""
+    timed = [asyncio.wait_for(awaitable, NAMES_TIMEOUT_S) for awaitable in awaitables]
+    return await asyncio.gather(*timed, return_exceptions=True)
+
+
+async def _json_of(exchange: Exchange) -> dict[str, Any]:
+    """The request's JSON; raises BadRequest if it is no object."""
+    return parse_body(await read_whole(exchange.read))
+
+
+async def _body_of(exchange: Exchange) -> dict[str, Any]:
+    """The same, its model as the path names it, if it does."""
+    body = await _json_of(exchange)
+    if exchange.name_in_path:
+        body["model"] = exchange.name_in_path
+    return body
+
+
+def query_of(request: Request) -> dict[str, str]:
+    """The fields after the `?`; the last one of a name counts."""
+    return dict(urllib.parse.parse_qsl(request.query, errors="replace"))
+
+
+def send_json(reply: Reply, value: Any, more: Fields = (), status: int = 200) -> None:
+    """Reply with JSON, and with `more` header fields."""
+    fields = [("Content-Type", "application/json"), *more]
+    reply.send(status, json_bytes(value), fields)
+
+
+def _not_found(kind: str, id_: str) -> IdNotFound:
+    return IdNotFound(f"{kind} with id {_shown(id_)} not found.")
+
+
+def _shown(id_: str) -> str:
+    return repr(id_ if len(id_) <= 100 else id_[:100] + "…")
 
 
 # Requests that bring a file...
@@ -9366,168 +9529,6 @@ def _no_previous(id_: str) -> PreviousGone:
     return PreviousGone(
         f"Previous response with id {_shown(id_)} not found. Send the history instead."
     )
-
-
-# What all handlers share...
-
-
-@dataclass(eq=False)
-class Site:
-    """What the handlers share; it knows the apps, and which clients may ask.
-
-    Args:
-        dify: the client of Dify; it has the settings as they are now.
-        conversations: what is known of them.
-        new_id: makes a fresh id for an answer, without its prefix.
-        wall_clock: seconds since the epoch.
-    """
-
-    dify: Dify
-    conversations: Conversations
-    new_id: Callable[[], str]
-    wall_clock: Callable[[], float] = time.time
-
-    def __post_init__(self) -> None:
-        """Begin with nothing in flight, and no key tried."""
-        self.turns = Turns(self.dify, self.conversations, self.wall_clock)
-        self.metrics = Metrics()
-        self.in_flight: set[Exchange] = set()
-        self.created = int(self.wall_clock())  # the time of each model
-        self._key_failures: dict[str, list[float]] = {}  # times, by address
-        self._right_keys: set[tuple[str, str]] = set()  # that came, by address
-
-    def check_key(self, key: str, peer: str) -> str:
-        """Whose ids a client may open: its key's, or "" where no key is needed.
-
-        It is compared with all keys, so that the time tells nothing. An address that
-        sends many wrong ones may use only those that it has used before: who guesses
-        learns nothing, and does not shut out its other clients.
-
-        Raises:
-            Unauthorized, KeysGuessed.
-        """
-        valid = self.dify.settings.valid_api_keys
-        if not valid:
-            return ""
-        now = asyncio.get_running_loop().time()
-        since = now - KEY_FAILURES_S
-        failures = [at for at in self._key_failures.get(peer, ()) if at >= since]
-        given = key.encode()
-        matches = [hmac.compare_digest(given, known.encode()) for known in valid]
-        is_shut = len(failures) >= MAX_KEY_FAILURES
-        if is_shut and (peer, key) not in self._right_keys:
-            error = KeysGuessed("Too many wrong API keys from this address.")
-            error.headers.append(("Retry-After", f"{KEY_FAILURES_S:g}"))
-            raise error
-        if any(matches):
-            if len(self._right_keys) > MAX_ADDRESSES:
-                self._right_keys.clear()
-            self._right_keys.add((peer, key))
-            return key
-        if not key:
-            raise Unauthorized("No API key. Send one as `Authorization: Bearer KEY`.")
-        if not is_loopback(peer):
-            if len(self._key_failures) > MAX_ADDRESSES:
-                self._key_failures.clear()
-            self._key_failures[peer] = [*failures, now][-MAX_KEY_FAILURES:]
-        raise Unauthorized(
-            "Incorrect API key provided: it is none of this server's VALID_API_KEYS.",
-            code="invalid_api_key",
-        )
-
-    async def find_app(self, exchange: Exchange, model: str) -> AppSettings:
-        """The app of this name; the log and the metrics say it from now on.
-
-        Old clients form-encode a name in a path: there a space is a plus. The error
-        for a name that Dify may tell later says why it does not now.
-        """
-        models, untold = self.known_models(), None
-        if model not in models:
-            untold = await self._learn_names()
-            models = self.known_models()
-        for name in (model, model.replace("+", " ")):
-            if name in models:
-                exchange.model = name
-                return models[name]
-        shown = _shown(mask_app_keys(model))  # a key may have been pasted
-        if untold:
-            untold.message = f"The model {shown} is not known yet: {untold.message}"
-            raise untold
-        known = ", ".join(models) or "none"
-        text = f"The model {shown} does not exist here. Available: {known}."
-        raise ModelNotFound(text)
-
-    async def models(self) -> Mapping[str, AppSettings]:
-        """All apps by model name, as far as Dify tells the names in time."""
-        await self._learn_names()
-        return self.known_models()
-
-    async def _learn_names(self) -> ProxyError | None:
-        """Ask Dify for names that are not known; returns why one may be known later."""
-        facts = self.dify.facts
-        untold: ProxyError | None = None
-        apps = [app for app in self.dify.settings.keyed_apps if not facts.of(app).name]
-        results = await _in_time(map(facts.ask_info, apps))
-        for app, got in zip(apps, results):
-            if isinstance(got, asyncio.TimeoutError):
-                untold = UpstreamTimeout("Dify does not tell an app's name in time.")
-            elif isinstance(got, Exception):
-                log.warning("%s of DIFY_API_KEYS: %s", mask_key(app.key), got)
-            if isinstance(got, ProxyError) and got.status >= 500 and not got.is_final:
-                untold = got
-        return untold
-
-    def known_models(self) -> Mapping[str, AppSettings]:
-        """All apps by model name; those of DIFY_API_KEYS as far as Dify has named them.
-
-        One of them that never answers must not hold up the others' turns.
-        """
-        models = dict(self.dify.settings.model_config)
-        for app in self.dify.settings.keyed_apps:
-            digest = hashlib.sha256(app.key.encode()).hexdigest()
-            name = self.dify.facts.of(app).name or f"app-{digest[:8]}"
-            if name in models:
-                name = f"{name} ({digest[:4]})"
-            models[name] = app
-        return models
-
-
-async def _in_time(awaitables: Iterable[Awaitable[T]]) -> list[T | BaseException]:
-    """What each gives within NAMES_TIMEOUT_S, or the exception that it raises."""
-    timed = [asyncio.wait_for(awaitable, NAMES_TIMEOUT_S) for awaitable in awaitables]
-    return await asyncio.gather(*timed, return_exceptions=True)
-
-
-async def _json_of(exchange: Exchange) -> dict[str, Any]:
-    """The request's JSON; raises BadRequest if it is no object."""
-    return parse_body(await read_whole(exchange.read))
-
-
-async def _body_of(exchange: Exchange) -> dict[str, Any]:
-    """The same, its model as the path names it, if it does."""
-    body = await _json_of(exchange)
-    if exchange.name_in_path:
-        body["model"] = exchange.name_in_path
-    return body
-
-
-def query_of(request: Request) -> dict[str, str]:
-    """The fields after the `?`; the last one of a name counts."""
-    return dict(urllib.parse.parse_qsl(request.query, errors="replace"))
-
-
-def send_json(reply: Reply, value: Any, more: Fields = (), status: int = 200) -> None:
-    """Reply with JSON, and with `more` header fields."""
-    fields = [("Content-Type", "application/json"), *more]
-    reply.send(status, json_bytes(value), fields)
-
-
-def _not_found(kind: str, id_: str) -> IdNotFound:
-    return IdNotFound(f"{kind} with id {_shown(id_)} not found.")
-
-
-def _shown(id_: str) -> str:
-    return repr(id_ if len(id_) <= 100 else id_[:100] + "…")
 
 
 # Models and health...
