@@ -1279,9 +1279,9 @@ class Answer:
             if isinstance(part, Text):  # nearly always
                 self._texts.append(part.text)
             else:
-                self._add_beside(part)
+                self._add_other(part)
 
-    def _add_beside(self, part: Part) -> None:
+    def _add_other(self, part: Part) -> None:
         if isinstance(part, Reasoning):
             self._reasonings.append(part)
         elif isinstance(part, Usage):
@@ -1304,14 +1304,14 @@ class Answer:
             self._texts.append(media_text(part, is_first=not self.text))
         elif isinstance(part, Replace):
             self._reasonings = [r for r in self._reasonings if not r.is_inline]
-            self._leave(part.text, part.reasoning)
+            self._keep_only(part.text, part.reasoning)
         elif isinstance(part, Recast):
             text = self.text
             at = max(len(text) - part.size, 0)  # calls may be gone from it
-            self._leave(text[:at], text[at:])
+            self._keep_only(text[:at], text[at:])
 
-    def _leave(self, text: str, reasoning: str) -> None:
-        """Only this is left of the text so far, and this of it is reasoning."""
+    def _keep_only(self, text: str, reasoning: str) -> None:
+        """Replace the text so far, calls included, by this text and this reasoning."""
         self._texts, self.calls = [text], []
         if reasoning:
             apart = "\n\n" if self._reasonings else ""
@@ -4007,12 +4007,12 @@ def in_rounds(messages: Iterable[Message]) -> list[Message]:
     runs = itertools.groupby(answers, lambda m: bool(m.tool_calls or m.call_id))
     ordered: list[Message] = []
     for is_of_calls, run in runs:
-        ordered += _by_answer([*run]) if is_of_calls else _by_words([*run])
+        ordered += _by_answer([*run]) if is_of_calls else _files_joined([*run])
     return ordered
 
 
 def in_answers(items: Iterable[Any]) -> list[Any]:
-    """Messages, or items, an answer's thoughts, text and calls as one message.
+    """Messages, or items; the thoughts, text and calls of one answer become one.
 
     These come in any order. Two texts are two messages: agents that take turns leave
     several.
@@ -4031,13 +4031,13 @@ def in_answers(items: Iterable[Any]) -> list[Any]:
 
 
 def _is_one_answer(said: Message, more: Message) -> bool:
-    """Whether a message is more of an answer: only one of both has a text, or will."""
+    """Whether a message is more of an answer: not both have a text, or will have."""
     is_text = more.text if more.tool_calls else plain_text(said) or said.spoken_id
     return said.name == more.name and not (is_text or more.spoken_id)
 
 
-def _by_words(messages: list[Message]) -> list[Message]:
-    """The messages, a user's that has only files joined to the next, or to the last.
+def _files_joined(messages: list[Message]) -> list[Message]:
+    """The messages; one of a user's that has only files joins the next, or the last.
 
     Gradio sends files ahead of their question, and later shows both as one message.
     """
@@ -8592,10 +8592,10 @@ class Outlet:
                 self._write(b"".join([*out, self.flush()]), now)
                 raise part.error
             else:
-                out.append(self._put_beside(part, now))
+                out.append(self._put_other(part, now))
         return b"".join(out)
 
-    def _put_beside(self, part: Part, now: float) -> bytes:
+    def _put_other(self, part: Part, now: float) -> bytes:
         """What a part that is no text adds."""
         has_text = self._sent.size > 0 or (self._paced is Text and self.is_behind)
         if isinstance(part, Media):
@@ -11299,18 +11299,18 @@ async def _serve(settings: Settings, source: SettingsSource) -> int:
     site = Site(dify, conversations, lambda: os.urandom(16).hex())
     server = Server(site, new_id=lambda: f"req_{os.urandom(16).hex()}")
 
-    told = ""  # once, not with each request
+    told = ""  # the failure that was logged: once, not with each request
 
-    def look_around() -> None:
+    def refresh() -> None:
         nonlocal told
         if changed := source.load_if_changed():
             dify.use(changed)
-            _warn_of_strangers(changed, server)
+            _warn_if_open(changed, server)
         if told != conversations.failure:
             told = conversations.failure
             log.warning("CONVERSATION_STORE: %s; chats start anew meanwhile", told)
 
-    server.before_request = look_around
+    server.before_request = refresh
     with contextlib.closing(conversations), contextlib.closing(dify):
         return await _serve_until_signal(settings, server)
 
@@ -11335,7 +11335,7 @@ async def _serve_until_signal(settings: Settings, server: Server) -> int:
         is_json = settings.log_format == "json"  # of both outputs, joined or not
         _show(_Formatter(is_json=True).format(record) if is_json else text)
     log.info(_models_shown(settings))
-    _warn_of_strangers(settings, server)
+    _warn_if_open(settings, server)
     await stop.wait()
     log.info("stopping: open requests have %g s to end", DRAIN_S)
     return 0 if await server.drain() else 1
@@ -11351,7 +11351,7 @@ def _models_shown(settings: Settings) -> str:
     return f"models: {', '.join(names)}; Dify: {shown}"
 
 
-def _warn_of_strangers(settings: Settings, server: Server) -> None:
+def _warn_if_open(settings: Settings, server: Server) -> None:
     if not settings.valid_api_keys and not server.is_local:
         log.warning("anyone who reaches this port can use the apps: set VALID_API_KEYS")
 
