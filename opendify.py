@@ -6540,8 +6540,8 @@ def _ends_in_half_a_flag(text: str) -> bool:
 #
 # HTTP/1.1 over asyncio's transports, both roles (RFC 9112). h11 reads every head;
 # bodies are decoded here, since h11's own decoder costs 10 µs a chunk. Rule 1: a head
-# is read strictly, also where h11 is lenient. Rule 2: the happy path, back to it, or
-# close. Knows nothing of JSON or of routes.
+# is read strictly, also where h11 is lenient. Rule 2: what leaves the path below either
+# gets back to it or closes. Knows nothing of JSON or of routes.
 #
 #     IDLE -> HEAD -> BODY -> IDLE      [read_head, read_body, …]
 #     any  -> closed                    [EOF, a deadline, malformed bytes, close]
@@ -6801,18 +6801,18 @@ class Wire(asyncio.Protocol):
     def __init__(self, on_open: Callable[[Wire], None] | None = None) -> None:
         self._on_open = on_open
         self.on_leave: Callable[[], None] | None = None  # called when the peer closes
-        self.on_data: Callable[[], None] | None = None  # for `wake`, when some come
+        self.on_data: Callable[[], None] | None = None  # called in place of `wake`
         self._loop = asyncio.get_running_loop()
         self.peer = "-"  # its address, for the log
-        # Until it is connected; and the one that stands under TLS.
+        # None until it is connected; `_plain` is the one under TLS.
         self._transport = self._plain = cast(asyncio.Transport, None)
         self.unread = b""  # what came and nobody has taken yet; some is put back
-        self._is_paused = False  # reading, since too much is unused
+        self._is_paused = False  # reading, since too much is unread
         self._is_at_end = False  # the peer sends nothing more
         self._is_lost = False  # the connection
         self._failure: Exception | None = None  # of the connection, or a deadline's
         self._reader: asyncio.Future[None] | None = None  # who waits for bytes
-        self._room: asyncio.Event | None = None  # to write; None: there is some
+        self._room: asyncio.Event | None = None  # set when one may write; None: one may
         self._was_unsent = 0  # when the deadline of a write was set
         self._deadline = 0.0  # 0: none
         self._on_deadline: Fault = ConnectionBroken
@@ -6990,8 +6990,8 @@ class Wire(asyncio.Protocol):
         """Close after what was written is sent; may be called twice."""
         if not self._transport.is_closing():
             self._transport.close()
-            # A peer that reads nothing must not hold it for ever, nor one of TLS that
-            # does not say goodbye in its turn.
+            # A peer that reads nothing must not hold it for ever, nor one that never
+            # answers TLS's close_notify.
             self.set_deadline(WRITE_TIMEOUT_S, ConnectionBroken, sends=True)
 
     def abort(self) -> None:
@@ -7323,7 +7323,7 @@ GRACE_S = 1.0  # for a chatflow's last event, once `AnswerReader.is_closing`
 CALL_TIMEOUT_S = 30.0  # for the head of a small call's answer
 UPLOAD_TIMEOUT_S = 120.0  # until Dify has stored a file, or heard a recording
 CIRCUIT_S = 1.0  # in which nobody tries an origin that could not be reached
-RACE_S = 2.0  # an end within it tells of a connection closed before, not of a run
+RACE_S = 2.0  # what is closed this soon was never read: the request may be repeated
 MAX_INTERIM_RESPONSES = 10  # 1xx before the final response
 STOP_DRAIN_S = 10.0  # reading on after a stop, so that Dify stores what it has
 MAX_ERROR_BYTES = 256 * 1024  # gateways send whole pages
@@ -7596,7 +7596,7 @@ class Pool:
         wire.on_leave = wire.close
         wire.set_deadline(IDLE_CONNECTION_S, ConnectionBroken)
         idle = self._idle[origin]
-        # The last is the first to be used, and the end of a body must come before.
+        # Taken from the right: what still lacks the end of its body goes to the left.
         (idle.append if body.is_complete else idle.appendleft)((wire, body))
         if len(idle) > MAX_IDLE_CONNECTIONS:
             idle.popleft()[0].close()
@@ -7610,7 +7610,7 @@ class Pool:
     def _take_idle(self, origin: Origin) -> Wire | None:
         idle = self._idle[origin]
         while idle:
-            wire, body = idle.pop()  # the newest: it lives most likely
+            wire, body = idle.pop()  # the newest, the least likely to be closed soon
             if not body.is_complete:
                 take_body(wire, body)
             if wire.is_stale or body.failure:
@@ -7618,7 +7618,7 @@ class Pool:
             elif body.is_complete:
                 wire.on_leave = None
                 return wire
-            else:  # nor are those complete that were used later
+            else:  # those that are left were used later still: no better
                 idle.append((wire, body))
                 break
         return None
@@ -7647,7 +7647,7 @@ class Pool:
             raise copy.copy(fault.result()) if fault.done() else asyncio.TimeoutError
         except BaseException as error:
             opening.cancel()
-            opening.add_done_callback(_abort_made)  # it may miss that
+            opening.add_done_callback(_abort_made)  # it may be too late to cancel
             if isinstance(error, _WIRE_ERRORS):
                 error = _error_from_wire(origin, error, proxy)
             if isinstance(error, ProxyError) and not fault.done():
@@ -8185,8 +8185,8 @@ class Dify:
         is_stream = response.content_type.lower().startswith("text/event-stream")
         if response.status != 200 or not is_stream:
             error = await _refusal_in(response, app)
-            is_unsaid = error.message == error.code == "not_found"  # it says no more
-            if is_unsaid and request.body.get("conversation_id"):
+            is_bare = error.message == error.code == "not_found"  # nothing else is said
+            if is_bare and request.body.get("conversation_id"):
                 error = ConversationGone("Dify does not know this conversation.")
             raise error
         left_s = until - loop.time()  # none, where a slow line took longer to send it
