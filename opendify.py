@@ -2963,7 +2963,7 @@ _STATES[None] = _state(
 _MORE_OF_TAG = re.compile(rf"(?:{_beginnings(_MARKER)})?\Z")  # newlines may come, too
 
 
-_LINES = ("step", "tool", "log")  # kinds of blocks that no model has thought
+_LINES = ("step", "tool", "log")  # kinds of blocks that are not a model's thoughts
 
 
 class Blocks:
@@ -2973,7 +2973,7 @@ class Blocks:
     """
 
     def __init__(self, *, has_lines: bool = False) -> None:
-        self.has_thought = False  # some of it is the model's, no line about a tool, say
+        self.has_thought = False  # whether some of it was a model's thoughts
         self._has_lines = has_lines
         self._last: object = None  # the block that was last added to
         self._told: dict[str, str] = {}  # thoughts and lines, by their block
@@ -5601,7 +5601,7 @@ class Tail(NamedTuple):
     `chain` stands for all `length` messages, and for none is the scope; `digests` has
     one hash each for the last. `told` is what Dify was told last beside messages, of
     `_told_hashes`, `folded` the number of first messages that Dify has as an input
-    only.
+    only. With a `length` of 0 nothing is known but the id.
     """
 
     scope: bytes
@@ -5661,7 +5661,8 @@ class Plan(NamedTuple):
     """How a turn is put to Dify: `files` belong to the query, `inputs` go over others.
 
     `tail` is where the conversation stands before `new`, what the `ask` adds to it;
-    that of a new one has no conversation_id. With nothing new it is unknown afterwards.
+    that of a new one has no conversation_id. If `new` is empty, where it stands
+    afterwards is not known.
     """
 
     query: str
@@ -5779,13 +5780,13 @@ def is_known_history(ask: Ask, known: Sequence[Message]) -> bool:
 
     Args:
         ask: what the client wants; without a history none is known.
-        known: the stored messages, questions and answers in turns. A question may
-            hold more than the client's: what was folded, and results of tools.
+        known: the stored messages, question, answer, question and so on. A question
+            may hold more than the client's: what was folded, and results of tools.
     """
     history, _ = split_turn(ask)
     said = [message for message in history if message.role != "system"]
     runs = itertools.groupby(said, lambda message: message.role == "assistant")
-    groups = [[*run] for _, run in runs]  # in turns, too, and ending with an answer
+    groups = [[*run] for _, run in runs]  # they alternate, too, and end with an answer
     if not 0 < len(groups) <= len(known):
         return False
     return all(map(_is_said, groups, known[-len(groups) :]))
@@ -6063,7 +6064,7 @@ class Conversations:
         if ask.conversation_id:
             if tail := self.take_by_id(scope, ask.conversation_id, now):
                 return tail
-            lost = _unknown(scope, ask.conversation_id)  # their order is not known
+            lost = _unknown(scope, ask.conversation_id)  # another turn runs there
             self.forget(lost)
             return lost
         may_go_on = history and new and not ask.is_all_new
@@ -9284,7 +9285,7 @@ class Form:
     ) -> Json:
         """Pass the file on to Dify as it comes; returns Dify's answer.
 
-        One of more MB than that (0: any) is refused; at once, if its size is told.
+        A file of more than `most_mb` (0: any) is refused; at once, if its size is told.
         """
         self._most_mb = most_mb
         length = int(self._exchange.request.headers.get("content-length", 0))
@@ -9362,7 +9363,7 @@ class PreviousGone(ConversationGone):
 async def _join(
     site: Site, question: Question, request: ResponsesRequest, sealer: IdSealer
 ) -> None:
-    """Ask what the request asks, in the conversation that it continues, taken.
+    """Put the request into the question, and take the conversation that it continues.
 
     An answer that is named is continued where it stands, if Dify's conversation ends
     with what the client has seen, and nobody else has a turn there. Else its history
@@ -9411,7 +9412,7 @@ async def _join_at(
 ) -> Ask:
     """The question as it continues the first place's conversation, or folds it.
 
-    Only the former has the conversation's id; the question must have its tail.
+    It continues it, under its id, only if the question has taken its tail.
     """
     app, is_free = question.app, question.tail is not None
     previous, tools = request.previous_response_id, request.known_tools
@@ -10301,11 +10302,10 @@ def find_handler(site: Site, exchange: Exchange) -> Handler:
 # Accepts connections and runs their requests one after another; the only place that
 # turns exceptions into responses. Knows nothing of Dify or OpenAI.
 #
-# General theory: take the happy path, get back to it, or close. After an error the
-# connection is kept only if the request was read to its end and the response written
-# to its end; then it is as good as new. Everything else is closed, after a pause in
-# which what the client still sends is thrown away: closing at once would reset the
-# connection, and the client might never see the response.
+# After an error a connection is kept only if the request was read to its end and the
+# response written to its end; then it is as good as new. Else it is closed, after a
+# pause in which what the client still sends is thrown away: closing at once would reset
+# the connection, and the client might never see the response.
 #
 #     idle -> head -> body -> handler -> idle     [_wait_for_request, _serve_one]
 #     any -> closed                               [EOF, a deadline, an error, drain]
@@ -10313,8 +10313,9 @@ def find_handler(site: Site, exchange: Exchange) -> Handler:
 IDLE_TIMEOUT_S = 75.0  # longer than nginx's 60 s, so that nginx closes first
 HEAD_TIMEOUT_S = 30.0
 BODY_TIMEOUT_S = 60.0  # between two reads
-# asyncio accepts this many in a row, and fails as often when descriptors are used up.
-# (Not on Windows, where a second `listen` does not change the backlog, either.)
+# The backlog that asyncio is given is also how many connections it accepts in a row,
+# and how often it fails when descriptors are used up. So it gets a small one, and a
+# second `listen` sets the real one. (Neither is so on Windows.)
 ACCEPTS_AT_ONCE, BACKLOG = 16, 2048
 # What the kernel may hold for a client that is not on its way yet. It would take
 # megabytes, and then no more until a third of them has gone: a client that reads slowly
@@ -10364,7 +10365,7 @@ class Listener:
         self.is_local &= all(is_loopback(host) for host, _ in addresses)
         for socket_ in server.sockets:
             with socket.fromfd(socket_.fileno(), socket_.family, socket_.type) as twin:
-                twin.setblocking(False)  # PyPy made it block, and the first with it
+                twin.setblocking(False)  # on PyPy `fromfd` makes both of them block
                 twin.listen(BACKLOG)
                 # Not on Windows, nor where a kernel is imitated (gVisor, WSL 1).
                 with contextlib.suppress(AttributeError, OSError):
@@ -10699,7 +10700,7 @@ async def _wait_for_end(tasks: Collection[asyncio.Task[Any]], seconds: float) ->
 # What a browser shows at /: the apps, the settings of clients, and a playground. No
 # external resource, and a policy that names its style and its script by their hashes.
 # What comes from elsewhere becomes text, links and images by DOM calls, never HTML.
-# The forms are those of a dialog that is not there: they lead nowhere.
+# The forms have the method "dialog", but no dialog: to submit one loads no page.
 # The script is a client like any other, but asks by X-OpenDify-Lag for the lag of each
 # piece, which comes as a comment before it: `: lag 0.1`.
 
@@ -11084,7 +11085,7 @@ class SettingsSource:
         self._looked_at = time.monotonic()
 
     def load(self) -> Settings:
-        """The settings by the env file as it was when looked at; or SettingsError."""
+        """The settings by the env file as last read; raises SettingsError."""
         self.warnings = []
         text, complaint = self._content
         if complaint:
@@ -11540,7 +11541,7 @@ class DemoApp(Listener):
             send_json(reply, {"data": rows, "has_more": False})
         elif "/files/" in request.path:
             send_json(reply, {"message": "The demo app takes no files."}, status=400)
-        else:  # of a stop's path, the task's id
+        else:  # `/info`, `/parameters`, or a stop: that has the task's id in its path
             self._stopped.update(request.path.split("/"))
             off = {"enabled": False}
             facts = {"speech_to_text": off, "text_to_speech": off}
