@@ -270,6 +270,8 @@ def test_limits_are_those_of_the_file() -> None:
         f"`n` over {opendify.MAX_CHOICES},",
         f"more than {opendify.MAX_STOPS} strings in `stop`",
         f"after {opendify._MAX_CHECKS:,} checks",
+        f"a text of over {opendify._MAX_PATTERN_CHARS} characters",
+        f"up to {opendify.MAX_COMPLETIONS} answers",
         f"up to {opendify.MAX_SPEECH_CHARS:,} characters",
         f"over {opendify._MAX_CONTEXT_CHARS:,} characters",
     ):
