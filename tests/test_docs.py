@@ -253,6 +253,7 @@ def test_limits_are_those_of_the_file() -> None:
         opendify.MAX_STOPS,
         opendify.MAX_STOP_CHARS,
         opendify.MAX_USER_CHARS,
+        opendify.MAX_KEPT_CHARS,
         opendify.MAX_CONVERSATIONS,
         40,  # MB of memory, as bench_conversations.py tells
         opendify.MAX_NAMED_ITEMS,
