@@ -204,7 +204,7 @@ class Settings:
     allowed_origins: tuple[str, ...] = _setting(
         (), "origins of web pages that may call, or *; local pages and apps always may"
     )
-    log_level: str = _setting("INFO", ", ".join(LOG_LEVELS))
+    log_level: str = _setting("INFO", f"how much is logged: {', '.join(LOG_LEVELS)}")
     log_format: str = _setting("text", "text, or json with one object per line")
     dify_ca_file: str = _setting("", "PEM file of more authorities to trust for Dify")
     ssl_cert_file: str = _setting("", "the same, under the name that other tools use")
