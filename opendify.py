@@ -10267,8 +10267,10 @@ def _client_key(headers: Mapping[str, str]) -> str:
     return (headers.get("api-key") or headers.get("x-api-key") or "").strip()
 
 
-def find_handler(site: Site, exchange: Exchange) -> Handler:
-    """The handler of a request; the exchange knows then its route and its owner.
+def authorized_handler(site: Site, exchange: Exchange) -> Handler:
+    """The handler of a request, if its client may call it.
+
+    The exchange has its route, its key and its owner from now on.
 
     Raises:
         NotFound, MethodNotAllowed, Unauthorized, KeysGuessed.
@@ -10489,7 +10491,7 @@ class Server(Listener):
             self._idle.discard(wire)
 
     async def _answer(self, exchange: Exchange, wire: Wire) -> None:
-        """Read the request, find its handler, and let that reply."""
+        """Read the request, check who sends it, and let its handler reply."""
         reply = exchange.reply
         reply.request = request = parse_request_head(await read_head(wire))
         reply.must_close = self._is_draining
@@ -10500,7 +10502,7 @@ class Server(Listener):
         if request.method == "OPTIONS":
             reply.send(204, b"", _preflight(request))
             return
-        handler = find_handler(self._site, exchange)
+        handler = authorized_handler(self._site, exchange)
         wire.on_leave = exchange.leave
         exchange.read = self._body_reader(request, wire, decoder)
         value = await handler(self._site, exchange)

@@ -49,7 +49,7 @@ from opendify import (
     Unauthorized,
     Wire,
     find_endpoint,
-    find_handler,
+    authorized_handler,
     is_loopback,
     parse_settings,
 )
@@ -1050,7 +1050,7 @@ async def test_address_that_guesses_keys_has_to_wait() -> None:
             request = Request("GET", "/v1/models", "", fields)
             exchange = Exchange(Reply(Wire(), request), "id", peer)
             try:
-                find_handler(site, exchange)
+                authorized_handler(site, exchange)
             except (Unauthorized, KeysGuessed) as error:
                 if error.status == 429:
                     assert error.headers == [("Retry-After", "60")]
