@@ -48,8 +48,8 @@ from opendify import (
     Site,
     Unauthorized,
     Wire,
-    find_endpoint,
     authorized_handler,
+    find_endpoint,
     is_loopback,
     parse_settings,
 )
