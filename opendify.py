@@ -5630,10 +5630,11 @@ class Tail(NamedTuple):
         return self._replace(chain=chain, length=length, digests=kept, **more)
 
     def shown_as(self, window: Tail) -> bytes:
-        """Its digests; without those of tools, if it ends with such a window then.
+        """Its digests, without those of tools if the window's client leaves these out.
 
-        The round of tools that runs is shown, also by who leaves out the others. What
-        Dify has as an input only is counted by messages, and so shown whole.
+        Nobody leaves out calls that no answer has followed yet, with their results. A
+        history that was folded into an input is counted by its messages: there nothing
+        may be left out.
         """
         whole = self.digests
         is_in = window.digests[:_DIGEST_BYTES] in whole
@@ -5649,7 +5650,7 @@ class Tail(NamedTuple):
     def ends(self, longer: Tail, *, is_clear: bool) -> bool:
         """Whether this window ends that transcript, and stands nowhere else in it.
 
-        One that is not clear must be all of it but calls.
+        A window that is not clear must be all of the transcript but its calls.
         """
         window, shown = self.digests, longer.shown_as(self)
         is_whole = len(window) == self.length * _DIGEST_BYTES
@@ -5829,7 +5830,7 @@ def plan_turn(
     said = tuple(m for m in history if m.role != "system")
     if tail and tail.folded and not (app.history_variable or ask.conversation_id):
         tail = None  # its beginning went into an input that is gone
-    alone = ask.system if tail is None or ask.system.strip() else _NEXT
+    bare = ask.system if tail is None or ask.system.strip() else _NEXT
     if tail is None:
         elsewhere = history if app.history_variable else ()
         tail = Tail(scope, chain=scope, folded=len(said) if elsewhere else 0)
@@ -5843,7 +5844,7 @@ def plan_turn(
     past = fold(elsewhere, files)
     own = (app.system_variable, ask.system), (app.history_variable, past)
     given = {name: text for name, text in own if name and text.strip()}
-    query = _query(ask, context, new, files) if ask.messages else alone
+    query = _query(ask, context, new, files) if ask.messages else bare
     # Nobody can tell how a client shows an answer that was continued, or a title.
     is_shown = new and not is_side_request(ask)
     added = (*lacked, *new) if is_shown else ()
@@ -6105,7 +6106,7 @@ class Conversations:
         """Remember as lost what a client shows, and Dify may not have so.
 
         A request with this history finds it, rather than one that only ends so, and is
-        folded. It is put as if it had been taken: no such row was, so it is lost.
+        folded. `_PUT` makes a tail lost that says it is taken, but has no taken row.
         """
         if tail.length and tail.conversation_id:
             self._put(_alone(tail)._replace(is_taken=True), now)
@@ -6122,8 +6123,8 @@ class Conversations:
     def keep(self, named: NamedConversation, owner: str, now: float) -> None:
         """Record it, with the texts that it has, and drop old ones.
 
-        What is beyond the limits in all goes now and then, since a sweep counts all:
-        after so many, or after as many bytes as one may have.
+        The limits on all of them hold only from sweep to sweep, since one looks at the
+        whole table: it comes after _SWEEP_EVERY of them, or MAX_NAMED_BYTES.
 
         Raises:
             BodyTooLarge: it has more text than one may have.
@@ -6160,7 +6161,7 @@ class Conversations:
         equal = f"{_MATCH} AND chain = ? ORDER BY state LIMIT {_MAX_CANDIDATES}"
         rows, _ = self._run(equal, *key, window.chain)
         tails = [Tail(scope, *row) for row in rows]
-        # A context that it shows may be none that Dify has.
+        # A window ignores contexts, and one that is shown may not be what Dify has.
         may_be_cut = not (tails or any(map(context_of, said)))
         is_clear = may_be_cut and _is_clear(said)
         if is_clear or (may_be_cut and ask.tools):
@@ -7826,7 +7827,7 @@ class TurnStream:
         self._response.on_data(self._take)
 
     def _take(self, data: bytes) -> bool:
-        """Carry on what came; whether `read` has to."""
+        """Carry what came to the client; whether `read` has to return instead."""
         parts = self._translate(data)
         is_text = _FLOWING.issuperset(map(type, parts))
         if not (is_text and self._carry and self._carry(parts)):
@@ -9515,8 +9516,8 @@ def _transcript(turns: Iterable[StoredTurn], tools: Sequence[Tool]) -> list[Mess
 def _tells_all(request: ResponsesRequest, turns: Sequence[StoredTurn]) -> bool:
     """Whether the calls of all results are in these turns or among the items.
 
-    Not if a client has not got all of these turns, or knows the question of a second
-    try, which is the first one's: what was before them counts then.
+    Not if a client lacks some of these turns, or knows a second try by the question of
+    the first: then the turns before them count, too.
     """
     if any(turn.is_short or is_retry(asked_text(turn.question)) for turn in turns):
         return False
