@@ -6927,7 +6927,7 @@ class Wire(asyncio.Protocol):
         if late_s > STOPPED_S or self._loop.time() < self._deadline:
             self._arm()
         elif self.on_leave == self.close and not must_abort:
-            self.close()  # a pool has kept it so long: what came is stray
+            self.close()  # `Pool.give_back` has set both: what came is stray
         elif self._unsent < self._was_unsent:  # it reads, if slowly
             self.set_deadline(WRITE_TIMEOUT_S, self._on_deadline, sends=True)
         elif self.unread and not must_abort:
@@ -7481,15 +7481,15 @@ class UpstreamResponse:
             self.close()
         return data
 
-    def on_data(self, take: Callable[[bytes], bool]) -> None:
+    def hand_to(self, take: Callable[[bytes], bool]) -> None:
         """Hand to `take` what comes while `read` waits.
 
         At the body's end, and when `take` says so, `read` returns b"".
         """
         if not self._is_released:
-            self._wire.on_data = functools.partial(self._hand_to, take)
+            self._wire.on_data = functools.partial(self._hand_over, take)
 
-    def _hand_to(self, take: Callable[[bytes], bool]) -> None:
+    def _hand_over(self, take: Callable[[bytes], bool]) -> None:
         body = self._body
         if take(take_body(self._wire, body)) or body.is_complete or body.failure:
             self._wire.wake()
@@ -7824,7 +7824,7 @@ class TurnStream:
         comes alone costs a fifth less.
         """
         self._carry = carry
-        self._response.on_data(self._take)
+        self._response.hand_to(self._take)
 
     def _take(self, data: bytes) -> bool:
         """Carry what came to the client; whether `read` has to return instead."""
@@ -10472,7 +10472,7 @@ class Server(Listener):
         finally:
             self._site.in_flight.discard(exchange)
             wire.on_leave = None
-            self._note(exchange)
+            self._record(exchange)
             # They refer back to it: a long question would wait for garbage collection.
             exchange.fail, exchange.turn, exchange.outlets = None, None, []
         return await _make_ready(exchange, wire)
@@ -10554,7 +10554,7 @@ class Server(Listener):
         elif exchange.fail and not reply.is_complete:
             reply.end(exchange.fail(error))
 
-    def _note(self, exchange: Exchange) -> None:
+    def _record(self, exchange: Exchange) -> None:
         """One line for each request, never a key or a text; and the metrics."""
         metrics, reply = self._site.metrics, exchange.reply
         took_s = asyncio.get_running_loop().time() - exchange.started_at
