@@ -20,7 +20,7 @@ The rooms, in reading order. Each uses only those above it; 1-12 are pure.
      2. Errors         what can go wrong, as OpenAI says it
      3. SSE            bytes to events, events to bytes
      4. JSON           text to values and back, whatever it is like
-     5. Turn           the hub: what is asked, what is answered, in nobody's dialect
+     5. Turn           the hub: what is asked, what is answered, in no API's terms
      6. Calls          tools and output formats, in words
      7. Dify           questions to Dify requests, Dify events to answer parts
      8. Ids            ids that say where in Dify they belong
@@ -400,7 +400,7 @@ def _parse_models(text: str) -> dict[str, AppSettings]:
 
 
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; of two equal names the first would be lost in silence."""
+    """An object of JSON; refuses a name that is given twice: one would be lost."""
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         raise ValueError(f"it has {max(names, key=names.count)!r} twice")
@@ -503,7 +503,7 @@ class Unauthorized(BadRequest):
 
 
 class KeysGuessed(BadRequest):
-    """Too many wrong keys came from there."""
+    """Too many wrong keys came from this address."""
 
     status, type, code = 429, "requests", "rate_limit_exceeded"
 
@@ -951,9 +951,9 @@ _LINE_BREAKERS = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 # 5. Turn
 # ==============================================================================
 #
-# The hub. What is asked and what is answered, in nobody's dialect: Dify and OpenAI's
-# APIs meet only here, so a new app mode works on every surface at once,
-# and a new surface with every app.
+# The hub. What is asked and what is answered, in no API's terms: Dify's API and those
+# of OpenAI meet only here, so a new app mode works on every surface at once, and a new
+# surface with every app.
 #
 #     OpenAI request -> Ask -> Dify request        Dify events -> parts -> OpenAI chunks
 
@@ -2057,7 +2057,7 @@ def _begun_at(text: str, stop: str) -> int:
 
 # Taking the JSON out of the answer...
 
-# How they begin: for certain, where a group is matched; else more text must tell.
+# How JSON begins: for certain, where a group is matched; else more text must tell.
 _OBJECT = r"\{\s{0,999}(?:([\"}])|\Z)"
 _ARRAY = r"\[\s{0,999}(?:([\"{\[\]\dtfn-])|\Z)"
 
@@ -4845,7 +4845,7 @@ class CompletionStream(ChatStream):
 
 
 def model_object(model: str, name: str, created: UnixTime) -> dict[str, Any]:
-    """One model; the app's name goes along where it is known and another."""
+    """One model, with its app's name where that is known and differs."""
     named = {"name": name} if name and name != model else {}
     about = {"id": model, "object": "model", "created": created}
     return {**about, "owned_by": "dify", **named}
@@ -5539,8 +5539,8 @@ AnswerForm = Union[Envelope, ResponseFrame]
 #     ends, since clients cut old messages. Such a window must be unmistakable: with
 #     two answers or a long one, standing nowhere else in the transcript (as far as
 #     that is kept), and at the end of no other transcript of this user, free or not.
-# (2) Who takes a tail has it alone, across processes, until it is put back. One that is
-#     never put back is lost: nobody knows what its turn did to Dify's memory.
+# (2) A tail that is taken belongs to one turn alone, across processes, until it is put
+#     back. If it never is, it is lost: nobody knows what the turn did to Dify's memory.
 # (3) An explicit conversation_id is used as given. If another turn runs there, their
 #     order is unknown, and the conversation is found by its id only from then on.
 # (4) App key and user go into every hash: nobody reaches a conversation of others, and
@@ -5570,7 +5570,7 @@ MAX_ALL_NAMED_BYTES = 256 << 20
 _CONVERSATION_ID = re.compile(r"[ -~]{0,100}")  # Dify makes UUIDs
 _KEPT_MESSAGES = 128  # a transcript's last ones, and so the longest window: 1 KiB
 _DIGEST_BYTES = 8
-_OF_TOOLS = b"\0\0"  # so begin the digests of calls and of their results
+_OF_TOOLS = b"\0\0"  # begins the digests of calls and of their results
 # Where `told` has the hashes of all system text, of inputs, and of the system text
 # that stands between messages, which it may lack.
 _SYSTEM, _INPUTS, _WITHIN = slice(8), slice(8, 16), slice(16, None)
@@ -8030,7 +8030,7 @@ async def _redirected(response: UpstreamResponse, app: AppSettings, path: str) -
 async def _refusal_in(response: UpstreamResponse, app: AppSettings) -> ProxyError:
     """What Dify, or what stands before it, says where no answer came."""
     content, status, headers = b"", response.status, response.headers
-    with contextlib.suppress(ProxyError):  # a reset, say, by who has not read all
+    with contextlib.suppress(ProxyError):  # a reset, where not all was read
         content = await response.read_all(MAX_ERROR_BYTES)
     error = error_from_body(status, content)
     if status == 407:
@@ -8364,7 +8364,7 @@ class Metrics:
     """Counters and histograms, as Prometheus reads them (text format 0.0.4)."""
 
     def __init__(self) -> None:
-        # Counters by name and labels; histograms by name, in two halves.
+        # Counters by name and labels; histograms by name: their buckets and sums.
         self._counts: dict[tuple[Any, ...], int] = defaultdict(int)
         self._buckets: dict[str, list[int]] = defaultdict(_NO_COUNTS.copy)
         self._sums: dict[str, float] = defaultdict(float)
@@ -8457,7 +8457,7 @@ class Exchange:
         self._tasks.add(asyncio.current_task())
 
     def __exit__(self, *_: object) -> None:
-        """Whatever it ended with."""
+        """End, with or without an error."""
         self._tasks.discard(asyncio.current_task())
 
     def leave(self) -> None:
@@ -10186,7 +10186,7 @@ def _with_stored_files(site: Site, exchange: Exchange, ask: Ask) -> Ask:
 # Routes...
 
 Handler = Callable[[Site, Exchange], Awaitable[Union[Json, None]]]  # None: it replied
-# So end the paths of what no app can do: embeddings, moderations, images.
+# Paths of what no app can do end with these: embeddings, moderations, images.
 NOT_SERVED = ("embeddings", "moderations", "generations", "edits", "variations")
 ROUTES: dict[str, Mapping[str, Handler]] = {
     "chat/completions": {"POST": create_chat_completion},
@@ -10540,7 +10540,7 @@ class Server(Listener):
         """The error as a response, or as the end of one that has begun."""
         reply = exchange.reply
         exchange.explain(error)
-        # Who waits for a 100 may now send the next request in place of this one's body.
+        # A client that waits for a 100 may send its next request in place of the body.
         is_whole = exchange.decoder is None or exchange.decoder.is_complete
         waits = exchange.request.expects_continue and not is_whole
         reply.must_close |= waits or isinstance(error, _LAST_ERRORS)
@@ -10992,7 +10992,7 @@ MAX_DESCRIPTORS = 65_536
 REOPEN_S = 0.2  # until a port that was lost is opened again
 CHECKS_AT_ONCE = 4  # Dify's default server has ten connections in all
 ASK_S = 300.0  # that an app may take to answer one word
-_AT_START = ("server_", "log_", "conversation_")  # begin settings that are read once
+_AT_START = ("server_", "log_", "conversation_")  # settings read only at the start
 _NOTHING_CONFIGURED = """\
 No Dify app is configured. Either
 
@@ -11194,7 +11194,7 @@ class _Formatter(logging.Formatter):
         at = f"{_second_shown(int(record.created))},{int(record.msecs):03d}"
         level, message = record.levelname, record.getMessage()
         trace = self.formatException(record.exc_info) if record.exc_info else ""
-        if self._is_json:  # in ASCII: the log's encoding is anybody's
+        if self._is_json:  # in ASCII, whatever the log's encoding is
             value = {"time": at, "level": level, "message": message}
             return json.dumps({**value, "exception": trace} if trace else value)
         return f"{at} {level:7} {_printable(message)}" + ("\n" + trace if trace else "")
