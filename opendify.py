@@ -9047,17 +9047,6 @@ NAMES_TIMEOUT_S = 5.0  # Open WebUI gives the model list 10 s
 MAX_FIELDS_BYTES = 1024 * 1024  # of a form, beside its file
 MAX_HELD_BYTES = 512 * 1024  # of a file in memory, until it is known where it goes
 MAX_SOUND_BYTES = MAX_JSON_BYTES  # of a whole answer: a quarter of an hour of mp3
-_NO_ROOM = (
-    "The file can't be kept until it is known where it goes (%s). Send the fields "
-    "before the file, or let the server's TMPDIR name a folder with room."
-)
-_NO_SPOKEN = (
-    "no answer of this app to this user has the audio id %s; send its transcript as "
-    "`content`."
-)
-_LONG_FIELDS = f"The fields of a form may have {MAX_FIELDS_BYTES >> 10} KiB."
-_BESIDE_FILE_BYTES = MAX_FIELDS_BYTES + MAX_FORM_PARTS * 2 * MAX_PART_HEAD_BYTES
-_START_BYTES = 64  # of a recording: the head of a WAV file
 
 
 # What all handlers share...
@@ -9224,6 +9213,14 @@ def _shown(id_: str) -> str:
 
 # Requests that bring a file...
 
+_NO_ROOM = (
+    "The file can't be kept until it is known where it goes (%s). Send the fields "
+    "before the file, or let the server's TMPDIR name a folder with room."
+)
+_LONG_FIELDS = f"The fields of a form may have {MAX_FIELDS_BYTES >> 10} KiB."
+_BESIDE_FILE_BYTES = MAX_FIELDS_BYTES + MAX_FORM_PARTS * 2 * MAX_PART_HEAD_BYTES
+_START_BYTES = 64  # of a recording: the head of a WAV file
+
 
 class Form:
     """A request that brings a file: its fields, and the file piece by piece.
@@ -9352,6 +9349,11 @@ class Form:
 
 
 # What Dify keeps of earlier turns...
+
+_NO_SPOKEN = (
+    "no answer of this app to this user has the audio id %s; send its transcript as "
+    "`content`."
+)
 
 
 class PreviousGone(ConversationGone):
@@ -10303,7 +10305,7 @@ def authorized_handler(site: Site, exchange: Exchange) -> Handler:
 # ==============================================================================
 #
 # Accepts connections and runs their requests one after another; the only place that
-# turns exceptions into responses. Knows nothing of Dify or OpenAI.
+# turns exceptions into responses. Knows nothing of what Dify and OpenAI say.
 #
 # After an error a connection is kept only if the request was read to its end and the
 # response written to its end; then it is as good as new. Else it is closed, after a
