@@ -6927,7 +6927,7 @@ class Wire(asyncio.Protocol):
         if late_s > STOPPED_S or self._loop.time() < self._deadline:
             self._arm()
         elif self.on_leave == self.close and not must_abort:
-            self.close()  # `Pool.give_back` has set both: what came is stray
+            self.close()  # it was idle in a pool for so long: what came is stray
         elif self._unsent < self._was_unsent:  # it reads, if slowly
             self.set_deadline(WRITE_TIMEOUT_S, self._on_deadline, sends=True)
         elif self.unread and not must_abort:
@@ -7163,6 +7163,35 @@ def h11_event(role: type[h11.SERVER] | type[h11.CLIENT], head: bytes) -> Any:
     return event
 
 
+def read_fields(fields: Collection[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Header fields by name; refuses what h11 lets pass and a strict reader must not.
+
+    Two framings let two readers disagree about where a message ends: request smuggling
+    (RFC 9112, section 11.2). h11 and `_LENIENT` refuse the same one given twice.
+    """
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in fields:
+        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    if len(fields) > MAX_FIELDS:
+        raise HeadTooLarge(f"There are more than {MAX_FIELDS} header fields.")
+    if "transfer-encoding" in headers and "content-length" in headers:
+        raise MalformedHTTP("Transfer-Encoding and Content-Length exclude each other.")
+    return headers
+
+
+def _split_target(method: bytes, target: str) -> tuple[str, str]:
+    """(path with query, host) of a request target; the host is "" if it names none."""
+    if target.startswith("/"):
+        return target, ""
+    if target == "*" and method == b"OPTIONS":
+        return "/", ""
+    absolute = r"https?://([^/?#@]+)(?![^/?])/?([^#]*)\Z"
+    if not (match := re.match(absolute, target, re.IGNORECASE)):
+        raise MalformedHTTP("The request target must be a path.")
+    return f"/{match[2]}", match[1]
+
+
 def encode_head(start: str, fields: Fields) -> bytes:
     """A head to be sent; raises ValueError if a value would break out of its line.
 
@@ -7210,35 +7239,6 @@ async def read_whole(read: Read) -> bytes:
     while data := await read():
         pieces.append(data)
     return b"".join(pieces)  # of one piece it makes no copy
-
-
-def read_fields(fields: Collection[tuple[bytes, bytes]]) -> dict[str, str]:
-    """Header fields by name; refuses what h11 lets pass and a strict reader must not.
-
-    Two framings let two readers disagree about where a message ends: request smuggling
-    (RFC 9112, section 11.2). h11 and `_LENIENT` refuse the same one given twice.
-    """
-    headers: dict[str, str] = {}
-    for raw_name, raw_value in fields:
-        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    if len(fields) > MAX_FIELDS:
-        raise HeadTooLarge(f"There are more than {MAX_FIELDS} header fields.")
-    if "transfer-encoding" in headers and "content-length" in headers:
-        raise MalformedHTTP("Transfer-Encoding and Content-Length exclude each other.")
-    return headers
-
-
-def _split_target(method: bytes, target: str) -> tuple[str, str]:
-    """(path with query, host) of a request target; the host is "" if it names none."""
-    if target.startswith("/"):
-        return target, ""
-    if target == "*" and method == b"OPTIONS":
-        return "/", ""
-    absolute = r"https?://([^/?#@]+)(?![^/?])/?([^#]*)\Z"
-    if not (match := re.match(absolute, target, re.IGNORECASE)):
-        raise MalformedHTTP("The request target must be a path.")
-    return f"/{match[2]}", match[1]
 
 
 @functools.lru_cache(maxsize=1)
