@@ -5567,23 +5567,12 @@ MAX_NAMED = 10_000  # that clients named; these hold texts until their next turn
 MAX_NAMED_ITEMS = 2000  # of one, that no turn has taken yet
 MAX_NAMED_BYTES = 16 << 20  # of one
 MAX_ALL_NAMED_BYTES = 256 << 20
-_CONVERSATION_ID = re.compile(r"[ -~]{0,100}")  # Dify makes UUIDs
 _KEPT_MESSAGES = 128  # a transcript's last ones, and so the longest window: 1 KiB
 _DIGEST_BYTES = 8
 _OF_TOOLS = b"\0\0"  # begins the digests of calls and of their results
 # Where `told` has the hashes of all system text, of inputs, and of the system text
 # that stands between messages, which it may lack.
 _SYSTEM, _INPUTS, _WITHIN = slice(8), slice(8, 16), slice(16, None)
-_CLEAR_BYTES = 200  # no greeting or other stock phrase is that long
-MAX_MESSAGES_SOUGHT = 1000  # in a stored question; with more it is taken for another
-_BUSY_TIMEOUT_S = 0.05  # the event loop waits meanwhile
-_OPEN_TIMEOUT_S = 1.0  # other processes may be opening it too
-_MAX_CANDIDATES = 64  # with the same last answer; with more it is a stock phrase
-_MAX_WAITING = 64  # rows for a table in memory
-_SWEEP_EVERY = 100  # new tails, and named ones: a sweep takes milliseconds
-_MAX_SWEPT = 200  # old tails
-_NEXT = "Write the assistant's next message."
-_GO_ON = "Continue your last message exactly where it ends, without repeating it."
 _SIDE_REQUESTS = (
     "### Task:",  # Open WebUI; the last four are of NextChat and its descendants
     *("Managed memory ", "[SUGGESTION MODE:"),  # Qwen Code, after each turn
@@ -5592,7 +5581,6 @@ _SIDE_REQUESTS = (
     "Summarize the discussion briefly in",
     "简要总结一下对话内容，用作后续的上下文提示",
 )
-_TAG = re.compile(r"<(?i:/?message(?:-(\d+))?)")  # of a folded message
 
 
 class Tail(NamedTuple):
@@ -5775,6 +5763,8 @@ def _told_hashes(scope: bytes, ask: Ask, said: Messages, before: bytes = b"") ->
 
 # A history beside what Dify has stored...
 
+MAX_MESSAGES_SOUGHT = 1000  # in a stored question; with more it is taken for another
+
 
 def is_known_history(ask: Ask, known: Sequence[Message]) -> bool:
     """Whether the history that a client shows is what Dify has stored, or its end.
@@ -5809,6 +5799,9 @@ def _is_said(group: Sequence[Message], stored: Message) -> bool:
 
 # Putting a turn to Dify...
 
+_NEXT = "Write the assistant's next message."
+_GO_ON = "Continue your last message exactly where it ends, without repeating it."
+_TAG = re.compile(r"<(?i:/?message(?:-(\d+))?)")  # of a folded message
 
 HasRoom = Callable[[Sequence[Attachment]], bool]
 
@@ -5944,6 +5937,15 @@ def _file_names(message: Message) -> str:
 
 
 # The table...
+
+_CONVERSATION_ID = re.compile(r"[ -~]{0,100}")  # Dify makes UUIDs
+_CLEAR_BYTES = 200  # no greeting or other stock phrase is that long
+_BUSY_TIMEOUT_S = 0.05  # the event loop waits meanwhile
+_OPEN_TIMEOUT_S = 1.0  # other processes may be opening it too
+_MAX_CANDIDATES = 64  # with the same last answer; with more it is a stock phrase
+_MAX_WAITING = 64  # rows for a table in memory
+_SWEEP_EVERY = 100  # new tails, and named ones: a sweep takes milliseconds
+_MAX_SWEPT = 200  # old tails
 
 _FREE, _TAKEN, _LOST = 0, 1, 2
 _SCHEMA = """
