@@ -8349,12 +8349,6 @@ SSE_HEADERS = [
     ("Cache-Control", "no-cache"),
     ("X-Accel-Buffering", "no"),
 ]
-_ID_HEADERS = {
-    "conversation_id": "X-Dify-Conversation-Id",
-    "message_id": "X-Dify-Message-Id",
-    "workflow_run_id": "X-Dify-Workflow-Run-Id",
-}
-_SAFE = re.compile(r"[\w.~-]*", re.ASCII)  # in a header; all else is percent-encoded
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _NO_COUNTS = [0] * (len(_BUCKETS_S) + 1)  # in each bucket, and above the last
 _QUESTION_PARAMS = {"responses": "input", "completions": "prompt"}  # else `messages`
@@ -8726,6 +8720,14 @@ class Collector(Answer):
 # Where an answer goes: `begin`, `put` its parts, `finish`; `close` in any case. `text`
 # and `calls` are what the client gets; there is more to the text if it `is_behind`.
 Sink = Union[Outlet, Collector]
+
+
+_ID_HEADERS = {
+    "conversation_id": "X-Dify-Conversation-Id",
+    "message_id": "X-Dify-Message-Id",
+    "workflow_run_id": "X-Dify-Workflow-Run-Id",
+}
+_SAFE = re.compile(r"[\w.~-]*", re.ASCII)  # in a header; all else is percent-encoded
 
 
 def id_headers(ids: DifyIds) -> list[tuple[str, str]]:
@@ -11006,14 +11008,6 @@ No Dify app is configured. Either
 
   or look around first, without Dify:
       python opendify.py --demo"""
-_DEMO_ANSWER = (
-    "Hello! This is OpenDify's demo app. It stands where your Dify app will stand and "
-    "speaks Dify's own protocol, so what you see has come all the way through the "
-    "proxy. My text is sent in bursts, a sentence at a time, with pauses between them. "
-    "Yet you see it flow evenly, because OpenDify holds each burst back for a moment "
-    "and lets it out as it goes. 流式文字会平稳地出现，而不是一阵一阵地跳出来。 Send "
-    "the header `X-OpenDify-Smoothing: off` to see the difference. "
-)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -11520,6 +11514,15 @@ def _masked(name: str, value: Any) -> str:
 
 
 # The demo...
+
+_DEMO_ANSWER = (
+    "Hello! This is OpenDify's demo app. It stands where your Dify app will stand and "
+    "speaks Dify's own protocol, so what you see has come all the way through the "
+    "proxy. My text is sent in bursts, a sentence at a time, with pauses between them. "
+    "Yet you see it flow evenly, because OpenDify holds each burst back for a moment "
+    "and lets it out as it goes. 流式文字会平稳地出现，而不是一阵一阵地跳出来。 Send "
+    "the header `X-OpenDify-Smoothing: off` to see the difference. "
+)
 
 
 class DemoApp(Listener):
