@@ -3741,7 +3741,7 @@ _UPLOADED = re.compile(r"/files/([0-9a-f-]{36})/(?:file|image)-preview\Z")
 # never expires; it is void once the key changes. UUIDs take 16 bytes: with a user's
 # name of 200 bytes an id has some 350 characters.
 
-MAX_ID_CHARS = 3000  # the longest names of a user and a file take 2600
+MAX_ID_CHARS = 3000  # the longest names of a user and a file take 2300
 _TAG_BYTES = 16
 _UUID_PARTS = re.compile("(.{8})(.{4})(.{4})(.{4})(.{12})")
 _UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
