@@ -925,8 +925,10 @@ def test_a_system_variable_takes_the_system_text_in_every_turn() -> None:
 
 
 def test_one_variable_takes_the_system_text_until_there_is_a_history() -> None:
-    both = {"system_variable": "past", "history_variable": "past"}
-    plan = plan_turn(ask(user("hi"), system="Be brief."), SCOPE, None, **both)
+    request = ask(user("hi"), system="Be brief.")
+    plan = plan_turn(
+        request, SCOPE, None, system_variable="past", history_variable="past"
+    )
     assert plan.inputs == {"past": "Be brief."}
 
 
