@@ -7857,8 +7857,8 @@ class TurnStream:
         except SSEOverflow as error:
             return self._give_up(UpstreamFailed(f"Dify sent {error}.", is_final=True))
         parts = self.reader.read(events)
-        if not (self._is_draining or _SILENT.issuperset(events)):
-            is_closing = self.reader.is_closing
+        is_closing = self.reader.is_closing  # then a part of the last event counts, too
+        if not self._is_draining and (is_closing or not _SILENT.issuperset(events)):
             limit_s = GRACE_S if is_closing else self._idle_timeout_s
             self._response.set_deadline(limit_s, _too_silent)
         return parts

@@ -1329,12 +1329,24 @@ async def test_call_has_a_limit_for_its_body_too() -> None:
 DONE = workflow_finished(outputs={"answer": "Hello"})
 
 
+def _slowly(data: bytes, pause_s: float) -> Iterator[Step]:
+    """An event in four pieces, each after a pause: sources may make it megabytes."""
+    size = -(-len(data) // 4)
+    for at in range(0, len(data), size):
+        yield from (Sleep(pause_s), Send(data[at : at + size]))
+
+
 @pytest.mark.parametrize(
     ("after", "seconds"),
     [
         pytest.param([Hang()], 1, id="nothing"),
         pytest.param([Sleep(0.9), message_end()], 0.9, id="message-end-in-time"),
         pytest.param([Sleep(5), message_end()], 1, id="message-end-too-late"),
+        pytest.param(
+            [*_slowly(b'data: {"event": "message_end", "metadata": {}}\n\n', 0.9)],
+            3.6,
+            id="message-end-in-pieces",
+        ),
         pytest.param([], 0, id="last-chunk"),
         pytest.param([Close()], 0, id="end"),
         pytest.param([Reset()], 0, id="reset"),
