@@ -5668,7 +5668,7 @@ class Plan(NamedTuple):
         """
         tail, ask = self.tail, self.ask
         if not self.new:
-            return tail._replace(conversation_id=conversation_id, length=0)
+            return tail._replace(length=0)
         told = _told_hashes(tail.scope, ask, ask.messages, tail.told)
         said = [*self.new, answer]
         return tail.extend(said, conversation_id=conversation_id, told=told)
