@@ -409,6 +409,25 @@ async def test_connection_is_not_kept_when_a_file_is_refused_before_its_end() ->
     assert len(seen) == 2
 
 
+async def test_file_is_read_no_further_when_dify_closes_without_an_answer() -> None:
+    reads = 0
+
+    async def close(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+
+    async def read() -> bytes:
+        nonlocal reads
+        reads += 1
+        await asyncio.sleep(0.1)
+        return b"more" if reads < 100 else b""
+
+    file = Attachment("a.bin", "image/png")
+    async with raw_server(close) as base, client(base) as (dify, app):
+        with pytest.raises(UpstreamFailed):
+            await dify.send_file(app, "/files/upload", file, read, lambda: USER)
+    assert reads < 10
+
+
 @pytest.mark.usefixtures("trusted")
 @pytest.mark.parametrize("is_tls", [False, True])
 async def test_connection_is_not_kept_while_its_request_is_not_taken(
@@ -1385,6 +1404,56 @@ async def test_connection_is_kept_until_the_last_chunk_of_a_body_comes() -> None
         for _ in range(3):
             assert await turn(dify, app) == FINE
         assert fake.connections == 3
+
+
+async def test_connection_is_kept_if_the_last_chunk_came_before_it_was_closed() -> None:
+    """A client may take its time for the last text."""
+    async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=[message("Hello"), message_end(), Sleep(1)])
+        for _ in range(2):
+            stream = await dify.open_turn(app, "chat", question())
+            while not stream.reader.is_finished:
+                await stream.read()
+            await asyncio.sleep(2)
+            stream.close()
+        assert fake.connections == 1
+
+
+async def test_connection_that_lacks_a_last_chunk_is_used_behind_others() -> None:
+    async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
+        fake.app(KEY, script=[message("Hello"), message_end(), Sleep(1)])
+        assert await turn(dify, app) == FINE
+        for _ in range(3):
+            await dify.api.call(app, "/info")
+        assert fake.connections == 2
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_connection_is_closed_if_no_last_chunk_comes(
+    ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes instead is no chunk, or too much."""
+    monkeypatch.setattr("opendify.MAX_JSON_BYTES", 1000)
+    opened = closed = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal opened, closed
+        opened += 1
+        await read_request(reader)
+        writer.write(HEAD + chunk(HELLO + END if ends else b"x" * 1001))
+        await asyncio.sleep(1)
+        writer.write(b"none" if ends else b"")
+        await reader.read()
+        closed += 1
+
+    async with raw_server(serve) as base, client(base) as (dify, app):
+        if ends:
+            assert await turn(dify, app) == FINE
+            await asyncio.sleep(2)
+        with pytest.raises(UpstreamFailed):
+            await dify.api.call(app, "/info")
+        await asyncio.sleep(2)
+        assert opened == closed == 1 + ends
 
 
 # ------------------------------------------------------------------------------
