@@ -1578,8 +1578,8 @@ async def test_end_tells_whether_more_text_came(
 ) -> None:
     async with FakeDify() as fake, client(fake.base) as (dify, app):
         gate = asyncio.Event()
-        more = [message("lo" if has_more else ""), Sleep(1), message_end()]
-        script = [message("Hel"), Wait(gate), *more]
+        more = [Sleep(0.5), message("lo" if has_more else ""), Sleep(0.5)]
+        script = [message("Hel"), Wait(gate), *more, message_end()]
         fake.app(KEY, script=script, stoppable=False)
         stream = await dify.open_turn(app, "chat", question())
         assert await stream.read() == [Text("Hel")]
