@@ -662,8 +662,8 @@ REFUSED: dict[str, tuple[bytes, str, int, str | None, str | None, str]] = {
     ),
     "cut": (form_of(MP3, model="m")[:-9], "b", 400, None, None, "breaks off"),
     "boundary": (form_of(MP3, model="m"), "c", 400, None, None, "breaks off"),
-    "long-field": (
-        form_of(MP3, model="m", prompt="x" * 1_100_000),
+    "long-fields": (
+        form_of(MP3, model="m", prompt="x" * 600_000, language="x" * 600_000),
         *("b", 413, None, None, "1024 KiB"),
     ),
 }
