@@ -323,6 +323,14 @@ def test_env_file_is_found(
     assert shown(checked(*arguments.split()))["SERVER_PORT"] == port
 
 
+def test_folder_where_an_env_file_is_looked_for_is_none(
+    home: Path, checked: Run
+) -> None:
+    """Docker makes one of what is to be mounted and is not there."""
+    (home / "beside/.env").mkdir()
+    assert shown(checked())["SERVER_PORT"] == "5000"
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -506,6 +506,14 @@ async def test_id_that_is_not_ours_is_refused(change: Callable[[str], str]) -> N
     assert len(served.turns) == 1
 
 
+async def test_id_of_an_answer_that_is_text_is_refused() -> None:
+    async with proxy(parameters=SPEAKS, memory=True) as served:
+        body = json.dumps({"model": "m", "input": "Hi"}).encode()
+        made = await post(served, "/v1/responses", body, "application/json")
+        got = await served.chat(messages=named(made.json["id"]))
+    assert (made.status, got.status, got.error["param"]) == (200, 400, "messages")
+
+
 async def test_so_many_ids_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes up to a millisecond, in which all streams stand still."""
     opened: list[str] = []
