@@ -7613,7 +7613,7 @@ class Pool:
 
     def _take_idle(self, origin: Origin) -> Wire | None:
         idle = self._idle[origin]
-        while idle:
+        for _ in range(len(idle)):
             wire, body = idle.pop()  # the newest, the least likely to be closed soon
             if not body.is_complete:
                 take_body(wire, body)
@@ -7622,9 +7622,8 @@ class Pool:
             elif body.is_complete:
                 wire.on_leave = None
                 return wire
-            else:  # those that are left were used later still: no better
-                idle.append((wire, body))
-                break
+            else:  # one used later may be complete
+                idle.appendleft((wire, body))
         return None
 
     # Opening...

@@ -1456,6 +1456,16 @@ async def test_connection_is_closed_if_no_last_chunk_comes(
         assert opened == closed == 1 + ends
 
 
+async def test_body_that_does_not_end_keeps_no_other_connection_from_use() -> None:
+    async with FakeDify(ping_s=NEVER) as fake, client(fake.base) as (dify, app):
+        for ends_after_s in (10, 0.1, 0.1, 0.1):
+            script = [message("Hello"), message_end(), Sleep(ends_after_s)]
+            fake.app(KEY, script=script)
+            assert await turn(dify, app) == FINE
+            await asyncio.sleep(1)
+        assert fake.connections == 2
+
+
 # ------------------------------------------------------------------------------
 # A broken stream: what Dify has stored
 # ------------------------------------------------------------------------------
