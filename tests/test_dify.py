@@ -804,12 +804,20 @@ def test_process_lines_are_reasoning_when_wanted() -> None:
     events = [
         started,
         started,
-        event(**thought, tool_input='{"zone": 1}'),
+        event(**thought),
         event(**thought, tool_input='{"zone": 1}', observation="12:00"),
+        event(event="agent_thought", id="u", tool="dice", observation="6"),
+        event(event="node_started", data={"id": "2", "node_type": "code"}),
+        event(event="node_started", data={"id": "3"}),
+        event(event="agent_log", data={"id": "4", "label": "ROUND 1"}),
+        event(event="agent_log", data={"id": "5"}),
     ]
     assert read("advanced-chat", *events, show_process=True) == [
         Reasoning("Step: LLM"),
         Reasoning('\n\nTool: clock {"zone": 1}'),
+        Reasoning("\n\nTool: dice"),
+        Reasoning("\n\nStep: code"),
+        Reasoning("\n\nROUND 1"),
     ]
     assert read("advanced-chat", *events) == []
 
@@ -1026,6 +1034,7 @@ def test_blocks_of_reasoning_stand_apart() -> None:
     assert not blocks.has_thought  # the app did not
     assert blocks.add(("node", "1"), "b") == [Reasoning("\n\nb")]
     assert blocks.add(("node", "1"), "c") == [Reasoning("c")]
+    assert blocks.add(("log", "1"), "d") == [Reasoning("\n\nd")]
     assert blocks.has_thought
 
 
