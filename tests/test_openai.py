@@ -434,6 +434,11 @@ CALL = {"name": "clock", "arguments": '{"zone": "UTC"}'}
         ),
         ({"tool_calls": None, "function_call": None}, ()),
         ({"tool_calls": []}, ()),
+        ({"tool_calls": [{"function": {}}]}, (ToolCall("", "", "{}"),)),
+        (
+            {"tool_calls": [{"id": 1, "custom": {"name": 2}}]},
+            (ToolCall("1", "2", '{"input": ""}'),),
+        ),
         ({"tool_calls": "x"}, ()),
         ({"tool_calls": [None, {"id": "1", "function": "x"}]}, ()),
     ],

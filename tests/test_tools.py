@@ -1259,6 +1259,15 @@ def test_ids_of_calls_may_return() -> None:
     assert [row.name for row in named] == ["", "f", "", "g"]
 
 
+def test_results_of_one_call_keep_their_order() -> None:
+    call = Message("assistant", "", tool_calls=(ToolCall("1", "f", "{}"),))
+    results = [
+        Message("tool", text, call_id=id_) for id_, text in ("1b", "1a", "yd", "xc")
+    ]
+    named = with_tool_names([call, *results])[1:]
+    assert [row.text for row in named] == list("badc")
+
+
 BAD_ANSWERS = {
     "text": ("I can't.", "it is not valid JSON"),
     "cut": ('{"name": "Oslo", "si', "it is not valid JSON"),
