@@ -584,17 +584,24 @@ def test_what_is_known_by_its_end_is_never_a_whole_match(store: Conversations) -
     assert found(store, ask_of("hi", "Hello!", "new")) == ""
 
 
-def test_two_turns_at_once_by_id_leave_nothing_to_find(store: Conversations) -> None:
+@pytest.mark.parametrize("is_first_late", [True, False])
+def test_two_turns_at_once_by_id_leave_nothing_to_find(
+    store: Conversations, is_first_late: bool
+) -> None:
     record(store, "c", *chat(*TALK))
     guessed = ask_of(*TALK, "new")
     first = plan_turn(guessed, SCOPE, store.take(guessed, SCOPE, 0.0))
     named = ask(user("me too"), conversation_id="c")
     second = plan_turn(named, SCOPE, store.take(named, SCOPE, 0.0))
     assert second.tail.conversation_id == "c"
-    store.put(second.tail_after("c", answer(LONG + "second")), 0.0)
-    store.put(first.tail_after("c", answer(LONG + "first")), 0.0)
-    assert found(store, ask_of("me too", LONG + "second", "x")) == ""
-    assert found(store, ask_of(*TALK, "new", LONG + "first", "x")) == ""
+    tails = [
+        second.tail_after("c", answer(LONG + "second")),
+        first.tail_after("c", answer(LONG + "first")),
+    ]
+    for tail in tails if is_first_late else reversed(tails):
+        store.put(tail, 0.0)
+        assert found(store, ask_of("me too", LONG + "second", "x")) == ""
+        assert found(store, ask_of(*TALK, "new", LONG + "first", "x")) == ""
     third = store.take(named, SCOPE, 0.0)
     assert third is not None
     assert third.conversation_id == "c"
