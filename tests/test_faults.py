@@ -1093,12 +1093,12 @@ async def test_no_proxy_names_what_is_reached_directly(
 ) -> None:
     between = Between()
     async with raw_server(between.serve) as here:
-        asked_for: list[tuple[str, int]] = []
+        asked_for: list[tuple[str, int, float | None]] = []
 
         async def connect(host: str, port: int, **options: Any) -> Any:
-            asked_for.append((host, port))
+            race_s = options.pop("happy_eyeballs_delay")  # of a name's addresses
+            asked_for.append((host, port, race_s))
             address = ("127.0.0.1", port_of(here))
-            options.pop("happy_eyeballs_delay", None)
             return await open_wire(*address, **options)
 
         url = f"http://127.0.0.1:{port_of(here)}"
@@ -1106,8 +1106,8 @@ async def test_no_proxy_names_what_is_reached_directly(
         base = "http://dify.example/v1"
         async with proxying(base, connect, variables=variables) as front:
             assert (await front.ask(stream=False)).outcome.end == FINE
-    proxy = ("127.0.0.1", port_of(here))
-    assert asked_for == [("dify.example", 80) if is_direct else proxy]
+    proxy = ("127.0.0.1", port_of(here), None)
+    assert asked_for == [("dify.example", 80, 0.25) if is_direct else proxy]
 
 
 @pytest.mark.parametrize(
