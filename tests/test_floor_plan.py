@@ -31,7 +31,7 @@ BUDGETS = {
     "Conversations": 444,
     "Pacer": 130,
     "Wire": 491,
-    "Upstream": 701,
+    "Upstream": 700,
     "Answers": 498,
     "Handlers": 869,
     "Server": 285,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7612
+WHOLE_BUDGET = 7611
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

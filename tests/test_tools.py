@@ -1261,9 +1261,8 @@ def test_ids_of_calls_may_return() -> None:
 
 def test_results_of_one_call_keep_their_order() -> None:
     call = Message("assistant", "", tool_calls=(ToolCall("1", "f", "{}"),))
-    results = [
-        Message("tool", text, call_id=id_) for id_, text in ("1b", "1a", "yd", "xc")
-    ]
+    pairs = [("1", "b"), ("1", "a"), ("y", "d"), ("x", "c")]
+    results = [Message("tool", text, call_id=id_) for id_, text in pairs]
     named = with_tool_names([call, *results])[1:]
     assert [row.text for row in named] == list("badc")
 
