@@ -30,7 +30,7 @@ JSONObject = dict[str, Any]
 Headers = dict[str, str]
 HI = [{"role": "user", "content": "Hi"}]
 KEY = "app-secret-key-1"
-NOW = 1700000000.0
+NOW = 1700000000.5
 TOOLS = [{"type": "function", "function": {"name": "look"}}]
 SOON = pytest.approx  # times, on a clock that jumps
 
