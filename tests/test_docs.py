@@ -245,6 +245,7 @@ def test_limits_are_those_of_the_file() -> None:
         opendify.MAX_FIELDS,
         opendify.HEAD_TIMEOUT_S,
         opendify.MAX_MESSAGES,
+        opendify.MAX_REFERENCES,
         opendify.BODY_TIMEOUT_S,
         opendify.IDLE_TIMEOUT_S,
         opendify.WRITE_TIMEOUT_S,
