@@ -9246,7 +9246,8 @@ class Form:
         self.size = 0  # of the file, as far as forwarded
         self._site, self._exchange = site, exchange
         self._store: IO[bytes] | None = None  # of a file that is read already
-        self._most_mb = 0  # 0: any size
+        self._field_bytes = 0
+        self._most_mb = 0  # of the file; 0: any size
 
     @property
     def model(self) -> str:
@@ -9337,10 +9338,11 @@ class Form:
                     raise BadRequest("A form brings one file at a time.", param="file")
                 self.file = known_file(part.filename or "", part.media_type)
                 return
-            value, room = b"", MAX_FIELDS_BYTES - sum(map(len, self.fields.values()))
+            value = b""
             while data := await self._reader.read():
                 value += data
-                if len(value) > room:
+                self._field_bytes += len(data)
+                if self._field_bytes > MAX_FIELDS_BYTES:
                     raise BodyTooLarge(_LONG_FIELDS)
             self.fields[part.name] = value.decode("utf-8", "replace")
 

@@ -666,6 +666,10 @@ REFUSED: dict[str, tuple[bytes, str, int, str | None, str | None, str]] = {
         form_of(MP3, model="m", prompt="x" * 600_000, language="x" * 600_000),
         *("b", 413, None, None, "1024 KiB"),
     ),
+    "long-letters": (
+        form_of(MP3, model="m", prompt="ü" * 400_000, language="ü" * 200_000),
+        *("b", 413, None, None, "1024 KiB"),
+    ),
 }
 
 

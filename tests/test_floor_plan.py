@@ -33,13 +33,13 @@ BUDGETS = {
     "Wire": 491,
     "Upstream": 700,
     "Answers": 498,
-    "Handlers": 869,
+    "Handlers": 871,
     "Server": 285,
     "Page": 262,
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7611
+WHOLE_BUDGET = 7613
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
