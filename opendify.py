@@ -4017,21 +4017,19 @@ def in_answers(items: Iterable[Any]) -> list[Any]:
     These come in any order. Two texts are two messages: agents that take turns leave
     several.
     """
-    said = list(items)
-    roles = [getattr(item, "role", "") for item in said]
-    if ("assistant", "assistant") not in zip(roles, roles[1:]):  # nearly always
-        return said
     groups: list[list[Any]] = []
-    for last, role, item in zip(["", *roles], roles, said):
-        if last == role == "assistant" and _is_one_answer(groups[-1][-1], item):
+    for item in items:
+        if groups and _is_one_answer(groups[-1][-1], item):
             groups[-1].append(item)
         else:
             groups.append([item])
     return [joined(group) if len(group) > 1 else group[0] for group in groups]
 
 
-def _is_one_answer(said: Message, more: Message) -> bool:
-    """Whether a message is more of an answer: not both have a text, or will have."""
+def _is_one_answer(said: Any, more: Any) -> bool:
+    """Whether an item is more of an answer: not both have a text, or will have."""
+    if not getattr(said, "role", "") == getattr(more, "role", "") == "assistant":
+        return False
     is_text = more.text if more.tool_calls else plain_text(said) or said.spoken_id
     return said.name == more.name and not (is_text or more.spoken_id)
 

@@ -26,7 +26,7 @@ BUDGETS = {
     "Calls": 789,
     "Dify": 785,
     "Ids": 63,
-    "OpenAI": 681,
+    "OpenAI": 679,
     "Responses": 418,
     "Conversations": 444,
     "Pacer": 130,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7613
+WHOLE_BUDGET = 7611
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
