@@ -2887,11 +2887,12 @@ def error_from_body(status: int, body: bytes) -> ProxyError:
     """An HTTP error of Dify, or of what stands before it, by its body.
 
     A body that is no JSON comes from the web UI (the base URL lacks its /v1) or from
-    a gateway (nginx, Cloudflare); some gateways speak JSON too (Kong, AWS).
+    a gateway (nginx, Cloudflare); some gateways speak JSON too (Kong, AWS), and so do
+    other APIs: their 404 names no code, as all of Dify's do.
     """
     if status in (504, 522, 524):  # never Dify's own; the last two: Cloudflare's
         return UpstreamTimeout(f"The gateway before Dify timed out ({status}).")
-    if (value := read_json_object(body)) is not None:
+    if (value := read_json_object(body)) and (status != 404 or "code" in value):
         return error_from_dify(status, value.get("code"), value.get("message"))
     if status in (413, 414, 431):
         return BodyTooLarge(f"The gateway before Dify refused the size ({status}).")
@@ -2901,7 +2902,7 @@ def error_from_body(status: int, body: bytes) -> ProxyError:
         return UpstreamFailed(f"The gateway before Dify answered {status}.")
     problem = f"The base URL does not lead to Dify's API: the answer ({status})"
     cure = f"Check {BASE_SETTING}: it must be like https://host/v1."
-    return ConfigurationFault(f"{problem} is no JSON. {cure}")
+    return ConfigurationFault(f"{problem} is not Dify's. {cure}")
 
 
 def _innermost_message(message: str) -> str:
