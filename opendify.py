@@ -6777,11 +6777,11 @@ def _parameters(field: str) -> dict[str, str]:
     For a quote, browsers write `%22`, curl also a backslash before it.
     """
     parameters = {}
-    by_name = operator.itemgetter(0)
-    for name, quoted, token in sorted(_PARAMETER.findall(field), key=by_name):
+    for name, quoted, token in sorted(_PARAMETER.findall(field)):
         value = re.sub(r'\\(["\\])', r"\1", quoted or token).replace("%22", '"')
-        if name.endswith("*"):  # UTF-8''%C3%BC.png
-            value = urllib.parse.unquote(value.split("'", 2)[-1])
+        if name.endswith("*"):  # UTF-8''%C3%BC.png, or ISO-8859-1''%FC.png
+            coding = "latin-1" if value.upper().startswith("ISO-8859-1'") else "utf-8"
+            value = urllib.parse.unquote(value.split("'", 2)[-1], coding)
         parameters[name.lower().rstrip("*")] = value
     return parameters
 

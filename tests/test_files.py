@@ -150,8 +150,13 @@ SAMPLES: dict[str, tuple[str, bytes, Parts]] = {
         type_of("b"),
         part('name="file"; filename="a.txt"; filename*=UTF-8\'\'%e2%82%ac%20.txt')
         + part("name=\"file\"; filename*=utf-8'en'%C2%A3.txt", b"y")
+        + part("name=\"file\"; filename*=iso-8859-1'en'%A3.txt", b"z")
         + END,
-        [(FormPart("file", "€ .txt"), b""), (FormPart("file", "£.txt"), b"y")],
+        [
+            (FormPart("file", "€ .txt"), b""),
+            (FormPart("file", "£.txt"), b"y"),
+            (FormPart("file", "£.txt"), b"z"),
+        ],
     ),
     "quoted-boundary": (
         'Multipart/Form-Data; charset=utf-8; Boundary="a b?=:(1)"; x=y',
