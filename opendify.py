@@ -9260,7 +9260,7 @@ class Form:
 
     async def open(self) -> Attachment:
         """Read on to the file; raises BadRequest if there is none."""
-        content_type = self._exchange.request.headers.get("content-type", "")
+        content_type = self._exchange.request.headers.get("content-type") or "json"
         if content_type.lower().startswith("multipart/form-data"):
             self._reader = FormReader(content_type, self._exchange.read)
             await self._read_fields()

@@ -383,7 +383,7 @@ async def post(
     is_chunked: bool = False,
     headers: dict[str, str] | None = None,
 ) -> Got:
-    """Return the response to a body of bytes."""
+    """Return the response to a body of bytes; with no type if that is ""."""
     fields = {"Host": "localhost", "Content-Type": content_type, **(headers or {})}
     fields["Content-Length"] = str(len(body))
     if is_chunked:
@@ -391,7 +391,7 @@ async def post(
         fields["Transfer-Encoding"] = "chunked"
         pieces = [body[at : at + 700] for at in range(0, len(body), 700)]
         body = b"".join(b"%x\r\n%b\r\n" % (len(row), row) for row in [*pieces, b""])
-    lines = [f"{name}: {value}" for name, value in fields.items()]
+    lines = [f"{name}: {value}" for name, value in fields.items() if value]
     head = "\r\n".join([f"POST {path} HTTP/1.1", *lines, "", ""])
     reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
     writer.write(head.encode() + body)
@@ -545,14 +545,15 @@ async def test_recording_is_not_sent_for_a_transcript_that_can_not_be() -> None:
         assert (got.status, sent(served)) == (400, [])
 
 
-async def test_transcription_as_json() -> None:
-    """Open WebUI's "json" mode."""
+@pytest.mark.parametrize("content_type", ["application/json", ""])
+async def test_transcription_as_json(content_type: str) -> None:
+    """Open WebUI's "json" mode; some clients leave out the type of JSON."""
     audio = {"data": base64.b64encode(MP3).decode(), "format": "mp3"}
     body = {"input_audio": audio, "response_format": "text", "seed": None}
     models = {"MODEL_CONFIG": json.dumps({"m": KEY, "other": "app-other"})}
     async with proxy(parameters=AUDIO, transcript=SAID, variables=models) as served:
         data = json.dumps(body).encode()
-        got = await post(served, TRANSCRIPTS, data, "application/json", is_chunked=True)
+        got = await post(served, TRANSCRIPTS, data, content_type, is_chunked=True)
         assert [row[:4] for row in sent(served)] == [
             ("/audio-to-text", "audio.mp3", "audio/mp3", MP3)
         ]
