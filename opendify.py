@@ -9128,10 +9128,10 @@ class Site:
         if model not in models:
             untold = await self._learn_names()
             models = self.known_models()
-        for name in (model, model.replace("+", " ")):
-            if name in models:
-                exchange.model = name
-                return models[name]
+        quoted = (name for name in models if name.replace(" ", "+") == model)
+        if name := model if model in models else next(quoted, ""):
+            exchange.model = name
+            return models[name]
         shown = _shown(mask_app_keys(model))  # a key may have been pasted
         if untold:
             untold.message = f"The model {shown} is not known yet: {untold.message}"

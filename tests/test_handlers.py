@@ -505,7 +505,7 @@ async def test_model_whose_key_dify_refuses_is_named(
     assert f"ConfigurationFault: {said}" in caplog.text
 
 
-ODD = "team/应用 1"
+ODD = "team/应用 + 1"
 
 
 @pytest.mark.parametrize(
