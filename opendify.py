@@ -2952,7 +2952,7 @@ _OPENING = rf"(?:(?P<think><think{_ATTRIBUTES}>)|(?P<details>{re.escape(_DETAILS
 _STATES: dict[str | None, _State] = {
     name: _state(
         rf"\n{{0,4}}</{name}{_SPACES}>\n{{0,2}}",
-        rf"\n{{0,4}}(?:{_beginnings('</' + name, _SPACES)})?|&[a-z]{{0,3}}",
+        rf"\n{{0,4}}(?:{_beginnings('</' + name, _SPACES)})?|&#?[a-z0-9]{{0,4}}",
     )
     for name in ("think", "details")
 }

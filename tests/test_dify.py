@@ -161,8 +161,8 @@ REASONED = [
     pytest.param("<think></think>OK", "", "OK", id="empty"),
     pytest.param(f"{DETAILS}yes</details>OK", "yes", "OK", id="details"),
     pytest.param(
-        f"<think>\n{MARKER}a &lt; b &amp;&amp; c\n</think>a < b",
-        "a < b && c",
+        f"<think>\n{MARKER}a &lt; b &amp;&amp; &quot;c&#x27;\n</think>a < b",
+        "a < b && \"c'",
         "a < b",
         id="deepseek",
     ),
