@@ -5574,7 +5574,8 @@ _OF_TOOLS = b"\0\0"  # begins the digests of calls and of their results
 _SYSTEM, _INPUTS, _WITHIN = slice(8), slice(8, 16), slice(16, None)
 _SIDE_REQUESTS = (
     "### Task:",  # Open WebUI; the last four are of NextChat and its descendants
-    *("Managed memory ", "[SUGGESTION MODE:"),  # Qwen Code, after each turn
+    # Qwen Code: after each turn, and /btw
+    *("Managed memory ", "[SUGGESTION MODE:", "<system-reminder>\nThis is a side "),
     "Please generate a four to five word title",
     "使用四到五个字直接返回这句话的简要主题",
     "Summarize the discussion briefly in",

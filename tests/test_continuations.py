@@ -1388,6 +1388,10 @@ SIDE_REQUESTS = {
         *talk("one", "Answer 1.", "two", "Answer 2."),
         user("Managed memory directory: `/home/ada/memory`\n\nScan the conversation"),
     ],
+    "qwen-code-btw": [
+        *talk("one", "Answer 1.", "two", "Answer 2."),
+        user("<system-reminder>\nThis is a side question from the user.\n\nWhy?"),
+    ],
     "nextchat-summary-cn": [
         *talk("one", "Answer 1.", "two", "Answer 2."),
         system("简要总结一下对话内容，用作后续的上下文提示 prompt，控制在 200 字以内"),

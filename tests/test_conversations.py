@@ -148,6 +148,7 @@ def test_new_is_what_follows_the_last_answer(roles: str, new: int) -> None:
         "Managed memory directory: `/home/ada/memory`\n\nScan the recent conversation",
         "Managed memory has TWO directories. Choose which to write each memory into",
         "[SUGGESTION MODE: Suggest what the user might naturally type next.]",
+        "<system-reminder>\nThis is a side question from the user.\n</system-reminder>",
     ],
 )
 def test_side_requests_neither_join_nor_move_a_conversation(
