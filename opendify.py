@@ -1962,13 +1962,13 @@ def _properties(tool: Tool) -> dict[str, Any]:
 
 def _typed(tool: Tool, key: str, text: str) -> Any:
     """A parameter written as an element: JSON, unless only a string will do."""
-    schema = object_of(_properties(tool).get(key))
-    if schema.get("type") == "string":
-        return text
-    with contextlib.suppress(ValueError):
-        value = parse_sloppy_json(text)
-        if not schema_problems(value, schema) or schema_problems(text, schema):
-            return value
+    schema, root = object_of(_properties(tool).get(key)), tool.parameters
+    if schema.get("type") != "string":
+        with contextlib.suppress(ValueError):
+            value = parse_sloppy_json(text)
+            is_text = not schema_problems(text, schema, root)
+            if not (is_text and schema_problems(value, schema, root)):
+                return value
     return text
 
 
@@ -2143,10 +2143,13 @@ _NO_SENSE = (TypeError, AttributeError, ValueError, LookupError, ArithmeticError
 _MAX_PATTERN_CHARS, _PATTERN_CHECKS = 100, 100  # what one may take, in checks
 
 
-def schema_problems(value: Any, schema: Json) -> list[str]:
-    """The first few breaches of a schema; one that makes no sense forbids nothing."""
+def schema_problems(value: Any, schema: Json, root: Json | None = None) -> list[str]:
+    """The first few breaches of a schema; one that makes no sense forbids nothing.
+
+    It is a part of `root`, if that is given: references begin there.
+    """
     problems: list[str] = []
-    found = _Checker(schema).check(value, schema, "$")
+    found = _Checker(root or schema).check(value, schema, "$")
     with contextlib.suppress(RecursionError, re.error, *_NO_SENSE):
         for at, keyword, limit in itertools.islice(found, _MAX_PROBLEMS):
             rule = json_text(limit)[:_MAX_RULE_CHARS]

@@ -943,11 +943,15 @@ def test_spaces_around_a_key_are_not_its_own() -> None:
         ({"type": "boolean"}, "True", True),
         ({"type": ["boolean", "string"]}, "it's", "it's"),
         ({"type": "array"}, "['a', None]", ["a", None]),
+        ({"$ref": "#/properties/zip"}, "75001", "75001"),  # as Zod's schemas have it
+        ({"allOf": [{"$ref": "#/properties/zip"}]}, "null", "null"),
+        ({"$ref": "#/$defs/lost"}, "1", 1),
         ({}, "1", 1),
     ],
 )
 def test_parameter_has_the_type_that_is_due(schema: Any, text: str, value: Any) -> None:
-    tool = Tool("f", "", {"type": "object", "properties": {"x": schema}})
+    properties = {"zip": {"type": "string"}, "x": schema}
+    tool = Tool("f", "", {"type": "object", "properties": properties})
     call = f"<function=f>\n<parameter=x>\n{text}\n</parameter>\n</function>"
     (part,) = CallReader([tool], str).feed([Text(call)])
     assert isinstance(part, ToolCall) and json.loads(part.arguments) == {"x": value}
