@@ -5576,9 +5576,10 @@ _OF_TOOLS = b"\0\0"  # begins the digests of calls and of their results
 # that stands between messages, which it may lack.
 _SYSTEM, _INPUTS, _WITHIN = slice(8), slice(8, 16), slice(16, None)
 _SIDE_REQUESTS = (
-    "### Task:",  # Open WebUI; the last four are of NextChat and its descendants
-    # Qwen Code: after each turn, and /btw
-    *("Managed memory ", "[SUGGESTION MODE:", "<system-reminder>\nThis is a side "),
+    # Open WebUI; Qwen Code, after each turn; its /btw and that of Claude Code (through
+    # LiteLLM). The last four are of NextChat and its descendants.
+    *("### Task:", "Managed memory ", "[SUGGESTION MODE:"),
+    *("<system-reminder>\nThis is a side ", "<system-reminder>This is a side "),
     "Please generate a four to five word title",
     "使用四到五个字直接返回这句话的简要主题",
     "Summarize the discussion briefly in",

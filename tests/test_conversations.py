@@ -149,6 +149,7 @@ def test_new_is_what_follows_the_last_answer(roles: str, new: int) -> None:
         "Managed memory has TWO directories. Choose which to write each memory into",
         "[SUGGESTION MODE: Suggest what the user might naturally type next.]",
         "<system-reminder>\nThis is a side question from the user.\n</system-reminder>",
+        "<system-reminder>This is a side question from the user. You must answer this",
     ],
 )
 def test_side_requests_neither_join_nor_move_a_conversation(
