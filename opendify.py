@@ -5576,9 +5576,9 @@ _OF_TOOLS = b"\0\0"  # begins the digests of calls and of their results
 # that stands between messages, which it may lack.
 _SYSTEM, _INPUTS, _WITHIN = slice(8), slice(8, 16), slice(16, None)
 _SIDE_REQUESTS = (
-    # Open WebUI; Qwen Code, after each turn; its /btw and that of Claude Code (through
-    # LiteLLM). The last four are of NextChat and its descendants.
-    *("### Task:", "Managed memory ", "[SUGGESTION MODE:"),
+    # Open WebUI; Qwen Code, after each turn; Claude Code (through LiteLLM), for recaps;
+    # the /btw of both. The last four are of NextChat and its descendants.
+    *("### Task:", "Managed memory ", "[SUGGESTION MODE", "The user stepped away and "),
     *("<system-reminder>\nThis is a side ", "<system-reminder>This is a side "),
     "Please generate a four to five word title",
     "使用四到五个字直接返回这句话的简要主题",

@@ -150,6 +150,7 @@ def test_new_is_what_follows_the_last_answer(roles: str, new: int) -> None:
         "[SUGGESTION MODE: Suggest what the user might naturally type next.]",
         "<system-reminder>\nThis is a side question from the user.\n</system-reminder>",
         "<system-reminder>This is a side question from the user. You must answer this",
+        "The user stepped away and is coming back. Recap in under 40 words",
     ],
 )
 def test_side_requests_neither_join_nor_move_a_conversation(
