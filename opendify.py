@@ -2515,8 +2515,7 @@ def query_variable(mode: str, form: AppForm, app: AppSettings) -> str:
     if app.query_variable:
         return app.query_variable
     texts = [row for row in form.inputs if row.type in _TEXT_TYPES]
-    filled = app.filled
-    texts = [row for row in texts if row.variable not in filled] or texts
+    texts = [row for row in texts if row.variable not in app.filled] or texts
     names = [row.variable for row in texts]
     usual = [name for name in _QUERY_NAMES if name in names]
     required = [row.variable for row in texts if row.required]
@@ -2555,26 +2554,29 @@ def check_files(form: AppForm, files: Sequence[Attachment], given: Json) -> None
     Raises:
         BadRequest: it names the file, and the limit.
     """
+    if problem := _problem_with(form, files, given):
+        raise BadRequest(problem, param="messages", code="invalid_value")
+
+
+def has_room(form: AppForm, files: Sequence[Attachment], given: Json) -> bool:
+    """Whether the app surely takes these files; the arguments of `check_files`.
+
+    An input takes one, even if it is a list: Dify does not say how many.
+    """
+    rules, (inputs, _) = _upload_rules(form), place_files(form, files, given)
+    most = (count_of(rules.get("number_limits")) or 1) if rules else len(inputs)
+    return len(files) <= most and not _problem_with(form, files, given)
+
+
+def _problem_with(form: AppForm, files: Sequence[Attachment], given: Json) -> str:
+    """What to say of the first file that can't be sent; "" if all can."""
     rules, (_, beside) = _upload_rules(form), place_files(form, files, given)
     limit = count_of(rules.get("number_limits")) or len(files)
     problems = [(file, _problem_beside(rules, file)) for file in beside[:limit]]
     problems += [(f, f"the app takes {limit} files at a time") for f in beside[limit:]]
     problems += [(file, _size_problem(form, file)) for file in files]
-    for file, problem in problems:
-        if problem:
-            message = f"The file {file.name!r} can't be sent: {problem}."
-            raise BadRequest(message, param="messages", code="invalid_value")
-
-
-def has_room(form: AppForm, files: Sequence[Attachment], given: Json) -> bool:
-    """Whether the app surely takes so many files; the arguments of `check_files`.
-
-    An input takes one, even if it is a list: Dify does not say how many.
-    """
-    if rules := _upload_rules(form):
-        return len(files) <= (count_of(rules.get("number_limits")) or 1)
-    inputs, _ = place_files(form, files, given)
-    return len(files) <= len(inputs)  # each of these has one at least
+    said = [f"The file {f.name!r} can't be sent: {p}." for f, p in problems if p]
+    return said[0] if said else ""
 
 
 def _upload_rules(form: AppForm) -> dict[str, Any]:

@@ -1334,6 +1334,7 @@ def test_files_without_an_input_are_refused_unless_they_go_beside(
         (form(PICTURES), [PNG, PNG], False),  # Dify does not say how many it takes
         (AppForm((), UPLOADS), [PNG, PNG], True),
         (AppForm((), UPLOADS), [PNG, PNG, PNG], False),
+        (AppForm((), UPLOADS), [PNG, PDF], False),  # it takes no documents
         (AppForm((), {"image": {"enabled": True}}), [PNG, PNG], False),
         (form(), [PNG], False),
     ],

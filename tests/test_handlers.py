@@ -1804,7 +1804,7 @@ NO_URLS = {
 }
 
 
-@pytest.mark.parametrize(
+OVER_A_LIMIT = pytest.mark.parametrize(
     ("parameters", "parts", "texts"),
     [
         pytest.param({}, [IMAGE], ["image.png", "takes no files"], id="off"),
@@ -1824,6 +1824,9 @@ NO_URLS = {
         ),
     ],
 )
+
+
+@OVER_A_LIMIT
 async def test_file_over_a_limit_is_refused_before_anything_is_uploaded(
     parameters: JSONObject, parts: list[JSONObject], texts: Sequence[str]
 ) -> None:
@@ -1833,6 +1836,21 @@ async def test_file_over_a_limit_is_refused_before_anything_is_uploaded(
     assert (got.status, got.error["param"]) == (400, "messages")
     for text in texts:
         assert text in got.error["message"]
+
+
+@OVER_A_LIMIT
+async def test_earlier_file_over_a_limit_is_only_named(
+    parameters: JSONObject, parts: list[JSONObject], texts: Sequence[str]
+) -> None:
+    """Such as one that another model has answered."""
+    answered = {"role": "assistant", "content": "A cat."}
+    async with proxy(parameters=parameters) as served:
+        messages = [*with_parts(*parts), answered, user("Sure?")]
+        assert (await served.chat(messages=messages)).status == 200
+        (turn,) = served.turns
+    assert ("files" in turn.json, served.dify.uploads) == (False, {})
+    _, _, named = turn.json["query"].partition('file_not_included="')
+    assert texts[0] in named.partition('">')[0]
 
 
 @pytest.mark.parametrize(
