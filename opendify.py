@@ -1924,8 +1924,8 @@ class _Block:
         is_call = self._is_tagged and "arguments" in value
         if not is_call and value.keys() - _CALL_KEYS:
             raise ValueError
-        names = [value[key] for key in _NAMES if isinstance(value.get(key), str)]
-        tool = self._tools[names[0].rpartition("functions.")[2]]
+        name, *_ = (value[key] for key in _NAMES if isinstance(value.get(key), str))
+        tool = self._tools.get(name) or self._tools[name.removeprefix("functions.")]
         given = [value[key] for key in _ARGUMENTS if key in value]
         given += [{}] if self._is_tagged else []
         return [(tool, _arguments(given[0], tool))]

@@ -957,7 +957,13 @@ def test_parameter_has_the_type_that_is_due(schema: Any, text: str, value: Any) 
     assert isinstance(part, ToolCall) and json.loads(part.arguments) == {"x": value}
 
 
-@pytest.mark.parametrize("name", ["server/get:it", "get weather", "查询", "a-b.c"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("server/get:it", "get weather", "查询", "a-b.c"),
+        *("cloud_functions.deploy", "functions.deploy"),
+    ],
+)
 def test_name_may_have_any_sign(name: str) -> None:
     text = describe_call(ToolCall("", name, '{"a": 1}'))
     for pieces in ([text], list(text)):
