@@ -24,7 +24,7 @@ BUDGETS = {
     "JSON": 96,
     "Turn": 202,
     "Calls": 789,
-    "Dify": 785,
+    "Dify": 784,
     "Ids": 63,
     "OpenAI": 679,
     "Responses": 418,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7611
+WHOLE_BUDGET = 7610
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
