@@ -9559,8 +9559,7 @@ async def list_models(site: Site, exchange: Exchange) -> Json:
 async def get_model(site: Site, exchange: Exchange) -> Json:
     """`GET /models/{id}`, in each of the encodings that clients use."""
     app = await site.find_app(exchange, exchange.name_in_path)
-    name = site.dify.facts.of(app).name
-    return model_object(exchange.model, name, site.created)
+    return model_object(exchange.model, site.dify.facts.of(app).name, site.created)
 
 
 async def list_apps(site: Site, exchange: Exchange) -> Json:
@@ -10293,12 +10292,13 @@ def authorized_handler(site: Site, exchange: Exchange) -> Handler:
     endpoint, exchange.name_in_path = find_endpoint(request.path)
     methods = ROUTES.get(endpoint)
     if methods is None:
-        hint = "" if "/v1/" in request.path else " A base URL ends in /v1."
-        if request.path.rstrip("/").endswith("/v1"):  # as it is shown at the start
+        path = mask_app_keys(request.path)  # for a model's name, in an Azure URL say
+        hint = "" if "/v1/" in path else " A base URL ends in /v1."
+        if path.rstrip("/").endswith("/v1"):  # as it is shown at the start
             hint = " Clients add a path to it; for a browser there is a page at /."
         if endpoint.endswith(NOT_SERVED):
             hint = " Dify apps can't do that; ask a model provider directly."
-        raise NotFound(f"Invalid URL ({request.method} {request.path}).{hint}")
+        raise NotFound(f"Invalid URL ({request.method} {path}).{hint}")
     method = "GET" if request.method == "HEAD" else request.method
     if method not in methods:
         allowed = ", ".join(methods)
