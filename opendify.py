@@ -2138,7 +2138,7 @@ def json_problem(text: str, output: OutputFormat) -> str:
 # Checking it against a schema...
 
 _MAX_CHECKS = 50_000  # of one answer, a third of a second; what is left passes
-_MAX_PROBLEMS, _MAX_RULE_CHARS = 5, 200  # are told to the app
+_MAX_PROBLEMS, _MAX_TOLD_CHARS = 5, 200  # of a place, and of the rule broken there
 _NO_SENSE = (TypeError, AttributeError, ValueError, LookupError, ArithmeticError)
 _MAX_PATTERN_CHARS, _PATTERN_CHECKS = 100, 100  # what one may take, in checks
 
@@ -2152,9 +2152,9 @@ def schema_problems(value: Any, schema: Json, root: Json | None = None) -> list[
     found = _Checker(root or schema).check(value, schema, "$")
     with contextlib.suppress(RecursionError, re.error, *_NO_SENSE):
         for at, keyword, limit in itertools.islice(found, _MAX_PROBLEMS):
-            rule = json_text(limit)[:_MAX_RULE_CHARS]
+            rule = json_text(limit)[:_MAX_TOLD_CHARS]
             broken = f"breaks {keyword} {rule}" if keyword else "is not allowed"
-            problems.append(f"{at} {broken}")
+            problems.append(f"{at[:_MAX_TOLD_CHARS]} {broken}")
     return problems
 
 

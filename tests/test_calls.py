@@ -1336,6 +1336,12 @@ def test_validator_agrees_with_jsonschema(value: Any, schema: Any) -> None:
             ],
             id="pattern-properties",
         ),
+        pytest.param(
+            {"k" * 1000: 1},
+            {"additionalProperties": {"enum": ["e" * 1000]}},
+            [f'$.{"k" * 198} breaks enum ["{"e" * 198}'],
+            id="only-the-beginning-of-what-is-long",
+        ),
     ],
 )
 def test_problems_say_what_and_where(
