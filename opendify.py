@@ -1666,12 +1666,12 @@ class CallReader:
     """
 
     def __init__(
-        self, tools: Iterable[Tool], new_id: Callable[[], str], most: float = inf
+        self, tools: Iterable[Tool], ids: Iterator[str], most: float = inf
     ) -> None:
         self.found = 0
         self.most = most
         self._tools = {tool.name: tool for tool in tools}
-        self._new_id = new_id
+        self._ids = ids
         self._text = ""  # that is not given on yet
         self._block: _Block | None = None  # what the text begins with
         self._is_code = False  # up to the next fence
@@ -1711,7 +1711,7 @@ class CallReader:
                 self._tail = self._blank = ""
                 if self.found <= self.most:
                     text = json_text(arguments)
-                    call = ToolCall(self._new_id(), tool.name, text, tool.is_custom)
+                    call = ToolCall(next(self._ids), tool.name, text, tool.is_custom)
                     done.append(call)
             if not is_over:
                 return
@@ -2013,8 +2013,9 @@ class StopReader:
     """Cuts an answer before the first of its stop texts; other parts go through.
 
     There is at least one, and none is empty. Of several the one counts that is complete
-    first, as for a model that stops there. Once `is_cut`, the answer is over, however
-    the app would have ended it: only its Citations and Usage still go through.
+    first, as for a model that stops there. With the cut the answer is over, however the
+    app would have ended it: only its Citations and Usage still go through, if they have
+    come, and a Finish follows.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -2023,7 +2024,7 @@ class StopReader:
         self._held = ""
 
     def feed(self, parts: Iterable[Part]) -> list[Part]:
-        """The parts that are certain now."""
+        """The parts that are certain now; no more may come once it `is_cut`."""
         done: list[Part] = []
         for part in parts:
             if isinstance(part, Text) and not self.is_cut:
@@ -2031,6 +2032,9 @@ class StopReader:
             elif not self.is_cut or isinstance(part, (Citations, Usage)):
                 held = [] if isinstance(part, Reasoning) else self.close()
                 done += [*held, part]
+        if self.is_cut:
+            is_known = any(isinstance(part, Usage) for part in done)
+            done += [Finish()] if is_known else [NO_USAGE, Finish()]
         return done
 
     def close(self) -> list[Part]:
@@ -2321,101 +2325,106 @@ def answer_of_call(call_id: str) -> str:
 class Reading:
     """Reads an answer as its request demands: calls, stops, JSON.
 
-    Parts go in as the app makes them, and come out as the client is to get them:
-    none while the answer may still prove unfit, since a second try would follow it.
+    Parts go in as the app makes them, and come out as the client is to get them: none
+    while the answer may still prove unfit, since a second try would follow it. In a
+    stream that ends with the first call or the first piece of the JSON.
+
     `problem` says, when the answer is over, why it is unfit, and `usage` what that
-    took, with what was `spent` before; `is_cut`, that a stop was found and the app need
-    not go on. The ids of calls follow from a `seed`, the message's id, so that an
-    answer that is read again has the same.
+    took, with what was `spent` before. The ids of calls follow from a `seed`, the
+    message's id, so that an answer that is read again has the same.
     """
 
     def __init__(self, ask: Ask, seed: str, *, is_whole: bool, spent: Usage) -> None:
         self.problem = ""
         self.usage = self._spent = spent
-        self.is_cut = False
+        self.said = KeptText()  # as the app wrote it
         self._ask = ask
-        self._calls: CallReader | None = None
-        if ask.tools:
-            most = 1 if ask.is_serial else inf
-            self._calls = CallReader(ask.tools, call_ids(seed).__next__, most)
         self._is_required = ask.tool_mode == "required"  # a call, and so no JSON
         self._is_json = ask.output.kind != "text" and not self._is_required
+        self.is_plain = not (ask.tools or ask.stops or self._is_json)
+        most = 1 if ask.is_serial else inf
+        self._calls = CallReader(ask.tools, call_ids(seed), most) if ask.tools else None
         # Cut in half, JSON is none; and what stands around it never reaches the client.
         self._stop = StopReader(ask.stops) if ask.stops and not self._is_json else None
-        # Only a brace or a bracket shows for certain that JSON begins.
         is_streamed = self._is_json and not is_whole
-        can_begin = is_streamed and ask.output.schema.get("type") in ("object", "array")
-        self._json = JsonReader(ask.output) if can_begin else None
-        self.is_plain = not (ask.tools or ask.stops or self._is_json)
-        self._holds_all = self._is_json and not self._json  # until it is judged
-        self._holds_all |= is_whole and self._is_required
-        self._held: list[Part] = []  # until it is certain that the answer will do
-        self.said = KeptText()  # as the app wrote it
-        self._has_given = False  # text, that can't be taken back
-        self._has_call = False  # that no stop has cut off
+        # Only a brace or a bracket shows for certain that JSON begins.
+        is_shown = is_streamed and ask.output.schema.get("type") in ("object", "array")
+        self._json = JsonReader(ask.output) if is_shown else None
+        self._can_begin = is_shown or (self._is_required and not is_whole)
+        self._may_fail = self._is_required or self._is_json  # nothing is given yet
+        self._held: list[Part] = []  # until something is
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a stop was found, and the app need not go on."""
+        return bool(self._stop and self._stop.is_cut)
 
     @property
     def is_short(self) -> bool:
         """Whether the client lacks what the app wrote: the end, or further calls."""
-        has_all = not self._calls or self._calls.found <= self._calls.most
-        return self.is_cut or not has_all
-
-    def feed(self, parts: list[Part]) -> list[Part]:
-        """The parts that are certain now."""
-        if self.is_plain:
-            return parts
-        self.said.add("".join(p.text for p in parts if isinstance(p, Text)))
-        if self._is_json:  # there is no room for links beside it
-            parts = [part for part in parts if not isinstance(part, Media)]
-        ready = self._calls.feed(parts) if self._calls else parts
-        ready = self._stop.feed(ready) if self._stop else ready
-        self._has_call |= any(isinstance(part, ToolCall) for part in ready)
-        ready = self._json.feed(ready) if self._json else ready
-        if self._is_required:  # the answer is the call: this is none
-            thought = functools.partial(Reasoning, is_inline=True)
-            ready = [thought(p.text) if isinstance(p, Text) else p for p in ready]
-        if self._stop and self._stop.is_cut and not self.is_cut:
-            self.is_cut = True
-            is_known = any(isinstance(part, Usage) for part in ready)
-            ready += [Finish()] if is_known else [NO_USAGE, Finish()]
-        spent = self._spent
-        self._held += [spent + p if isinstance(p, Usage) else p for p in ready]
-        ends = [part for part in ready if isinstance(part, (Finish, Failure))]
-        if not ends and self._is_open:
-            return []
-        if ends and ends[0] in (Finish("stop"), Finish("length")):
-            self._judge()
-        held, self._held = [] if self.problem else self._held, []
-        self._has_given |= any(isinstance(part, Text) for part in held)
-        return held
+        return self.is_cut or bool(self._calls and self._calls.found > self._calls.most)
 
     def has_given_all(self, text: str) -> bool:
         """Whether this text is all that the app wrote."""
         return self.is_plain or (self.said.is_whole and self.said.text == text)
 
-    @property
-    def _is_open(self) -> bool:
-        """Whether the answer may still turn out not to do."""
-        lacks = self._is_required or bool(self._json and not self._json.text)
-        return self._holds_all or (lacks and not self._has_call)
+    def feed(self, parts: list[Part]) -> list[Part]:
+        """The parts that are certain now.
+
+        Raises:
+            UpstreamFailed: it is unfit, and the client has a part of it already.
+        """
+        if self.is_plain:
+            return parts
+        self.said.add("".join([p.text for p in parts if isinstance(p, Text)]))
+        ready = self._read(parts)
+        self._held += ready
+        end = next((p for p in ready if isinstance(p, (Finish, Failure))), None)
+        if self._may_fail and not end:
+            has_call = self._calls and self._calls.found
+            has_begun = has_call or (self._json and self._json.text)
+            self._may_fail = not (self._can_begin and has_begun)
+            if self._may_fail:
+                return []
+        if isinstance(end, Finish) and end.reason != "content_filter":
+            self._judge()
+        held, self._held = [] if self.problem else self._held, []
+        return held
+
+    def _read(self, parts: list[Part]) -> list[Part]:
+        """The parts as the client is to get them, if the answer will do."""
+        if self._is_json:  # there is no room for links beside it
+            parts = [part for part in parts if not isinstance(part, Media)]
+        parts = self._calls.feed(parts) if self._calls else parts
+        parts = self._stop.feed(parts) if self._stop else parts
+        parts = self._json.feed(parts) if self._json else parts
+        if self._is_required:  # the answer is the call: this is none
+            thought = functools.partial(Reasoning, is_inline=True)
+            parts = [thought(p.text) if isinstance(p, Text) else p for p in parts]
+        return [self._spent + p if isinstance(p, Usage) else p for p in parts]
 
     def _judge(self) -> None:
         """The answer is over: will it do? Beside a call no JSON is needed."""
+        if self._may_fail:
+            self._judge_held()
+        elif self._json and not (self._calls and self._calls.found):
+            problem = json_problem(self._json.text, self._ask.output)
+            if problem:
+                raise unsatisfied(self._ask, problem)
+
+    def _judge_held(self) -> None:
+        """Judge a whole answer, and take the JSON out of it."""
         answer = Answer()  # it knows what was reasoning after all, calls too
         answer.add(self._held)
         self.usage = answer.usage
-        has_call = bool(answer.calls) if self._holds_all else self._has_call
-        if self._is_required and not has_call:
+        if self._is_required and not answer.calls:
             names = ", ".join(tool.name for tool in self._ask.tools)
             self.problem = f"Call {names}."
-        elif self._json and self._has_given and not has_call:
-            if problem := json_problem(self._json.text, self._ask.output):
-                raise unsatisfied(self._ask, problem)
-        elif self._is_json and not (self._json and has_call):
+        elif self._is_json:
             reader = self._json
             read = (reader.text or reader.talk.text) if reader else answer.text
             text, problem = extract_json(read, self._ask.output)
-            self.problem = "" if has_call else problem
+            self.problem = "" if answer.calls else problem
             kinds = (Text, Reasoning, Recast, ToolCall)
             rest = [part for part in self._held if not isinstance(part, kinds)]
             self._held = [Reasoning(answer.reasoning), Text(text or "")]

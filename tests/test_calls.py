@@ -6,7 +6,7 @@ import json
 import random
 import tracemalloc
 from dataclasses import replace
-from itertools import count
+from itertools import count, repeat
 from typing import Any, Union
 
 import jsonschema
@@ -81,8 +81,7 @@ def text_tool(name: str, description: str, form: str) -> Tool:
 
 
 def reader() -> CallReader:
-    numbers = count(1)
-    return CallReader(TOOLS, lambda: f"call_{next(numbers)}")
+    return CallReader(TOOLS, (f"call_{number}" for number in count(1)))
 
 
 def read(*pieces: str) -> list[Part]:
@@ -106,7 +105,7 @@ def read(*pieces: str) -> list[Part]:
     ],
 )
 def test_custom_tool_is_called_with_a_text(given: dict[str, Any], text: str) -> None:
-    calls = CallReader([text_tool("patch", "", "")], lambda: "call_1")
+    calls = CallReader([text_tool("patch", "", "")], repeat("call_1"))
     written = json.dumps({"name": "patch", **given})
     found = calls.feed([Text(f"<tool_call>\n{written}\n</tool_call>")])
     (call,) = found
@@ -678,8 +677,7 @@ def test_json_in_what_was_reasoning_is_no_answer() -> None:
 def test_reasoning_beside_a_stop_does_not_part_it() -> None:
     stop = StopReader(["END"])
     got = stop.feed([Text("a E"), Reasoning("Step: Log"), Text("ND b")])
-    assert got == [Text("a "), Reasoning("Step: Log")]
-    assert stop.is_cut
+    assert got == [Text("a "), Reasoning("Step: Log"), Usage(), Finish()]
 
 
 def test_call_comes_with_its_last_character() -> None:
@@ -694,7 +692,7 @@ def test_call_comes_with_its_last_character() -> None:
 def test_arguments_may_look_like_a_description_if_declared(is_declared: bool) -> None:
     arguments = {"type": "Person", "properties": {"name": "Ada"}}
     properties: dict[str, Any] = {"type": {}, "properties": {}} if is_declared else {}
-    calls = CallReader([Tool("add", "", {"properties": properties})], lambda: "c")
+    calls = CallReader([Tool("add", "", {"properties": properties})], repeat("c"))
     text = json.dumps({"name": "add", "arguments": arguments})
     got = calls.feed([Text(f"<tool_call>{text}</tool_call>")]) + calls.close()
     call: Part = ToolCall("c", "add", json.dumps(arguments))
@@ -953,7 +951,7 @@ def test_parameter_has_the_type_that_is_due(schema: Any, text: str, value: Any) 
     properties = {"zip": {"type": "string"}, "x": schema}
     tool = Tool("f", "", {"type": "object", "properties": properties})
     call = f"<function=f>\n<parameter=x>\n{text}\n</parameter>\n</function>"
-    (part,) = CallReader([tool], str).feed([Text(call)])
+    (part,) = CallReader([tool], repeat("")).feed([Text(call)])
     assert isinstance(part, ToolCall) and json.loads(part.arguments) == {"x": value}
 
 
@@ -967,7 +965,7 @@ def test_parameter_has_the_type_that_is_due(schema: Any, text: str, value: Any) 
 def test_name_may_have_any_sign(name: str) -> None:
     text = describe_call(ToolCall("", name, '{"a": 1}'))
     for pieces in ([text], list(text)):
-        calls = CallReader([Tool(name, "", {})], str)
+        calls = CallReader([Tool(name, "", {})], repeat(""))
         parts = [part for piece in pieces for part in calls.feed([Text(piece)])]
         assert parts == [ToolCall("", name, '{"a": 1}')]
 
@@ -980,7 +978,12 @@ def cut(stops: list[str], *pieces: str) -> tuple[list[Part], bool]:
     parts: list[Part] = []
     for piece in pieces:
         parts += stop.feed([Text(piece)])
+        if stop.is_cut:
+            break
     return joined(parts + stop.close()), stop.is_cut
+
+
+END = [Usage(), Finish()]  # of an answer that is cut
 
 
 @pytest.mark.parametrize(
@@ -999,7 +1002,7 @@ def cut(stops: list[str], *pieces: str) -> tuple[list[Part], bool]:
 def test_answer_is_cut_before_the_first_stop(
     stops: list[str], text: str, before: str
 ) -> None:
-    wanted = ([Text(before)] if before else [], True)
+    wanted = ([Text(before), *END] if before else END, True)
     assert cut(stops, text) == wanted
     assert cut(stops, *text) == wanted
     for at in range(1, len(text)):
@@ -1015,8 +1018,8 @@ def test_answer_without_stop_is_whole(stops: list[str]) -> None:
 
 def test_stop_holds_back_partial_matches_only() -> None:
     stop = StopReader(["</end>"])
-    got = [stop.feed([Text(piece)]) for piece in ("a<", "/e", "b </", "end> c", "d")]
-    assert got == [[Text("a")], [], [Text("</eb ")], [], []]
+    got = [stop.feed([Text(piece)]) for piece in ("a<", "/e", "b </", "end> c")]
+    assert got == [[Text("a")], [], [Text("</eb ")], END]
     assert stop.is_cut
 
 
@@ -1029,7 +1032,8 @@ def test_parts_after_the_stop_are_dropped_but_those_beside_the_text(end: Part) -
     parts: list[Part] = [Reasoning("r"), Text("aX"), Text("b"), call, Reasoning("r")]
     parts += [Recast(3), Replace("not that")]
     got = stop.feed([*parts, Citations(()), Usage(1, 1), end])
-    assert got == [Reasoning("r"), Text("a"), Citations(()), Usage(1, 1)]
+    known = [Citations(()), Usage(1, 1)]
+    assert got == [Reasoning("r"), Text("a"), *known, Finish()]
 
 
 @settings(max_examples=200, deadline=None)
@@ -1043,7 +1047,8 @@ def test_stop_is_that_of_a_model_that_stops_there(stops: list[str], text: str) -
     if ends:
         longest = max(len(s) for s in stops if text[: ends[0]].endswith(s))
         wanted = text[: ends[0] - longest]
-    assert cut(stops, *text) == ([Text(wanted)] if wanted else [], bool(ends))
+    parts = [*([Text(wanted)] if wanted else []), *(END if ends else [])]
+    assert cut(stops, *text) == (parts, bool(ends))
     assert cut(stops, text) == cut(stops, *text)
 
 
@@ -1174,6 +1179,33 @@ def test_json_in_what_turns_out_to_be_reasoning_is_not_read() -> None:
 def test_other_parts_pass_the_json_reader() -> None:
     parts: list[Part] = [Reasoning("r"), Text("x"), Usage(1, 1), Finish()]
     assert JsonReader(ANY).feed(parts) == [Reasoning("r"), Usage(1, 1), Finish()]
+
+
+TOLD = f"<tool_call>{CALL}</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        pytest.param(Ask("m", (), output=ANY), ['{"a": ', TOLD], id="broken-json"),
+        pytest.param(Ask("m", (), output=ANY), ['{"a": 1}', TOLD], id="json"),
+        pytest.param(Ask("m", (), output=ANY), [TOLD, '\n{"a": 1}'], id="json-behind"),
+        pytest.param(
+            Ask("m", (), tool_mode="required"), [TOLD, Recast(99), "No."], id="thought"
+        ),
+    ],
+)
+def test_answer_that_comes_at_once_is_judged_as_a_whole_one(
+    ask: Ask, said: list[str | Part]
+) -> None:
+    texts = (Text(part) if isinstance(part, str) else part for part in said)
+    parts = [*texts, Usage(1, 2), Finish()]
+    got = []
+    for is_whole in (False, True):
+        asked = ask._replace(tools=TOOLS)
+        reading = Reading(asked, "m", is_whole=is_whole, spent=Usage())
+        got.append((reading.feed([*parts]), reading.problem, reading.usage))
+    assert got[0] == got[1]
 
 
 # The validator, against the one everybody uses...
