@@ -1895,11 +1895,10 @@ class _Block:
         tools = self._tools if key in _NAMES else ()
         names = (name + quote for name in tools for quote in "\"'")  # whole ones
         starts = (*_FIRST_VALUES.get(key, ()), *names)
-        if value.removeprefix("functions.").startswith(starts):
-            return
-        if head.end() < len(self._text) or (head["value"] and not starts):
+        is_call = value.removeprefix("functions.").startswith(starts)
+        may_be_one = head.end() == len(self._text) and (starts or not head["value"])
+        if not (is_call or may_be_one):
             raise ValueError
-        raise _Unfinished
 
     def _expect_end(self, rest: str) -> None:
         """JSON followed by this must not be part of other JSON, or of a sentence."""
