@@ -743,6 +743,7 @@ SCRAPS = (
     "{" * 5 + "}" * 5 + "[" * 5 + "]" * 5,
     "<|endoftext|> <|im_start|>user <｜begin▁of▁sentence｜> [INST] [/INST] [TOOL]",
     "\x00\u2028\ud83d\udc4d👍🏽 café ﷽",
+    "<tool_call><parameter=city>Paris</parameter></tool_call>",
     "<svg><function/></svg> <parameter name='x'>1</parameter> </invoke> </tool_call>",
 )
 JOINTS = ("\n", "\n\n", " ", "", "\n> ", "\n\n\t", "：", ": ")
@@ -919,6 +920,13 @@ def test_repair_takes_no_quadratic_time(text: str) -> None:
 )
 def test_unfinished_tags_take_no_quadratic_time(text: str) -> None:
     with at_most(160):
+        assert read(text) == [Text(text)]
+
+
+def test_text_that_comes_at_once_takes_no_quadratic_time() -> None:
+    """As a workflow's output does; what is refused is not copied for each marker."""
+    text = "<function=x>" * 60_000
+    with at_most(200):
         assert read(text) == [Text(text)]
 
 

@@ -944,6 +944,13 @@ def test_chatflow_without_a_word_ends_when_nothing_more_comes() -> None:
     assert reader.end() == [Usage(), Finish("stop")]
 
 
+def test_chatflow_whose_outputs_say_nothing_ends_with_its_message() -> None:
+    """It does not wait for one more event, which would take a second."""
+    reader = AnswerReader("advanced-chat", APP)
+    assert reader.read([event(event="workflow_finished", data={"outputs": {}})]) == []
+    assert reader.read([event(event="message_end")]) == [Usage(), Finish("stop")]
+
+
 FORM = {
     "TYPE": "human_input_required",
     "form_id": "f",
@@ -1066,6 +1073,17 @@ def test_appendix_leaves_out_files_that_the_answer_has() -> None:
         Citations(({"position": 1, "content": "c"},)),
         Usage(2, 3),
     ]
+
+
+@pytest.mark.parametrize(
+    ("total", "usage"), [(9, Usage(6, 3)), (2, Usage(0, 2)), (None, Usage(2, 3))]
+)
+def test_run_corrects_the_usage_of_its_nodes(total: int | None, usage: Usage) -> None:
+    """No count is below zero, though a run may tell less than its nodes."""
+    appendix = Appendix("workflow", BASE)
+    appendix.add_node({"node_type": "llm", "outputs": {"usage": USAGE_ROW}})
+    appendix.add_run({"total_tokens": total})
+    assert appendix.parts("") == [usage]
 
 
 USAGE_ROW = {"prompt_tokens": 2, "completion_tokens": 3}
