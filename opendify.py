@@ -8994,7 +8994,7 @@ async def _begun(exchange: Exchange, turn: Turn) -> Turn:
         if parts and isinstance(parts[0], Failure):
             raise parts[0].error
     except BaseException as error:
-        stream.is_given_up |= isinstance(error, asyncio.CancelledError)
+        stream.is_given_up = isinstance(error, asyncio.CancelledError)
         stream.close()
         raise
     stream.parts = parts
