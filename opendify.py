@@ -1665,9 +1665,7 @@ class CallReader:
     last one is dropped where no text stands beside it.
     """
 
-    def __init__(
-        self, tools: Iterable[Tool], ids: Iterator[str], most: float = inf
-    ) -> None:
+    def __init__(self, tools: Iterable[Tool], ids: Iterator[str], most: float) -> None:
         self.found = 0
         self.most = most
         self._tools = {tool.name: tool for tool in tools}

@@ -7,6 +7,7 @@ import random
 import tracemalloc
 from dataclasses import replace
 from itertools import count, repeat
+from math import inf
 from typing import Any, Union
 
 import jsonschema
@@ -81,7 +82,7 @@ def text_tool(name: str, description: str, form: str) -> Tool:
 
 
 def reader() -> CallReader:
-    return CallReader(TOOLS, (f"call_{number}" for number in count(1)))
+    return CallReader(TOOLS, (f"call_{number}" for number in count(1)), inf)
 
 
 def read(*pieces: str) -> list[Part]:
@@ -105,7 +106,7 @@ def read(*pieces: str) -> list[Part]:
     ],
 )
 def test_custom_tool_is_called_with_a_text(given: dict[str, Any], text: str) -> None:
-    calls = CallReader([text_tool("patch", "", "")], repeat("call_1"))
+    calls = CallReader([text_tool("patch", "", "")], repeat("call_1"), inf)
     written = json.dumps({"name": "patch", **given})
     found = calls.feed([Text(f"<tool_call>\n{written}\n</tool_call>")])
     (call,) = found
@@ -692,7 +693,7 @@ def test_call_comes_with_its_last_character() -> None:
 def test_arguments_may_look_like_a_description_if_declared(is_declared: bool) -> None:
     arguments = {"type": "Person", "properties": {"name": "Ada"}}
     properties: dict[str, Any] = {"type": {}, "properties": {}} if is_declared else {}
-    calls = CallReader([Tool("add", "", {"properties": properties})], repeat("c"))
+    calls = CallReader([Tool("add", "", {"properties": properties})], repeat("c"), inf)
     text = json.dumps({"name": "add", "arguments": arguments})
     got = calls.feed([Text(f"<tool_call>{text}</tool_call>")]) + calls.close()
     call: Part = ToolCall("c", "add", json.dumps(arguments))
@@ -959,7 +960,7 @@ def test_parameter_has_the_type_that_is_due(schema: Any, text: str, value: Any) 
     properties = {"zip": {"type": "string"}, "x": schema}
     tool = Tool("f", "", {"type": "object", "properties": properties})
     call = f"<function=f>\n<parameter=x>\n{text}\n</parameter>\n</function>"
-    (part,) = CallReader([tool], repeat("")).feed([Text(call)])
+    (part,) = CallReader([tool], repeat(""), inf).feed([Text(call)])
     assert isinstance(part, ToolCall) and json.loads(part.arguments) == {"x": value}
 
 
@@ -973,7 +974,7 @@ def test_parameter_has_the_type_that_is_due(schema: Any, text: str, value: Any) 
 def test_name_may_have_any_sign(name: str) -> None:
     text = describe_call(ToolCall("", name, '{"a": 1}'))
     for pieces in ([text], list(text)):
-        calls = CallReader([Tool(name, "", {})], repeat(""))
+        calls = CallReader([Tool(name, "", {})], repeat(""), inf)
         parts = [part for piece in pieces for part in calls.feed([Text(piece)])]
         assert parts == [ToolCall("", name, '{"a": 1}')]
 

@@ -352,7 +352,7 @@ MARKUP = (
 def test_markup_that_is_said_to_be_read_is(text: str) -> None:
     assert f"`{text.partition('>')[0].split('get_weather')[0]}" in TOOLS
     tools, _ = parse_tools({"tools": [WEATHER]})
-    reader = opendify.CallReader(tools, itertools.repeat("call_1"))
+    reader = opendify.CallReader(tools, itertools.repeat("call_1"), 1)
     reader.feed([opendify.Text(text)])
     reader.close()
     assert reader.found == 1
