@@ -1382,9 +1382,8 @@ def parse_tools(body: Json) -> tuple[tuple[Tool, ...], str]:
     if _MODES[mode] == "required" and not tools:
         problem = "it asks for a call of a function that is not in `tools`."
         raise bad_value(choice_name, problem)
-    if not tools:
-        return (), "auto"
-    return (() if mode == "none" else tuple(tools)), _MODES[mode]
+    mode = _MODES[mode] if tools else "auto"
+    return (() if mode == "none" else tuple(tools)), mode
 
 
 def _function(tool: Json) -> dict[str, Any]:
