@@ -9426,6 +9426,20 @@ async def _join_named(site: Site, question: Question, request: ResponsesRequest)
     return ask._replace(is_all_new=ask.is_all_new and not is_known_history(ask, told))
 
 
+async def _turns_named(
+    site: Site, question: Question, request: ResponsesRequest, places: dict[str, Place]
+) -> dict[str, StoredTurn]:
+    """The turns that tell what a request names, by their ids."""
+    app, anchor = question.app, next(iter(places.values()))
+    # Nearly always the newest answer is named and nothing else: one turn tells all.
+    if question.tail and not request.references:
+        newest, _ = await site.dify.messages(app, anchor, most=1)
+        stored = {turn.message_id: turn for turn in newest}
+        if anchor.message_id in stored and _tells_all(request, newest):
+            return stored
+    return await _turns_of(site, app, *places.values())
+
+
 async def _join_at(
     site: Site, question: Question, request: ResponsesRequest, places: dict[str, Place]
 ) -> Ask:
@@ -9433,36 +9447,30 @@ async def _join_at(
 
     It continues it, under its id, only if the question has taken its tail.
     """
-    app, is_free = question.app, question.tail is not None
     previous, tools = request.previous_response_id, request.known_tools
-    anchor, stored = next(iter(places.values())), {}
-    # Nearly always the newest answer is named and nothing else: one turn tells all.
-    if is_free and not request.references:
-        newest, _ = await site.dify.messages(app, anchor, most=1)
-        if _tells_all(request, newest):
-            stored = {turn.message_id: turn for turn in newest}
-    if anchor.message_id not in stored:
-        stored = await _turns_of(site, app, *places.values())
-    if previous and anchor.message_id not in stored:
+    anchor = next(iter(places.values()))
+    stored = await _turns_named(site, question, request, places)
+    here = anchor.conversation_id
+    turns = [turn for turn in stored.values() if turn.conversation_id == here]
+    ids = [turn.message_id for turn in turns]
+    if previous and anchor.message_id not in ids:
         raise _no_previous(previous)
     found = {
         id_: turn.question if place.item == "in" else turn.message(tools)
         for id_, place in places.items()
         if (turn := stored.get(place.message_id))
     }
-    here = anchor.conversation_id
-    turns = [turn for turn in stored.values() if turn.conversation_id == here]
-    ids = [turn.message_id for turn in turns]
-    end = ids.index(anchor.message_id) + 1 if anchor.message_id in ids else 0
+    is_newest = ids[-1:] == [anchor.message_id]
     # Behind the last item that is only named, whole ones may tell of later turns.
-    seen = turns[:end] if previous else turns
-    known, is_newest = _transcript(seen, tools), 0 < end == len(turns)
-    if is_free and end and seen == turns and not any(turn.is_short for turn in turns):
+    can_join = is_newest if previous else anchor.message_id in ids
+    if question.tail and can_join and not any(turn.is_short for turn in turns):
+        known = _transcript(turns, tools)
         ask = ask_of(request, found, told=known)
         is_known = is_known_history(ask, known)
         if previous or is_known:
             return ask._replace(conversation_id=here, is_all_new=not is_known)
-    ask = ask_of(request, found, known if previous else ())
+    end = ids.index(anchor.message_id) + 1 if previous else 0
+    ask = ask_of(request, found, _transcript(turns[:end], tools))
     # Another replica may have gone on there: the table would find it as it was.
     is_all_new = ask.is_all_new or not (is_newest or ask.conversation_id)
     return ask._replace(is_all_new=is_all_new)
