@@ -407,6 +407,17 @@ async def test_history_after_a_response_that_dify_has_lost_is_asked_once() -> No
     assert ["conversation_id" in row.json for row in asked] == [False, False]
 
 
+async def test_response_that_dify_has_lost_of_a_conversation_is_not_found() -> None:
+    async with proxy() as served:
+        one = await answer(served, "Hi")
+        await answer(served, "More", previous_response_id=one["id"])
+        (conversation,) = served.dify.conversations.values()
+        del conversation.messages[0]
+        got = await respond(served, "Again", previous_response_id=one["id"])
+        assert previous_error(got) == "previous_response_not_found"
+        assert told(served) == [["More"]]
+
+
 async def test_id_is_of_no_use_to_another_user() -> None:
     async with proxy() as served:
         one = await answer(served, user="al")
