@@ -1700,21 +1700,16 @@ class CallReader:
         return done
 
     def _read(self, done: list[Part], *, is_last: bool) -> None:
+        """Add what is certain now to `done`."""
         while block := self._block or self._find_block(done, is_last):
             is_over = block.read(self._text, is_last=is_last)
-            while block.taken and block.calls:
-                tool, arguments = block.calls.pop(0)
-                self.found += 1
-                self._tail = self._blank = ""
-                if self.found <= self.most:
-                    text = json_text(arguments)
-                    call = ToolCall(next(self._ids), tool.name, text, tool.is_custom)
-                    done.append(call)
+            self._block = None if is_over else block
+            if block.taken:
+                self._add_calls(done, block)
             if not is_over:
                 return
-            self._block = None
             self._text = self._text[block.taken :]
-            if not block.taken:
+            if not block.taken:  # but calls may stand behind its first sign
                 self._is_code = self._text.startswith("```")
                 first = 3 if self._is_code else 1
                 self._give(done, first if block.reach < _MAX_REREAD else block.reach)
@@ -1731,8 +1726,7 @@ class CallReader:
                 self._is_code = found[0] != "```"
             elif self._may_be_call(text, at):
                 self._give(done, at)
-                self._block = _Block(self._tools)
-                return self._block
+                return _Block(self._tools)
         self._give(done, len(text))
         return None
 
@@ -1742,9 +1736,17 @@ class CallReader:
         if text.startswith(_MARKERS, at):
             return text[at] not in "<✿" or not before.endswith(_QUOTES)
         line = before.rpartition("\n")[2].rstrip(" \t")
-        if text[at] not in "[{" or _QUOTED_MARKER.search(before):
-            return False
-        return not line or line.endswith(_LEADS)
+        is_json = text[at] in "[{" and not _QUOTED_MARKER.search(before)
+        return is_json and (not line or line.endswith(_LEADS))
+
+    def _add_calls(self, done: list[Part], block: _Block) -> None:
+        for tool, arguments in block.calls:
+            self.found += 1
+            self._tail = self._blank = ""
+            if self.found <= self.most:
+                text = json_text(arguments)
+                done.append(ToolCall(next(self._ids), tool.name, text, tool.is_custom))
+        block.calls = []
 
     def _give(self, done: list[Part], size: int) -> None:
         """Give so much of the text on, but not white space beside calls."""
