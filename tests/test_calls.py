@@ -1209,12 +1209,28 @@ def test_answer_that_comes_at_once_is_judged_as_a_whole_one(
 ) -> None:
     texts = (Text(part) if isinstance(part, str) else part for part in said)
     parts = [*texts, Usage(1, 2), Finish()]
-    got = []
-    for is_whole in (False, True):
-        asked = ask._replace(tools=TOOLS)
-        reading = Reading(asked, "m", is_whole=is_whole, spent=Usage())
-        got.append((reading.feed([*parts]), reading.problem, reading.usage))
-    assert got[0] == got[1]
+
+    def judged(reading: Reading, *reads: list[Part]) -> tuple[list[Part], str, Usage]:
+        given = [part for read in reads for part in reading.feed(read)]
+        return given, reading.problem, reading.usage
+
+    asked = ask._replace(tools=TOOLS)
+    at_once = Reading(asked, "m", is_whole=False, spent=Usage())
+    whole, in_pieces = (
+        Reading(asked, "m", is_whole=True, spent=Usage()) for _ in range(2)
+    )
+    wanted = judged(whole, [*parts])
+    assert judged(at_once, [*parts]) == wanted
+    assert judged(in_pieces, *([part] for part in parts)) == wanted
+
+
+def test_json_that_a_call_breaks_off_is_not_judged() -> None:
+    ask = Ask("m", (), output=ANY, tools=TOOLS)
+    reading = Reading(ask, "m", is_whole=False, spent=Usage())
+    assert reading.feed([Text('{"a": 1, ')]) == [Text('{"a": 1, ')]
+    (call,) = reading.feed([Text(TOLD)])
+    assert isinstance(call, ToolCall)
+    assert reading.feed([Finish()]) == [Finish()]
 
 
 # The validator, against the one everybody uses...
