@@ -8895,7 +8895,7 @@ class Turns:
             await exchange.reply.drain()
             if reading.is_plain:
                 turn.stream.carry_by(carry)
-            if reading.is_cut:
+            elif reading.is_cut:
                 turn.stream.is_given_up = True
                 break
         await sink.finish()
