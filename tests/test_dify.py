@@ -1050,6 +1050,7 @@ def test_each_line_of_reasoning_comes_once() -> None:
     blocks = Blocks(has_lines=True)
     assert blocks.add_whole("step", row, "Step: LLM") == [Reasoning("Step: LLM")]
     assert blocks.add_whole("log", row, "R 1") == [Reasoning("\n\nR 1")]
+    assert blocks.add_whole("step", row, "") == []
     assert blocks.add_whole("step", row, "Step: LLM") == []
     assert Blocks().add_whole("step", row, "Step: LLM") == []
 
