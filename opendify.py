@@ -2323,9 +2323,9 @@ def answer_of_call(call_id: str) -> str:
 class Reading:
     """Reads an answer as its request demands: calls, stops, JSON.
 
-    Parts go in as the app makes them, and come out as the client is to get them: none
-    while the answer may still prove unfit, since a second try would follow it. In a
-    stream that ends with the first call or the first piece of the JSON.
+    Parts go in as the app makes them, and come out as the client is to get them. None
+    do while the answer may still prove unfit, since a second try would follow it: a
+    stream, until a call has come or the JSON has begun; a whole answer, to its end.
 
     `problem` says, when the answer is over, why it is unfit, and `usage` what that
     took, with what was `spent` before. The ids of calls follow from a `seed`, the
@@ -2348,6 +2348,7 @@ class Reading:
         # Only a brace or a bracket shows for certain that JSON begins.
         is_shown = is_streamed and ask.output.schema.get("type") in ("object", "array")
         self._json = JsonReader(ask.output) if is_shown else None
+        # Whether a part can be given before the end; it can't be taken back.
         self._can_begin = is_shown or (self._is_required and not is_whole)
         self._may_fail = self._is_required or self._is_json  # nothing is given yet
         self._held: list[Part] = []  # until something is
