@@ -434,6 +434,12 @@ def test_moderated_input_of_a_new_agent_is_answered_in_single_characters() -> No
     assert (joined(parts, Text), parts[-1]) == ("No, off.", Finish("stop"))
 
 
+def test_text_of_a_workflow_is_replaced_as_an_answer_is() -> None:
+    said = event(event="text_chunk", data={"text": "Hm"})
+    replaced = event(event="text_replace", data={"text": "No."})
+    assert read("workflow", said, replaced) == [Text("Hm"), Replace("No.")]
+
+
 def test_replaced_text_shows_no_reasoning() -> None:
     said = event(event="message", answer="Hm")
     replaced = event(event="message_replace", answer="hidden</think>answer")
