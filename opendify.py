@@ -984,13 +984,15 @@ class Attachment:
 class ToolCall:
     """One call of a client's tool; `arguments` is JSON text.
 
-    A custom tool is called with one text, which is its only argument here: `input`.
+    A custom tool is called with one text, which is its only argument here: `input`. The
+    name of a tool in a `namespace` begins with it.
     """
 
     id: str
     name: str
     arguments: str
     is_custom: bool = False
+    namespace: str = ""
 
     @property
     def given(self) -> str:
@@ -1056,13 +1058,15 @@ _REASONING = re.compile(
 class Tool:
     """A function of the client's that the app may call; `parameters` is JSON Schema.
 
-    A custom tool `is_custom`, and stands for a function of one text, its `input`.
+    A custom tool `is_custom`, and stands for a function of one text, its `input`. The
+    name of one in a `namespace` begins with it: "mcp__docs.search".
     """
 
     name: str
     description: str = ""
     parameters: Json = field(default_factory=dict)
     is_custom: bool = False
+    namespace: str = ""
 
 
 @dataclass(frozen=True)
@@ -1392,20 +1396,25 @@ def _function(tool: Json) -> dict[str, Any]:
     return nested if isinstance(nested, dict) else {**tool}
 
 
-def _parse_tools(given: list[Any], all_are: str = "") -> Iterator[Tool]:
-    """The functions and custom tools of a list, others left out.
+def _parse_tools(given: Any, all_are: str = "") -> Iterator[Tool]:
+    """The functions and custom tools of a list and its namespaces, others left out.
 
     All are of the type `all_are`, whatever they say, if the list knows no other.
     """
     for tool in objects_of(given):
         function, kind = _function(tool), all_are or tool.get("type") or "function"
         name, is_custom = function.get("name"), kind == "custom"
-        if not (name and isinstance(name, str) and kind in ("function", "custom")):
+        if not (name and isinstance(name, str)):
             continue
-        description = str(function.get("description") or "")
-        form = object_of(function.get("format" if is_custom else "parameters"))
-        parameters = _text_parameters(form) if is_custom else form
-        yield Tool(name, description, parameters, is_custom)
+        if kind == "namespace":
+            for inner in _parse_tools(tool.get("tools")):
+                yield replace(inner, name=f"{name}.{inner.name}", namespace=name)
+        elif kind in ("function", "custom"):
+            description = str(function.get("description") or "")
+            form = object_of(function.get("format" if is_custom else "parameters"))
+            parameters = _text_parameters(form) if is_custom else form
+            namespace = str(function.get("namespace") or "")
+            yield Tool(name, description, parameters, is_custom, namespace)
 
 
 def _text_parameters(form: Json) -> dict[str, Any]:
@@ -1503,7 +1512,8 @@ def describe_tools(tools: Sequence[Tool], mode: str, *, is_serial: bool = False)
     fields, lines = ("name", "description", "parameters"), []
     for tool in tools:
         kind = {"type": "custom"} if tool.is_custom else {}  # for `told_ask`
-        about = {**kind, **{name: getattr(tool, name) for name in fields}}
+        inside = {"namespace": tool.namespace} if tool.namespace else {}  # likewise
+        about = {**kind, **inside, **{name: getattr(tool, name) for name in fields}}
         lines.append(json_text(about))
     number = _ONE if is_serial else _SEVERAL
     words = _TOOLS_TEXT.format(tools="\n".join(lines), number=number)
@@ -1744,8 +1754,8 @@ class CallReader:
             self.found += 1
             self._tail = self._blank = ""
             if self.found <= self.most:
-                text = json_text(arguments)
-                done.append(ToolCall(next(self._ids), tool.name, text, tool.is_custom))
+                about = (json_text(arguments), tool.is_custom, tool.namespace)
+                done.append(ToolCall(next(self._ids), tool.name, *about))
         block.calls = []
 
     def _give(self, done: list[Part], size: int) -> None:
@@ -4209,13 +4219,17 @@ def parse_calls(message: Json) -> tuple[ToolCall, ...]:
 
 
 def parse_call(kind: str, id_: Any, called: Json) -> ToolCall:
-    """A call of a "function", or of a "custom" tool, whose text is an argument."""
+    """A call of a "function", or of a "custom" tool, whose text is an argument.
+
+    The name of one in a namespace begins with it.
+    """
+    names = filter(None, (called.get("namespace"), called.get("name")))
     arguments = called.get("arguments")
     if kind == "custom":
         arguments = {"input": called.get("input") or ""}
     if not isinstance(arguments, str):
         arguments = json_text(arguments or {})
-    return ToolCall(str(id_ or ""), str(called.get("name") or ""), arguments)
+    return ToolCall(str(id_ or ""), ".".join(map(str, names)), arguments)
 
 
 def parse_content(content: Any, where: str) -> tuple[str, tuple[Attachment, ...]]:
@@ -5065,13 +5079,17 @@ def _echo_tools(value: Any) -> list[dict[str, Any]]:
     tools = []
     for given in objects_of(value):
         kind, name = given.get("type"), given.get("name")
+        description = str(given.get("description") or "")
         tool: dict[str, Any] = {"type": kind, "name": name}
         if kind == "function":
-            tool["description"] = str(given.get("description") or "")
-            tool["parameters"] = object_of(given.get("parameters"))
-            tool["strict"] = bool(given.get("strict"))
-        if kind in ("function", "custom") and isinstance(name, str):
-            tools.append(tool)
+            parameters, strict = object_of(given.get("parameters")), given.get("strict")
+            tool.update(description=description, parameters=parameters)
+            tool["strict"] = bool(strict)
+        elif kind == "namespace" and (inner := _echo_tools(given.get("tools"))):
+            tool.update(description=description, tools=inner)
+        elif kind != "custom":
+            continue
+        tools += [tool] if isinstance(name, str) else []
     return tools
 
 
@@ -5509,7 +5527,9 @@ class ResponseStream:
 
     def _call(self, call: ToolCall) -> bytes:
         shape = _CUSTOM_SHAPE if call.is_custom else _CALL_SHAPE
-        written = self._write(shape, call.given, call_id=call.id, name=call.name)
+        inside = {"namespace": call.namespace} if call.namespace else {}
+        named = {**inside, "name": call.name.removeprefix(f"{call.namespace}.")}
+        written = self._write(shape, call.given, call_id=call.id, **named)
         return written + self._close(shape.prefix)
 
     # Events...

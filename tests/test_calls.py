@@ -1599,7 +1599,7 @@ BOTH = {"tools": [chat_tool("a"), chat_tool("b")]}
                     1,
                     None,
                     {},
-                    {"type": "namespace", "tools": []},
+                    {"type": "namespace", "tools": [{"name": "b"}]},
                     {"type": "function", "function": None},
                 ],
                 "tool_choice": {"type": "web_search"},

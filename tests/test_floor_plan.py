@@ -22,12 +22,12 @@ BUDGETS = {
     "Errors": 87,
     "SSE": 61,
     "JSON": 96,
-    "Turn": 202,
-    "Calls": 789,
+    "Turn": 204,
+    "Calls": 795,
     "Dify": 784,
     "Ids": 63,
-    "OpenAI": 679,
-    "Responses": 418,
+    "OpenAI": 680,
+    "Responses": 424,
     "Conversations": 444,
     "Pacer": 130,
     "Wire": 491,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7610
+WHOLE_BUDGET = 7625
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

@@ -176,6 +176,10 @@ IMAGE = Attachment("image.png", "image/png", b"\x89PNG\r\n\x1a\n")
             ),
         ),
         (
+            {**CALL, "namespace": "n"},
+            Message("assistant", "", tool_calls=(replace(CALLED, name="n.f"),)),
+        ),
+        (
             {"type": "function_call_output", "call_id": "call_1", "output": "sunny"},
             Message("tool", "sunny", call_id="call_1"),
         ),
@@ -445,6 +449,11 @@ ECHOED = [
         "tools",
         [{"type": "custom", "name": "p", "format": {"type": "grammar"}}],
         [{"type": "custom", "name": "p"}],
+    ),
+    (
+        "tools",
+        [{"type": "namespace", "name": "n", "tools": [TOOL, {"type": "web_search"}]}],
+        [{"type": "namespace", "name": "n", "description": "", "tools": [TOOL]}],
     ),
     ("tool_choice", "required", "required"),
     (
@@ -750,6 +759,14 @@ def test_items_of_an_answer(parts: Any, kinds: list[str]) -> None:
     _, end = streamed(*parts, Finish())
     assert [item["type"] for item in end["output"]] == kinds
     assert whole(*parts, Finish()) == end
+
+
+def test_call_of_a_tool_in_a_namespace_names_both() -> None:
+    inside = ToolCall("call_1", "n.f", "{}", namespace="n")
+    calls = [inside, replace(inside, is_custom=True), ToolCall("call_2", "n.f", "{}")]
+    _, end = streamed(*calls, Finish())
+    named = [(item.get("namespace"), item["name"]) for item in end["output"]]
+    assert named == [("n", "f"), ("n", "f"), (None, "n.f")]
 
 
 def test_call_of_a_custom_tool_has_text() -> None:

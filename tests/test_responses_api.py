@@ -552,12 +552,20 @@ async def test_stored_calls_are_those_of_tools_that_were_told_in_an_input(
     assert '<message role="tool" name="get_weather">\nsun\n' in query
 
 
-async def test_stored_call_of_a_custom_tool_is_one_of_it() -> None:
-    call = '<tool_call>\n{"name": "grep", "input": "a b"}\n</tool_call>'
+@pytest.mark.parametrize("namespace", ["", "files"])
+async def test_stored_call_of_a_custom_tool_is_one_of_it(namespace: str) -> None:
+    """Codex has the tools of an MCP server, and takes their calls, in a namespace."""
+    tool: JSONObject = {"type": "custom", "name": "grep"}
+    if namespace:
+        tool = {"type": "namespace", "name": namespace, "tools": [tool]}
+    name = f"{namespace}.grep".lstrip(".")
+    call = f'<tool_call>\n{{"name": "{name}", "input": "a b"}}\n</tool_call>'
     async with proxy(fake.chat_answer(call)) as served:
-        one = await answer(served, tools=[{"type": "custom", "name": "grep"}])
+        one = await answer(served, tools=[tool])
         kept = response_of(await served.get(f"{PATH}/{one['id']}"))
-    assert [item["type"] for item in one["output"]] == ["custom_tool_call"]
+    (item,) = one["output"]
+    assert (item["type"], item["name"]) == ("custom_tool_call", "grep")
+    assert item.get("namespace", "") == namespace
     assert kept["output"] == one["output"]
 
 
