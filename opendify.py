@@ -1674,10 +1674,11 @@ class CallReader:
     last one is dropped where no text stands beside it.
     """
 
-    def __init__(self, tools: Iterable[Tool], ids: Iterator[str], most: float) -> None:
+    def __init__(self, tools: Sequence[Tool], ids: Iterator[str], most: float) -> None:
         self.found = 0
         self.most = most
-        self._tools = {tool.name: tool for tool in tools}
+        leads = ("functions.", "")  # some models put the first before each name
+        self._tools = {lead + tool.name: tool for lead in leads for tool in tools}
         self._ids = ids
         self._text = ""  # that is not given on yet
         self._block: _Block | None = None  # what the text begins with
@@ -1843,8 +1844,7 @@ class _Block:
         if token.end() == len(self._text) and not self._is_last:
             raise _Unfinished
         if token[0] != "function":  # that leads DeepSeek's
-            name = token[0].removeprefix("functions.").partition(":")[0]
-            self._tool = self._tools[name]
+            self._tool = self._tools[token[0].partition(":")[0]]
 
     def _take_parameter(self, token: re.Match[str]) -> None:
         tool = self._tool
@@ -1901,12 +1901,11 @@ class _Block:
         """JSON must begin as a call does."""
         head = cast("re.Match[str]", _HEAD.match(self._text, self._at))
         key, value = head["key"], (head["value"] or "").lstrip("\"'")
-        tools = self._tools if key in _NAMES else ()
-        names = (name + quote for name in tools for quote in "\"'")  # whole ones
-        starts = (*_FIRST_VALUES.get(key, ()), *names)
-        is_call = value.removeprefix("functions.").startswith(starts)
-        may_be_one = head.end() == len(self._text) and (starts or not head["value"])
-        if not (is_call or may_be_one):
+        starts, is_name = _FIRST_VALUES.get(key, ()), key in _NAMES
+        name = value[:-1] if is_name and value.endswith(('"', "'")) else ""
+        is_call = name in self._tools or value.startswith(starts)
+        may_be_one = is_name or starts or not head["value"]
+        if not (is_call or (may_be_one and head.end() == len(self._text))):
             raise ValueError
 
     def _expect_end(self, rest: str) -> None:
@@ -1933,7 +1932,7 @@ class _Block:
         if not is_call and value.keys() - _CALL_KEYS:
             raise ValueError
         name, *_ = (value[key] for key in _NAMES if isinstance(value.get(key), str))
-        tool = self._tools.get(name) or self._tools[name.removeprefix("functions.")]
+        tool = self._tools[name]
         given = [value[key] for key in _ARGUMENTS if key in value]
         given += [{}] if self._is_tagged else []
         return [(tool, _arguments(given[0], tool))]

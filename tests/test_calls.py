@@ -979,6 +979,30 @@ def test_name_may_have_any_sign(name: str) -> None:
         assert parts == [ToolCall("", name, '{"a": 1}')]
 
 
+@pytest.mark.parametrize("lead", ["", "functions."])
+@pytest.mark.parametrize("name", ["deploy", "functions.deploy"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        '{"name": "%s", "arguments": {"a": 1}}',
+        '```json\n{"name": "%s", "arguments": {"a": 1}}\n```',
+        '<tool_call>{"name": "%s", "arguments": {"a": 1}}</tool_call>',
+        "<tool_call>%s\n<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>",
+        '<invoke name="%s"><parameter name="a">1</parameter></invoke>',
+        '<|tool_call_begin|>%s:0<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|>',
+    ],
+    ids=["json", "fenced", "tagged", "word", "invoke", "kimi"],
+)
+def test_functions_may_lead_a_name_in_every_form(
+    form: str, name: str, lead: str
+) -> None:
+    text = form % (lead + name)
+    for pieces in ([text], list(text)):
+        calls = CallReader([Tool(name, "", {})], repeat(""), inf)
+        parts = [part for piece in pieces for part in calls.feed([Text(piece)])]
+        assert parts + calls.close() == [ToolCall("", name, '{"a": 1}')]
+
+
 # Stop strings...
 
 
