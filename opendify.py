@@ -1361,6 +1361,7 @@ def media_text(media: Media, *, is_first: bool) -> str:
 # Reading tools and output formats in a request...
 
 _MODES = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
+_MAX_NAMESPACE_CHARS = 128  # of its name, which the name of each of its tools repeats
 
 
 def parse_tools(body: Json) -> tuple[tuple[Tool, ...], str]:
@@ -1396,24 +1397,24 @@ def _function(tool: Json) -> dict[str, Any]:
     return nested if isinstance(nested, dict) else {**tool}
 
 
-def _parse_tools(given: Any, all_are: str = "") -> Iterator[Tool]:
+def _parse_tools(given: Any, all_are: str = "", namespace: str = "") -> Iterator[Tool]:
     """The functions and custom tools of a list and its namespaces, others left out.
 
-    All are of the type `all_are`, whatever they say, if the list knows no other.
+    All are of the type `all_are`, whatever they say, if the list knows no other. A
+    `namespace` has no further ones in it.
     """
     for tool in objects_of(given):
         function, kind = _function(tool), all_are or tool.get("type") or "function"
         name, is_custom = function.get("name"), kind == "custom"
         if not (name and isinstance(name, str)):
             continue
-        if kind == "namespace":
-            for inner in _parse_tools(tool.get("tools")):
-                yield replace(inner, name=f"{name}.{inner.name}", namespace=name)
+        if kind == "namespace" and not namespace and len(name) <= _MAX_NAMESPACE_CHARS:
+            yield from _parse_tools(tool.get("tools"), namespace=name)
         elif kind in ("function", "custom"):
             description = str(function.get("description") or "")
             form = object_of(function.get("format" if is_custom else "parameters"))
             parameters = _text_parameters(form) if is_custom else form
-            namespace = str(function.get("namespace") or "")
+            name = f"{namespace}.{name}" if namespace else name
             yield Tool(name, description, parameters, is_custom, namespace)
 
 
@@ -1530,9 +1531,10 @@ def told_ask(text: str) -> Ask:
     output = OutputFormat("json_schema", schema=schema) if is_json else OutputFormat()
     _, opener, rest = text.rpartition(_TOOLS_TEXT.partition("{")[0])
     lines, closer, rest = rest.partition("\n</tools>\n")
-    texts = lines.split("\n") if opener and closer else []
-    tools = (*_parse_tools([read_json_object(text) for text in texts]),)
-    told = Ask("", (), tools=tools, is_serial=_ONE in rest, output=output)
+    rows = [read_json_object(t) or {} for t in lines.split("\n") if opener and closer]
+    spaces = {str(row.get("name")): str(row.get("namespace") or "") for row in rows}
+    tools = [replace(t, namespace=spaces.get(t.name, "")) for t in _parse_tools(rows)]
+    told = Ask("", (), tools=(*tools,), is_serial=_ONE in rest, output=output)
     return told._replace(tool_mode="required") if MUST_CALL in text else told
 
 

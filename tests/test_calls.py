@@ -1523,6 +1523,10 @@ A, B = (Tool(name, "", {"type": "object"}) for name in "ab")
 BOTH = {"tools": [chat_tool("a"), chat_tool("b")]}
 
 
+def in_namespace(name: str, tool: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "namespace", "name": name, "tools": [tool]}
+
+
 @pytest.mark.parametrize(
     "body, expected",
     [
@@ -1667,6 +1671,26 @@ BOTH = {"tools": [chat_tool("a"), chat_tool("b")]}
             },
             ((Tool("a"),), "auto"),
             id="bare-function",
+        ),
+        pytest.param(
+            {"tools": [in_namespace("n" * 128, {"name": "b"}), {"name": "c"}]},
+            ((Tool(f"{'n' * 128}.b", namespace="n" * 128), Tool("c")), "auto"),
+            id="namespace",
+        ),
+        pytest.param(
+            {
+                "tools": [
+                    in_namespace("n", in_namespace("m", {"name": "b"})),
+                    in_namespace("n" * 129, {"name": "b"}),
+                ]
+            },
+            ((), "auto"),
+            id="namespace-too-long-or-inside-another",
+        ),
+        pytest.param(
+            {"tools": [{"name": "b", "namespace": "n"}]},
+            ((Tool("b"),), "auto"),
+            id="namespace-that-the-name-lacks",
         ),
     ],
 )
