@@ -5529,8 +5529,8 @@ class ResponseStream:
     def _call(self, call: ToolCall) -> bytes:
         shape = _CUSTOM_SHAPE if call.is_custom else _CALL_SHAPE
         inside = {"namespace": call.namespace} if call.namespace else {}
-        named = {**inside, "name": call.name.removeprefix(f"{call.namespace}.")}
-        written = self._write(shape, call.given, call_id=call.id, **named)
+        name = call.name.removeprefix(f"{call.namespace}.") if inside else call.name
+        written = self._write(shape, call.given, call_id=call.id, name=name, **inside)
         return written + self._close(shape.prefix)
 
     # Events...

@@ -763,10 +763,11 @@ def test_items_of_an_answer(parts: Any, kinds: list[str]) -> None:
 
 def test_call_of_a_tool_in_a_namespace_names_both() -> None:
     inside = ToolCall("call_1", "n.f", "{}", namespace="n")
-    calls = [inside, replace(inside, is_custom=True), ToolCall("call_2", "n.f", "{}")]
+    others = [ToolCall("call_2", name, "{}") for name in ("n.f", ".f")]
+    calls = [inside, replace(inside, is_custom=True), *others]
     _, end = streamed(*calls, Finish())
     named = [(item.get("namespace"), item["name"]) for item in end["output"]]
-    assert named == [("n", "f"), ("n", "f"), (None, "n.f")]
+    assert named == [("n", "f"), ("n", "f"), (None, "n.f"), (None, ".f")]
 
 
 def test_call_of_a_custom_tool_has_text() -> None:
