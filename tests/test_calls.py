@@ -1257,6 +1257,15 @@ def test_json_that_a_call_breaks_off_is_not_judged() -> None:
     assert reading.feed([Finish()]) == [Finish()]
 
 
+def test_call_beside_json_of_any_type_waits_for_the_end() -> None:
+    """Talk may stand beside both, and only the end shows where such JSON begins."""
+    ask = Ask("m", (), output=WORD, tools=TOOLS)
+    reading = Reading(ask, "m", is_whole=False, spent=Usage())
+    assert reading.feed([Text("Let me look.")]) == reading.feed([Text(TOLD)]) == []
+    parts = [part for part in reading.feed([Finish()]) if part != Reasoning("")]
+    assert [type(part) for part in parts if part != Text("")] == [ToolCall, Finish]
+
+
 # The validator, against the one everybody uses...
 
 
