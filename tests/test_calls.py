@@ -953,6 +953,7 @@ def test_spaces_around_a_key_are_not_its_own() -> None:
         ({"$ref": "#/properties/zip"}, "75001", "75001"),  # as Zod's schemas have it
         ({"allOf": [{"$ref": "#/properties/zip"}]}, "null", "null"),
         ({"$ref": "#/$defs/lost"}, "1", 1),
+        ({"$ref": "#/properties/x/not", "not": {"type": "integer"}}, "1.5", 1.5),
         ({}, "1", 1),
     ],
 )

@@ -1539,6 +1539,7 @@ def test_error_that_echoes_a_file_is_understood_in_little_time() -> None:
         (404, b'{"detail": "Not Found"}', (502, True)),
         (404, b'{"error": {"message": "Invalid URL"}}', (502, True)),
         (404, b"{}", (502, True)),
+        (400, b"{}", (502, True)),
         (200, b"<html>", (502, True)),
         (502, b"<html>", (502, False)),
         (504, b"", (504, False)),
