@@ -1904,7 +1904,7 @@ class _Block:
         head = cast("re.Match[str]", _HEAD.match(self._text, self._at))
         key, value = head["key"], (head["value"] or "").lstrip("\"'")
         starts, is_name = _FIRST_VALUES.get(key, ()), key in _NAMES
-        name = value[:-1] if is_name and value.endswith(('"', "'")) else ""
+        name = value[:-1] if is_name else ""  # without its quote
         is_call = name in self._tools or value.startswith(starts)
         may_be_one = is_name or starts or not head["value"]
         if not (is_call or (may_be_one and head.end() == len(self._text))):

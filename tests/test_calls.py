@@ -1004,6 +1004,11 @@ def test_functions_may_lead_a_name_in_every_form(
         assert parts + calls.close() == [ToolCall("", name, '{"a": 1}')]
 
 
+def test_json_that_only_begins_with_a_tool_s_name_goes_on_at_once() -> None:
+    begun = Text('{"about": "search", ')
+    assert reader().feed([begun]) == [begun]
+
+
 # Stop strings...
 
 
