@@ -9168,7 +9168,7 @@ class Site:
         if name := model if model in models else next(quoted, ""):
             exchange.model = name
             return models[name]
-        shown = _shown(mask_app_keys(model))  # a key may have been pasted
+        shown = _shown(model)
         if untold:
             untold.message = f"The model {shown} is not known yet: {untold.message}"
             raise untold
@@ -9246,7 +9246,9 @@ def _not_found(kind: str, id_: str) -> IdNotFound:
 
 
 def _shown(id_: str) -> str:
-    return repr(id_ if len(id_) <= 100 else id_[:100] + "…")
+    """An id or a name of a client's, where a key may have been pasted."""
+    masked = mask_app_keys(id_)
+    return repr(masked if len(masked) <= 100 else masked[:100] + "…")
 
 
 # Requests that bring a file...

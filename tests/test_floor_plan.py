@@ -33,13 +33,13 @@ BUDGETS = {
     "Wire": 491,
     "Upstream": 700,
     "Answers": 498,
-    "Handlers": 876,
+    "Handlers": 877,
     "Server": 285,
     "Page": 262,
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7625
+WHOLE_BUDGET = 7626
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

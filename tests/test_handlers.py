@@ -393,17 +393,27 @@ async def test_unknown_path_is_a_json_404(path: str, hint: str) -> None:
     assert got.headers["x-request-id"].startswith("req_")
 
 
-async def test_app_key_in_an_unknown_path_is_masked(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize(
+    ("method", "path", "told"),
+    [
+        (
+            "POST",
+            "/openai/deployments/app-aBc123XyZ/embeddings",
+            "Invalid URL (POST /openai/deployments/app-…/embeddings).",
+        ),
+        ("GET", "/v1/responses/app-aBc123XyZ", "Response with id 'app-…' not found."),
+    ],
+)
+async def test_app_key_in_a_path_that_leads_nowhere_is_masked(
+    method: str, path: str, told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """For an app's key is taken for a model's name, and the log has the message."""
     caplog.set_level("INFO")
     async with proxy() as served:
-        path = "/openai/deployments/app-aBc123XyZ/embeddings"
-        got = await served.get(path, method="POST")
+        got = await served.get(path, method=method)
     (line,) = [row for row in caplog.messages if "NotFound" in row]
     for said in (got.error["message"], line):
-        assert "Invalid URL (POST /openai/deployments/app-…/embeddings)." in said
+        assert told in said
 
 
 @pytest.mark.parametrize(
