@@ -5080,17 +5080,17 @@ def _echo_tools(value: Any) -> list[dict[str, Any]]:
     tools = []
     for given in objects_of(value):
         kind, name = given.get("type"), given.get("name")
-        description = str(given.get("description") or "")
-        tool: dict[str, Any] = {"type": kind, "name": name}
-        if kind == "function":
-            parameters, strict = object_of(given.get("parameters")), given.get("strict")
-            tool.update(description=description, parameters=parameters)
-            tool["strict"] = bool(strict)
-        elif kind == "namespace" and (inner := _echo_tools(given.get("tools"))):
-            tool.update(description=description, tools=inner)
-        elif kind != "custom":
+        inner = _echo_tools(given.get("tools")) if kind == "namespace" else []
+        is_told = kind in ("function", "custom") or inner
+        if not (is_told and isinstance(name, str)):
             continue
-        tools += [tool] if isinstance(name, str) else []
+        tool: dict[str, Any] = {"type": kind, "name": name}
+        if kind != "custom":
+            tool["description"] = str(given.get("description") or "")
+        if kind == "function":
+            tool["parameters"] = object_of(given.get("parameters"))
+            tool["strict"] = bool(given.get("strict"))
+        tools.append({**tool, "tools": inner} if inner else tool)
     return tools
 
 
