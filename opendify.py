@@ -1083,6 +1083,9 @@ class OutputFormat:
     param: str = "response_format"
 
 
+AS_TEXT = OutputFormat()
+
+
 class Ask(NamedTuple):
     """What a client wants of an app, whichever API it came by.
 
@@ -1103,7 +1106,7 @@ class Ask(NamedTuple):
     tools: tuple[Tool, ...] = ()  # that may be called
     tool_mode: str = "auto"  # or "none" or "required"
     is_serial: bool = False  # an answer may hold one call only
-    output: OutputFormat = OutputFormat()
+    output: OutputFormat = AS_TEXT
     stops: tuple[str, ...] = ()
     voice: str | None = None  # to say the answer in, "" for the app's; None: in writing
 
@@ -1456,7 +1459,7 @@ def parse_output_format(body: Json) -> OutputFormat:
         where, spec = "text.format", object_of(body.get("text")).get("format")
     kind = spec.get("type", "text") if isinstance(spec, dict) else spec or "text"
     if kind == "text":
-        return OutputFormat()
+        return AS_TEXT
     if kind == "json_object":
         return OutputFormat(kind, schema={"type": "object"}, param=where)
     if kind != "json_schema" or not isinstance(spec, dict):
@@ -1528,7 +1531,7 @@ def told_ask(text: str) -> Ask:
     """
     _, is_json, what = text.rpartition(_FORMAT_TEXT.partition("{")[0])
     schema = {"type": "object"} if what.startswith("one JSON object") else {}
-    output = OutputFormat("json_schema", schema=schema) if is_json else OutputFormat()
+    output = OutputFormat("json_schema", schema=schema) if is_json else AS_TEXT
     _, opener, rest = text.rpartition(_TOOLS_TEXT.partition("{")[0])
     lines, closer, rest = rest.partition("\n</tools>\n")
     rows = [read_json_object(t) or {} for t in lines.split("\n") if opener and closer]
@@ -3662,7 +3665,7 @@ class StoredTurn(NamedTuple):
         ask = self.told._replace(tools=tuple(known.values()))
         reading, parts = self._read_as(ask)
         if reading.problem:  # it is no call, or not the JSON: it stays as it is
-            told = ask._replace(output=OutputFormat(), tool_mode="auto")
+            told = ask._replace(output=AS_TEXT, tool_mode="auto")
             return self._replace(told=told).answer()
         answer = Answer()
         answer.add(part for part in parts if not isinstance(part, Failure))
@@ -4719,7 +4722,7 @@ _HERE = {"@": 0}  # where the text of a chunk goes
 _HERE_JSON = json_bytes(_HERE)
 
 
-def _template(chunk: bytes, content: bytes = b"%b") -> bytes:
+def _template(chunk: bytes, content: bytes) -> bytes:
     """A chunk with this content in the place of `_HERE`, for any text in that of %b.
 
     Written so, a chunk costs a twentieth of what `dumps` of the whole one would.
@@ -4737,7 +4740,9 @@ class ChatStream:
 
     needs_ids = False
     _kind, _key = "chat.completion.chunk", "delta"
-    _no_content: str | None = ""
+    # The content of the first chunk, and of one with text.
+    _first = b'{"role":"assistant","content":"","refusal":null}'
+    _with_text = b'{"content":%b}'
 
     def __init__(self, envelope: Envelope, index: int = 0) -> None:
         self.summary = Answer()  # what is no text: calls, citations, usage, the end
@@ -4745,15 +4750,16 @@ class ChatStream:
         self._usage_key = {"usage": None} if envelope.chat.include_usage else {}
         self._index = index
         self._is_legacy = envelope.chat.is_legacy
-        chunk = self._chunk(_HERE)
-        self._text = _template(chunk, b'{"content":%b}')
-        self._reasoning = _template(chunk, b'{"reasoning_content":%b}')
+        self._text = self._reasoning = b""  # templates of chunks, once it has begun
         self._chars = 0
 
     def begin(self, ids: DifyIds) -> bytes:
         """The first chunk: the role, and Dify's ids."""
-        delta = {"role": "assistant", "content": self._no_content, "refusal": None}
-        return self._chunk(delta, **dify_key(ids))
+        chunk = self._chunk(_HERE)
+        self._text = _template(chunk, self._with_text)
+        self._reasoning = _template(chunk, b'{"reasoning_content":%b}')
+        first = chunk.replace(_HERE_JSON, self._first)
+        return b'%b,"dify":%b}\n\n' % (first[:-3], json_bytes(ids)) if ids else first
 
     def encode(self, part: Part) -> bytes:
         """The chunks that a part becomes; b"" for one that is kept for the end."""
@@ -4812,14 +4818,14 @@ class SpokenStream(ChatStream):
     """
 
     needs_ids = True
-    _no_content = None
+    _first = b'{"role":"assistant","content":null,"refusal":null}'
+    _with_text = b'{"audio":{"transcript":%b}}'
 
     def __init__(self, envelope: Envelope, spoken: Spoken) -> None:
         super().__init__(envelope)
         self._spoken = spoken
         self._id = ""  # until it is told, with the first text
         self._sound: bytes | None = None  # what is not written yet
-        self._text = _template(self._audio(_HERE), b'{"transcript":%b}')
 
     def begin(self, ids: DifyIds) -> bytes:
         """The first chunk; the audio's id waits for the first text."""
@@ -4852,15 +4858,11 @@ class CompletionStream(ChatStream):
     """The same for a choice of the legacy API: `POST /completions`."""
 
     _kind, _key = "text_completion", "text"
+    _with_text = b"%b"
 
     def __init__(self, envelope: Envelope, index: int) -> None:
         super().__init__(envelope, index)
-        self._echo = envelope.chat.echoes[index]
-        self._text = _template(self._chunk(_HERE))
-
-    def begin(self, ids: DifyIds) -> bytes:
-        """The first chunk: the prompt, if it is to be repeated."""
-        return self._chunk(self._echo, **dify_key(ids))
+        self._first = json_string(envelope.chat.echoes[index])  # the prompt, if at all
 
     def encode(self, part: Part) -> bytes:
         """The chunk that a part becomes; b"" for one that this API has no place for."""
@@ -7278,6 +7280,9 @@ async def read_whole(read: Read) -> bytes:
     return b"".join(pieces)  # of one piece it makes no copy
 
 
+_PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
+
+
 @functools.lru_cache(maxsize=1)
 def _http_date(second: int) -> str:
     """A time as `Date` tells it (RFC 9110, section 5.6.7); made once a second."""
@@ -7318,7 +7323,7 @@ class Reply:
             fields.append(("Content-Length", str(size)))
         if self.must_close:  # as always for HTTP/1.0
             fields.append(("Connection", "close"))
-        start = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"
+        start = f"HTTP/1.1 {status} {_PHRASES[status]}"
         self._head, self.status = encode_head(start, fields), status
 
     def write(self, data: bytes, last: bytes = b"", *, waits: bool = False) -> None:
@@ -7985,7 +7990,7 @@ class Api:
         The head of the answer must be here after `timeout_s`, or later where a slow
         line is still taking the body.
         """
-        target = urllib.parse.urlsplit(app.base).path.rstrip("/") + path
+        target = urllib.parse.urlsplit(app.base).path + path
         response = await self._send(app, target, body, timeout_s, kind)
         # A body that came piece by piece is gone.
         can_follow = response.status in (307, 308) and isinstance(body, bytes)

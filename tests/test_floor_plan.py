@@ -22,7 +22,7 @@ BUDGETS = {
     "Errors": 87,
     "SSE": 61,
     "JSON": 96,
-    "Turn": 204,
+    "Turn": 205,
     "Calls": 790,
     "Dify": 784,
     "Ids": 63,
@@ -30,7 +30,7 @@ BUDGETS = {
     "Responses": 424,
     "Conversations": 444,
     "Pacer": 130,
-    "Wire": 491,
+    "Wire": 492,
     "Upstream": 700,
     "Answers": 498,
     "Handlers": 877,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7626
+WHOLE_BUDGET = 7628
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
