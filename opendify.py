@@ -10220,7 +10220,7 @@ def _file_of(
 
 
 def _no_such_file(name: str, reason: str) -> IdNotFound:
-    return IdNotFound(f"No such File object: {name:.80}. {reason}")
+    return IdNotFound(f"No such File object: {mask_app_keys(name):.80}. {reason}")
 
 
 def _with_stored_files(site: Site, exchange: Exchange, ask: Ask) -> Ask:

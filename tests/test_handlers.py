@@ -402,6 +402,7 @@ async def test_unknown_path_is_a_json_404(path: str, hint: str) -> None:
             "Invalid URL (POST /openai/deployments/app-…/embeddings).",
         ),
         ("GET", "/v1/responses/app-aBc123XyZ", "Response with id 'app-…' not found."),
+        ("GET", "/v1/files/app-aBc123XyZ", "No such File object: app-…. An id is"),
     ],
 )
 async def test_app_key_in_a_path_that_leads_nowhere_is_masked(
