@@ -434,6 +434,13 @@ def test_moderated_input_of_a_new_agent_is_answered_in_single_characters() -> No
     assert (joined(parts, Text), parts[-1]) == ("No, off.", Finish("stop"))
 
 
+def test_last_round_of_a_new_agent_comes_once_however_long_it_is() -> None:
+    answer = "x" * (opendify.MAX_KEPT_CHARS + 1)
+    pieces = (event(event=kind, answer=answer) for kind in ("agent_message", "message"))
+    parts = read("agent", *pieces, event(event="message_end"))
+    assert parts == [Text(answer), Usage(), Finish("stop")]
+
+
 def test_text_of_a_workflow_is_replaced_as_an_answer_is() -> None:
     said = event(event="text_chunk", data={"text": "Hm"})
     replaced = event(event="text_replace", data={"text": "No."})
@@ -887,6 +894,26 @@ def test_recovery_adds_the_rest_only_to_what_was_sent() -> None:
     assert reader.recover(row) == [Text("lo"), Usage(), Finish("stop")]
 
 
+@pytest.mark.parametrize("lacking", ["answer", "conversation_id", "message_id"])
+def test_only_what_came_and_can_be_found_is_recovered(lacking: str) -> None:
+    reader = AnswerReader("chat", APP)
+    fields = {"answer": "Hel", "conversation_id": "c", "message_id": "m", lacking: ""}
+    reader.read([event(event="message", **fields)])
+    assert not reader.can_recover
+
+
+def test_recovered_answer_that_failed_ends_with_its_error() -> None:
+    reader = AnswerReader("chat", APP)
+    reader.read([event(event="message", answer="Hel")])
+    row = {"answer": "Hello", "status": "error", "error": "The model is overloaded."}
+    *parts, failure = reader.recover(row)
+    assert parts == [Text("lo")]
+    assert isinstance(failure, Failure)
+    assert "The model is overloaded." in failure.error.message
+    assert reader.is_finished
+    assert not reader.is_stored
+
+
 @pytest.mark.parametrize(
     ("pieces", "stored", "rest"),
     [
@@ -1081,6 +1108,13 @@ def test_appendix_leaves_out_files_that_the_answer_has() -> None:
         Citations(({"position": 1, "content": "c"},)),
         Usage(2, 3),
     ]
+
+
+@pytest.mark.parametrize("where", ["outputs", "process_data"])
+def test_usage_of_a_node_is_found_wherever_it_is_told(where: str) -> None:
+    appendix = Appendix("workflow", BASE)
+    appendix.add_node({"node_type": "llm", where: {"usage": USAGE_ROW}})
+    assert appendix.parts("") == [Usage(2, 3)]
 
 
 @pytest.mark.parametrize(
