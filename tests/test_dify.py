@@ -1069,6 +1069,13 @@ def test_text_is_replaced_where_it_begins_otherwise() -> None:
     assert (text.is_replaced, text.kept.text) == (True, "<think>a</think>No")
 
 
+def test_text_too_long_to_be_kept_is_replaced_and_never_completed() -> None:
+    text, said = AnswerText(Blocks()), "x" * (opendify.MAX_KEPT_CHARS + 1)
+    text.add(said)
+    assert text.complete(f"{said}y") is None
+    assert text.replace("No.") == [Replace("No.")]
+
+
 def test_blocks_of_reasoning_stand_apart() -> None:
     blocks = Blocks()
     assert blocks.add(("step", "1"), "Step: A") == [Reasoning("Step: A")]
