@@ -1349,6 +1349,7 @@ def test_a_file_that_cannot_be_used_is_a_complaint(tmp_path: Path, kind: str) ->
         assert complaint.startswith(
             f"CONVERSATION_STORE: the file {path} can't be used ("
         )
+        assert "closed" not in complaint  # it says why, not what came of it
         record(store, "c", *chat(*TALK))
         assert found(store, ask_of(*TALK, "new")) == "c"
 
@@ -1422,6 +1423,13 @@ def test_no_later_failure_reaches_a_request(shared: Shared) -> None:
     assert store.take(request, SCOPE, 0.0) is None
     store.put(tail, 0.0)
     store.close()
+
+
+def test_failure_to_put_a_conversation_is_told(shared: Shared) -> None:
+    store, other = shared
+    other.execute("BEGIN IMMEDIATE")
+    record(store, "c", *chat(*TALK))
+    assert store.failure == "database is locked"
 
 
 def test_left_turn_by_id_is_known_to_the_first_turn_beside_it() -> None:
