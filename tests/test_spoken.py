@@ -216,7 +216,7 @@ def test_base64_is_whole_in_every_piece(size: int) -> None:
     sound = bytes(range(20))
     cuts = range(0, len(sound), size)
     parts: list[opendify.Part] = [Sound(sound[at : at + size]) for at in cuts]
-    parts = [Text("Hi"), *parts, Finish()]
+    parts = [Text("H"), Text("i"), *parts, Finish()]
     data = stream.begin({}) + b"".join(map(stream.encode, parts))
     audios = audios_of(chunks_of(data))
     pieces = [row["data"] for row in audios if "data" in row]
@@ -224,7 +224,9 @@ def test_base64_is_whole_in_every_piece(size: int) -> None:
     assert base64.b64decode("".join(pieces), validate=True) == sound
     assert all(pieces)
     others = [row for row in audios if "data" not in row]
-    assert joined(others) == {"id": "audio_1", "transcript": "Hi", "expires_at": 9}
+    texts = [{"transcript": text} for text in "Hi"]
+    begun = {"id": "audio_1", "transcript": ""}
+    assert others == [begun, *texts, {"expires_at": 9}]
 
 
 OWN_VOICES = {
