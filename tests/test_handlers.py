@@ -1196,6 +1196,15 @@ async def test_replaced_text_that_is_partly_out_gets_what_it_lacks(
     assert "".join(got.deltas) == shown
 
 
+async def test_text_too_long_to_be_kept_is_not_sent_again_when_replaced() -> None:
+    said = "x" * (opendify.MAX_KEPT_CHARS + 1)
+    replaced = Send({"event": "message_replace", "answer": "No."})
+    script = [fake.message(said), Sleep(1), replaced, *fake.chat_answer()]
+    async with proxy(script) as served:
+        got = await served.chat(stream=True)
+    assert "".join(got.deltas) == said
+
+
 async def test_texts_of_one_read_are_known_though_they_are_not_paced() -> None:
     """Their conversation goes on; and none that is empty makes a chunk."""
     events = [{"event": "message", "answer": text} for text in ("b", "", "c")]
@@ -1488,6 +1497,21 @@ async def test_head_waits_five_seconds_at_most_then_comments_keep_it_alive() -> 
     assert beats == SOON([20, 35, 50], abs=0.1)
     check_chat_stream(got.chunks)
     assert "".join(got.deltas) == "Hi"
+
+
+@pytest.mark.parametrize("is_strict", [False, True], ids=["plain", "strict"])
+async def test_head_of_a_silent_answer_has_ids_unless_others_may_follow(
+    is_strict: bool,
+) -> None:
+    fields = {"response_format": {"type": "json_object"}} if is_strict else {}
+    script = [fake.message(""), Sleep(10), *fake.chat_answer("{}")]
+    async with proxy(script) as served:
+        start = now()
+        got = await served.chat(stream=True, **fields)
+    assert got.head_at - start == SOON(5, abs=0.05)
+    id_ = got.headers.get("x-dify-conversation-id")
+    (known,) = served.dify.conversations
+    assert id_ == (None if is_strict else known)
 
 
 async def test_comments_keep_a_silent_answer_alive() -> None:
