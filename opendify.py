@@ -10708,7 +10708,7 @@ def _check_origin(request: Request, settings: Settings, *, is_local: bool) -> No
 @functools.lru_cache(maxsize=64)
 def _host_name(host: str) -> str:
     """A Host header without its port."""
-    return re.sub(r":\d*\Z", "", host.lower()).strip("[]")
+    return re.sub(r":\d*\Z", "", host.lower())
 
 
 def _is_allowed(origin: str, host: str, allowed: Sequence[str]) -> bool:

@@ -886,6 +886,18 @@ async def test_hostile_request(name: str) -> None:
             assert answer.headers["www-authenticate"] == "Bearer"
 
 
+@pytest.mark.parametrize("name", ["box.example", "[fd00::5]"])
+async def test_refused_host_is_told_what_lets_it_in(name: str) -> None:
+    asked = get("/health", "Connection: close", host=f"{name}:5000")
+    async with hosting() as host:
+        (refused,) = parse_answers(await talk(host, asked))
+    told = re.search(r"add (\S+) to ALLOWED_ORIGINS", refused.body.decode())
+    assert (refused.status, told and told[1]) == (403, f"http://{name}")
+    async with hosting(ALLOWED_ORIGINS=f"http://{name}") as host:
+        (let_in,) = parse_answers(await talk(host, asked))
+    assert let_in.status == 200
+
+
 async def test_all_of_them_leave_nothing_behind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
