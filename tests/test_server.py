@@ -488,6 +488,8 @@ async def test_nothing_is_asked_for_when_no_body_comes(serving: Serving) -> None
     async with serving() as world:
         client = await world.connect()
         assert (await client.ask("/t/echo", "Expect: 100-continue")).status == 200
+        reading = await client.ask("/t/refuse", "Expect: 100-continue")
+        assert (reading.status, reading.says_close) == (400, False)
 
 
 async def test_http_1_0_is_answered_and_closed(serving: Serving) -> None:
