@@ -1080,13 +1080,16 @@ async def test_client_that_reads_late_gets_each_piece_once() -> None:
 
 
 async def test_lags_are_told_to_a_client_that_asks() -> None:
-    async with proxy(fake.chat_answer("One.", " Two and three.")) as served:
+    texts = map(fake.message, ("One.", " Two and three."))
+    async with proxy([*texts, Sleep(1), *fake.chat_answer()]) as served:
         asked = await served.chat({"X-OpenDify-Lag": "on"}, stream=True)
+        metrics = (await served.get("/metrics")).body.decode()
         plain = await served.chat(stream=True)
     lags = [row for row in asked.body.split(b"\n\n") if row.startswith(b":")]
     assert lags[0] == b": lag 0.000"
     assert all(0 < float(row[len(b": lag ") :]) <= 0.4 for row in lags[1:])
     assert len(lags) == len([text for text in asked.deltas if text])
+    assert f"opendify_pacer_lag_seconds_count {len(lags)}\n" in metrics
     assert b": lag" not in plain.body
     assert "".join(asked.deltas) == "".join(plain.deltas)
 

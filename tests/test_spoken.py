@@ -12,6 +12,7 @@ from typing import Any, Callable
 
 import fake_dify as fake
 import pytest
+from clock import now
 from fake_dify import Close, Hang, Raw, Sleep, Status, Step, chat_answer
 from schemas import check_chat_stream
 from test_end_to_end import run_client
@@ -205,6 +206,15 @@ async def test_stream_is_transcript_then_sound_as_it_comes(smoothing: str) -> No
         {"audio": {"expires_at": EXPIRES_AT}},
         {},
     ]
+
+
+async def test_head_of_a_silent_answer_does_not_wait_for_the_audio_s_id() -> None:
+    script = [Sleep(30), *chat_answer("Hi")]
+    async with proxy(script, parameters=SPEAKS) as served:
+        start = now()
+        got = await served.chat(stream=True, **ASKED)
+    assert got.head_at - start == pytest.approx(5, abs=0.05)
+    assert audio_of(got) == said("Hi")
 
 
 @pytest.mark.parametrize("size", range(1, 8))
