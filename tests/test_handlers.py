@@ -1208,6 +1208,18 @@ async def test_text_too_long_to_be_kept_is_not_sent_again_when_replaced() -> Non
     assert "".join(got.deltas) == said
 
 
+async def test_texts_of_one_read_are_paced_as_one_text() -> None:
+    events = [{"event": "message", "answer": f"{word} "} for word in LONG.split()]
+    burst = Send(b"".join(map(fake.encode_event, events)))
+    script = [fake.message("Hi "), Sleep(1), burst, Sleep(1), *fake.chat_answer()]
+    async with proxy(script) as served:
+        got = await served.chat(stream=True)
+    times = [at for at, data in got.pieces if b'"content":"' in data]
+    late = [at for at in times if at > times[0] + 0.5]
+    assert len(set(late)) > 4
+    assert late[-1] - late[0] == SOON(0.1, abs=0.05)
+
+
 async def test_texts_of_one_read_are_known_though_they_are_not_paced() -> None:
     """Their conversation goes on; and none that is empty makes a chunk."""
     events = [{"event": "message", "answer": text} for text in ("b", "", "c")]

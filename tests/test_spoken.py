@@ -213,8 +213,10 @@ async def test_head_of_a_silent_answer_does_not_wait_for_the_audio_s_id() -> Non
     async with proxy(script, parameters=SPEAKS) as served:
         start = now()
         got = await served.chat(stream=True, **ASKED)
+        await served.chat(messages=named(id_of(got)))
     assert got.head_at - start == pytest.approx(5, abs=0.05)
     assert audio_of(got) == said("Hi")
+    assert conversations(served)[1][1] == "And?"  # the id tells which it is
 
 
 @pytest.mark.parametrize("size", range(1, 8))
