@@ -10541,7 +10541,7 @@ class Server(Listener):
         self._idle.add(wire)
         wire.set_deadline(IDLE_TIMEOUT_S, ConnectionBroken)
         try:
-            while not (wire.unread and skip_empty_lines(wire)):
+            while not skip_empty_lines(wire):
                 if self._is_draining or not await wire.wait_for_data():
                     return False
             return True
