@@ -427,6 +427,16 @@ async def test_pipelined_request_waits_for_the_one_before_it(serving: Serving) -
         assert (await client.read()).body == b"x"
 
 
+async def test_answer_may_take_longer_than_a_head(serving: Serving) -> None:
+    async with serving() as world:
+        client = await world.connect()
+        client.send(request("/t/wait"))
+        await asyncio.sleep(HEAD_TIMEOUT_S + 1)
+        world.stage.gate.set()
+        assert (await client.read()).body == b"late"
+        assert (await client.ask("/t/echo")).status == 200
+
+
 async def test_chunked_body_is_read(serving: Serving) -> None:
     async with serving() as world:
         client = await world.connect()
