@@ -784,6 +784,16 @@ async def test_body_that_will_be_too_large_is_refused_before_it_comes(
         assert now() == 0
 
 
+async def test_refused_connection_that_lingers_takes_no_place(serving: Serving) -> None:
+    async with serving(MAX_CONNECTIONS="2") as world:
+        clients = [await world.connect() for _ in range(3)]
+        clients[2].send(request("/health"))
+        assert (await clients[2].read()).status == 503
+        clients[0].close()
+        await asyncio.sleep(0.1)
+        assert (await (await world.connect()).ask("/health")).status == 200
+
+
 async def test_connections_are_limited(serving: Serving) -> None:
     async with serving(MAX_CONNECTIONS="2") as world:
         clients = [await world.connect() for _ in range(2)]
