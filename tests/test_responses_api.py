@@ -1604,6 +1604,18 @@ async def test_second_try_is_no_turn_of_a_conversation() -> None:
     assert [item["content"][0]["text"] for item in asked] == ["Two"]
 
 
+async def test_conversation_begun_in_two_tries_goes_on_in_the_second() -> None:
+    answers = iter(["no JSON", '{"a": 1}', "Bye"])
+    text = {"format": {"type": "json_object"}}
+    async with proxy(lambda _: fake.chat_answer(next(answers))) as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        one = await answer(served, "One", conversation=made["id"], text=text)
+        two = await answer(served, "Two", conversation=made["id"])
+        tries = told(served)
+    assert one["dify"]["conversation_id"] == two["dify"]["conversation_id"]
+    assert [len(queries) for queries in tries] == [1, 2]
+
+
 async def test_items_are_found_when_their_model_has_another_name() -> None:
     """`.env` has changed; the app's key tells that it is the same."""
     async with proxy() as served:
@@ -1773,7 +1785,8 @@ async def test_what_a_conversation_is_given_during_a_turn_stays() -> None:
 async def test_conversation_that_is_deleted_during_a_turn_stays_so() -> None:
     async with first_turn() as (served, call, path):
         await served.get(path, method="DELETE")
-        await call.read_rest()
+        got = await call.read_rest()
+        assert b'"response.completed"' in got.body
         assert (await served.get(path)).status == 404
 
 
