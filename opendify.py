@@ -4742,7 +4742,7 @@ class ChatStream:
     _kind, _key = "chat.completion.chunk", "delta"
     # The content of the first chunk, and of one with text.
     _first = b'{"role":"assistant","content":"","refusal":null}'
-    _with_text = b'{"content":%b}'
+    _of_text = b'{"content":%b}'
 
     def __init__(self, envelope: Envelope, index: int = 0) -> None:
         self.summary = Answer()  # what is no text: calls, citations, usage, the end
@@ -4756,10 +4756,11 @@ class ChatStream:
     def begin(self, ids: DifyIds) -> bytes:
         """The first chunk: the role, and Dify's ids."""
         chunk = self._chunk(_HERE)
-        self._text = _template(chunk, self._with_text)
+        self._text = _template(chunk, self._of_text)
         self._reasoning = _template(chunk, b'{"reasoning_content":%b}')
         first = chunk.replace(_HERE_JSON, self._first)
-        return b'%b,"dify":%b}\n\n' % (first[:-3], json_bytes(ids)) if ids else first
+        key = json_bytes(dify_key(ids))[1:]  # it closes the chunk in place of its brace
+        return b"%b,%b\n\n" % (first.removesuffix(b"}\n\n"), key) if ids else first
 
     def encode(self, part: Part) -> bytes:
         """The chunks that a part becomes; b"" for one that is kept for the end."""
@@ -4819,7 +4820,7 @@ class SpokenStream(ChatStream):
 
     needs_ids = True
     _first = b'{"role":"assistant","content":null,"refusal":null}'
-    _with_text = b'{"audio":{"transcript":%b}}'
+    _of_text = b'{"audio":{"transcript":%b}}'
 
     def __init__(self, envelope: Envelope, spoken: Spoken) -> None:
         super().__init__(envelope)
@@ -4858,7 +4859,7 @@ class CompletionStream(ChatStream):
     """The same for a choice of the legacy API: `POST /completions`."""
 
     _kind, _key = "text_completion", "text"
-    _with_text = b"%b"
+    _of_text = b"%b"
 
     def __init__(self, envelope: Envelope, index: int) -> None:
         super().__init__(envelope, index)

@@ -26,7 +26,7 @@ BUDGETS = {
     "Calls": 790,
     "Dify": 784,
     "Ids": 63,
-    "OpenAI": 680,
+    "OpenAI": 681,
     "Responses": 424,
     "Conversations": 444,
     "Pacer": 130,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7628
+WHOLE_BUDGET = 7629
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
