@@ -1351,7 +1351,7 @@ def media_text(media: Media, *, is_first: bool) -> str:
 #
 # (1) A call names a tool of the request, and its arguments are an object, or a custom
 #     tool's text. All else is text, to the character; a list is calls only if each of
-#     its items is.
+#     its items is. Where one tool must be called, its arguments alone will do.
 # (2) Text goes on at once. Held back is what may become a marker, and then a block
 #     that begins as calls do, until it is certain what it is.
 # (3) JSON without a marker is a call only where one can stand: at the start of a line
@@ -1684,6 +1684,7 @@ class CallReader:
         self.most = most
         leads = ("functions.", "")  # some models put the first before each name
         self._tools = {lead + tool.name: tool for lead in leads for tool in tools}
+        self._only_tool = tools[0] if len(tools) == 1 else None
         self._ids = ids
         self._text = ""  # that is not given on yet
         self._block: _Block | None = None  # what the text begins with
@@ -1715,13 +1716,33 @@ class CallReader:
             self._blank = None
         return done
 
+    def bare_call(self, text: str) -> list[Part]:
+        """The call that is meant by arguments alone, where one had to be made.
+
+        It is certain if there is one tool only, and they are whole, fit it, have no key
+        but its own, and no other JSON stands beside them.
+        """
+        done: list[Part] = []
+        if tool := self._only_tool:
+            output = OutputFormat("json_schema", schema=tool.parameters)
+            reader = JsonReader(output)
+            reader.feed([Text(text)])
+            arguments = read_json_object(reader.text) or {}
+            others = {*arguments} - {*object_of(tool.parameters.get("properties"))}
+            is_alone = not {*"[]{}"} & {*text.replace(reader.text, "", 1)}
+            fits = not (others or json_problem(reader.text, output))
+            if arguments and is_alone and fits:
+                self._add_calls(done, [(tool, arguments)])
+        return done
+
     def _read(self, done: list[Part], *, is_last: bool) -> None:
         """Add what is certain now to `done`."""
         while block := self._block or self._find_block(done, is_last):
             is_over = block.read(self._text, is_last=is_last)
             self._block = None if is_over else block
             if block.taken:
-                self._add_calls(done, block)
+                self._add_calls(done, block.calls)
+                block.calls = []
             if not is_over:
                 return
             self._text = self._text[block.taken :]
@@ -1755,14 +1776,13 @@ class CallReader:
         is_json = text[at] in "[{" and not _QUOTED_MARKER.search(before)
         return is_json and (not line or line.endswith(_LEADS))
 
-    def _add_calls(self, done: list[Part], block: _Block) -> None:
-        for tool, arguments in block.calls:
+    def _add_calls(self, done: list[Part], calls: _Calls) -> None:
+        for tool, arguments in calls:
             self.found += 1
             self._tail = self._blank = ""
             if self.found <= self.most:
                 about = (json_text(arguments), tool.is_custom, tool.namespace)
                 done.append(ToolCall(next(self._ids), tool.name, *about))
-        block.calls = []
 
     def _give(self, done: list[Part], size: int) -> None:
         """Give so much of the text on, but not white space beside calls."""
@@ -2402,6 +2422,9 @@ class Reading:
         if isinstance(end, Finish) and end.reason != "content_filter":
             self._judge()
         held, self._held = [] if self.problem else self._held, []
+        if self._is_required:  # the answer is the call: text is none
+            thought = functools.partial(Reasoning, is_inline=True)
+            held = [thought(p.text) if isinstance(p, Text) else p for p in held]
         return held
 
     def _read(self, parts: list[Part]) -> list[Part]:
@@ -2411,9 +2434,6 @@ class Reading:
         parts = self._calls.feed(parts) if self._calls else parts
         parts = self._stop.feed(parts) if self._stop else parts
         parts = self._json.feed(parts) if self._json else parts
-        if self._is_required:  # the answer is the call: this is none
-            thought = functools.partial(Reasoning, is_inline=True)
-            parts = [thought(p.text) if isinstance(p, Text) else p for p in parts]
         return [self._spent + p if isinstance(p, Usage) else p for p in parts]
 
     def _judge(self) -> None:
@@ -2426,22 +2446,24 @@ class Reading:
                 raise unsatisfied(self._ask, problem)
 
     def _judge_held(self) -> None:
-        """Judge a whole answer, and take the JSON out of it."""
+        """Judge a whole answer, and take the call or the JSON out of it."""
         answer = Answer()  # it knows what was reasoning after all, calls too
-        answer.add(self._held)
-        self.usage = answer.usage
-        if self._is_required and not answer.calls:
+        answer.add([part for part in self._held if not isinstance(part, Media)])
+        self.usage, text = answer.usage, ""
+        if self._is_required:
+            if answer.calls:
+                return
+            answer.add(self._calls.bare_call(answer.text) if self._calls else [])
             names = ", ".join(tool.name for tool in self._ask.tools)
-            self.problem = f"Call {names}."
-        elif self._is_json:
+            self.problem = "" if answer.calls else f"Call {names}."
+        else:
             reader = self._json
             read = (reader.text or reader.talk.text) if reader else answer.text
-            text, problem = extract_json(read, self._ask.output)
-            self.problem = "" if answer.calls else problem
-            kinds = (Text, Reasoning, Recast, ToolCall)
-            rest = [part for part in self._held if not isinstance(part, kinds)]
-            self._held = [Reasoning(answer.reasoning), Text(text or "")]
-            self._held += [*answer.calls, *rest]
+            found, problem = extract_json(read, self._ask.output)
+            text, self.problem = found or "", "" if answer.calls else problem
+        kinds = (Text, Reasoning, Recast, ToolCall)
+        rest = [part for part in self._held if not isinstance(part, kinds)]
+        self._held = [Reasoning(answer.reasoning), Text(text), *answer.calls, *rest]
 
 
 def unsatisfied(ask: Ask, reason: str) -> UpstreamFailed:
@@ -3661,6 +3683,8 @@ class StoredTurn(NamedTuple):
         Args:
             tools: the client's, beside those that the app was told of.
         """
+        if self.told.tool_mode == "required":
+            tools = ()  # one of those that it was told of had to be called
         known = {tool.name: tool for tool in (*self.told.tools, *tools)}
         ask = self.told._replace(tools=tuple(known.values()))
         reading, parts = self._read_as(ask)

@@ -38,6 +38,7 @@ from opendify import (
     ToolCall,
     UpstreamFailed,
     Usage,
+    call_ids,
     describe_call,
     describe_format,
     describe_tools,
@@ -1252,6 +1253,63 @@ def test_answer_that_comes_at_once_is_judged_as_a_whole_one(
     wanted = judged(whole, [*parts])
     assert judged(at_once, [*parts]) == wanted
     assert judged(in_pieces, *([part] for part in parts)) == wanted
+
+
+FORM = Tool("form", "", PERSON.schema)
+INPUT = {"type": "object", "properties": {"input": {"type": "string"}}}
+PATCH = Tool("apply_patch", "", INPUT, is_custom=True)
+
+
+def demanded(text: str, *tools: Tool, stop: str = "") -> tuple[list[Part], str]:
+    """The parts of an answer that has to call one of the tools, and its problem."""
+    stops = (stop,) if stop else ()
+    ask = Ask("m", (), tools=tools, tool_mode="required", stops=stops)
+    reading = Reading(ask, "m", is_whole=False, spent=Usage())
+    return reading.feed([Text(text), Usage(1, 2), Finish()]), reading.problem
+
+
+@pytest.mark.parametrize(
+    ("text", "tool", "arguments"),
+    [
+        pytest.param(ADA, FORM, ADA, id="bare"),
+        pytest.param(f"Here:\n```json\n{ADA}\n```", FORM, ADA, id="fenced"),
+        pytest.param(f"```json\n{ADA}", FORM, ADA, id="open-fence"),
+        pytest.param('{\n  "city":"Oslo"}', TOOLS[0], '{"city": "Oslo"}', id="lines"),
+        pytest.param('{"query": ""}', TOOLS[2], '{"query": ""}', id="optional"),
+        pytest.param('{"input": "a"}', PATCH, '{"input": "a"}', id="custom"),
+    ],
+)
+def test_arguments_alone_are_the_call_of_the_only_tool(
+    text: str, tool: Tool, arguments: str
+) -> None:
+    """Models that are made to fill in a form write just that."""
+    parts, problem = demanded(text, tool)
+    call = ToolCall(next(call_ids("m")), tool.name, arguments, tool.is_custom)
+    given = [part for part in parts if part != Reasoning("")]
+    assert (given, problem) == ([call, Usage(1, 2), Finish()], "")
+
+
+@pytest.mark.parametrize(
+    ("text", "tools", "stop"),
+    [
+        pytest.param('{"city": "Oslo"}', TOOLS[:2], "", id="two-tools"),
+        pytest.param('{"name": "Ada"}', (FORM,), "", id="lacks-a-key"),
+        pytest.param('{"name": "Ada", "age": "36"}', (FORM,), "", id="wrong-type"),
+        pytest.param('{"error": "no data"}', TOOLS[2:3], "", id="unknown-key"),
+        pytest.param("{}", TOOLS[1:2], "", id="no-key"),
+        pytest.param('{"a": 1}', (Tool("f"),), "", id="no-parameters"),
+        pytest.param(f"[{ADA}]", (FORM,), "", id="list"),
+        pytest.param(ADA[:-1], (FORM,), "", id="unfinished"),
+        pytest.param('{"query": "a b"}', TOOLS[2:3], " b", id="stopped"),
+        pytest.param(f"{ADA}\n{ADA}", (FORM,), "", id="two"),
+        pytest.param(f"{{'a': 1}}\n{ADA}", (FORM,), "", id="beside-other-json"),
+    ],
+)
+def test_what_may_be_no_call_is_asked_for_again(
+    text: str, tools: tuple[Tool, ...], stop: str
+) -> None:
+    names = ", ".join([tool.name for tool in tools])
+    assert demanded(text, *tools, stop=stop) == ([], f"Call {names}.")
 
 
 def test_json_that_a_call_breaks_off_is_not_judged() -> None:

@@ -23,8 +23,8 @@ BUDGETS = {
     "SSE": 61,
     "JSON": 96,
     "Turn": 205,
-    "Calls": 790,
-    "Dify": 784,
+    "Calls": 806,
+    "Dify": 786,
     "Ids": 63,
     "OpenAI": 681,
     "Responses": 424,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7629
+WHOLE_BUDGET = 7647
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

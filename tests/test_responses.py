@@ -50,6 +50,7 @@ from opendify import (
     check_files,
     conversation_object,
     deleted_object,
+    describe_tools,
     input_item,
     list_page,
     open_place,
@@ -1171,6 +1172,18 @@ def test_stored_response_is_the_same_as_when_it_was_streamed() -> None:
     _, end = streamed(*parts)
     turn = stored_turn({**ROW, "message_files": []}, APP)
     assert whole(*turn.parts) == end
+
+
+def test_stored_call_of_arguments_alone_is_read_as_it_was() -> None:
+    """Whatever other tools the client has by then."""
+    city = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tools = [Tool(name, "", city) for name in ("get_weather", "get_time")]
+    words = describe_tools(tools[:1], "required")
+    row = {**ROW, "query": f"{words}\n\nHi", "answer": '{"city": "Oslo"}'}
+    (call,) = stored_turn(row, APP).answer(tools).calls
+    assert (call.name, call.arguments) == ("get_weather", row["answer"])
+    row["query"] = "Hi"
+    assert stored_turn(row, APP).answer(tools[:1]).calls == []
 
 
 def test_failed_response_as_an_object() -> None:

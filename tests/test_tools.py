@@ -751,6 +751,15 @@ async def test_text_beside_a_required_call_is_reasoning(
     assert thoughts == "Sorry. \nDone."
 
 
+@WHOLE_OR_STREAMED
+async def test_arguments_alone_are_the_call_that_is_required(stream: bool) -> None:
+    text = '<think>{"city": "Rome"}?</think>Look:\n```json\n{"city": "Oslo"}\n```'
+    async with proxy(says(text)) as served:
+        got = await served.chat(tools=TOOLS, tool_choice=NAMED, stream=stream)
+    assert choices_of(got) == [OSLO_CALL] and len(served.turns) == 1
+    assert b"Rome" in got.body and b"Look" not in got.body
+
+
 async def test_required_call_lets_go_of_the_answer_before_its_end() -> None:
     gate = asyncio.Event()
     script = [fake.message(f"Sorry. {OSLO}"), Wait(gate), *fake.chat_answer("Done.")]
