@@ -25,7 +25,7 @@ BUDGETS = {
     "Turn": 205,
     "Calls": 806,
     "Dify": 786,
-    "Ids": 63,
+    "Ids": 64,
     "OpenAI": 681,
     "Responses": 424,
     "Conversations": 444,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7647
+WHOLE_BUDGET = 7648
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
