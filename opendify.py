@@ -3207,6 +3207,7 @@ _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 
 
 BROKEN_OFF = "Dify's answer broke off before its end."
+_NOT_JSON = "Dify sent an event that is not JSON."
 
 
 class AnswerReader:
@@ -3226,7 +3227,7 @@ class AnswerReader:
         self.mode, self.app = mode, app
         own = "workflow_run_id" if mode == "workflow" else "conversation_id message_id"
         self._unknown_ids = f"task_id {own}".split()
-        self.is_finished = self.is_closing = False
+        self.is_finished = self.is_closing = self.is_torn = False
         self.is_stored = False  # as Dify says itself
         self._deltas = DeltaReader()
         self._blocks = Blocks(has_lines=show_process)
@@ -3261,7 +3262,7 @@ class AnswerReader:
         try:
             value = object_of(read_json(data))  # {} if too deep: some tool's output
         except ValueError:
-            return self.fail(UpstreamFailed("Dify sent an event that is not JSON."))
+            return self.fail(UpstreamFailed(_NOT_JSON, is_final=True), is_torn=True)
         for id_ in self._unknown_ids:
             setattr(self, id_, str(value.get(id_) or ""))
         self._unknown_ids = [id_ for id_ in self._unknown_ids if not getattr(self, id_)]
@@ -3380,9 +3381,9 @@ class AnswerReader:
         appendix = self._appendix.parts(self._text.kept.text)
         return [*self._text.close(), *appendix, Finish(reason)]
 
-    def fail(self, error: ProxyError) -> list[Part]:
-        """End the answer with an error."""
-        self.is_finished = True
+    def fail(self, error: ProxyError, *, is_torn: bool = False) -> list[Part]:
+        """End the answer with an error; the run of one that `is_torn` may go on."""
+        self.is_finished, self.is_torn = True, is_torn
         return [*self._text.close(), Failure(presentable(error, self.app))]
 
     def end(self) -> list[Part]:
@@ -7923,6 +7924,7 @@ class TurnStream:
         except SSEOverflow as error:
             return self._give_up(UpstreamFailed(f"Dify sent {error}.", is_final=True))
         parts = self.reader.read(events)
+        self.is_given_up |= self.reader.is_torn
         is_closing = self.reader.is_closing  # then a part of the last event counts, too
         if not self._is_draining and (is_closing or not _SILENT.issuperset(events)):
             limit_s = GRACE_S if is_closing else self._idle_timeout_s
@@ -9047,7 +9049,7 @@ async def _begun(exchange: Exchange, turn: Turn) -> Turn:
         if parts and isinstance(parts[0], Failure):
             raise parts[0].error
     except BaseException as error:
-        stream.is_given_up = isinstance(error, asyncio.CancelledError)
+        stream.is_given_up |= isinstance(error, asyncio.CancelledError)
         stream.close()
         raise
     stream.parts = parts

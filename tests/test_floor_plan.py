@@ -24,14 +24,14 @@ BUDGETS = {
     "JSON": 96,
     "Turn": 205,
     "Calls": 806,
-    "Dify": 786,
-    "Ids": 64,
+    "Dify": 787,
+    "Ids": 63,
     "OpenAI": 681,
     "Responses": 424,
     "Conversations": 444,
     "Pacer": 130,
     "Wire": 492,
-    "Upstream": 700,
+    "Upstream": 701,
     "Answers": 498,
     "Handlers": 877,
     "Server": 285,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7648
+WHOLE_BUDGET = 7649
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

@@ -1442,6 +1442,18 @@ async def test_run_that_is_given_up_is_stopped() -> None:
     assert stops == [("al", True)]
 
 
+@pytest.mark.parametrize("text", ["Hello", ""], ids=["after-text", "at-once"])
+async def test_run_with_an_event_that_is_no_json_is_stopped(text: str) -> None:
+    """It goes on, and a client that repeats the request would begin others."""
+    said = json.dumps({"event": "message", "task_id": "t1", "answer": text}).encode()
+    script: list[Step] = [Send(b"data: %b\n\ndata: {oops\n\n" % said), Hang()]
+    async with proxy(script) as served:
+        got = await served.chat(user="al")
+        await served.dify.until(lambda: served.dify.stops)
+        assert [stop.task_id for stop in served.dify.stops] == ["t1"]
+    assert (got.status, got.headers.get("x-should-retry")) == (502, "false")
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(
     ("stored", "is_good"), [("Hello, world", True), ("Goodbye", False), ("", False)]
