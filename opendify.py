@@ -610,7 +610,7 @@ class UpstreamTimeout(ProxyError):
 
 
 class Overloaded(ProxyError):
-    """Too many connections, no room on the disk, shutting down, or no app answers."""
+    """Too many connections or files, a full disk, shutting down, no app answers."""
 
     status, code = 503, "server_is_overloaded"
 
@@ -7489,6 +7489,13 @@ _UNKNOWN_AUTHORITY = (
 )
 
 
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_NO_MEANS = (
+    "This server can open no more connections to Dify (%s); raise `ulimit -n`, or "
+    "lower MAX_CONNECTIONS."
+)
+
+
 def _error_from_wire(
     origin: Origin, error: Exception, proxy: Proxy | None = None
 ) -> ProxyError:
@@ -7503,6 +7510,8 @@ def _error_from_wire(
     if isinstance(error, asyncio.TimeoutError):
         text = f"{where} accepts no connection in time; check {setting}."
         return UpstreamTimeout(text)
+    if isinstance(error, OSError) and error.errno in EXHAUSTED:
+        return Overloaded(_NO_MEANS % os.strerror(error.errno))
     if isinstance(error, ssl.SSLError):
         setting = f"scheme and port in {BASE_SETTING}"
         text = f"TLS with {where} failed ({error.reason or error})"
@@ -7618,7 +7627,7 @@ class Pool:
         """Send a request and read the head of its response.
 
         Raises:
-            UpstreamFailed, UpstreamTimeout, ConfigurationFault.
+            UpstreamFailed, UpstreamTimeout, ConfigurationFault, Overloaded.
         """
         if kept := self._take_idle(origin):
             with contextlib.suppress(NoAnswer):
@@ -11322,16 +11331,13 @@ def _watch_loop(server: Listener, stop: asyncio.Event) -> None:
             host, port = context["socket"].getsockname()[:2]
             log.warning("port %d was closed (%s), and is opened again", port, error)
             reopening.add(asyncio.ensure_future(reopen(host, port)))
-        elif not (isinstance(error, OSError) and error.errno in _EXHAUSTED):
+        elif not (isinstance(error, OSError) and error.errno in EXHAUSTED):
             loop.default_exception_handler(context)
         elif loop.time() - said_at > 60:
             said_at = loop.time()
             log.error("no descriptors are left: connections wait (raise `ulimit -n`)")
 
     asyncio.get_running_loop().set_exception_handler(handle)
-
-
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def _raise_descriptor_limit() -> None:

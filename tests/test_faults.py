@@ -564,8 +564,8 @@ NO_CONNECTION: dict[str, tuple[Connect, Outcome, str]] = {
     "lost-in-tls": (raising(ConnectionResetError()), REFUSED, "9 (it was closed)"),
     "no-descriptors": (
         raising(OSError(24, "Too many open files")),
-        REFUSED,
-        "Too many",
+        Outcome(503, "", "server_is_overloaded"),
+        "to Dify (Too many open files); raise `ulimit -n`",
     ),
     "black-hole": (never, Outcome(504, "", SLOW), "in time"),
 }

@@ -31,15 +31,15 @@ BUDGETS = {
     "Conversations": 444,
     "Pacer": 130,
     "Wire": 492,
-    "Upstream": 701,
+    "Upstream": 708,
     "Answers": 498,
     "Handlers": 877,
     "Server": 285,
     "Page": 262,
-    "Command line": 451,
+    "Command line": 450,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7649
+WHOLE_BUDGET = 7655
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
