@@ -474,6 +474,7 @@ class ProxyError(Exception):
     param: str | None = None
     is_final = False
     is_unsent = False  # nothing of the request has reached Dify
+    quoted = ""  # a part of the message that may hold some of an answer
 
     def __init__(
         self, message: str, *, param: str = "", code: str = "", is_final: bool = False
@@ -488,6 +489,11 @@ class ProxyError(Exception):
     def __str__(self) -> str:
         """The message as it is now: a key may have been masked in it."""
         return self.message
+
+    @property
+    def for_log(self) -> str:
+        """The message without what it quotes of an answer."""
+        return self.message.replace(self.quoted, "…") if self.quoted else self.message
 
 
 class BadRequest(ProxyError):
@@ -2474,7 +2480,9 @@ def unsatisfied(ask: Ask, reason: str) -> UpstreamFailed:
     else:
         message = f"The app's answer is not the JSON that was asked for: {reason}."
         param, code = ask.output.param, "response_format_unsatisfied"
-    return UpstreamFailed(message, param=param, code=code, is_final=True)
+    error = UpstreamFailed(message, param=param, code=code, is_final=True)
+    error.quoted = reason  # names of the app's own making may stand in it
+    return error
 
 
 # ==============================================================================
@@ -10641,7 +10649,7 @@ class Server(Listener):
         reply.must_close |= waits or isinstance(error, _LAST_ERRORS)
         kind = type(error)
         level = logging.WARNING if error.status >= 500 else logging.INFO
-        log.log(level, "%s: %s id=%s", kind.__name__, error.message, exchange.id)
+        log.log(level, "%s: %s id=%s", kind.__name__, error.for_log, exchange.id)
         if issubclass(kind, _UPSTREAM_ERRORS):  # an error's own code may be any text
             self._site.metrics.count("opendify_upstream_errors_total", kind=kind.code)
         if not reply.status:

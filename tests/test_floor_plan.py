@@ -19,11 +19,11 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
     "Settings": 236,
-    "Errors": 87,
+    "Errors": 91,
     "SSE": 61,
     "JSON": 96,
     "Turn": 205,
-    "Calls": 806,
+    "Calls": 808,
     "Dify": 787,
     "Ids": 63,
     "OpenAI": 681,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 450,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7655
+WHOLE_BUDGET = 7661
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

@@ -1342,6 +1342,20 @@ async def test_json_is_asked_for_once_more_while_nothing_was_streamed(bad: str) 
 
 
 @WHOLE_OR_STREAMED
+async def test_log_does_not_say_what_is_wrong_with_an_answer(
+    stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its names, too, may be what was asked for: people, say, and their ages."""
+    schema = {"type": "object", "additionalProperties": {"type": "integer"}}
+    output = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    async with proxy(says('{"Ada Doe": "old"}', '{"Ada Doe": "old"}')) as served:
+        got = await served.chat(response_format=output, stream=stream)
+    assert '$.Ada Doe breaks type "integer"' in got.error["message"]
+    assert "The app's answer is not the JSON that was asked for: …. id=" in caplog.text
+    assert "Ada" not in caplog.text
+
+
+@WHOLE_OR_STREAMED
 @pytest.mark.parametrize("output", [OBJECT, CITY], ids=["object", "schema"])
 async def test_hopeless_answer_is_an_error(output: JSONObject, stream: bool) -> None:
     async with proxy(says("I can't.", "I really can't.")) as served:
