@@ -9205,6 +9205,13 @@ class Site:
             code="invalid_api_key",
         )
 
+    def masked(self, text: str) -> str:
+        """A text for the log, without keys that a client put in a wrong place."""
+        for key in self.dify.settings.valid_api_keys:
+            if len(key) > 8:  # a shorter one may be any word
+                text = text.replace(key, mask_key(key))
+        return mask_app_keys(text)
+
     async def find_app(self, exchange: Exchange, model: str) -> AppSettings:
         """The app of this name; the log and the metrics say it from now on.
 
@@ -10649,7 +10656,8 @@ class Server(Listener):
         reply.must_close |= waits or isinstance(error, _LAST_ERRORS)
         kind = type(error)
         level = logging.WARNING if error.status >= 500 else logging.INFO
-        log.log(level, "%s: %s id=%s", kind.__name__, error.for_log, exchange.id)
+        told = self._site.masked(error.for_log)
+        log.log(level, "%s: %s id=%s", kind.__name__, told, exchange.id)
         if issubclass(kind, _UPSTREAM_ERRORS):  # an error's own code may be any text
             self._site.metrics.count("opendify_upstream_errors_total", kind=kind.code)
         if not reply.status:
@@ -10662,7 +10670,7 @@ class Server(Listener):
         metrics, reply = self._site.metrics, exchange.reply
         took_s = asyncio.get_running_loop().time() - exchange.started_at
         metrics.observe("opendify_request_seconds", took_s)
-        path = mask_app_keys(reply.request.path)
+        path = self._site.masked(reply.request.path)
         told = [reply.request.method, path, str(reply.status or "-")]
         if exchange.model:
             told.append(f"model={exchange.model!r}")

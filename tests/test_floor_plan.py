@@ -33,13 +33,13 @@ BUDGETS = {
     "Wire": 492,
     "Upstream": 708,
     "Answers": 498,
-    "Handlers": 877,
-    "Server": 285,
+    "Handlers": 882,
+    "Server": 286,
     "Page": 262,
     "Command line": 450,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7661
+WHOLE_BUDGET = 7667
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

@@ -1418,6 +1418,27 @@ async def test_log_counts_no_text_that_came_due_after_the_client_had_left(
     assert chars < 99
 
 
+async def test_log_masks_a_client_s_key_wherever_it_was_put(
+    serving: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    key = "planted-client-key"
+    fields = (f"Authorization: Bearer {key}",)
+    async with FakeDify() as fake, serving(fake.base, VALID_API_KEYS=key) as world:
+        client = await world.connect()
+        for data in (
+            chat({**ASKS, "model": key}, *fields),
+            request(f"/v1/models/{key}", *fields),
+            request(f"/v1/{key}/models", *fields),
+            request(f"/openai/deployments/{key}/chat/completions"),
+        ):
+            client.send(data)
+            assert (await client.read()).status in (404, 405)
+    assert "The model 'plante…' does not exist" in caplog.text
+    assert "GET /v1/models/plante… 404" in caplog.text
+    assert key not in caplog.text
+
+
 async def test_log_never_holds_keys_or_texts(
     serving: Serving, caplog: pytest.LogCaptureFixture
 ) -> None:
