@@ -4369,10 +4369,11 @@ def _parse_file(part: Json, where: str) -> Attachment:
     stem, key, source_key = _FILE_PARTS[part["type"]]
     given = part.get(key)
     file = {**part, **(given if isinstance(given, dict) else {"url": given})}
-    id_ = file.get("file_id") or file.get("url")
-    if isinstance(id_, str) and id_.startswith(FILE_PREFIX):
+    named, source = file.get("file_id"), file.get(source_key) or file.get("file_url")
+    id_ = named or file.get("url")
+    # With nothing beside it, a `file_id` is an id even if it is another service's.
+    if isinstance(id_, str) and (id_.startswith(FILE_PREFIX) or (named and not source)):
         return Attachment("file", file_id=id_)
-    source = file.get(source_key) or file.get("file_url")
     if not isinstance(source, str) or not source:
         problem = f"the {stem} needs `{key}.{source_key}`: a URL, or data in base64."
         raise bad_value(where, problem)

@@ -1382,13 +1382,19 @@ async def test_response_to_a_stored_file_goes_on_as_the_user_of_the_file() -> No
     assert two.json["conversation_id"] == first["dify"]["conversation_id"]
 
 
-async def test_chat_with_an_unknown_file_is_refused() -> None:
+@pytest.mark.parametrize("id_", ["file-abc", "assistant-abc", "1883fdfb-249b-58f5"])
+async def test_chat_with_an_unknown_file_is_refused(id_: str) -> None:
+    """Be it another service's: the message tells of the id, and asks for no data."""
     async with proxy(parameters=VISION) as served:
-        row = {"type": "file", "file": {"file_id": "file-abc"}}
+        row = {"type": "file", "file": {"file_id": id_}}
         got = await served.chat(messages=with_parts(row))
+        item = {"type": "input_file", "file_id": id_}
+        value = {"model": "m", "input": [{"role": "user", "content": [item]}]}
+        other = await (await served.open("POST", "/v1/responses", value)).read_rest()
         assert served.turns == []
-    assert (got.status, got.error["param"]) == (404, "id")
-    assert "file-abc" in got.error["message"]
+    for each in (got, other):
+        assert (each.status, each.error["param"]) == (404, "id")
+        assert each.error["message"].startswith(f"No such File object: {id_}. ")
 
 
 async def test_file_that_is_named_often_is_sought_once(
