@@ -10075,8 +10075,10 @@ async def transcribe(site: Site, exchange: Exchange) -> None:
             raise _switched_off("Speech to text", exchange.model)
         file = replace(file, media_type=audio_type(file))
         answer = await form.forward(app, "/audio-to-text", file)
+    if "text" not in answer:  # of silence, too, there is one: "" or null
+        raise UpstreamFailed(f"Dify gave the file {file.name!r} no transcript.")
     task = "translate" if exchange.route.endswith("translations") else "transcribe"
-    text = str(answer.get("text") or "")
+    text = str(answer["text"] or "")
     seconds = wav_seconds(form.start, form.size)
     kind, body = transcript(text, form.fields, task, seconds)
     exchange.reply.send(200, body, [("Content-Type", kind)])

@@ -722,7 +722,7 @@ async def test_refusal_of_dify_names_the_file() -> None:
     assert got.error["message"] == f"The file 'a.mp3' was refused: {text}"
 
 
-@pytest.mark.parametrize("body", [b"<html>", b"null", b""])
+@pytest.mark.parametrize("body", [b"<html>", b"null", b"", b"{}", b'{"result": "x"}'])
 async def test_answer_that_is_no_transcript_is_an_error(body: bytes) -> None:
     overrides = {"/audio-to-text": [Status(200, body)]}
     async with proxy(parameters=AUDIO, overrides=overrides) as served:

@@ -19,27 +19,27 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
     "Settings": 236,
-    "Errors": 91,
+    "Errors": 87,
     "SSE": 61,
     "JSON": 96,
     "Turn": 205,
-    "Calls": 808,
-    "Dify": 787,
+    "Calls": 806,
+    "Dify": 786,
     "Ids": 63,
     "OpenAI": 681,
     "Responses": 424,
     "Conversations": 444,
     "Pacer": 130,
     "Wire": 492,
-    "Upstream": 708,
+    "Upstream": 700,
     "Answers": 498,
-    "Handlers": 882,
-    "Server": 286,
+    "Handlers": 879,
+    "Server": 285,
     "Page": 262,
-    "Command line": 450,
+    "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7667
+WHOLE_BUDGET = 7649
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
