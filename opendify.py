@@ -11021,8 +11021,9 @@ async function chat(question) {
     text.replaceChildren(...render(said)), $("said").textContent = said;
     const links = (end.annotations || []).map((link) => link.url_citation);
     const sources = (end.citations || []).map(({ title, document_name, content }) => {
-      const name = title || document_name, to = links.find((x) => x.title === name);
-      return make("p", [link(name, to?.url), make("small", content)]);
+      const name = title || document_name, to = links[0]?.url; // in the same order
+      const href = to && links[0].title === (name || to) ? links.shift().url : "";
+      return make("p", [link(name || href, href), make("small", content)]);
     });
     sources.unshift(make("summary", say("Sources", "引用来源")));
     if (sources[1]) answer.append(make("details", sources));

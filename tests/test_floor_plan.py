@@ -35,11 +35,11 @@ BUDGETS = {
     "Answers": 498,
     "Handlers": 879,
     "Server": 285,
-    "Page": 262,
+    "Page": 263,
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7649
+WHOLE_BUDGET = 7650
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

@@ -63,6 +63,10 @@ SOURCE = {
     "doc_metadata": {"link": "https://docs.example/leave"},
 }
 BARE_SOURCE = {"position": 2, "document_name": "notes.txt", "content": None}
+NAMESAKES = [
+    {"document_name": name, "doc_metadata": {"link": f"https://{host}.example/"}}
+    for name, host in [("Home", "a"), ("Home", "b"), (None, "c")]
+]
 
 
 # ------------------------------------------------------------------------------
@@ -81,6 +85,8 @@ def answer(request: fake.Request) -> list[fake.Step]:
             fake.message(f"\n\n![a cat]({PICTURE})"),
             fake.message_end(resources=[SOURCE, BARE_SOURCE]),
         ]
+    if "namesakes" in query:
+        return [fake.message("See."), fake.message_end(resources=NAMESAKES)]
     if "refuse" in query:
         body = {"code": "invalid_param", "message": "no such input", "status": 400}
         return [fake.Status(400, body)]
@@ -508,6 +514,18 @@ def test_reasoning_files_links_and_sources_are_shown(tab: Tab) -> None:
     assert source.locator("p").all_text_contents() == [
         "leave.pdfThirty days a year.",
         "notes.txt",
+    ]
+
+
+def test_sources_of_one_name_lead_each_to_its_own_page(tab: Tab) -> None:
+    """One that has no name goes by its address."""
+    tab.ask("which namesakes")
+    tab.is_done()
+    links = tab.page.locator("details", has_text="Sources").locator("a").all()
+    assert [(x.text_content(), x.get_attribute("href")) for x in links] == [
+        ("Home", "https://a.example/"),
+        ("Home", "https://b.example/"),
+        ("https://c.example/", "https://c.example/"),
     ]
 
 
