@@ -11511,15 +11511,20 @@ async def _check(settings: Settings, *, asks: bool) -> int:
     results = await asyncio.gather(*checks)
     dify.close()
     table = [(["MODEL", "APP", "MODE", "DIFY", "STATUS"], []), *results]
-    widths = [max(map(len, column)) for column in zip(*(cells for cells, _ in table))]
+    widths = [max(map(_width_of, row)) for row in zip(*(cells for cells, _ in table))]
     for (*cells, status), notes in table:
-        columns = [f"{cell:{width}}" for cell, width in zip(cells, widths)]
-        _show("  ".join([*columns, _painted(status)]))
+        padded = [c + " " * (width - _width_of(c)) for c, width in zip(cells, widths)]
+        _show("  ".join([*padded, _painted(status)]))
         for topic, text in notes:
             plain = _printable(" ".join(text.split()))
             lines = textwrap.wrap(plain, 87, break_on_hyphens=False)
             _show(f"    {_painted(f'{topic:9}')}" + f"\n{'':13}".join(lines))
     return 0 if all(cells[-1] == "ok" for cells, _ in results) else 1
+
+
+def _width_of(text: str) -> int:
+    """How wide a terminal shows a text: Chinese characters take two columns each."""
+    return sum(1 + (unicodedata.east_asian_width(c) in "FW") for c in text)
 
 
 def _painted(text: str) -> str:

@@ -671,6 +671,24 @@ async def test_check_tells_each_app_and_ends_with_0_when_all_is_well(
     ]
 
 
+@pytest.mark.real_clock
+async def test_columns_of_the_check_are_straight_beside_chinese_names(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal gives each of their characters two columns."""
+    config = {"客服": KEY, "second": OTHER_KEY}
+    monkeypatch.setenv("MODEL_CONFIG", json.dumps(config))
+    async with FakeDify() as dify:
+        dify.app(KEY, name="客服助手")
+        dify.app(OTHER_KEY, name="Desk")
+        outcome = await check(run, dify, monkeypatch)
+    assert outcome.out.splitlines()[-3:] == [
+        "MODEL   APP       MODE  DIFY    STATUS",
+        "客服    客服助手  chat  1.12.1  ok",
+        "second  Desk      chat  1.12.1  ok",
+    ]
+
+
 REFUSED_KEY = (
     "to fix: Dify refused the app key (401 unauthorized: Access token is invalid). "
     "Check the key in MODEL_CONFIG or DIFY_API_KEYS, and that API access is on for the "

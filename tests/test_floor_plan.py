@@ -36,10 +36,10 @@ BUDGETS = {
     "Handlers": 879,
     "Server": 285,
     "Page": 263,
-    "Command line": 451,
+    "Command line": 453,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7650
+WHOLE_BUDGET = 7652
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
