@@ -394,6 +394,9 @@ def _parse_models(text: str) -> dict[str, AppSettings]:
         raise ValueError('must be a JSON object like {"name": "app-…"}')
     problems = ["a model needs a name that is not empty"] if "" in models else []
     apps = {name: _parse_app(name, value, problems) for name, value in models.items()}
+    for name, app in apps.items():  # clients and the log would be told the key
+        if re.fullmatch(r"app-\w{24}", name) and not str(app.key).startswith("app-"):
+            problems.append(f"{name!r} is an app's key: the model's name goes first")
     if problems:
         raise ValueError("; ".join(problems))
     return apps

@@ -18,7 +18,7 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 236,
+    "Settings": 239,
     "Errors": 87,
     "SSE": 61,
     "JSON": 96,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 453,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7652
+WHOLE_BUDGET = 7655
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

@@ -25,6 +25,7 @@ from opendify import (
 
 BASE = "https://api.dify.ai/v1"
 KEY = "app-0123456789abcdef"
+LONG_KEY = "app-0123456789abcdefABCDEFGH"  # as Dify makes them
 VARIABLES = [variable for variable, _, _ in setting_rows()]
 
 
@@ -330,6 +331,16 @@ def test_bad_value_is_a_complaint_that_says_what_to_write(
         ),
         pytest.param({"m": {"key": 5}}, "the key of 'm' must be a text", id="key-type"),
         pytest.param(
+            {LONG_KEY: "m", "n": KEY},
+            "'app-…' is an app's key: the model's name goes first",
+            id="swapped",
+        ),
+        pytest.param(
+            {LONG_KEY: {"key": "m"}},
+            "'app-…' is an app's key: the model's name goes first",
+            id="swapped-object",
+        ),
+        pytest.param(
             {"m": {"key": KEY, "mode": "chatbot"}},
             f"the mode of 'm' must be one of {', '.join(APP_MODES)}",
             id="mode",
@@ -451,7 +462,7 @@ def test_models_take_the_common_base_unless_they_have_their_own() -> None:
 
 
 def test_models_keep_their_order_and_any_name() -> None:
-    names = ["团队/应用 1", "b", "a", "gpt-4o"]
+    names = ["团队/应用 1", "b", "a", "gpt-4o", "app-translation", LONG_KEY]
     assert list(models(dict.fromkeys(names, KEY))) == names
 
 
