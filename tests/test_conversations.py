@@ -610,6 +610,24 @@ def test_two_turns_at_once_by_id_leave_nothing_to_find(
     assert third.conversation_id == "c"
 
 
+@pytest.mark.parametrize("is_failed", [True, False])
+def test_of_two_turns_at_once_by_id_both_are_lost_however_one_ends(
+    store: Conversations, is_failed: bool
+) -> None:
+    """It failed, or continued an answer: what Dify remembers of it, nobody knows."""
+    record(store, "c", *chat(*TALK))
+    named = ask(user("me too"), conversation_id="c")
+    one, other = (store.take(named, SCOPE, 0.0) for _ in range(2))
+    assert one is not None
+    if is_failed:
+        store.forget(one)
+    else:
+        store.put(one._replace(length=0), 0.0)
+    plan = plan_turn(named, SCOPE, other)
+    store.put(plan.tail_after("c", answer(LONG)), 0.0)
+    assert found(store, ask_of("me too", LONG, "x")) == ""
+
+
 def test_an_answer_continued_by_id_is_learned_anew(store: Conversations) -> None:
     record(store, "c", *chat(*TALK))
     for text in ("more", LONG + "5"):
