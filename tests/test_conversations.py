@@ -36,6 +36,7 @@ from opendify import (
     NamedConversation,
     OutputFormat,
     Tail,
+    Tool,
     ToolCall,
     fold,
     is_side_request,
@@ -580,11 +581,16 @@ def test_an_unknown_id_is_learned_from_its_end_only(store: Conversations) -> Non
     assert found(store, ask_of("u1", "a1", "u2", LONG + "1", "new")) == ""
 
 
-def test_what_is_known_by_its_end_is_never_a_whole_match(store: Conversations) -> None:
+@pytest.mark.parametrize("tools", [(), (Tool("f"),)], ids=["plain", "with-tools"])
+def test_what_is_known_by_its_end_is_never_a_whole_match(
+    store: Conversations, tools: tuple[Tool, ...]
+) -> None:
+    """Nor where calls may have been left out: none were."""
     named = ask(user("hi"), conversation_id="c")
     plan = plan_turn(named, SCOPE, store.take(named, SCOPE, 0.0))
     store.put(plan.tail_after("c", answer("Hello!")), 0.0)
-    assert found(store, ask_of("hi", "Hello!", "new")) == ""
+    request = ask_of("hi", "Hello!", "new")._replace(tools=tools)
+    assert found(store, request) == ""
 
 
 @pytest.mark.parametrize("is_first_late", [True, False])
@@ -702,7 +708,7 @@ def test_a_tool_loop_is_one_conversation(store: Conversations) -> None:
 
 CALL = answer("Let me see.", ToolCall("call_1", "weather", '{"city": "Rome"}'))
 RESULT = Message("tool", "21 degrees")
-WEATHER = opendify.Tool("weather")
+WEATHER = Tool("weather")
 
 
 def ask_with_tools(*messages: Message) -> Ask:
