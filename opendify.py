@@ -7689,8 +7689,7 @@ class Pool:
         wire.on_leave = wire.close
         wire.set_deadline(IDLE_CONNECTION_S, ConnectionBroken)
         idle = self._idle[origin]
-        # Taken from the right: what still lacks the end of its body goes to the left.
-        (idle.append if body.is_complete else idle.appendleft)((wire, body))
+        idle.append((wire, body))
         if len(idle) > MAX_IDLE_CONNECTIONS:
             idle.popleft()[0].close()
 
