@@ -10701,8 +10701,8 @@ def _slow_request() -> ProxyError:
 
 
 _UPSTREAM_ERRORS = (UpstreamFailed, UpstreamTimeout, RateLimited, QuotaExceeded)
-# After these nobody knows where the next request begins, or none is to follow.
-_LAST_ERRORS = (MalformedHTTP, HeadTooLarge, RequestTimeout, Overloaded)
+# After these nobody knows where the next request begins.
+_LAST_ERRORS = (MalformedHTTP, RequestTimeout)
 
 
 def _check_size(body_bytes: int, most_mb: int) -> None:
