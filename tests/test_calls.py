@@ -242,6 +242,7 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
     ),
     "tools-tag": (f"<tools>\n{CALL}\n</tools>", PARIS_CALL),
     "function-call-tag": (f"<function_call>{CALL}</function_call>", PARIS_CALL),
+    "tool-use-tag": (f"<tool_use>{CALL}</tool_use>", PARIS_CALL),
     "tag-behind-bracket": (f"[<tool_call>{CALL}</tool_call>", ["[", *PARIS_CALL]),
     "fence-in-tag": (f"<tool_call>\n```json\n{CALL}\n```\n</tool_call>", PARIS_CALL),
     "tag-in-fence": (f"```xml\n<tool_call>\n{CALL}\n</tool_call>\n```", PARIS_CALL),
@@ -291,6 +292,10 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
         ["I will look that up.\n\n", *PARIS_CALL],
     ),
     "bare-after-colon": (f"Tool call: {CALL}", ["Tool call: ", *PARIS_CALL]),
+    **{
+        f"bare-after-{lead}": (f"I look{lead} {CALL}", [f"I look{lead} ", *PARIS_CALL])
+        for lead in ".!?*。！？"
+    },
     "bare-after-cjk": (f"好的，我来查询：{CALL}", ["好的，我来查询：", *PARIS_CALL]),
     "bare-lines": (f"{CALL}\n{CALL}", PARIS_CALL * 2),
     "bare-semicolon": (f"{CALL}; {CALL};{CALL}", PARIS_CALL * 3),
@@ -301,6 +306,25 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
     ),
     "bare-parameters": (
         '{"name": "get_weather", "parameters": {"city": "Paris"}}',
+        PARIS_CALL,
+    ),
+    **{
+        f"bare-{name}-{given}": (
+            f'{{"{name}": "get_weather", "{given}": {{"city": "Paris"}}}}',
+            PARIS_CALL,
+        )
+        for name, given in (
+            *(("tool_name", "params"), ("function", "input")),
+            ("function_name", "tool_input"),
+        )
+    },
+    **{
+        f"bare-within-{key}": (f'{{"{key}": [{CALL}]}}', PARIS_CALL)
+        for key in ("function_calls", "calls", "tool_call", "tool")
+    },
+    "bare-with-ids": (
+        '{"id": "call_1", "index": 0, "call_id": "1", "tool_call_id": "1", '
+        f'"type": "function", {CALL[1:]}',
         PARIS_CALL,
     ),
     "bare-type-first": (
@@ -338,7 +362,10 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
     "bare-missing-brace": (CALL[:-1], PARIS_CALL),
     "fenced": (f"```json\n{CALL}\n```", PARIS_CALL),
     "fenced-no-language": (f"```\n{CALL}\n```\n", PARIS_CALL),
-    "fenced-tool-call": (f"```tool_call\n{CALL}\n```", PARIS_CALL),
+    **{
+        f"fenced-{language}": (f"```{language}\n{CALL}\n```", PARIS_CALL)
+        for language in ("json5", "jsonc", "tool_call", "tool_calls", "tool_code")
+    },
     "fenced-two": (f"```json\n{CALL}\n{CALL}\n```", PARIS_CALL * 2),
     "fenced-list": (f"```json\n[\n  {CALL},\n  {CALL}\n]\n```", PARIS_CALL * 2),
     "fenced-not-closed": (f"```json\n{CALL}\n", PARIS_CALL),
@@ -454,6 +481,10 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
         '[TOOL_CALLS]get_weather{"city": "Paris"}[TOOL_CALLS]get_time[ARGS]{}',
         [*PARIS_CALL, ("get_time", {})],
     ),
+    "mistral-behind-text": (
+        'I look[TOOL_CALLS]get_weather{"city": "Paris"}',
+        ["I look", *PARIS_CALL],
+    ),
     "folded-history": (
         '<message role="assistant" tool_call="get_weather" id="call_1">\n'
         '{"city": "Paris"}\n</message>',
@@ -461,6 +492,17 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
     ),
     "functions-prefix": (
         '{"name": "functions.get_weather", "arguments": {"city": "Paris"}}',
+        PARIS_CALL,
+    ),
+    "invoke-in-a-namespace": (
+        '<antml:function_calls>\n<antml:invoke name="get_weather">\n'
+        '<antml:parameter name="city">Paris</antml:parameter>\n'
+        "</antml:invoke>\n</antml:function_calls>",
+        PARIS_CALL,
+    ),
+    "function-with-a-name": (
+        '<function name="get_weather"><parameter name="city">Paris</parameter>'
+        "</function>",
         PARIS_CALL,
     ),
     "invoke-not-closed": (
@@ -495,6 +537,10 @@ TEXTS = {
     "tag-in-prose": "Models write <tool_call> before a call.",
     "tag-in-backticks": f"Write `<tool_call>{CALL}</tool_call>` to call.",
     "tag-in-quotes": f'It says "<tool_call>{CALL}</tool_call>".',
+    **{
+        f"tag-behind-{quote}": f"Write {quote}<tool_call>\n{CALL}\n</tool_call>."
+        for quote in "'“‘「\\"
+    },
     "json-in-backticks": f"Write `{CALL}` to call.",
     "json-in-sentence": f"An object such as {CALL} is a call.",
     "json-then-sentence": f"{CALL} would be a call.",
@@ -1312,6 +1358,15 @@ def test_what_may_be_no_call_is_asked_for_again(
 ) -> None:
     names = ", ".join([tool.name for tool in tools])
     assert demanded(text, *tools, stop=stop) == ([], f"Call {names}.")
+
+
+@pytest.mark.parametrize(("output", "begin"), [(ANY, '{"a": '), (LIST, "[1, ")])
+def test_json_that_shows_where_it_begins_is_given_as_it_comes(
+    output: OutputFormat, begin: str
+) -> None:
+    ask = Ask("m", (), output=output)
+    reading = Reading(ask, "m", is_whole=False, spent=Usage())
+    assert reading.feed([Text(begin)]) == [Text(begin)]
 
 
 def test_json_that_a_call_breaks_off_is_not_judged() -> None:
