@@ -1281,6 +1281,7 @@ SILENT = Outcome("Hello", "UpstreamTimeout", 504, is_final=True)
         pytest.param(
             [Send(b"data: ping\n\n"), Hang()], NEVER, LATE, 50, id="pings-of-old"
         ),
+        pytest.param([Send(b"data: \n\n"), Hang()], NEVER, LATE, 50, id="no-data"),
         pytest.param(
             [Sleep(49), *chat_answer("Hello")], 10, FINE, 49, id="first-event-in-time"
         ),
