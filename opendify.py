@@ -4831,13 +4831,13 @@ class ChatStream:
         return encode_comment("keep-alive")
 
     def _call(self, call: ToolCall) -> bytes:
-        """Two chunks: which tool, and with what. Legacy clients know only one call."""
-        index = len(self.summary.calls) - 1
+        """Two chunks: which tool, and with what."""
         kind, key = _CALL_FORMS[call.is_custom]
         named, rest = {"name": call.name, key: ""}, {key: call.given}
-        if self._is_legacy:
-            deltas = () if index else (named, rest)
+        if self._is_legacy:  # then this is the only call
+            deltas = (named, rest)
             return b"".join(self._chunk({"function_call": delta}) for delta in deltas)
+        index = len(self.summary.calls) - 1
         about = {"index": index, "id": call.id, "type": kind, kind: named}
         entries = (about, {"index": index, kind: rest})
         return b"".join(self._chunk({"tool_calls": [entry]}) for entry in entries)
