@@ -335,6 +335,11 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
         f'{{"type": "function_call", "call_id": "call_1", {CALL[1:]}',
         PARIS_CALL,
     ),
+    "bare-anthropic": (
+        '{"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": '
+        '{"city": "Paris"}}',
+        PARIS_CALL,
+    ),
     "bare-openai": (
         '{"type": "function", "function": {"name": "get_weather", "arguments": '
         r'"{\"city\": \"Paris\"}"}}',
@@ -392,6 +397,16 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
         '<invoke name="write_file"><parameter name="path">a.html</parameter>'
         '<parameter name="content">\n<b>x</b>\n{"name": 1}\n</parameter></invoke>',
         [("write_file", {"path": "a.html", "content": '<b>x</b>\n{"name": 1}'})],
+    ),
+    "invoke-loosely": (
+        "<invoke name = 'get_weather'><parameter name = 'city'>Paris</parameter>"
+        "</invoke>",
+        PARIS_CALL,
+    ),
+    "invoke-closer-forgotten": (
+        '<invoke name="get_weather"><parameter name="city">Paris\n'
+        '<parameter name="hourly">true</parameter></invoke>',
+        [("get_weather", {"city": "Paris", "hourly": True})],
     ),
     "qwen-coder": (
         "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
@@ -1508,6 +1523,9 @@ def test_validator_agrees_with_jsonschema(value: Any, schema: Any) -> None:
         pytest.param(1, {"$ref": "#"}, [], id="endless"),
         pytest.param(1, {"$ref": "#/$defs/x"}, [], id="unresolved"),
         pytest.param({}, {"required": 3}, [], id="no-sense"),
+        pytest.param(1, {"$ref": 3}, [], id="reference-to-nothing"),
+        pytest.param(1, {"multipleOf": 0}, [], id="no-step"),
+        pytest.param([1], {"prefixItems": {"0": {}}}, [], id="no-list-of-schemas"),
         pytest.param("a" * 40 + "b", {"pattern": "^(a+)+$"}, [], id="slow-pattern"),
         pytest.param("a" * 40 + "b", {"pattern": "("}, [], id="broken-pattern"),
         pytest.param(19.99, {"multipleOf": 0.01}, [], id="decimal-step"),
