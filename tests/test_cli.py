@@ -1366,6 +1366,43 @@ async def test_port_that_asyncio_gives_up_is_opened_again(
     await listener.stop(0)
 
 
+async def test_lack_of_descriptors_is_told_once_a_minute(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The loop tries to accept again and again; other errors it tells as ever."""
+    loop = asyncio.get_running_loop()
+    opendify._watch_loop(Deaf(), asyncio.Event())
+    told = []
+    for error in (*[OSError(errno.EMFILE, "")] * 3, OSError(errno.ENFILE, ""), None):
+        loop.call_exception_handler({"message": "odd", "exception": error})
+        told.append([text.partition(":")[0] for text in caplog.messages])
+        caplog.clear()
+        await asyncio.sleep(31)
+    lack = ["no descriptors are left"]
+    assert told == [lack, [], lack, [], ["odd"]]
+
+
+TAKEN = opendify.MAX_DESCRIPTORS
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "taken"),
+    [
+        pytest.param(256, 4096, [(4096, 4096)], id="all"),
+        pytest.param(256, TAKEN + 1, [(TAKEN, TAKEN + 1)], id="enough"),
+        pytest.param(TAKEN + 1, TAKEN + 2, [], id="more-is-there"),
+    ],
+)
+def test_as_many_descriptors_as_allowed_are_taken(
+    soft: int, hard: int, taken: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource, done = pytest.importorskip("resource"), []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: done.append(both))
+    opendify._raise_descriptor_limit()
+    assert done == taken
+
+
 def test_time_of_a_line_is_its_own() -> None:
     formatter, times = opendify._Formatter(is_json=False), []
     for created in (1700000000.25, 1700000000.5, 1700000001.75, 1700000061.0):
