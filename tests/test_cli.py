@@ -1283,6 +1283,23 @@ def test_file_that_fails_later_is_a_warning(tmp_path: Path) -> None:
     assert err.count("WARNING CONVERSATION_STORE: database is locked; ") == 1
 
 
+async def test_file_that_can_not_be_used_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Conversations that end with the process should surprise nobody."""
+    store = {"CONVERSATION_STORE": str(tmp_path)}
+    settings = opendify.parse_settings({"DIFY_API_KEYS": KEY, **store})
+
+    async def serve(*_: object) -> int:
+        return 0
+
+    monkeypatch.setattr(opendify, "_serve_until_signal", serve)
+    source = opendify.SettingsSource(opendify.build_parser().parse_args([]))
+    assert await opendify._serve(settings, source) == 0
+    (told,) = caplog.messages
+    assert told.startswith(f"CONVERSATION_STORE: the file {tmp_path} can't be used ")
+
+
 async def served_at(
     host: str, patch: pytest.MonkeyPatch, *, is_clean: bool = True, keys: str = ""
 ) -> int:
