@@ -837,6 +837,7 @@ async def test_check_tells_of_a_wrong_mode(
         ("1.16.0", "chat", ""),
         ("1.16.0", "agent", "#40425"),
         ("1.17.1", "workflow", "#42268"),
+        ("1.17.1", "advanced-chat", "#42268"),
         ("1.17.2", "advanced-chat", ""),
     ],
 )
