@@ -1469,9 +1469,10 @@ def parse_output_format(body: Json) -> OutputFormat:
     kind = spec.get("type", "text") if isinstance(spec, dict) else spec or "text"
     if kind == "text":
         return AS_TEXT
-    if kind == "json_object":
+    has_schema = isinstance(spec, dict) and spec.get("schema")  # as Together has it
+    if kind == "json_object" and not has_schema:
         return OutputFormat(kind, schema={"type": "object"}, param=where)
-    if kind != "json_schema" or not isinstance(spec, dict):
+    if kind not in ("json_object", "json_schema") or not isinstance(spec, dict):
         raise bad_value(f"{where}.type", "it must be text, json_object or json_schema.")
     spec = object_of(spec.get("json_schema") or spec)
     place = f"{where}.json_schema" if where == "response_format" else where
@@ -1479,7 +1480,7 @@ def parse_output_format(body: Json) -> OutputFormat:
     schema = of_type(spec.get("schema"), dict, f"{place}.schema", wanted)
     if spec.get("description"):
         schema = {"description": spec["description"], **schema}
-    return OutputFormat(kind, str(spec.get("name") or ""), schema, where)
+    return OutputFormat("json_schema", str(spec.get("name") or ""), schema, where)
 
 
 # Describing them to the app...

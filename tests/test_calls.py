@@ -1899,6 +1899,11 @@ def test_tools_are_refused(body: dict[str, Any], param: str, code: str) -> None:
         pytest.param({"text": {"verbosity": "low"}}, OutputFormat(), id="verbosity"),
         pytest.param({"response_format": {"type": "json_object"}}, ANY, id="object"),
         pytest.param(
+            {"response_format": {"type": "json_object", "schema": {"type": "string"}}},
+            OutputFormat("json_schema", schema={"type": "string"}),
+            id="object-with-schema",
+        ),
+        pytest.param(
             {
                 "response_format": {
                     "type": "json_schema",
