@@ -3121,6 +3121,11 @@ class AnswerText:
                 return self.end_block() + self.add(text)
         return self.add(text)
 
+    def add_apart(self, text: str) -> list[Part]:
+        """The same for text of no source: no block of reasoning reaches into it."""
+        before = self.add("\n\n" if self.kept.size else "") + self.end_block()
+        return before + self.add(text) + self.end_block()
+
     def end_block(self) -> list[Part]:
         """What is still held back: a node or round is over, or begins anew.
 
@@ -3342,8 +3347,7 @@ class AnswerReader:
 
     def _on_human_input_required(self, data: dict[str, Any]) -> list[Part]:
         self._has_asked = True
-        text = _text_of_form(data)
-        return self._text.add("\n\n" + text if self._text.kept.size else text)
+        return self._text.add_apart(_text_of_form(data))
 
     # The end...
 

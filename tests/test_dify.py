@@ -992,6 +992,7 @@ FORM = {
     "actions": [{"id": "y", "title": "Yes"}, {"id": "n", "title": "No"}],
 }
 ASKED = "Send it?\n\nActions: Yes, No"
+PAUSED = event(event="workflow_paused", data={})
 
 
 @pytest.mark.parametrize("is_told", [True, False], ids=["told", "lost"])
@@ -1012,6 +1013,23 @@ def test_pause_says_what_it_waits_for(
     paused = event(event="workflow_paused", data={"reasons": reasons})
     parts = read("advanced-chat", *told, paused)
     assert joined(parts, Text) == text
+    assert parts[-1] == Finish("stop")
+
+
+@pytest.mark.parametrize(
+    ("more", "thought", "text"),
+    [
+        ([], "let me\n\n", ASKED),
+        ([said("llm", " see</think>Yes")], "let me\n\n\n\n see", f"{ASKED}Yes"),
+    ],
+    ids=["cut", "goes-on"],
+)
+def test_what_a_pause_waits_for_is_no_thought_of_a_model(
+    more: list[str], thought: str, text: str
+) -> None:
+    asked = event(event="human_input_required", data=FORM)
+    parts = read("advanced-chat", CUT_THOUGHT, asked, *more, PAUSED)
+    assert (joined(parts, Reasoning), joined(parts, Text)) == (thought, text)
     assert parts[-1] == Finish("stop")
 
 

@@ -18,13 +18,13 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 239,
+    "Settings": 236,
     "Errors": 87,
     "SSE": 61,
     "JSON": 96,
     "Turn": 205,
     "Calls": 806,
-    "Dify": 786,
+    "Dify": 788,
     "Ids": 63,
     "OpenAI": 681,
     "Responses": 424,
@@ -33,13 +33,13 @@ BUDGETS = {
     "Wire": 492,
     "Upstream": 700,
     "Answers": 498,
-    "Handlers": 879,
+    "Handlers": 877,
     "Server": 285,
-    "Page": 263,
-    "Command line": 453,
+    "Page": 262,
+    "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7655
+WHOLE_BUDGET = 7649
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
