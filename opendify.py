@@ -3588,15 +3588,20 @@ class Appendix:
         """
         parts: list[Part] = []
         for unsigned, (path, media) in self._files.items():
-            hosted = path.startswith("/files/") and rf"://[^/\s]+{re.escape(path)}"
-            if unsigned not in answer and not (hosted and re.search(hosted, answer)):
+            behind = answer.split(unsigned)[1:]
+            if path.startswith("/files/"):
+                behind += re.split(rf"://[^/\s]+{re.escape(path)}", answer)[1:]
+            if all(map(_MORE_OF_URL.match, behind)):
                 parts.append(media)
         if self._resources:
             parts.append(Citations(tuple(self._resources)))
         return [*parts, self._usage if self._usage.total_tokens else self._node_usage]
 
 
-_SIGNATURE = re.compile(r"[?&](?:timestamp|nonce|sign|as_attachment)=[^&]*")
+_SIGNED = "(?:timestamp|nonce|sign|as_attachment)="
+_SIGNATURE = re.compile(rf"[?&]{_SIGNED}[^&]*")
+# Behind a file's URL in a text; then it is a longer one, of another file.
+_MORE_OF_URL = re.compile(rf"(?a:[\w/%~-]|\.\w|[?&](?!{_SIGNED})\w)")
 
 
 def _resolved(base: str, url: str) -> tuple[str, str]:

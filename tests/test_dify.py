@@ -411,6 +411,13 @@ def test_replacement_that_goes_on_with_the_answer_is_more_of_it() -> None:
         ("![](http://web/files/tools/a.png)", "/files/tools/a.png?sign=2", True),
         ("![](/files/tools/b.png)", "/files/tools/a.png?sign=2", False),
         ("https://h/a.png?timestamp=1&sign=1", "https://h/a.png?timestamp=2", True),
+        ("![](https://h/10) and https://h/1.png", "https://h/1", False),
+        ("https://h/a?id=1&b=2, https://h/a/b", "https://h/a", False),
+        ("https://h/a?id=1&b=2, https://h/a/b", "https://h/a?id=1", False),
+        ("http://web/files/tools/a.pngx", "/files/tools/a.png?sign=2", False),
+        ("Is it https://h/a? Is it?", "https://h/a", True),
+        ("It is https://h/a.", "https://h/a", True),
+        ("\u56fehttps://h/a\u5427", "https://h/a", True),
     ],
 )
 def test_a_file_is_given_unless_the_text_shows_it(
