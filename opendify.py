@@ -3026,6 +3026,7 @@ _MORE_OF_TAG = re.compile(rf"(?:{_beginnings(_MARKER)})?\Z")  # newlines may com
 
 
 _LINES = ("step", "tool", "log")  # kinds of blocks that are not a model's thoughts
+_LONG_LINE = re.compile(r"(.{200}).+")  # a tool may be given a whole document
 
 
 class Blocks:
@@ -3060,8 +3061,10 @@ class Blocks:
 
     def add_whole(self, kind: str, value: Json, text: str) -> list[Part]:
         """What is new in the text of something with an id; "" for none yet."""
-        if kind in _LINES and not self._has_lines:
-            return []
+        if kind in _LINES:
+            if not self._has_lines:
+                return []
+            text = _LONG_LINE.sub(r"\1 …", " ".join(text.split()))
         block = (kind, value.get("id"))
         told = self._told.get(repr(block), "")
         self._told[repr(block)] = text or told

@@ -843,6 +843,18 @@ def test_process_lines_are_reasoning_when_wanted() -> None:
     assert read("advanced-chat", *events) == []
 
 
+def test_process_lines_are_short_whatever_a_tool_is_given() -> None:
+    thought = event(
+        event="agent_thought",
+        tool="mail",
+        tool_input="Dear all,\n\n" + "x" * 9999,
+        observation="sent",
+    )
+    line = "Tool: mail Dear all, "
+    short = line + "x" * (200 - len(line)) + " …"
+    assert read("agent-chat", thought, show_process=True) == [Reasoning(short)]
+
+
 @pytest.mark.parametrize(
     ("kind", "steps"),
     [

@@ -24,7 +24,7 @@ BUDGETS = {
     "JSON": 96,
     "Turn": 205,
     "Calls": 806,
-    "Dify": 792,
+    "Dify": 795,
     "Ids": 63,
     "OpenAI": 681,
     "Responses": 424,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 451,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7653
+WHOLE_BUDGET = 7656
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
