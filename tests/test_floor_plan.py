@@ -18,28 +18,28 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 236,
-    "Errors": 87,
+    "Settings": 239,
+    "Errors": 91,
     "SSE": 61,
     "JSON": 96,
     "Turn": 205,
-    "Calls": 806,
-    "Dify": 795,
-    "Ids": 63,
+    "Calls": 809,
+    "Dify": 796,
+    "Ids": 64,
     "OpenAI": 681,
     "Responses": 424,
     "Conversations": 444,
     "Pacer": 130,
     "Wire": 492,
-    "Upstream": 700,
+    "Upstream": 708,
     "Answers": 498,
-    "Handlers": 877,
-    "Server": 285,
-    "Page": 262,
-    "Command line": 451,
+    "Handlers": 884,
+    "Server": 286,
+    "Page": 263,
+    "Command line": 452,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7656
+WHOLE_BUDGET = 7686
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
