@@ -1804,7 +1804,7 @@ class Windows(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("run", range(RUNS))
 def test_the_model_sees_what_the_client_shows(run: int) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Windows,
         settings=settings(
             max_examples=40,

@@ -1842,7 +1842,7 @@ class ClientsOfAFile(Clients):
 
 @pytest.mark.parametrize("machine", [Clients, ClientsOfAFile])
 def test_the_model_sees_what_the_client_shows(machine: type[Clients]) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         machine,
         settings=settings(
             max_examples=60,
