@@ -495,10 +495,13 @@ def test_what_a_taken_transcript_ends_with_leads_into_no_other(
         assert found(store, sent_twice) == ""
 
 
-def test_identical_openings_each_have_one_taker(store: Conversations) -> None:
+@pytest.mark.parametrize("hidden", [0, 2], ids=["whole", "window"])
+def test_identical_talks_each_have_one_taker(store: Conversations, hidden: int) -> None:
+    talk = ("u", "OK", "hi", LONG)
     for i in range(10):
-        record(store, f"c{i}", *chat("hi", "Hello!"))
-    tails = [store.take(ask_of("hi", "Hello!", str(i)), SCOPE, 0.0) for i in range(100)]
+        record(store, f"c{i}", *chat(*talk))
+    request = ask_of(*talk[hidden:], "new")
+    tails = [store.take(request, SCOPE, 0.0) for _ in range(100)]
     taken = sorted(tail.conversation_id for tail in tails if tail)
     assert taken == sorted(f"c{i}" for i in range(10))
 
@@ -1235,6 +1238,44 @@ def test_unused_conversations_are_forgotten() -> None:
         assert len(store) == 200
 
 
+def test_conversation_is_not_forgotten_during_a_turn() -> None:
+    with closing(Conversations(":memory:", 100.0)) as store:
+        record(store, "c", *chat(*TALK))
+        request = ask_of(*TALK, "new")
+        tail = store.take(request, SCOPE, 100.0)
+        assert tail is not None
+        for i in range(opendify._SWEEP_EVERY):
+            store.put(Tail(SCOPE, str(i), bytes([i]), 2, bytes([i])), 150.0)
+        store.put(tail, 150.0)
+        assert store.take(request, SCOPE, 150.0) == tail
+
+
+def test_a_sweep_drops_a_few_only() -> None:
+    """All requests wait meanwhile."""
+    every, most = opendify._SWEEP_EVERY, opendify._MAX_SWEPT
+    with closing(Conversations(":memory:", 100.0)) as store:
+        for i in range(10 * every):
+            record(store, f"c{i}", *chat(f"u{i}", "a"))
+        for i in range(every):
+            store.put(Tail(SCOPE, str(i), bytes([i]), 2, bytes([i])), 300.0)
+        assert len(store) == 11 * every - most
+
+
+def test_a_full_table_is_not_read_as_a_whole(store: Conversations) -> None:
+    """Counted are the steps of SQLite's virtual machine."""
+    for i in range(2000):
+        record(store, f"c{i}", *chat(f"u{i}", "OK"))
+        store.keep(NamedConversation(f"conv_{i}", 0), "", 0.0)
+    steps: list[None] = []
+    store._db.set_progress_handler(lambda: steps.append(None), 1)
+    assert found(store, ask_of("u7", "OK", "new")) == "c7"
+    assert found(store, ask(user("new"), conversation_id="c8")) == "c8"
+    for i in range(opendify._SWEEP_EVERY):
+        record(store, f"d{i}", *chat(f"u{i}", "OK"))
+    store.keep(NamedConversation("conv_7", 0), "", 0.0)
+    assert len(steps) < 10_000  # to read one of the tables takes 8,000
+
+
 @pytest.mark.parametrize("most", [1, 10, 150])
 def test_there_are_never_many_more_than_allowed(
     monkeypatch: pytest.MonkeyPatch, most: int
@@ -1300,6 +1341,21 @@ def test_two_tables_on_one_file_are_one(tmp_path: Path) -> None:
         other.put(tail.extend([user("new"), answer("x")]), 0.0)
         assert found(one, request) == ""
         assert found(one, ask_of(*TALK, "new", "x", "y")) == "c"
+
+
+def test_turn_of_another_process_may_come_first(tmp_path: Path) -> None:
+    """A conversation that has moved on since it was found is not taken."""
+    path, request = str(tmp_path / "table.db"), ask_of(*TALK, "new")
+
+    class Late(Conversations):
+        def _mark(self, tail: Tail, now: float) -> Tail | None:
+            turn(other, request, "x", "new")
+            return super()._mark(tail, now)
+
+    with closing(Late(path, WEEK)) as late, closing(Conversations(path, WEEK)) as other:
+        record(other, "c", *chat(*TALK))
+        assert late.take(request, SCOPE, 0.0) is None
+        assert found(other, ask_of(*TALK, "new", "x", "next")) == "c"
 
 
 TAKER = """
