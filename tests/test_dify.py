@@ -872,6 +872,19 @@ def test_steps_of_a_run_include_those_that_repeat_others(kind: str, steps: str) 
     assert ", ".join(dict.fromkeys(told)) == steps
 
 
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_reasoning_of_two_nodes_stands_apart(is_streamed: bool) -> None:
+    told = {"one": "a", "two": "b"}
+    chunks = [{"node_id": node, "reasoning": text} for node, text in told.items()]
+    parts = read(
+        "advanced-chat",
+        *(event(event="reasoning_chunk", data=c) for c in chunks if is_streamed),
+        event(event="message", answer="So."),
+        event(event="message_end", metadata={"reasoning": told}),
+    )
+    assert joined(parts, Reasoning) == "a\n\nb"
+
+
 @pytest.mark.parametrize("has_chunk", [True, False])
 def test_reasoning_told_at_the_end_joins_the_process_lines(has_chunk: bool) -> None:
     chunk = event(event="reasoning_chunk", data={"reasoning": "Hm", "node_id": "llm"})
@@ -1152,6 +1165,17 @@ def test_appendix_leaves_out_files_that_the_answer_has() -> None:
         Citations(({"position": 1, "content": "c"},)),
         Usage(2, 3),
     ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("workflow", "code"), ("advanced-chat", "knowledge-retrieval")]
+)
+def test_what_else_nodes_call_their_result_is_not_cited(mode: str, kind: str) -> None:
+    """A chatflow lists what it has retrieved at its end."""
+    appendix = Appendix(mode, BASE)
+    found = {"result": [{"metadata": {"position": 1}, "content": "c"}]}
+    appendix.add_node({"node_type": kind, "outputs": found})
+    assert appendix.parts("") == [Usage()]
 
 
 @pytest.mark.parametrize("where", ["outputs", "process_data"])
