@@ -187,7 +187,8 @@ def test_context_of_a_question_may_be_left_out_later(
 ) -> None:
     record(store, "c", user(told + "How long?"), answer(said))
     request = ask(user(shown + "How long?"), answer(said), user("And now?"))
-    assert found(store, request) == name
+    for tools in ((), (Tool("time"),)):  # a client may leave calls out, but no more
+        assert found(store, request._replace(tools=tools)) == name
 
 
 def test_questions_with_different_contexts_are_told_apart(store: Conversations) -> None:
@@ -200,6 +201,7 @@ def test_questions_with_different_contexts_are_told_apart(store: Conversations) 
 def test_a_task_as_such_is_no_side_request() -> None:
     assert not is_side_request(ask_of("What does ### Task: mean?"))
     assert not is_side_request(ask_of(CONTEXT + "How long is leave?"))
+    assert not is_side_request(ask_of("### Task: a title")._replace(is_all_new=True))
     assert is_side_request(ask(system="### Task: a title"))
     assert not is_side_request(ask())
 
