@@ -1136,6 +1136,7 @@ REFUSED = {
     "401": refuses(401, "unauthorized"),
     "413": refuses(413, "file_too_large"),
     "429": refuses(429, "too_many_requests"),
+    "400-no-quota": refuses(400, "provider_quota_exceeded", "Your quota is exceeded."),
     "400-too-many": refuses(400, text="Too many requests. Please try again later."),
 }
 
