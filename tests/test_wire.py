@@ -306,6 +306,7 @@ def test_damaged_chunks_are_refused_where_h11_refuses_or_earlier(
         pytest.param(b"0\r\na: v\r\n folded\r\n\r\n", id="trailer-folded"),
         pytest.param(b"0\r\na: v\nb: w\r\n\r\n", id="trailer-bare-lf"),
         pytest.param(b"0\r\na: v\rb: w\r\n\r\n", id="trailer-bare-cr"),
+        pytest.param(b"0\r\na: v\n\n", id="trailers-that-never-end"),
     ],
 )
 @pytest.mark.parametrize("split", [cut, lambda data, _: bytewise(data)])
