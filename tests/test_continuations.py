@@ -1553,6 +1553,18 @@ async def test_apps_without_memory_are_told_everything(mode: str) -> None:
         assert len(served.proxy.site.conversations) == 0
 
 
+@pytest.mark.parametrize("mode", ["completion", "workflow"])
+async def test_apps_without_memory_are_asked_for_none(mode: str) -> None:
+    """Though a client names a conversation, as it would with another app."""
+    form = {"user_input_form": [fake.text_input("query")]}
+    async with site(
+        mode, config={"history_variable": "past"}, parameters=form
+    ) as served:
+        client = Client(served, fields={"conversation_id": "c"})
+        await client.say("one")
+        assert client.context == client.messages[:-1]
+
+
 # ------------------------------------------------------------------------------
 # Any client
 # ------------------------------------------------------------------------------
