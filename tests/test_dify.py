@@ -1515,7 +1515,11 @@ def test_file_that_is_taken_for_its_extension_is_custom(
     placed = placed_files(app, [PNG, PDF])
     files = placed["files"] or placed["inputs"]["doc"]
     assert [row["type"] for row in files] == ["image", "custom"]
-    for refused in (Attachment("a.md", data=b"#"), Attachment("a.bin", data=b"#")):
+    link = Attachment("a.md", url="https://host/a.md")
+    for refused in (
+        link,
+        *(Attachment(f"a.{end}", data=b"#") for end in ("md", "bin")),
+    ):
         with pytest.raises(opendify.BadRequest):
             opendify.check_files(app, [refused], {})
 
