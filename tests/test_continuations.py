@@ -1541,6 +1541,17 @@ async def test_tool_messages_are_folded_and_continued() -> None:
         assert client.conversation != own
 
 
+async def test_several_answers_take_no_conversation() -> None:
+    async with site() as served:
+        client = Client(served)
+        (own,) = await client.chat("one")
+        aside = client.copy([*client.messages, user("two")])
+        await (await aside.begin(n=2)).read_rest()
+        await client.say("three")
+        client.check()
+        assert client.conversation == own
+
+
 @pytest.mark.parametrize("mode", ["completion", "workflow"])
 async def test_apps_without_memory_are_told_everything(mode: str) -> None:
     form = {"user_input_form": [fake.text_input("query")]}
