@@ -522,6 +522,13 @@ CHUNK = {"from_variable_selector": ["llm", "text"]}
         ),
         pytest.param(
             "advanced-chat",
+            [said("llm", "<think>\nif 1 <"), said("answer", "Sorry.", "answer")],
+            "if 1 <",
+            "Sorry.",
+            id="in-what-may-be-a-tag",
+        ),
+        pytest.param(
+            "advanced-chat",
             [CUT_THOUGHT, said("llm2", "<think>\nso"), said("llm2", "\n</think>Yes")],
             "let me\n\nso",
             "Yes",
@@ -943,7 +950,7 @@ def test_recovered_answer_that_failed_ends_with_its_error() -> None:
     assert isinstance(failure, Failure)
     assert "The model is overloaded." in failure.error.message
     assert reader.is_finished
-    assert not reader.is_stored
+    assert not (reader.is_stored or reader.is_torn)
 
 
 @pytest.mark.parametrize(
@@ -1178,6 +1185,13 @@ def test_what_else_nodes_call_their_result_is_not_cited(mode: str, kind: str) ->
     assert appendix.parts("") == [Usage()]
 
 
+def test_address_of_a_file_may_be_a_remote_one_or_missing() -> None:
+    appendix, address = Appendix("chat", BASE), "https://host/a.png"
+    for remote in (address, ""):
+        appendix.add_file({"type": "image", "url": None, "remote_url": remote})
+    assert appendix.parts("") == [Media("image", address, "a.png"), Usage()]
+
+
 @pytest.mark.parametrize("where", ["outputs", "process_data"])
 def test_usage_of_a_node_is_found_wherever_it_is_told(where: str) -> None:
     appendix = Appendix("workflow", BASE)
@@ -1395,6 +1409,17 @@ UPLOADS = {
             id="extension",
         ),
         pytest.param(UPLOADS, [LINK], "takes no URLs", id="method"),
+        *(
+            pytest.param(
+                {"image": {"enabled": True, "transfer_methods": [method]}},
+                *([file], reason),
+                id=f"only-{method}-before-0.10",
+            )
+            for method, file, reason in (
+                ("local_file", LINK, "takes no URLs"),
+                ("remote_url", PNG, "takes URLs only"),
+            )
+        ),
         pytest.param(
             UPLOADS,
             [Attachment("big.png", "image/png", b"x" * 1048577)],
@@ -1418,7 +1443,8 @@ def test_files_that_the_app_would_refuse_are_refused_by_name(
     ids=["new", "before-0.10"],
 )
 def test_files_that_the_app_takes_pass(uploads: dict[str, Any]) -> None:
-    opendify.check_files(AppForm((), uploads, {}), [PNG, PNG], {})
+    uploaded = replace(LINK, upload_id="u")  # as Dify lists it: with both
+    opendify.check_files(AppForm((), uploads, {}), [PNG, uploaded], {})
 
 
 ALL_KINDS = {"enabled": True, "allowed_file_types": ["image", "document"]}
