@@ -580,6 +580,17 @@ CHUNK = {"from_variable_selector": ["llm", "text"]}
             id="text-called-a-file",
         ),
         pytest.param(
+            "agent",
+            [
+                event(event="agent_message", answer="<think>let "),
+                event(event="agent_thought", id="1", thought=""),
+                event(event="agent_message", answer="me</think>Yes"),
+            ],
+            "let me",
+            "Yes",
+            id="snapshot-of-a-new-agent",
+        ),
+        pytest.param(
             "chat",
             [
                 event(event="agent_message", answer="<think>let me"),
