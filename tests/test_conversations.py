@@ -357,6 +357,10 @@ SHORT = ("u1", "a1", "u2", "a2", "u3", "a3")
         pytest.param(TALK[:2], (*TALK[:2], "new"), id="second turn"),
         pytest.param(TALK, (*TALK[4:], "new"), id="last 5"),
         pytest.param(TALK, (*TALK[6:], "new"), id="one exchange, a long answer"),
+        pytest.param(
+            *(("x", "OK", "问", "答案" * 40), ("问", "答案" * 40, "new")),
+            id="one exchange, long in Chinese",
+        ),
         pytest.param(("hi", "Hello!"), ("hi", "Hello!", "new"), id="short but whole"),
         pytest.param(SHORT, (*SHORT[2:], "new"), id="two exchanges, short answers"),
     ],
