@@ -354,6 +354,12 @@ async def test_what_came_before_malformed_framing_is_handed_out() -> None:
             await read_body(wire, decoder)
 
 
+def test_what_follows_the_last_chunk_is_no_chunk() -> None:
+    """Though it looks like one: it would be another message's in this one's body."""
+    framed, rest = b"3\r\nabc\r\n0\r\n\r\n", b"2\r\nhi\r\n"
+    assert feed(BodyDecoder(None), [framed + rest]) == (b"abc", rest)
+
+
 def test_space_before_an_extension_is_fine() -> None:
     """h11 refuses it, RFC 9112, section 7.1.1, wants it to be read."""
     framed = b"1 \t; a = b\r\nx\r\n0 ;a\r\n\r\n"
