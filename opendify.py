@@ -3247,8 +3247,8 @@ class AnswerReader:
         self.mode, self.app = mode, app
         own = "workflow_run_id" if mode == "workflow" else "conversation_id message_id"
         self._unknown_ids = f"task_id {own}".split()
-        self.is_finished = self.is_closing = self.is_torn = False
-        self.is_stored = False  # as Dify says itself
+        # Stored, as Dify says itself; torn by an event that is none: the run may go on.
+        self.is_finished = self.is_closing = self.is_stored = self.is_torn = False
         self._deltas = DeltaReader()
         self._blocks = Blocks(has_lines=show_process)
         self._text = AnswerText(self._blocks)
@@ -3282,7 +3282,8 @@ class AnswerReader:
         try:
             value = object_of(read_json(data))  # {} if too deep: some tool's output
         except ValueError:
-            return self.fail(UpstreamFailed(_NOT_JSON, is_final=True), is_torn=True)
+            self.is_torn = True
+            return self.fail(UpstreamFailed(_NOT_JSON, is_final=True))
         for id_ in self._unknown_ids:
             setattr(self, id_, str(value.get(id_) or ""))
         self._unknown_ids = [id_ for id_ in self._unknown_ids if not getattr(self, id_)]
@@ -3400,9 +3401,9 @@ class AnswerReader:
         appendix = self._appendix.parts(self._text.kept.text)
         return [*self._text.close(), *appendix, Finish(reason)]
 
-    def fail(self, error: ProxyError, *, is_torn: bool = False) -> list[Part]:
-        """End the answer with an error; the run of one that `is_torn` may go on."""
-        self.is_finished, self.is_torn = True, is_torn
+    def fail(self, error: ProxyError) -> list[Part]:
+        """End the answer with an error."""
+        self.is_finished = True
         return [*self._text.close(), Failure(presentable(error, self.app))]
 
     def end(self) -> list[Part]:
@@ -3849,9 +3850,7 @@ class IdSealer:
         """The fields of an id; None if this sealer did not make it as this kind."""
         text = id_[len(prefix) : MAX_ID_CHARS]
         try:
-            # Since Python 3.15 urlsafe_b64decode warns of what only others write.
-            plain_text = text.replace("-", "+").replace("_", "/")
-            data = base64.b64decode(plain_text + "=" * (-len(text) % 4))
+            data = decode_base64(text)
         except ValueError:
             return None
         tag, sealed = data[:_TAG_BYTES], data[_TAG_BYTES:]
@@ -3869,6 +3868,15 @@ class IdSealer:
         stream = hashlib.shake_256(self._stream_key + tag).digest(len(data))
         mixed = int.from_bytes(data, "big") ^ int.from_bytes(stream, "big")
         return mixed.to_bytes(len(data), "big")
+
+
+def decode_base64(text: str) -> bytes:
+    """The bytes of Base64 in either alphabet, padded or not; raises ValueError.
+
+    Since Python 3.15 `urlsafe_b64decode` warns of the plain alphabet.
+    """
+    plain = text.replace("-", "+").replace("_", "/").rstrip("=")
+    return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
 
 
 def _spelled(data: bytes) -> str:
@@ -4446,9 +4454,8 @@ def _parse_data_url(url: str, where: str) -> tuple[str, bytes]:
 
 def _decode_base64(text: str, where: str) -> bytes:
     """Base64 with or without padding, white space, or the URL-safe alphabet."""
-    plain = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
     try:
-        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+        return decode_base64("".join(text.split()))
     except ValueError:
         raise bad_value(where, "the file's data is not base64.") from None
 

@@ -25,8 +25,8 @@ BUDGETS = {
     "Turn": 205,
     "Calls": 809,
     "Dify": 796,
-    "Ids": 64,
-    "OpenAI": 681,
+    "Ids": 66,
+    "OpenAI": 680,
     "Responses": 424,
     "Conversations": 444,
     "Pacer": 130,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 452,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7686
+WHOLE_BUDGET = 7687
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
