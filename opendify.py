@@ -3226,15 +3226,14 @@ _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 # Events to parts...
 
 
-BROKEN_OFF = "Dify's answer broke off before its end."
 _NOT_JSON = "Dify sent an event that is not JSON."
 
 
 class AnswerReader:
     """Turns the events of one turn into answer parts.
 
-    `read` the events, in order, until `is_finished`; `end` when the body ends first,
-    or when `is_closing` and nothing came for GRACE_S. The ids are "" until known; a
+    `read` the events, in order, until `is_finished`; `give_up` where they can't be read
+    on, or when `is_closing` and nothing came for GRACE_S. The ids are "" until known; a
     workflow has no conversation and no message, but a run. An event is read by the
     method `_on_` and its name; one without a method is skipped.
     """
@@ -3247,8 +3246,9 @@ class AnswerReader:
         self.mode, self.app = mode, app
         own = "workflow_run_id" if mode == "workflow" else "conversation_id message_id"
         self._unknown_ids = f"task_id {own}".split()
-        # Stored, as Dify says itself; torn by an event that is none: the run may go on.
-        self.is_finished = self.is_closing = self.is_stored = self.is_torn = False
+        self.is_finished = self.is_closing = False
+        self.is_stored = False  # as Dify says itself
+        self.is_given_up = False  # the run may go on: it should be stopped
         self._deltas = DeltaReader()
         self._blocks = Blocks(has_lines=show_process)
         self._text = AnswerText(self._blocks)
@@ -3282,8 +3282,7 @@ class AnswerReader:
         try:
             value = object_of(read_json(data))  # {} if too deep: some tool's output
         except ValueError:
-            self.is_torn = True
-            return self.fail(UpstreamFailed(_NOT_JSON, is_final=True))
+            return self.give_up(UpstreamFailed(_NOT_JSON, is_final=True))
         for id_ in self._unknown_ids:
             setattr(self, id_, str(value.get(id_) or ""))
         self._unknown_ids = [id_ for id_ in self._unknown_ids if not getattr(self, id_)]
@@ -3406,13 +3405,12 @@ class AnswerReader:
         self.is_finished = True
         return [*self._text.close(), Failure(presentable(error, self.app))]
 
-    def end(self) -> list[Part]:
-        """The parts that are left when no more events come."""
-        if self.is_finished:
-            return []
+    def give_up(self, error: ProxyError) -> list[Part]:
+        """End the answer early: well if only its last event is missing."""
         if self.is_closing:
             return self._finish()
-        return self.fail(UpstreamFailed(BROKEN_OFF, is_final=True))
+        self.is_given_up = True
+        return self.fail(error)
 
     @property
     def is_as_sent(self) -> bool:
@@ -7880,6 +7878,9 @@ _INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)\d\d[ \r]")
 _ANSWER = re.compile(rb"(?:\A|\r\n)HTTP/1\.[01] (?!1(?!01)\d\d[ \r])")  # behind those
 
 
+BROKEN_OFF = "Dify's answer broke off before its end."
+
+
 class TurnStream:
     """One turn's answer, as it comes: `read` until []; `close` then, or before.
 
@@ -7902,7 +7903,6 @@ class TurnStream:
         self.parts: list[Part] = []  # that `read` is to return
         self._carry: Callable[[list[Part]], bool] | None = None
         self._is_draining = False  # `end` reads what nobody gets any more
-        self.is_given_up = False  # the run may go on: it should be stopped
 
     async def read(self, *, until_stoppable: bool = False) -> list[Part]:
         """The next parts; [] after the last. A failure is a part, not an exception.
@@ -7916,7 +7916,7 @@ class TurnStream:
             try:
                 data = await self._response.read()
             except UpstreamTimeout as error:
-                self.parts += self._give_up(error)
+                self.parts += self.reader.give_up(error)
             except ProxyError:
                 pass  # it broke off: `_recover` follows
             if data:
@@ -7950,21 +7950,15 @@ class TurnStream:
             row = await self._dify.stored_row(reader, self._user)
             if parts := reader.recover(row):
                 return parts
-        return self._give_up(UpstreamFailed(BROKEN_OFF, is_final=True))
-
-    def _give_up(self, error: ProxyError) -> list[Part]:
-        if self.reader.is_closing:  # all but the last event has come
-            return self.reader.end()
-        self.is_given_up = True
-        return self.reader.fail(error)
+        return reader.give_up(UpstreamFailed(BROKEN_OFF, is_final=True))
 
     def _translate(self, data: bytes) -> list[Part]:
         try:
             events = self._decoder.feed(data)
         except SSEOverflow as error:
-            return self._give_up(UpstreamFailed(f"Dify sent {error}.", is_final=True))
+            told = UpstreamFailed(f"Dify sent {error}.", is_final=True)
+            return self.reader.give_up(told)
         parts = self.reader.read(events)
-        self.is_given_up |= self.reader.is_torn
         is_closing = self.reader.is_closing  # then a part of the last event counts, too
         if not self._is_draining and (is_closing or not _SILENT.issuperset(events)):
             limit_s = GRACE_S if is_closing else self._idle_timeout_s
@@ -7973,7 +7967,7 @@ class TurnStream:
 
     def close(self) -> None:
         """Let the connection go; stop a run that was given up, in the background."""
-        if self.is_given_up and not self._is_draining:
+        if self.reader.is_given_up and not self._is_draining:
             self._dify.run_in_background(self.end())
         else:
             self._response.close(is_over=self.reader.is_finished)
@@ -7981,7 +7975,7 @@ class TurnStream:
     async def stop(self) -> None:
         """Have Dify end the run, if it may still go on."""
         reader = self.reader
-        may_go_on = self.is_given_up or not reader.is_finished
+        may_go_on = reader.is_given_up or not reader.is_finished
         if may_go_on and reader.task_id:
             reader.finish_reason = "length"  # not all is said
             path = stop_path(reader.mode, reader.task_id)
@@ -8992,7 +8986,7 @@ class Turns:
             if reading.is_plain:
                 turn.stream.carry_by(carry)
             elif reading.is_cut:
-                turn.stream.is_given_up = True
+                turn.stream.reader.is_given_up = True
                 break
         await sink.finish()
 
@@ -9089,7 +9083,7 @@ async def _begun(exchange: Exchange, turn: Turn) -> Turn:
         if parts and isinstance(parts[0], Failure):
             raise parts[0].error
     except BaseException as error:
-        stream.is_given_up |= isinstance(error, asyncio.CancelledError)
+        stream.reader.is_given_up |= isinstance(error, asyncio.CancelledError)
         stream.close()
         raise
     stream.parts = parts

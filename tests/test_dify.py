@@ -40,11 +40,13 @@ from opendify import (
     Replace,
     SSEDecoder,
     Text,
+    UpstreamFailed,
     Usage,
 )
 
 BASE = "http://dify.example/v1"
 APP = AppSettings("app-key-of-the-tests", BASE)
+BROKEN_OFF = UpstreamFailed("It broke off.")
 
 
 def row_id(row: Expected) -> str:
@@ -63,7 +65,9 @@ def parts_of(row: Expected) -> tuple[list[Part], AnswerReader]:
     parts = reader.read(events)
     singly = [part for event in events for part in one_by_one.read([event])]
     assert repr(singly) == repr(parts)  # errors are equal to none but themselves
-    return parts + reader.end(), reader
+    if not reader.is_finished:
+        parts += reader.give_up(BROKEN_OFF)
+    return parts, reader
 
 
 def joined(parts: list[Part], kind: type[Text] | type[Reasoning]) -> str:
@@ -961,7 +965,7 @@ def test_recovered_answer_that_failed_ends_with_its_error() -> None:
     assert isinstance(failure, Failure)
     assert "The model is overloaded." in failure.error.message
     assert reader.is_finished
-    assert not (reader.is_stored or reader.is_torn)
+    assert not (reader.is_stored or reader.is_given_up)
 
 
 @pytest.mark.parametrize(
@@ -1025,7 +1029,15 @@ def test_chatflow_without_a_word_ends_when_nothing_more_comes() -> None:
     reader = AnswerReader("advanced-chat", APP)
     assert reader.read([event(event="message_end")]) == []
     assert reader.is_closing
-    assert reader.end() == [Usage(), Finish("stop")]
+    assert reader.give_up(BROKEN_OFF) == [Usage(), Finish("stop")]
+    assert not reader.is_given_up
+
+
+def test_event_that_is_no_json_spoils_no_answer_of_which_it_is_the_last() -> None:
+    last = event(event="workflow_finished", data={"outputs": {"answer": "all"}})
+    assert read(
+        "advanced-chat", event(event="message", answer="all"), last, "{oops"
+    ) == [Text("all"), Usage(), Finish("stop")]
 
 
 def test_chatflow_whose_outputs_say_nothing_ends_with_its_message() -> None:

@@ -24,14 +24,14 @@ BUDGETS = {
     "JSON": 96,
     "Turn": 205,
     "Calls": 809,
-    "Dify": 796,
+    "Dify": 795,
     "Ids": 66,
     "OpenAI": 680,
     "Responses": 424,
     "Conversations": 444,
     "Pacer": 130,
     "Wire": 492,
-    "Upstream": 708,
+    "Upstream": 703,
     "Answers": 498,
     "Handlers": 884,
     "Server": 286,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 452,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7687
+WHOLE_BUDGET = 7681
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
