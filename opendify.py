@@ -3987,8 +3987,12 @@ def parse_body(body: bytes) -> dict[str, Any]:
 def _is_deep(value: Any) -> bool:
     level = [value]
     for _ in range(MAX_NESTING):
-        groups = [v.values() if isinstance(v, dict) else v for v in level]
-        level = [v for group in groups for v in group if isinstance(v, (dict, list))]
+        level = [
+            item
+            for part in level
+            for item in (part.values() if isinstance(part, dict) else part)
+            if isinstance(item, (dict, list))
+        ]
     return bool(level)
 
 
