@@ -4819,9 +4819,8 @@ class ChatStream:
         chunk = self._chunk(_HERE)
         self._text = _template(chunk, self._of_text)
         self._reasoning = _template(chunk, b'{"reasoning_content":%b}')
-        first = chunk.replace(_HERE_JSON, self._first)
-        key = json_bytes(dify_key(ids))[1:]  # it closes the chunk in place of its brace
-        return b"%b,%b\n\n" % (first.removesuffix(b"}\n\n"), key) if ids else first
+        first = self._chunk(_HERE, **dify_key(ids)) if ids else chunk
+        return first.replace(_HERE_JSON, self._first)
 
     def encode(self, part: Part) -> bytes:
         """The chunks that a part becomes; b"" for one that is kept for the end."""

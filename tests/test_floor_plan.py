@@ -26,7 +26,7 @@ BUDGETS = {
     "Calls": 809,
     "Dify": 795,
     "Ids": 66,
-    "OpenAI": 684,
+    "OpenAI": 683,
     "Responses": 424,
     "Conversations": 444,
     "Pacer": 130,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 452,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7685
+WHOLE_BUDGET = 7684
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
