@@ -8523,11 +8523,11 @@ class Exchange:
     beat: asyncio.TimerHandle | None = None  # of a streamed answer
 
     def __init__(self, reply: Reply, id_: str, peer: str = "") -> None:
-        self.reply, self.id, self.peer = reply, id_, peer
+        self.reply, self.id, self.peer = reply, f"req_{id_}", peer
         self._tasks: set[asyncio.Task[Any] | None] = set()  # that run with it
         self.outlets: list[Outlet] = []  # that its answers, if streamed, go through
         self.started_at = self.written_at = asyncio.get_running_loop().time()
-        reply.headers.append(("x-request-id", id_))
+        reply.headers.append(("x-request-id", self.id))
 
     @property
     def request(self) -> Request:
@@ -9168,7 +9168,7 @@ class Site:
     Args:
         dify: the client of Dify; it has the settings as they are now.
         conversations: what is known of them.
-        new_id: makes a fresh id for an answer, without its prefix.
+        new_id: makes a fresh id, without its prefix.
         wall_clock: seconds since the epoch.
     """
 
@@ -10540,13 +10540,11 @@ class Server(Listener):
 
     Args:
         site: what the handlers share.
-        new_id: makes a fresh request id.
     """
 
-    def __init__(self, site: Site, new_id: Callable[[], str]) -> None:
+    def __init__(self, site: Site) -> None:
         super().__init__()
         self._site = site
-        self._new_id = new_id
         self.before_request: Callable[[], None] = lambda: None  # reads settings anew
         self._idle: set[Wire] = set()
         self._refused: set[Wire] = set()  # beyond MAX_CONNECTIONS, and as many at most
@@ -10568,7 +10566,7 @@ class Server(Listener):
         try:
             most = self._site.dify.settings.max_connections
             if len(self._tasks) - len(self._refused) > most:
-                exchange = Exchange(Reply(wire), self._new_id(), wire.peer)
+                exchange = Exchange(Reply(wire), self._site.new_id(), wire.peer)
                 error = Overloaded("Too many connections (MAX_CONNECTIONS).")
                 self._refuse(exchange, error)
                 if len(self._refused) < most:  # the others may not see the response
@@ -10585,7 +10583,7 @@ class Server(Listener):
 
     async def _serve_one(self, wire: Wire) -> bool:
         """One request and its response; whether another may follow."""
-        exchange = Exchange(Reply(wire), self._new_id(), wire.peer)
+        exchange = Exchange(Reply(wire), self._site.new_id(), wire.peer)
         wire.set_deadline(HEAD_TIMEOUT_S, _slow_request)
         self._site.in_flight.add(exchange)
         try:
@@ -11424,7 +11422,7 @@ async def _serve(settings: Settings, source: SettingsSource) -> int:
         log.warning(complaint)
     dify = Dify(settings, open_wire)
     site = Site(dify, conversations, lambda: os.urandom(16).hex())
-    server = Server(site, new_id=lambda: f"req_{os.urandom(16).hex()}")
+    server = Server(site)
 
     told = ""  # the failure that was logged: once, not with each request
 

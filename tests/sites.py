@@ -28,7 +28,7 @@ async def listening(
     dify = Dify(settings, connect)
     ids = itertools.count(1)
     site = Site(dify, conversations, lambda: str(next(ids)), **options)
-    server = Server(site, lambda: f"req_{next(ids)}")
+    server = Server(site)
     ((_, port),) = await server.listen("127.0.0.1", 0)
     try:
         yield site, server, port

@@ -1309,7 +1309,7 @@ async def served_at(
     settings = opendify.parse_settings(variables)
     dify = opendify.Dify(settings, opendify.open_wire)
     conversations, _ = opendify.open_conversations("memory", 1.0)
-    server = opendify.Server(opendify.Site(dify, conversations, str), new_id=str)
+    server = opendify.Server(opendify.Site(dify, conversations, str))
 
     async def listen(*_: object) -> list[tuple[str, int]]:
         server.is_local = opendify.is_loopback(host)

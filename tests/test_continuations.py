@@ -530,7 +530,7 @@ async def proxy_with_clock(
     table, _ = opendify.open_conversations("memory", 1e6)
     upstream = opendify.Dify(options, opendify.open_wire)
     site = opendify.Site(upstream, table, lambda: "a1", wall_clock)
-    server = opendify.Server(site, lambda: "req_1")
+    server = opendify.Server(site)
     ((_, port),) = await server.listen("127.0.0.1", 0)
     try:
         yield port

@@ -1552,7 +1552,7 @@ async def main():
     conversations, _ = opendify.open_conversations("memory", 60)
     dify = opendify.Dify(settings, opendify.open_wire)
     site = opendify.Site(dify, conversations, lambda: "1")
-    server = opendify.Server(site, lambda: "1")
+    server = opendify.Server(site)
     ((_, port),) = await server.listen("127.0.0.1", 0)
     print(port, flush=True)
     loop = asyncio.get_running_loop()

@@ -34,12 +34,12 @@ BUDGETS = {
     "Upstream": 703,
     "Answers": 498,
     "Handlers": 884,
-    "Server": 286,
+    "Server": 285,
     "Page": 263,
     "Command line": 452,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7684
+WHOLE_BUDGET = 7683
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found

@@ -134,7 +134,7 @@ class World:
         self.conversations, _ = open_conversations("memory", 3600)
         self.dify = Dify(settings, self._connect)
         self.site = Site(self.dify, self.conversations, lambda: "id")
-        self.server = Server(self.site, lambda: "req_id")
+        self.server = Server(self.site)
         self.answer = SSE_HEAD + FINE
         self.cuts: tuple[int, ...] = ()
 

@@ -279,11 +279,9 @@ async def serving(settings: opendify.Settings, dify: FakeDify) -> AsyncIterator[
     conversations, complaint = opendify.open_conversations(store, ttl_s)
     assert not complaint
     client = opendify.Dify(settings, opendify.open_wire)
-    answers, requests = itertools.count(1), itertools.count(1)
-    site = opendify.Site(
-        client, conversations, lambda: f"a{next(answers)}", lambda: NOW
-    )
-    server = opendify.Server(site, lambda: f"req_{next(requests)}")
+    ids = itertools.count(1)
+    site = opendify.Site(client, conversations, lambda: f"a{next(ids)}", lambda: NOW)
+    server = opendify.Server(site)
     ((_, port),) = await server.listen("127.0.0.1", 0)
     made = Proxy(port, dify, server, site)
     try:
