@@ -7944,7 +7944,7 @@ class TurnStream:
         is_text = _FLOWING.issuperset(map(type, parts))
         if not (is_text and self._carry and self._carry(parts)):
             self.parts = parts
-        return bool(self.parts) or self.reader.is_finished
+        return bool(self.parts)
 
     async def _recover(self) -> list[Part]:
         """The stream broke: the rest of the answer, if Dify has stored it."""
