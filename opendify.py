@@ -2527,7 +2527,7 @@ class AppForm(NamedTuple):
     """What `GET /parameters` says of an app: its inputs, files, and speech."""
 
     inputs: tuple[AppInput, ...] = ()
-    uploads: Json = MappingProxyType({})  # the rules for files beside the inputs
+    uploads: Json = MappingProxyType({})  # rules for files beside these; {}: none may
     limits: Json = MappingProxyType({})  # of sizes, by kinds of files
     hears: bool = True  # speech to text is switched on
     speaks: bool = True  # text to speech is
@@ -2543,15 +2543,23 @@ def parse_form(parameters: Json) -> AppForm:
     rows = [row for entry in entries for row in entry.items()]
     inputs = [_input(kind, row) for kind, row in rows if object_of(row).get("variable")]
     names = ("file_upload", "system_parameters", "speech_to_text", "text_to_speech")
-    uploads, limits, hearing, speaking = (object_of(parameters.get(n)) for n in names)
+    files, limits, hearing, speaking = (object_of(parameters.get(n)) for n in names)
     hears, speaks = (bool(rules.get("enabled", True)) for rules in (hearing, speaking))
-    voice = str(speaking.get("voice") or "")
+    voice, uploads = str(speaking.get("voice") or ""), _upload_rules(files)
     return AppForm(tuple(inputs), uploads, limits, hears, speaks, voice)
 
 
 def _input(kind: str, row: Json) -> AppInput:
     name, options = str(row["variable"]), _texts(row.get("options"))
     return AppInput(name, kind, bool(row.get("required")), options, row)
+
+
+def _upload_rules(files: Json) -> dict[str, Any]:
+    """The rules for files beside the inputs; {} where none may be: Dify drops them."""
+    images = object_of(files.get("image"))
+    is_on = files.get("enabled") or images.get("enabled")
+    kinds = files.get("allowed_file_types") or ["image"]
+    return {**images, **files, "allowed_file_types": kinds} if is_on else {}
 
 
 _QUERY_NAMES = ("query", "input", "prompt", "question", "text")
@@ -2619,14 +2627,14 @@ def has_room(form: AppForm, files: Sequence[Attachment], given: Json) -> bool:
 
     An input takes one, even if it is a list: Dify does not say how many.
     """
-    rules, (inputs, _) = _upload_rules(form), place_files(form, files, given)
+    rules, (inputs, _) = form.uploads, place_files(form, files, given)
     most = (count_of(rules.get("number_limits")) or 1) if rules else len(inputs)
     return len(files) <= most and not _problem_with(form, files, given)
 
 
 def _problem_with(form: AppForm, files: Sequence[Attachment], given: Json) -> str:
     """What to say of the first file that can't be sent; "" if all can."""
-    rules, (_, beside) = _upload_rules(form), place_files(form, files, given)
+    rules, (_, beside) = form.uploads, place_files(form, files, given)
     limit = count_of(rules.get("number_limits")) or len(files)
     problems = [(file, _problem_beside(rules, file)) for file in beside[:limit]]
     problems += [(f, f"the app takes {limit} files at a time") for f in beside[limit:]]
@@ -2635,20 +2643,10 @@ def _problem_with(form: AppForm, files: Sequence[Attachment], given: Json) -> st
     return said[0] if said else ""
 
 
-def _upload_rules(form: AppForm) -> dict[str, Any]:
-    """The rules for files beside the inputs; {} where none may be: Dify drops them."""
-    images = object_of(form.uploads.get("image"))
-    is_on = form.uploads.get("enabled") or images.get("enabled")
-    kinds = form.uploads.get("allowed_file_types") or ["image"]
-    return {**images, **form.uploads, "allowed_file_types": kinds} if is_on else {}
-
-
 def describe_uploads(form: AppForm) -> str:
     """Which files may go beside the inputs, "" if none may."""
-    if not (rules := _upload_rules(form)):
-        return ""
-    limit = count_of(rules.get("number_limits"))
-    return _kinds_in(rules) + (f"; {limit} at a time" if limit else "")
+    limit = count_of(form.uploads.get("number_limits"))
+    return _kinds_in(form.uploads) + (f"; {limit} at a time" if limit else "")
 
 
 def size_limit_mb(form: AppForm, file: Attachment) -> int:
@@ -2713,8 +2711,7 @@ def place_files(
 
 def files_beside(form: AppForm, files: Iterable[Attachment]) -> list[Any]:
     """The files that no input takes, as a request's `files`."""
-    rules = _upload_rules(form)
-    return [_file_mapping(file, _kind_among(file, rules)) for file in files]
+    return [_file_mapping(file, _kind_among(file, form.uploads)) for file in files]
 
 
 def _file_mapping(file: Attachment, kind: str) -> dict[str, str]:

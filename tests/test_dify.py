@@ -1286,6 +1286,11 @@ def form(*inputs: AppInput) -> AppForm:
     return AppForm(inputs)
 
 
+def taking(files: opendify.Json, limits: object = None) -> AppForm:
+    """The form of an app without inputs that takes files by these rules."""
+    return opendify.parse_form({"file_upload": files, "system_parameters": limits})
+
+
 TEXT, REQUIRED = "text-input", True
 
 
@@ -1456,7 +1461,7 @@ def test_files_that_the_app_would_refuse_are_refused_by_name(
 ) -> None:
     limits = {"image_file_size_limit": "1"}
     with pytest.raises(opendify.BadRequest, match=reason) as error:
-        opendify.check_files(AppForm((), uploads, limits), files, {})
+        opendify.check_files(taking(uploads, limits), files, {})
     assert repr(files[-1].name) in error.value.message
 
 
@@ -1467,7 +1472,7 @@ def test_files_that_the_app_would_refuse_are_refused_by_name(
 )
 def test_files_that_the_app_takes_pass(uploads: dict[str, Any]) -> None:
     uploaded = replace(LINK, upload_id="u")  # as Dify lists it: with both
-    opendify.check_files(AppForm((), uploads, {}), [PNG, uploaded], {})
+    opendify.check_files(taking(uploads), [PNG, uploaded], {})
 
 
 ALL_KINDS = {"enabled": True, "allowed_file_types": ["image", "document"]}
@@ -1509,10 +1514,10 @@ def test_files_without_an_input_are_refused_unless_they_go_beside(
         (form(A_PICTURE, A_DOCUMENT), [PNG, PDF], True),
         (form(A_PICTURE, A_DOCUMENT), [PNG, PNG], False),
         (form(PICTURES), [PNG, PNG], False),  # Dify does not say how many it takes
-        (AppForm((), UPLOADS), [PNG, PNG], True),
-        (AppForm((), UPLOADS), [PNG, PNG, PNG], False),
-        (AppForm((), UPLOADS), [PNG, PDF], False),  # it takes no documents
-        (AppForm((), {"image": {"enabled": True}}), [PNG, PNG], False),
+        (taking(UPLOADS), [PNG, PNG], True),
+        (taking(UPLOADS), [PNG, PNG, PNG], False),
+        (taking(UPLOADS), [PNG, PDF], False),  # it takes no documents
+        (taking({"image": {"enabled": True}}), [PNG, PNG], False),
         (form(), [PNG], False),
     ],
 )
@@ -1575,10 +1580,10 @@ def test_file_that_is_taken_for_its_extension_is_custom(
 
 def test_link_whose_name_is_not_known_passes_where_extensions_are_listed() -> None:
     """Dify learns the name of a file from its server."""
-    app = AppForm((), {"enabled": True, **CUSTOM}, {})
+    app = taking({"enabled": True, **CUSTOM})
     opendify.check_files(app, [Attachment("f", url="https://host/f")], {})
     any_custom = {"enabled": True, "allowed_file_types": ["custom"]}
-    opendify.check_files(AppForm((), any_custom, {}), [Attachment("a.bin")], {})
+    opendify.check_files(taking(any_custom), [Attachment("a.bin")], {})
 
 
 def test_many_files_take_little_time() -> None:
@@ -1845,6 +1850,6 @@ def test_form_is_read_from_the_recorded_parameters() -> None:
             AppInput("tone", "select", options=("a", "b"), rules=tone),
             AppInput("pic", "file", True, rules=pic),
         ),
-        {"enabled": False},
+        {},
         {},
     )

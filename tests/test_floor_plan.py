@@ -24,7 +24,7 @@ BUDGETS = {
     "JSON": 96,
     "Turn": 205,
     "Calls": 809,
-    "Dify": 795,
+    "Dify": 792,
     "Ids": 66,
     "OpenAI": 683,
     "Responses": 424,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 452,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7683
+WHOLE_BUDGET = 7680
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
