@@ -4125,8 +4125,6 @@ def _files_joined(messages: list[Message]) -> list[Message]:
 
     Gradio sends files ahead of their question, and later shows both as one message.
     """
-    if not any([m.attachments for m in messages]):  # nearly always
-        return messages
     said: list[Message] = []
     for (role, _), run in itertools.groupby(messages, lambda m: (m.role, m.name)):
         group = [*run]

@@ -26,7 +26,7 @@ BUDGETS = {
     "Calls": 809,
     "Dify": 792,
     "Ids": 66,
-    "OpenAI": 683,
+    "OpenAI": 681,
     "Responses": 424,
     "Conversations": 444,
     "Pacer": 130,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 452,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7680
+WHOLE_BUDGET = 7678
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
