@@ -1511,10 +1511,10 @@ _FORMAT_TEXT = """\
 Write your final answer as JSON and nothing else: {what}, without an introduction, an \
 explanation or a code fence."""
 _SCHEMA_TEXT = " It must be valid against this JSON Schema:\n\n"
-_RETRY_TEXTS = {
-    "tool_choice": "Your last answer calls no tool, but it must. {reason} Write the "
+_RETRY_TEXTS = {  # by whether a call is required, and so no JSON
+    True: "Your last answer calls no tool, but it must. {reason} Write the "
     "<tool_call> block and nothing else.",
-    "response_format": "Your last answer is not the JSON that was asked for: {reason}. "
+    False: "Your last answer is not the JSON that was asked for: {reason}. "
     "Write the whole JSON again, corrected, and nothing else.",
 }
 
@@ -1596,14 +1596,9 @@ def with_words(ask: Ask, place: str) -> Ask:
     return ask if system == ask.system else ask._replace(system=system)
 
 
-def retry_text(demand: str, reason: str) -> str:
-    """What the app is told in its second and last try.
-
-    Args:
-        demand: the field that was not satisfied: "tool_choice" or "response_format".
-        reason: what is wrong with the last answer.
-    """
-    return _RETRY_TEXTS[demand].format(reason=reason)
+def retry_text(ask: Ask, reason: str) -> str:
+    """What the app is told in its second and last try: why the last answer is unfit."""
+    return _RETRY_TEXTS[ask.tool_mode == "required"].format(reason=reason)
 
 
 def is_retry(text: str) -> bool:
@@ -1738,7 +1733,7 @@ class CallReader:
             reader = JsonReader(output)
             reader.feed([Text(text)])
             arguments = read_json_object(reader.text) or {}
-            others = {*arguments} - {*object_of(tool.parameters.get("properties"))}
+            others = {*arguments} - {*_properties(tool)}
             is_alone = not {*"[]{}"} & {*text.replace(reader.text, "", 1)}
             fits = not (others or json_problem(reader.text, output))
             if arguments and is_alone and fits:
@@ -2155,8 +2150,8 @@ class JsonReader:
         return self.text[len(before) :]
 
 
-def extract_json(text: str, output: OutputFormat) -> tuple[str | None, str]:
-    """(the valid JSON text in a whole answer or None, what is wrong with it)."""
+def extract_json(text: str, output: OutputFormat) -> tuple[str, str]:
+    """(the valid JSON text in a whole answer, "") or ("", what is wrong with it)."""
     reader = JsonReader(output)
     reader.feed([Text(text)])
     source = reader.text or text[max(text.find("{"), 0) :].strip()
@@ -2167,7 +2162,7 @@ def extract_json(text: str, output: OutputFormat) -> tuple[str | None, str]:
         with contextlib.suppress(ValueError):
             source = json_text(parse_sloppy_json(source))
     problem = json_problem(source, output)
-    return (None if problem else source), problem
+    return ("" if problem else source), problem
 
 
 def json_problem(text: str, output: OutputFormat) -> str:
@@ -2469,8 +2464,8 @@ class Reading:
         else:
             reader = self._json
             read = (reader.text or reader.talk.text) if reader else answer.text
-            found, problem = extract_json(read, self._ask.output)
-            text, self.problem = found or "", "" if answer.calls else problem
+            text, problem = extract_json(read, self._ask.output)
+            self.problem = "" if answer.calls else problem
         kinds = (Text, Reasoning, Recast, ToolCall)
         rest = [part for part in self._held if not isinstance(part, kinds)]
         self._held = [Reasoning(answer.reasoning), Text(text), *answer.calls, *rest]
@@ -8909,8 +8904,7 @@ class Turns:
         reading = await self._run_once(question, sink)
         if not reading.problem:
             return
-        demand = "tool_choice" if ask.tool_mode == "required" else "response_format"
-        words, said = Message("user", retry_text(demand, reading.problem)), reading.said
+        words, said = Message("user", retry_text(ask, reading.problem)), reading.said
         text = said.text if said.is_whole else f"[{said.size} characters]"
         # What came before in a conversation that is named, Dify alone knows.
         goes_on = bool(ask.conversation_id and question.tail)

@@ -43,6 +43,7 @@ from opendify import (
     describe_format,
     describe_tools,
     extract_json,
+    is_retry,
     json_problem,
     parse_output_format,
     parse_tools,
@@ -975,7 +976,7 @@ def test_hostile_answers_take_no_quadratic_time() -> None:
 def test_repair_takes_no_quadratic_time(text: str) -> None:
     with at_most(80):
         found, _ = extract_json(text, OutputFormat("json_object"))
-        assert found is None
+        assert not found
 
 
 @pytest.mark.parametrize(
@@ -1228,19 +1229,19 @@ def test_json_is_found_in_answer(text: str, output: OutputFormat, found: str) ->
 def test_json_that_breaks_the_schema_is_none(
     text: str, output: OutputFormat, problem: str
 ) -> None:
-    assert extract_json(text, output) == (None, problem)
+    assert extract_json(text, output) == ("", problem)
 
 
 @pytest.mark.parametrize("text", ["I can't do that.", "{ a", '{"a": NaN}', "{]"])
 def test_answer_that_is_not_json_is_none(text: str) -> None:
     json_text, problem = extract_json(text, ANY)
-    assert json_text is None
+    assert json_text == ""
     assert problem.startswith("it is not valid JSON")
 
 
 def test_json_nested_without_end_is_none() -> None:
-    assert extract_json("[" * 100_000, ANY)[0] is None
-    assert extract_json('{"a":' * 100_000, ANY)[0] is None
+    assert extract_json("[" * 100_000, ANY)[0] == ""
+    assert extract_json('{"a":' * 100_000, ANY)[0] == ""
 
 
 def stream(output: OutputFormat, *pieces: str) -> list[Part]:
@@ -2050,8 +2051,9 @@ def test_words_say_which_format_is_due() -> None:
 
 
 def test_words_of_the_further_try_hold_the_reason() -> None:
-    for kind in ("tool_choice", "response_format"):
-        assert "BECAUSE" in retry_text(kind, "BECAUSE")
+    for mode, demand in (("required", "calls no tool"), ("auto", "is not the JSON")):
+        told = retry_text(Ask("", (), tool_mode=mode, output=ANY), "BECAUSE")
+        assert demand in told and "BECAUSE" in told and is_retry(told)
 
 
 def test_json_problem_is_strict() -> None:

@@ -32,14 +32,14 @@ BUDGETS = {
     "Pacer": 130,
     "Wire": 492,
     "Upstream": 703,
-    "Answers": 498,
+    "Answers": 497,
     "Handlers": 884,
     "Server": 285,
     "Page": 263,
     "Command line": 452,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7678
+WHOLE_BUDGET = 7677
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
