@@ -1284,6 +1284,28 @@ def test_file_that_fails_later_is_a_warning(tmp_path: Path) -> None:
     assert err.count("WARNING CONVERSATION_STORE: database is locked; ") == 1
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+def test_check_that_is_interrupted_ends_with_1(tmp_path: Path) -> None:
+    """Nothing is wrong, but nothing is known either."""
+    with socket.create_server(("127.0.0.1", 0)) as slow:
+        app = {"key": KEY, "base": f"http://127.0.0.1:{slow.getsockname()[1]}/v1"}
+        names = {"MODEL_CONFIG": json.dumps({"m": app})}
+        with (
+            subprocess.Popen(
+                [*START, "--check"],
+                cwd=tmp_path,
+                env={**few_variables(), **names},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            ) as process,
+            slow.accept()[0] as asked,
+        ):
+            asked.recv(1)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate()
+    assert (process.returncode, err) == (1, b"")
+
+
 async def test_file_that_can_not_be_used_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
