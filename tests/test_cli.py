@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import functools
 import json
@@ -1321,6 +1322,26 @@ async def test_file_that_can_not_be_used_is_a_warning(
     assert await opendify._serve(settings, source) == 0
     (told,) = caplog.messages
     assert told.startswith(f"CONVERSATION_STORE: the file {tmp_path} can't be used ")
+
+
+async def test_changed_env_file_that_lets_anyone_in_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    closed = opendify.parse_settings({"DIFY_API_KEYS": KEY, "VALID_API_KEYS": "k"})
+    source = opendify.SettingsSource(opendify.build_parser().parse_args([]))
+    changes = iter([dataclasses.replace(closed, valid_api_keys=()), None])
+    monkeypatch.setattr(source, "load_if_changed", lambda: next(changes))
+
+    async def serve(_: object, server: opendify.Server) -> int:
+        server.is_local = False
+        server.before_request()
+        server.before_request()
+        return 0
+
+    monkeypatch.setattr(opendify, "_serve_until_signal", serve)
+    assert await opendify._serve(closed, source) == 0
+    (told,) = caplog.messages
+    assert told.startswith("anyone who reaches this port can use the apps")
 
 
 async def served_at(
