@@ -1024,6 +1024,16 @@ async def test_demo_stops_where_it_is_told_and_keeps_what_it_said() -> None:
     await demo.stop(0)
 
 
+async def test_demo_says_that_it_takes_no_files() -> None:
+    demo = opendify.DemoApp()
+    ((_, port),) = await demo.listen("127.0.0.1", 0)
+    async with sent(port, "POST /v1/files/upload", "x") as stream:
+        assert (await stream.readline()).startswith(b"HTTP/1.1 400 ")
+        told = await next_object(stream, "}")
+    assert told == {"message": "The demo app takes no files."}
+    await demo.stop(0)
+
+
 @pytest.mark.real_clock
 async def test_few_apps_are_checked_at_once(
     run: Run, monkeypatch: pytest.MonkeyPatch
