@@ -898,6 +898,16 @@ def test_check_says_which_setting_leads_nowhere(
     assert "does not end" not in told
 
 
+def test_check_cuts_no_address_at_its_hyphens(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who copies it has all of it."""
+    host = "no-such-host." * 5 + "invalid"
+    apps = {"m": {"key": KEY, "base": f"http://{host}/v1"}}
+    monkeypatch.setenv("MODEL_CONFIG", json.dumps(apps))
+    assert f"'{host}'" in run("--check").out
+
+
 # One real turn...
 
 
