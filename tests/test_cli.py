@@ -257,6 +257,7 @@ def test_host_that_is_not_ours_is_one_line_and_status_1(run: Run, host: str) -> 
     (said,) = [line for line in err.splitlines() if line.startswith("opendify: ")]
     assert (status, out) == (1, "")
     assert said.startswith(f"opendify: can't listen on {host}")
+    assert ": None; " not in said
     assert "Traceback" not in err
 
 
