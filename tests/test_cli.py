@@ -1093,7 +1093,8 @@ def test_colours_are_for_terminals(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
     out = checked().out
-    assert ("\x1b[31mfailed\x1b[0m" in out) == has_colours
+    for word in ("failed", "to fix   "):
+        assert (f"\x1b[31m{word}\x1b[0m" in out) == has_colours
     assert re.sub(r"\x1b\[\d*m", "", out) == plain
 
 
