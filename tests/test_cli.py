@@ -1508,5 +1508,9 @@ def test_log_has_the_traceback_of_a_bug(is_json: bool) -> None:
     except ZeroDivisionError:
         told = {"msg": "failed", "exc_info": sys.exc_info()}
     line = opendify._Formatter(is_json=is_json).format(logging.makeLogRecord(told))
-    trace = json.loads(line)["exception"] if is_json else line.partition("failed\n")[2]
+    trace = line.partition("failed\n")[2]
+    if is_json:
+        value = json.loads(line)
+        assert list(value) == ["time", "level", "message", "exception"]
+        trace = value["exception"]
     assert trace.startswith("Traceback ") and trace.endswith("Error: a bug")
