@@ -39,7 +39,7 @@ from test_faults import understand
 from test_upstream import HEAD, chunk, event, raw_server, read_request
 
 import opendify
-from opendify import DRAIN_S, Metrics, Server, Site, parse_settings
+from opendify import DRAIN_S, MAX_DESCRIPTORS, Metrics, Server, Site, parse_settings
 
 SOURCE = Path(__file__).resolve().parent.parent / "opendify.py"
 KEY = "app-key-of-the-tests"
@@ -664,6 +664,19 @@ async def test_descriptors_exhausted_is_logged_once_and_over_when_they_are_back(
             assert len(server.log) < 20
             assert not [line for line in server.log if "Traceback" in line]
             assert await server.end() == 0
+
+
+@pytest.mark.real_clock
+async def test_server_takes_the_descriptors_that_it_may_have(tmp_path: Path) -> None:
+    """On macOS a process begins with 256: too few for MAX_CONNECTIONS."""
+    resource = pytest.importorskip("resource")
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("only Linux tells the limits of another process")
+    settings = {"MODEL_CONFIG": models("m")}
+    async with running(tmp_path, limit="ulimit -Sn 40", **settings) as server:
+        soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+        assert soft == min(hard, MAX_DESCRIPTORS)
+        assert await server.end() == 0
 
 
 # ------------------------------------------------------------------------------
