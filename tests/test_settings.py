@@ -115,6 +115,7 @@ def test_default_as_written_is_the_default() -> None:
         ),
         pytest.param("VALID_API_KEYS", "a", ("a",), id="list-of-one"),
         pytest.param("VALID_API_KEYS", " a, b ,,c,a", ("a", "b", "c"), id="list"),
+        pytest.param("VALID_API_KEYS", "me:1", ("me:1",), id="list-like-a-proxy"),
         pytest.param("DIFY_API_KEYS", ",", (), id="list-of-none"),
         pytest.param("CONVERSATION_TTL", "90", 90.0, id="seconds"),
         pytest.param("CONVERSATION_TTL", "1.5", 1.5, id="seconds-fraction"),
