@@ -3384,7 +3384,7 @@ class AnswerReader:
     def _on_error(self, value: Json) -> list[Part]:
         status = count_of(value.get("status")) or 500  # a failed run has it in words
         code, message = value.get("code"), value.get("message") or value.get("error")
-        return self.fail(error_from_dify(status, code, message, in_run=True))
+        return self._fail(error_from_dify(status, code, message, in_run=True))
 
     def _finish(self) -> list[Part]:
         self.is_finished = self.is_stored = True
@@ -3392,8 +3392,7 @@ class AnswerReader:
         appendix = self._appendix.parts(self._text.kept.text)
         return [*self._text.close(), *appendix, Finish(reason)]
 
-    def fail(self, error: ProxyError) -> list[Part]:
-        """End the answer with an error."""
+    def _fail(self, error: ProxyError) -> list[Part]:
         self.is_finished = True
         return [*self._text.close(), Failure(presentable(error, self.app))]
 
@@ -3402,7 +3401,7 @@ class AnswerReader:
         if self.is_closing:
             return self._finish()
         self.is_given_up = True
-        return self.fail(error)
+        return self._fail(error)
 
     @property
     def is_as_sent(self) -> bool:
