@@ -1466,18 +1466,20 @@ def parse_output_format(body: Json) -> OutputFormat:
     where = "response_format"
     if not (spec := body.get(where)):
         where, spec = "text.format", object_of(body.get("text")).get("format")
-    kind = spec.get("type", "text") if isinstance(spec, dict) else spec or "text"
+    if not isinstance(spec, dict):
+        spec = {"type": spec or "text"}
+    kind = spec.get("type", "text")
     if kind == "text":
         return AS_TEXT
-    has_schema = isinstance(spec, dict) and spec.get("schema")  # as Together has it
-    if kind == "json_object" and not has_schema:
-        return OutputFormat(kind, schema={"type": "object"}, param=where)
-    if kind not in ("json_object", "json_schema") or not isinstance(spec, dict):
+    if kind not in ("json_object", "json_schema"):
         raise bad_value(f"{where}.type", "it must be text, json_object or json_schema.")
     spec = object_of(spec.get("json_schema") or spec)
+    # Beside json_object Together's clients have it, too, and Hugging Face's as `value`.
+    schema = spec.get("schema", spec.get("value"))
+    if kind == "json_object" and not schema:
+        return OutputFormat(kind, schema={"type": "object"}, param=where)
     place = f"{where}.json_schema" if where == "response_format" else where
-    wanted = "a JSON Schema, an object"
-    schema = of_type(spec.get("schema"), dict, f"{place}.schema", wanted)
+    schema = of_type(schema, dict, f"{place}.schema", "a JSON Schema, an object")
     if spec.get("description"):
         schema = {"description": spec["description"], **schema}
     return OutputFormat("json_schema", str(spec.get("name") or ""), schema, where)

@@ -1909,6 +1909,16 @@ def test_tools_are_refused(body: dict[str, Any], param: str, code: str) -> None:
             id="object-with-schema",
         ),
         pytest.param(
+            {"response_format": {"type": "json_object", "value": {"type": "string"}}},
+            OutputFormat("json_schema", schema={"type": "string"}),
+            id="object-with-value",
+        ),
+        pytest.param(
+            {"response_format": {"type": "json_schema", "schema": {}}},
+            OutputFormat("json_schema", schema={}),
+            id="schema-of-anything",
+        ),
+        pytest.param(
             {
                 "response_format": {
                     "type": "json_schema",

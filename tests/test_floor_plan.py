@@ -23,7 +23,7 @@ BUDGETS = {
     "SSE": 61,
     "JSON": 96,
     "Turn": 205,
-    "Calls": 809,
+    "Calls": 810,
     "Dify": 792,
     "Ids": 66,
     "OpenAI": 681,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 452,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7677
+WHOLE_BUDGET = 7678
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 LARGE_CLASSES = {  # not to grow, and to be split where a shape is found
