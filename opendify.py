@@ -3240,9 +3240,8 @@ class AnswerReader:
         self.mode, self.app = mode, app
         own = "workflow_run_id" if mode == "workflow" else "conversation_id message_id"
         self._unknown_ids = f"task_id {own}".split()
-        self.is_finished = self.is_closing = False
-        self.is_stored = False  # as Dify says itself
-        self.is_given_up = False  # the run may go on: it should be stopped
+        # Stored, as Dify says itself; given up: the run may go on, and must be stopped.
+        self.is_finished = self.is_closing = self.is_stored = self.is_given_up = False
         self._deltas = DeltaReader()
         self._blocks = Blocks(has_lines=show_process)
         self._text = AnswerText(self._blocks)
@@ -3355,11 +3354,10 @@ class AnswerReader:
         if not self._blocks.has_thought:
             for node, text in object_of(metadata.get("reasoning")).items():
                 parts += self._blocks.add(("node", node), str(text or ""))
-        is_answered = self._text.has_come or self.is_closing
-        if self.mode == "advanced-chat" and not is_answered:
-            self.is_closing = True  # the outputs may have it
-            return parts
-        return parts + self._finish()
+        if self.mode != "advanced-chat" or self._text.has_come or self.is_closing:
+            return parts + self._finish()
+        self.is_closing = True  # the outputs may have it
+        return parts
 
     def _on_workflow_finished(self, data: dict[str, Any]) -> list[Part]:
         if data.get("status") == "failed":
