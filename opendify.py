@@ -7402,7 +7402,8 @@ class Reply:
 # The way to Dify: connections that are kept and reused, TLS that is always verified,
 # the Dify client (`Api` sends a call, `Facts` knows the apps), and one turn's stream of
 # answer parts. Every error of sockets, TLS and HTTP becomes a ProxyError in
-# `_error_from_wire`, and nowhere else.
+# `_error_from_wire`, but for one: that a connection was closed before it brought a
+# byte of an answer, which `_read_response_head` tells.
 #
 # A connection:  none -> open -> sent -> head -> body -> idle -> sent …
 #                [_open, _exchange, read, close]; anything unexpected -> closed
