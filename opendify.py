@@ -1390,17 +1390,16 @@ def parse_tools(body: Json) -> tuple[tuple[Tool, ...], str]:
     if not (given or choice):  # nearly always
         return (), "auto"
     given = of_type(given, list, source)
-    mode, names = _parse_choice(choice or "auto")
-    if mode not in _MODES:
-        problem = f"{mode!r} is none of auto, none, required, a tool, allowed_tools."
+    wish, names = _parse_choice(choice or "auto")
+    if not (mode := _MODES.get(wish)):
+        problem = f"{wish!r} is none of auto, none, required, a tool, allowed_tools."
         raise bad_value(choice_name, problem)
     known = _parse_tools(given, "function" if source == "functions" else "")
     tools = [tool for tool in known if not names or tool.name in names]
-    if _MODES[mode] == "required" and not tools:
+    if mode == "required" and not tools:
         problem = "it asks for a call of a function that is not in `tools`."
         raise bad_value(choice_name, problem)
-    mode = _MODES[mode] if tools else "auto"
-    return (() if mode == "none" else tuple(tools)), mode
+    return (() if mode == "none" else tuple(tools)), mode if tools else "auto"
 
 
 def _function(tool: Json) -> dict[str, Any]:
@@ -1583,7 +1582,7 @@ def with_words(ask: Ask, place: str) -> Ask:
         BadRequest: a call is required, but the tools are "off".
     """
     if place == "off":
-        if ask.tools and ask.tool_mode == "required":
+        if ask.tool_mode == "required":
             problem = "Tools are switched off for this model."
             raise BadRequest(problem, param="tool_choice", code="unsupported_parameter")
         ask, tools = ask._replace(tools=()), ""
