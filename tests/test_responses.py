@@ -193,6 +193,10 @@ IMAGE = Attachment("image.png", "image/png", b"\x89PNG\r\n\x1a\n")
             Message("tool", '{"t": 20}', call_id="c"),
         ),
         (
+            {"type": "function_call_output", "call_id": "c", "output": None},
+            Message("tool", "", call_id="c"),
+        ),
+        (
             {
                 "type": "function_call_output",
                 "call_id": "c",
