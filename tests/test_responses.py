@@ -450,6 +450,7 @@ ECHOED = [
         [{**TOOL, "description": "", "parameters": {}, "strict": False}],
     ),
     ("tools", [{"type": "namespace", "tools": []}, {"type": "web_search"}, 5], []),
+    ("tools", [{"type": "function"}, {"type": "namespace", "tools": [TOOL]}], []),
     (
         "tools",
         [{"type": "custom", "name": "p", "format": {"type": "grammar"}}],
@@ -469,6 +470,7 @@ ECHOED = [
     ("tool_choice", {"type": "custom", "name": "f"}, {"type": "custom", "name": "f"}),
     ("tool_choice", ALLOWED, ALLOWED),
     ("tool_choice", {"type": "odd"}, "auto"),
+    ("tool_choice", {"type": "mcp", "server_label": "s", "name": "f"}, "auto"),
     ("tool_choice", {"type": "function"}, "auto"),
     ("parallel_tool_calls", False, False),
     ("temperature", 0, 0),
