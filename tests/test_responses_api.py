@@ -1548,6 +1548,15 @@ async def test_message_without_content_has_an_empty_list() -> None:
     assert page["data"][0]["content"] == []
 
 
+async def test_item_that_is_no_message_has_no_content() -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {"items": [call]})).json
+        page = (await served.get(f"{CONVERSATIONS}/{made['id']}/items")).json
+    (item,) = page["data"]
+    assert item == {**call, "id": item["id"], "status": "completed"}
+
+
 async def test_item_with_nulls_can_be_paged_past() -> None:
     nulls = dict.fromkeys(("id", "type", "status", "content"))
     async with proxy() as served:
