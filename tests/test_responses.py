@@ -214,6 +214,7 @@ IMAGE = Attachment("image.png", "image/png", b"\x89PNG\r\n\x1a\n")
         ({"type": "reasoning", "id": "rs_1", "summary": []}, None),
         ({"type": "web_search_call", "id": "ws_1", "status": "completed"}, None),
         ({"type": "tomorrow", "role": "user", "content": 5}, None),
+        ({"type": ["message"], "role": "user", "content": 5}, None),
         ({}, None),
     ],
 )
