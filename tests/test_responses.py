@@ -462,6 +462,7 @@ ECHOED = [
         [{"type": "namespace", "name": "n", "tools": [TOOL, {"type": "web_search"}]}],
         [{"type": "namespace", "name": "n", "description": "", "tools": [TOOL]}],
     ),
+    ("tool_choice", "none", "none"),
     ("tool_choice", "required", "required"),
     (
         "tool_choice",
@@ -470,6 +471,7 @@ ECHOED = [
     ),
     ("tool_choice", {"type": "custom", "name": "f"}, {"type": "custom", "name": "f"}),
     ("tool_choice", ALLOWED, ALLOWED),
+    ("tool_choice", {**ALLOWED, "mode": "auto"}, {**ALLOWED, "mode": "auto"}),
     ("tool_choice", {"type": "odd"}, "auto"),
     ("tool_choice", {"type": "mcp", "server_label": "s", "name": "f"}, "auto"),
     ("tool_choice", {"type": "function"}, "auto"),
