@@ -1350,6 +1350,7 @@ async def test_file_that_can_not_be_used_is_a_warning(
     assert await opendify._serve(settings, source) == 0
     (told,) = caplog.messages
     assert told.startswith(f"CONVERSATION_STORE: the file {tmp_path} can't be used ")
+    assert told.endswith("conversations are kept in memory and end with this process.")
 
 
 async def test_changed_env_file_that_lets_anyone_in_is_warned_of(
