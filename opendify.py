@@ -6008,9 +6008,8 @@ def fold(messages: Messages, files: Sequence[Attachment] = (), beside: str = "")
 def _element(message: Message, sent: set[int]) -> tuple[str, str]:
     """(attributes, text) of a message; its calls are written as the app writes them."""
     given = {"role": message.role, "name": message.name}
-    if message.attachments:
-        is_sent = sent.issuperset(map(id, message.attachments))
-        given["file" if is_sent else "file_not_included"] = _file_names(message)
+    is_sent = sent.issuperset(map(id, message.attachments))
+    given["file" if is_sent else "file_not_included"] = _file_names(message)
     quoted = json.encoder.encode_basestring
     about = [f" {name}={quoted(value)}" for name, value in given.items() if value]
     texts = [message.text, *map(describe_call, message.tool_calls)]
