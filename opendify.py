@@ -6892,7 +6892,7 @@ class Wire(asyncio.Protocol):
         self.on_leave: Callable[[], None] | None = None  # called when the peer closes
         self.on_data: Callable[[], None] | None = None  # called in place of `wake`
         self._loop = asyncio.get_running_loop()
-        self.peer = "-"  # its address, for the log
+        self.peer = "-"  # its address
         # None until it is connected; `_plain` is the one under TLS.
         self._transport = self._plain = cast(asyncio.Transport, None)
         self.unread = b""  # what came and nobody has taken yet; some is put back

@@ -1086,6 +1086,21 @@ async def test_address_that_guesses_keys_has_to_wait() -> None:
         assert ask("key-one") == 200
 
 
+async def test_guesses_count_for_the_address_of_their_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peers: list[str] = []
+
+    def check_key(_: object, key: str, peer: str) -> str:
+        peers.append(peer)
+        return key
+
+    monkeypatch.setattr(Site, "check_key", check_key)
+    async with hosting(**KEYED) as host:
+        await host.run(Case([get("/v1/models")], (200,)))
+    assert peers == ["127.0.0.1"]
+
+
 async def test_addresses_are_told_apart_and_not_kept_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
