@@ -1054,6 +1054,14 @@ async def test_deadline_that_passed_in_a_stop_lets_what_came_be_read(
             await some(wire)
 
 
+async def test_deadline_that_passed_unawaited_is_told_to_who_reads_next() -> None:
+    async with wired() as (wire, _):
+        wire.set_deadline(5, TooLate)
+        await asyncio.sleep(6)
+        with pytest.raises(TooLate):
+            await some(wire)
+
+
 async def test_deadline_of_a_head_counts_from_its_beginning() -> None:
     """One byte now and then does not buy more time."""
     async with wired() as (wire, far):
