@@ -1216,6 +1216,22 @@ async def test_drain_tells_that_the_connection_is_closed() -> None:
             await wire.drain()
 
 
+async def test_drain_tells_why_the_connection_is_closed() -> None:
+    async with wired() as (wire, _):
+        wire.write(MUCH)
+        wire.set_deadline(5, TooLate)
+        await asyncio.sleep(6)
+        with pytest.raises(TooLate):
+            await wire.drain()
+
+
+async def test_read_tells_why_the_connection_is_lost() -> None:
+    async with wired() as (wire, _):
+        wire.connection_lost(OSError("reset by peer"))
+        with pytest.raises(ConnectionBroken, match="reset by peer"):
+            await some(wire)
+
+
 async def test_close_sends_what_was_written() -> None:
     async with wired() as (wire, far):
         wire.write(MUCH)
