@@ -886,6 +886,33 @@ async def test_dify_s_memory_works_for_unchanged_clients(mode: str) -> None:
     )
 
 
+@pytest.mark.parametrize("was_sent", [False, True], ids=["unsent", "sent"])
+async def test_conversation_waits_for_dify_unless_it_may_have_the_turn(
+    was_sent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kept connection that breaks may have brought it; a new one can't be had."""
+
+    async def connect(*_: Any, **options: Any) -> opendify.Wire:
+        raise ConnectionRefusedError
+
+    answer = fake.chat_answer("One.")
+    broken: list[Step] = [fake.Close()]
+    scripts = [answer, broken, answer] if was_sent else [answer, answer]
+    async with proxy(lambda _: scripts.pop(0)) as served:
+        messages = [user("one")]
+        await said(served, messages)
+        messages.append(user("two"))
+        if not was_sent:
+            await asyncio.sleep(opendify.IDLE_CONNECTION_S + 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(served.site.dify.api.pool, "connect", connect)
+            failed = await served.chat(messages=messages, user="al")
+        assert (failed.status, failed.error["type"]) == (502, "server_error")
+        await asyncio.sleep(opendify.CIRCUIT_S + 1)
+        await said(served, messages)
+        assert bool(served.turns[-1].json.get("conversation_id")) is not was_sent
+
+
 async def test_history_is_folded_when_the_conversation_is_gone() -> None:
     async with proxy(memory=True) as served:
         messages = [user("one")]

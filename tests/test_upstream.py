@@ -725,6 +725,15 @@ async def test_origins_do_not_share_connections() -> None:
         assert (one.connections, two.connections) == (1, 1)
 
 
+async def test_difys_do_not_share_what_is_known_of_their_apps() -> None:
+    async with FakeDify() as one, FakeDify() as two, client(one.base) as (dify, app):
+        one.app(KEY, parameters={"text_to_speech": {"enabled": True}})
+        two.app(KEY, parameters={"text_to_speech": {"enabled": False}})
+        other = dataclasses.replace(app, base=two.base)
+        assert (await dify.facts.form_of(app)).speaks
+        assert not (await dify.facts.form_of(other)).speaks
+
+
 @pytest.mark.parametrize(
     ("url", "origin"),
     [
