@@ -913,6 +913,23 @@ async def test_conversation_waits_for_dify_unless_it_may_have_the_turn(
         assert bool(served.turns[-1].json.get("conversation_id")) is not was_sent
 
 
+@pytest.mark.parametrize("status", [400, 401, 429])
+async def test_conversation_goes_on_behind_a_refusal(status: int) -> None:
+    """Nothing has run, and Dify was asked but once."""
+    answer = fake.chat_answer("One.")
+    refused: list[Step] = [Status(status, {"code": "no", "message": "No."})]
+    scripts = [answer, refused, answer]
+    async with proxy(lambda _: scripts.pop(0)) as served:
+        messages = [user("one")]
+        await said(served, messages)
+        messages.append(user("two"))
+        assert (await served.chat(messages=messages, user="al")).status != 200
+        await said(served, messages)
+        first, *rest = [turn.json.get("conversation_id") for turn in served.turns]
+    assert first is None
+    assert rest[0] == rest[1] is not None
+
+
 async def test_history_is_folded_when_the_conversation_is_gone() -> None:
     async with proxy(memory=True) as served:
         messages = [user("one")]
