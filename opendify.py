@@ -4437,12 +4437,12 @@ def _parse_data_url(url: str, where: str) -> tuple[str, bytes]:
     fields = [part.strip().lower() for part in head.split(";")]
     media_type = fields[0] if "/" in fields[0] else ""
     if "base64" in fields:  # last, says the RFC
-        return media_type, _decode_base64(urllib.parse.unquote(payload), where)
+        return media_type, _parse_base64(urllib.parse.unquote(payload), where)
     data = urllib.parse.unquote_to_bytes(payload.encode("utf-8", "replace"))
     return media_type or "text/plain", data
 
 
-def _decode_base64(text: str, where: str) -> bytes:
+def _parse_base64(text: str, where: str) -> bytes:
     """Base64 with or without padding, white space, or the URL-safe alphabet."""
     try:
         return decode_base64("".join(text.split()))
