@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import gc
 import json
 import logging
 import os
@@ -1491,6 +1492,25 @@ def test_as_many_descriptors_as_allowed_are_taken(
     monkeypatch.setattr(resource, "setrlimit", lambda _, both: done.append(both))
     opendify._raise_descriptor_limit()
     assert done == taken
+
+
+async def test_what_stays_is_no_work_for_the_collector(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(gc, "set_threshold", told.append)
+    before = [object()]
+    assert await served_at("127.0.0.1", monkeypatch) == 0
+    after = [object()]
+    looked_at = [id(item) for item in gc.get_objects()]
+    assert (id(before) in looked_at, id(after) in looked_at) == (False, True)
+    assert told == [opendify.NEW_OBJECTS]
+
+
+def test_another_collector_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(gc, "freeze")
+    monkeypatch.delattr(gc, "set_threshold")
+    opendify._spare_collector()
 
 
 def test_time_of_a_line_is_its_own() -> None:

@@ -36,10 +36,10 @@ BUDGETS = {
     "Handlers": 884,
     "Server": 285,
     "Page": 263,
-    "Command line": 452,
+    "Command line": 459,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7673
+WHOLE_BUDGET = 7681
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
