@@ -536,6 +536,12 @@ class IdNotFound(BadRequest):
     status, param = 404, "id"
 
 
+class ConversationLocked(BadRequest):
+    """Another turn is under way that this one would have to follow."""
+
+    code, param = "conversation_locked", "conversation"
+
+
 class ModelNotFound(BadRequest):
     """No app goes by this name."""
 
@@ -8502,6 +8508,7 @@ class Exchange:
     fail: Callable[[ProxyError], bytes] | None = None
     has_left: bool = False
     name_in_path: str = ""
+    begins: str = ""  # the id of a named conversation, of which it is the first turn
     turn: Turn | None = None  # that Dify answers, or has answered last
     key: str = ""  # that the client presents
     owner: str = ""  # of ids: this key, "" where keys do not tell clients apart
@@ -9782,14 +9789,24 @@ def _within(named: NamedConversation, request: ResponsesRequest) -> ResponsesReq
     return request._replace(ask=ask, items=items)
 
 
+_NOT_BEGUN = "This conversation's first turn is still running. Retry in a few seconds."
+
+
 async def _check_fits(site: Site, question: Question, named: NamedConversation) -> None:
-    """Refuse a turn of an app or a user that the conversation can't have."""
+    """Refuse a turn that the conversation can't have.
+
+    Of two first ones, each would begin another conversation in Dify.
+    """
     mode = await site.dify.facts.mode_of(question.app)
     if mode not in CHAT_MODES:
         problem = f"a {mode} app keeps none; send the history as `input`."
         raise bad_value("conversation", problem)
     if not named.is_bound_to(question.scope):
         raise bad_value("conversation", "it belongs to another model or end user.")
+    if not named.conversation_id:
+        if any(other.begins == named.id for other in site.in_flight):
+            raise ConversationLocked(_NOT_BEGUN)
+        question.exchange.begins = named.id
 
 
 async def get_response(site: Site, exchange: Exchange) -> Json:

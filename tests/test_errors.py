@@ -48,6 +48,7 @@ TABLE = [
     Row(opendify.WrongMode, 400, INVALID, None),
     Row(opendify.MissingInput, 400, INVALID, None),
     Row(opendify.ConversationGone, 404, INVALID, "not_found"),
+    Row(opendify.ConversationLocked, 400, INVALID, "conversation_locked"),
     Row(opendify.PreviousGone, 400, INVALID, "previous_response_not_found"),
     Row(opendify.PromptTooLong, 400, INVALID, "context_length_exceeded"),
     Row(opendify.ContentRefused, 400, INVALID, "content_policy_violation"),

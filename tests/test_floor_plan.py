@@ -19,7 +19,7 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
     "Settings": 239,
-    "Errors": 91,
+    "Errors": 93,
     "SSE": 61,
     "JSON": 96,
     "Turn": 205,
@@ -32,14 +32,14 @@ BUDGETS = {
     "Pacer": 130,
     "Wire": 492,
     "Upstream": 703,
-    "Answers": 497,
-    "Handlers": 884,
+    "Answers": 498,
+    "Handlers": 889,
     "Server": 285,
     "Page": 263,
     "Command line": 459,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7681
+WHOLE_BUDGET = 7689
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

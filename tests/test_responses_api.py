@@ -1380,6 +1380,34 @@ async def test_task_is_a_turn_of_the_conversation_that_is_named() -> None:
         assert told(served) == [["Hi", task, "More"]]
 
 
+async def test_of_two_first_turns_one_is_to_be_asked_again() -> None:
+    """Each would begin a conversation in Dify, and one of these would be lost."""
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        elsewhere = (await post(served, CONVERSATIONS, {})).json
+        ids = {"One": made["id"], "Two": made["id"], "Else": elsewhere["id"]}
+        turns = (respond(served, text, conversation=id_) for text, id_ in ids.items())
+        one, two, other = await asyncio.gather(*turns)
+        assert (one.status, other.status, two.status) == (200, 200, 400)
+        about = [two.error[name] for name in ("code", "param")]
+        assert about == ["conversation_locked", "conversation"]
+        both = (answer(served, text, conversation=made["id"]) for text in ("Two", "3"))
+        await asyncio.gather(*both)
+        ((first, *rest), _) = sorted(told(served), key=len, reverse=True)
+    assert (first, sorted(rest)) == ("One", ["3", "Two"])
+
+
+async def test_first_turn_that_failed_makes_room_for_another() -> None:
+    script = [Status(400, {"code": "invalid_param", "message": "No.", "status": 400})]
+    async with proxy(script) as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        codes = [
+            (await respond(served, "Hi", conversation=made["id"])).error["code"]
+            for _ in range(2)
+        ]
+    assert codes == ["invalid_param"] * 2
+
+
 async def test_answer_of_a_conversation_that_is_full_is_given_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
