@@ -1525,6 +1525,7 @@ _RETRY_TEXTS = {  # by whether a call is required, and so no JSON
     False: "Your last answer is not the JSON that was asked for: {reason}. "
     "Write the whole JSON again, corrected, and nothing else.",
 }
+RETRY_BEGINS = tuple(text.partition("{")[0] for text in _RETRY_TEXTS.values())
 
 
 def describe_tools(tools: Sequence[Tool], mode: str, *, is_serial: bool = False) -> str:
@@ -1611,7 +1612,7 @@ def retry_text(ask: Ask, reason: str) -> str:
 
 def is_retry(text: str) -> bool:
     """Whether a question is what `retry_text` says."""
-    return text.startswith(tuple(t.split("{")[0] for t in _RETRY_TEXTS.values()))
+    return text.startswith(RETRY_BEGINS)
 
 
 # Finding calls in the answer...
@@ -3758,13 +3759,13 @@ def stored_run(run: Json, app: AppSettings, query: str) -> StoredTurn:
         query: the input that takes the user's text.
     """
     inputs, outputs = (_unpacked(run.get(name)) for name in ("inputs", "outputs"))
-    given = (inputs.get(name) for name in (app.history_variable, query))
-    texts = [text for text in given if text and isinstance(text, str)]
-    question = Message("user", "\n\n".join(texts))
+    given = (inputs.get(name) for name in (query, app.history_variable))
+    text, past = (value if isinstance(value, str) else "" for value in given)
     reader = AnswerReader("workflow", app)
     parts = reader._on_workflow_finished({**run, "outputs": outputs})
     id_, created = str(run.get("id") or ""), count_of(run.get("created_at"))
-    return StoredTurn(id_, id_, created, question, parts, _told_in(inputs.values()))
+    question, told = Message("user", text), _told_in(inputs.values())
+    return StoredTurn(id_, id_, created, question, parts, told, past)
 
 
 def _told_in(values: Iterable[Any]) -> Ask:
@@ -5252,11 +5253,28 @@ class ResponseFrame:
 
 
 _TOLD = re.compile(r'\A<(message(?:-\d+)?) role="system">\n.*?\n</\1>\n\n?', re.DOTALL)
+_END_OF_FOLDED = re.compile(r"</(message(?:-\d+)?)>\n\n\Z")
 
 
 def asked_text(message: Message) -> str:
     """A stored question's text, without what the app was told before it."""
     return _TOLD.sub("", message.text)
+
+
+def with_past(question: Message, past: str) -> Message:
+    """A stored question behind what the app had as an input, without a failed try.
+
+    Where a second try began a conversation of its own, it was told the first one's
+    answer, which no client has seen.
+    """
+    text = f"{past}\n\n{asked_text(question)}" if past else question.text
+    words_at = max(0, *map(text.rfind, RETRY_BEGINS))
+    said = text[:words_at].removesuffix("Answer this message:\n\n")
+    if end := _END_OF_FOLDED.search(said):
+        last = said.rfind(f"\n<{end[1]} ")
+        if said.startswith(f'\n<{end[1]} role="assistant">', last):
+            text = said[:last]
+    return question._replace(text=text)
 
 
 def input_item(id_: str, message: Message) -> dict[str, Any]:
@@ -9628,8 +9646,8 @@ def _as_asked(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
         question = turn.question
         if known and is_retry(asked_text(question)):
             question = known.pop().question
-        elif turn.past and not known:  # all others have the same
-            question = question._replace(text=f"{turn.past}\n\n{question.text}")
+        elif not known:  # all others have the same past
+            question = with_past(question, turn.past)
         known.append(turn._replace(told=told, question=question))
     return known
 

@@ -23,11 +23,11 @@ BUDGETS = {
     "SSE": 61,
     "JSON": 96,
     "Turn": 205,
-    "Calls": 809,
+    "Calls": 810,
     "Dify": 789,
     "Ids": 66,
     "OpenAI": 681,
-    "Responses": 424,
+    "Responses": 434,
     "Conversations": 443,
     "Pacer": 130,
     "Wire": 492,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 459,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7689
+WHOLE_BUDGET = 7700
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

@@ -1641,6 +1641,48 @@ async def test_second_try_is_no_turn_of_a_conversation() -> None:
     assert [item["content"][0]["text"] for item in asked] == ["Two"]
 
 
+HI_AND_TWO = [user("Hi"), {"role": "assistant", "content": "Hello"}, user("Two")]
+CALLED: JSONObject = {"call_id": "c", "name": "get_weather", "arguments": "{}"}
+RAN = [
+    {"type": "function_call", **CALLED},
+    {"type": "function_call_output", "call_id": "c", "output": "Sunny"},
+]
+
+
+@pytest.mark.parametrize("variable", ["", "past"], ids=["query", "input"])
+@pytest.mark.parametrize("mode", ["chat", "workflow"])
+@pytest.mark.parametrize(
+    ("items", "last"),
+    [
+        pytest.param([user("Two")], "Two", id="alone"),
+        pytest.param(HI_AND_TWO, "Two", id="folded"),
+        pytest.param([user("Hi"), *RAN], "Sunny", id="result"),
+    ],
+)
+async def test_second_try_is_no_question_where_it_begins_a_conversation(
+    items: list[JSONObject], last: str, mode: str, variable: str
+) -> None:
+    """As in the conversation of the first: no client has seen that one's answer."""
+    answers = iter(["no JSON", '{"a": 1}', "Bye", "Bye"])
+
+    def script(_: fake.Request) -> list[fake.Step]:
+        return fake.DEFAULT_ANSWER[mode](next(answers))
+
+    query = {"query_variable": "q"} if mode == "workflow" else {}
+    config = {**query, "history_variable": variable}
+    async with proxy(script, mode=mode, config=config) as served:
+        one = await answer(served, items, **AS_JSON)
+        path = f"{PATH}/{one['id']}/input_items"
+        ((asked,),) = [
+            item["content"] for item in (await served.get(path)).json["data"]
+        ]
+        for branch in ("Left", "Right"):
+            await answer(served, branch, previous_response_id=one["id"])
+        told_last = json.dumps(served.turns[-1].json)
+    assert asked["text"].endswith(f">\n{last}\n</message>")
+    assert "no JSON" not in told_last and "Your last answer" not in told_last
+
+
 async def test_conversation_begun_in_two_tries_goes_on_in_the_second() -> None:
     answers = iter(["no JSON", '{"a": 1}', "Bye"])
     text = {"format": {"type": "json_object"}}
