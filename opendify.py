@@ -1717,7 +1717,7 @@ class CallReader:
             else:
                 held = [] if isinstance(part, Reasoning) else self.close()
                 done += [*held, part]
-            if isinstance(part, (Replace, Recast)):  # what comes follows other text
+            if isinstance(part, Recast):  # what comes follows other text
                 self._is_code, self._tail = False, ""
         return done
 
@@ -2400,6 +2400,7 @@ class Reading:
         self._can_begin = is_shown or (self._is_required and not is_whole)
         self._may_fail = self._is_required or self._is_json  # nothing is given yet
         self._held: list[Part] = []  # until something is
+        self._is_replaced = False  # by text that is read no more
 
     @property
     def is_cut(self) -> bool:
@@ -2423,6 +2424,8 @@ class Reading:
         """
         if self.is_plain:
             return parts
+        if Replace in map(type, parts) and not self._is_replaced:
+            return self._feed_replaced(parts)
         self.said.add("".join([p.text for p in parts if isinstance(p, Text)]))
         ready = self._read(parts)
         self._held += ready
@@ -2440,6 +2443,22 @@ class Reading:
             thought = functools.partial(Reasoning, is_inline=True)
             held = [thought(p.text) if isinstance(p, Text) else p for p in held]
         return held
+
+    def _feed_replaced(self, parts: list[Part]) -> list[Part]:
+        """The parts of an answer that the app replaces: all text from there as it is.
+
+        The old text takes with it what is held back; the new one says that the answer
+        is withheld, so it need be no call and no JSON.
+        """
+        at = [*map(type, parts)].index(Replace)
+        given = self.feed(parts[:at])
+        if self.is_cut:  # before
+            return given
+        self._is_replaced = True
+        self._calls = self._stop = self._json = None
+        self._is_required = self._is_json = self._may_fail = False
+        self._held = [p for p in self._held if isinstance(p, (Reasoning, Media))]
+        return given + self.feed(parts[at:])
 
     def _read(self, parts: list[Part]) -> list[Part]:
         """The parts as the client is to get them, if the answer will do."""

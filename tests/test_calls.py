@@ -116,10 +116,9 @@ def test_custom_tool_is_called_with_a_text(given: dict[str, Any], text: str) -> 
     assert (call.name, call.given) == ("patch", text)
 
 
-@pytest.mark.parametrize("part", [Recast(10), Replace("So:")])
-def test_code_that_was_withdrawn_hides_no_call(part: Part) -> None:
+def test_code_that_was_withdrawn_hides_no_call() -> None:
     calls = reader()
-    calls.feed([Text("```\nIt is a"), part])
+    calls.feed([Text("```\nIt is a"), Recast(10)])
     assert calls.feed([Text(f"<tool_call>{CALL}</tool_call>")]) == parts_of(PARIS_CALL)
 
 
@@ -1321,6 +1320,51 @@ def test_answer_that_comes_at_once_is_judged_as_a_whole_one(
     wanted = judged(whole, [*parts])
     assert judged(at_once, [*parts]) == wanted
     assert judged(in_pieces, *([part] for part in parts)) == wanted
+
+
+@pytest.mark.parametrize("is_at_once", [False, True])
+@pytest.mark.parametrize(
+    ("ask", "before", "given"),
+    [
+        pytest.param(
+            Ask("m", (), tools=TOOLS),
+            [Text(f"Well.<tool_call>{CALL[:-1]}")],
+            [Text("Well.")],
+            id="tools",
+        ),
+        pytest.param(Ask("m", (), stops=("X!",)), [Text("aX")], [Text("a")], id="stop"),
+        pytest.param(
+            Ask("m", (), tools=TOOLS, tool_mode="required"),
+            [Reasoning("Hm."), Text("Bad. "), Recast(5), Text("Bad.")],
+            [Reasoning("Hm.")],
+            id="required",
+        ),
+        pytest.param(Ask("m", (), output=ANY), [Text("So")], [], id="json"),
+        pytest.param(
+            Ask("m", (), output=PERSON),
+            [Text('So: {"name": "no')],
+            [Text('{"name": "no')],
+            id="json-begun",
+        ),
+    ],
+)
+def test_text_that_is_replaced_takes_with_it_what_is_held_back(
+    ask: Ask, before: list[Part], given: list[Part], is_at_once: bool
+) -> None:
+    """And what comes in its place passes as it is: it says that this is withheld."""
+    reading = Reading(ask, "m", is_whole=False, spent=Usage(2, 2))
+    text: list[Part] = [Replace("So: "), Text(f"no.{TOLD}X!"), Recast(2), Replace("No")]
+    parts = [*before, *text, Usage(1, 1), Finish("content_filter")]
+    batches = [parts] if is_at_once else [[part] for part in parts]
+    got = [out for batch in batches for out in reading.feed(batch)]
+    assert got == [*given, *text, Usage(3, 3), Finish("content_filter")]
+    assert not (reading.problem or reading.is_cut)
+
+
+def test_answer_that_was_cut_is_replaced_by_nothing() -> None:
+    reading = Reading(Ask("m", (), stops=("X",)), "m", is_whole=True, spent=Usage())
+    got = reading.feed([Text("aX"), Replace("No"), Finish("content_filter")])
+    assert got == [Text("a"), Usage(), Finish()]
 
 
 FORM = Tool("form", "", PERSON.schema)

@@ -23,7 +23,7 @@ BUDGETS = {
     "SSE": 61,
     "JSON": 96,
     "Turn": 205,
-    "Calls": 810,
+    "Calls": 823,
     "Dify": 789,
     "Ids": 66,
     "OpenAI": 681,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 459,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7700
+WHOLE_BUDGET = 7713
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
