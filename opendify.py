@@ -710,6 +710,11 @@ class SSEDecoder:
         self._after_cr = False  # an LF now belongs to a CR that ended the last read
         self._encoding = "utf-8-sig"  # a BOM may stand at the start, and nowhere else
 
+    @property
+    def has_part(self) -> bool:
+        """Whether an event has begun that is not complete."""
+        return bool(self._line or self._data)
+
     def feed(self, data: bytes) -> list[str]:
         """The data of the events that these bytes complete; raises SSEOverflow."""
         if b"\r" in data or (self._after_cr and data):
@@ -7995,7 +8000,8 @@ class TurnStream:
             return self.reader.give_up(told)
         parts = self.reader.read(events)
         is_closing = self.reader.is_closing  # then a part of the last event counts, too
-        if not self._is_draining and (is_closing or not _SILENT.issuperset(events)):
+        is_alive = is_closing and self._decoder.has_part
+        if not self._is_draining and (is_alive or not _SILENT.issuperset(events)):
             limit_s = GRACE_S if is_closing else self._idle_timeout_s
             self._response.set_deadline(limit_s, _too_silent)
         return parts

@@ -20,7 +20,7 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 BUDGETS = {
     "Settings": 239,
     "Errors": 93,
-    "SSE": 61,
+    "SSE": 64,
     "JSON": 96,
     "Turn": 205,
     "Calls": 823,
@@ -31,7 +31,7 @@ BUDGETS = {
     "Conversations": 443,
     "Pacer": 130,
     "Wire": 492,
-    "Upstream": 703,
+    "Upstream": 704,
     "Answers": 498,
     "Handlers": 889,
     "Server": 285,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 459,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7713
+WHOLE_BUDGET = 7717
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

@@ -1376,6 +1376,8 @@ def _slowly(data: bytes, pause_s: float) -> Iterator[Step]:
             3.6,
             id="message-end-in-pieces",
         ),
+        pytest.param([Sleep(0.6), PING] * 4 + [Hang()], 1, id="pings"),
+        pytest.param([Sleep(0.6), Send(b": alive\n\n")] * 4, 1, id="comments"),
         pytest.param([], 0, id="last-chunk"),
         pytest.param([Close()], 0, id="end"),
         pytest.param([Reset()], 0, id="reset"),
