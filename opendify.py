@@ -1662,7 +1662,7 @@ _UNFINISHED = re.compile(  # tokens that may be whole when more text comes
     r"|\[[A-Z_]{0,10}\Z|✿[A-Z]{0,10}✿?\Z|`{1,2}\Z|```[\w-]{0,40}[ \t]*\Z"
 )
 _FENCES = ("", "json", "json5", "jsonc", "xml", "tool_call", "tool_calls", "tool_code")
-_QUOTES = ("`", '"', "'", "“", "‘", "「", "\\")
+QUOTES = ("`", '"', "'", "“", "‘", "「", "\\")
 _LEADS = tuple(":.!?*：。！？")
 _QUOTED_MARKER = re.compile(r"[`\"'“‘「\\]<[^<>]{1,40}>\s*\Z")
 _HEAD = re.compile(  # of JSON: its first key, and how the value of that one begins
@@ -1790,7 +1790,7 @@ class CallReader:
         """Whether a marker or JSON stands here, where a call can stand."""
         before = (self._tail + text[max(at - _CONTEXT_CHARS, 0) : at])[-_CONTEXT_CHARS:]
         if text.startswith(_MARKERS, at):
-            return text[at] not in "<✿" or not before.endswith(_QUOTES)
+            return text[at] not in "<✿" or not before.endswith(QUOTES)
         line = before.rpartition("\n")[2].rstrip(" \t")
         is_json = text[at] in "[{" and not _QUOTED_MARKER.search(before)
         return is_json and (not line or line.endswith(_LEADS))
@@ -3101,7 +3101,8 @@ class AnswerText:
 
     Reasoning may stand in it, in tags; what comes by itself goes to the same `blocks`.
     Newlines beside the tags belong to the tags. A closing tag alone means that all the
-    text before it was reasoning. A block never closed is reasoning to the end.
+    text before it was reasoning. A block never closed is reasoning to the end. A tag in
+    quotes, or in code that names it, is text.
 
     Text belongs to its source; what one leaves open ends with it, and a closing tag
     does not reach over its beginning. `close` it at the end.
@@ -3114,8 +3115,10 @@ class AnswerText:
         self._source: object = None  # where the text is from: [node, variable]
         self._half = ""  # the first half of a surrogate pair
         self._held = ""  # what may be a tag, or a part of one
+        self._last = ""  # the character before it
         self._opened: re.Match[str] | None = None  # the tag of the block we are in
         self._state = _STATES[None]  # what that block may hold
+        self._is_named = False  # whether an opening tag was, and its closing one is due
         # Since the source began:
         self._has_block = False
         self._size = 0  # of its text, in characters
@@ -3136,6 +3139,7 @@ class AnswerText:
         self.kept.add(text)
         if "<" in text or self._held or self._opened:
             return [part for text in texts for part in self._split(text)]
+        self._last = text[-1:] or self._last
         self._size += len(text)
         return [Text(text) for text in texts if text]
 
@@ -3161,6 +3165,7 @@ class AnswerText:
         """
         parts = self._split("", is_last=True) if self._held else []
         self._opened, self._state = None, _STATES[None]
+        self._last, self._is_named = "", False
         self._has_block, self._size = False, 0
         return parts
 
@@ -3213,14 +3218,30 @@ class AnswerText:
         while tag := self._state.tags.search(text, start):
             if not is_last and _MORE_OF_TAG.match(text, tag.end()):
                 break
-            self._take(parts, text[start : tag.start()])
-            self._cross(parts, tag)
+            is_text = not self._opened and self._names(text, tag)
+            self._take(parts, text[start : tag.end() if is_text else tag.start()])
+            if not is_text:
+                self._cross(parts, tag)
             start = tag.end()
         held = None if is_last else tag or self._state.begun.search(text, start)
         end = held.start() if held else len(text)
         self._take(parts, text[start:end])
-        self._held = text[end:]
+        self._last, self._held = text[end - 1 : end] or self._last, text[end:]
         return parts
+
+    def _names(self, text: str, tag: re.Match[str]) -> bool:
+        """Whether the text only names this tag: in quotes, or as one of a named pair.
+
+        A thought may end with a quote, so a closing tag needs another one behind it.
+        """
+        first, end = tag.start(), tag.end()
+        is_quoted = (text[first - 1] if first else self._last) in QUOTES
+        if tag.lastgroup:
+            self._is_named = is_quoted
+            return is_quoted
+        is_second, self._is_named = self._is_named, False
+        is_shut = text[end - 1] == ">" and text[end : end + 1] in QUOTES
+        return is_second or (is_quoted and is_shut)
 
     def _cross(self, parts: list[Part], tag: re.Match[str]) -> None:
         """Go over a tag, into a block of reasoning or out of it."""

@@ -88,7 +88,9 @@ def answers(draw: st.DrawFn, mode: str) -> Answer:
         passage = ""
         if draw(st.booleans()):
             opening, closing = draw(st.sampled_from(TAGS))
-            passage = opening + prose("T", thoughts).replace("</", "") + closing
+            start = "\n" if passages else ""  # a quote before it only names a tag
+            passage = start + opening
+            passage += prose("T", thoughts).replace("</", "") + closing
         passage += prose("W", words)
         passage += "".join(draw(st.lists(st.sampled_from(CALLS), max_size=2)))
         passages.append(passage)

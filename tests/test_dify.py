@@ -176,6 +176,19 @@ REASONED = [
     pytest.param("<details><summary>x", "", "<details><summary>x", id="other-details"),
     pytest.param("<thinking>a</thinking>", "", "<thinking>a</thinking>", id="thinking"),
     pytest.param("a&amp;b <think>&lt;</think>", "&lt;", "a&amp;b ", id="not-escaped"),
+    *(
+        pytest.param(f"<think>Hm</think>{text}", "Hm", text, id=f"named-in-{name}")
+        for name, text in {
+            "code": "Put it between `<think>` and `</think>`.",
+            "pattern": r're.sub(r"<think>.*?</think>\n*", "", text)',
+            "string": "text.split(\"</think>\\n\")[-1]; text.split('</think>')[-1]",
+            "lines": '"""<think>\nHm.\n</think>\n\n"""',
+            "JSON": '{"a": "<think>b</think>c", "</think>": "“<think>”"}',
+            "Chinese": "“<think>”和“</think>”",
+        }.items()
+    ),
+    pytest.param('<think>"Yes"</think>"OK"', '"Yes"', '"OK"', id="ends-with-quote"),
+    pytest.param("`<think>` <think>a</think>b", "a", "`<think>` b", id="named-first"),
 ]
 
 
@@ -193,6 +206,17 @@ def test_text_before_a_closing_tag_alone_was_reasoning() -> None:
     said = AnswerText(Blocks())
     assert said.add("I think so.</thi") == [Text("I think so.")]
     assert said.add("nk>\n\nYes") == [Recast(11), Text("Yes")]
+
+
+@pytest.mark.parametrize("text", ["`x`</think>\n\n`y`", '"x"</think>y'])
+def test_a_thought_without_opening_tag_may_end_with_a_quote(text: str) -> None:
+    assert Recast(3) in AnswerText(Blocks()).add(text)
+
+
+def test_a_tag_in_quotes_alone_makes_no_reasoning() -> None:
+    text = 'Take what follows `</think>`: text.split("</think>")[-1]'
+    assert split(text) == ("", text)
+    assert split(*text) == ("", text)
 
 
 def test_a_closing_tag_with_nothing_before_it_says_nothing() -> None:
@@ -249,6 +273,7 @@ SCRAPS = st.sampled_from(
     [
         *("<think>", "</think>", "<", ">", "/", "think", "\n", "a", "é", "&lt;", "&"),
         *(MARKER, DETAILS, "</details>", "```", "< think >", "<thin", "</thi", "<p>"),
+        *('"', "`<think>", "`</think>`"),
     ]
 )
 
