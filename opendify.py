@@ -8684,7 +8684,7 @@ class Outlet:
         self._tells_lag = self._reply.request.headers.get("x-opendify-lag") == "on"
         self._sent = KeptText()
         self.calls = stream.summary.calls
-        self.has_begun = False
+        self.has_begun = self.is_withdrawn = False
         self._finish = Finish()
         self._loop = asyncio.get_running_loop()
         later = self._loop.call_later
@@ -8782,6 +8782,7 @@ class Outlet:
         sent = self.text
         if self._sent.is_whole and text.startswith(sent):
             return text[len(sent) :]
+        self.is_withdrawn = True
         log.warning("the app replaced what was sent already [%s]", self._exchange.id)
         return ""
 
@@ -8856,7 +8857,7 @@ class Outlet:
 class Collector(Answer):
     """A whole answer, with the methods of an Outlet."""
 
-    is_behind = False  # it holds nothing back
+    is_behind = is_withdrawn = False  # it holds nothing back, and gives nothing early
     has_begun = False  # so that it gets the latest ids
 
     def __init__(self, exchange: Exchange) -> None:
@@ -8883,7 +8884,8 @@ class Collector(Answer):
 
 
 # Where an answer goes: `begin`, `put` its parts, `finish`; `close` in any case. `text`
-# and `calls` are what the client gets; there is more to the text if it `is_behind`.
+# and `calls` are what the client gets; there is more to the text if it `is_behind`, and
+# the app says something else by now if it `is_withdrawn`.
 Sink = Union[Outlet, Collector]
 
 
@@ -10233,11 +10235,12 @@ async def _spoken(site: Site, exchange: Exchange, app: AppSettings, ask: Ask) ->
 
 
 async def _say(site: Site, question: Question, sink: Sink) -> None:
-    """Have the app say its answer; a call, or nothing, is not said.
+    """Have the app say its answer; a call, or nothing, or what it withdrew is not said.
 
     The conversation has the text by now, and goes on whatever happens to its sound.
     """
-    if sink.calls or not (sink.text.strip() or sink.is_behind):
+    has_words = sink.text.strip() or sink.is_behind
+    if sink.calls or sink.is_withdrawn or not has_words:
         return
     app, exchange, size = question.app, question.exchange, 0
     voice = question.ask.voice or ""

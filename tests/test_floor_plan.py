@@ -32,14 +32,14 @@ BUDGETS = {
     "Pacer": 130,
     "Wire": 492,
     "Upstream": 704,
-    "Answers": 498,
-    "Handlers": 889,
+    "Answers": 499,
+    "Handlers": 890,
     "Server": 285,
     "Page": 263,
     "Command line": 459,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7732
+WHOLE_BUDGET = 7734
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

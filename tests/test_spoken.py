@@ -13,7 +13,7 @@ from typing import Any, Callable
 import fake_dify as fake
 import pytest
 from clock import now
-from fake_dify import Close, Hang, Raw, Sleep, Status, Step, chat_answer
+from fake_dify import Close, Hang, Raw, Send, Sleep, Status, Step, chat_answer
 from schemas import check_chat_stream
 from test_end_to_end import run_client
 from test_files import VISION, form_of, post
@@ -301,6 +301,21 @@ async def test_what_is_no_text_is_not_said(
         assert "audio" not in got.message
         assert got.json["choices"][0]["finish_reason"] == finish
     assert speeches(served) == []
+
+
+async def test_text_that_the_app_has_withdrawn_is_not_said() -> None:
+    """It was shown by then, but moderation has its reasons."""
+    replaced = Send({"event": "message_replace", "answer": "No."})
+    script = [fake.message("Hello"), Sleep(1), replaced, *chat_answer()]
+    async with proxy(script, parameters=SPEAKS) as served:
+        streamed = await served.chat(stream=True, **ASKED)
+        assert speeches(served) == []
+        whole = await served.chat(**ASKED)
+    rows = audios_of(streamed.chunks)
+    assert "".join(row.pop("transcript") for row in rows) == "Hello"
+    assert not any("data" in row for row in rows)
+    assert finishes(streamed.chunks) == ["content_filter"]
+    assert audio_of(whole) == said("No.")
 
 
 # ------------------------------------------------------------------------------
