@@ -5083,7 +5083,7 @@ def echo_of(body: Json) -> dict[str, Any]:
 
 def ask_of(
     request: ResponsesRequest,
-    found: Mapping[str, Message],
+    found: Mapping[str, Message | None],
     before: Messages = (),
     told: Messages = (),
 ) -> Ask:
@@ -5091,36 +5091,38 @@ def ask_of(
 
     Args:
         request: the request.
-        found: what its references stand for. One that is not found is left out; those
-            to several items of one answer stand for one message. Its calls may follow
-            (the AI SDK names the message), and its text, or that may go before them
-            (Mastra names the calls).
+        found: what its references stand for; one that is not found is left out. Of an
+            answer some items may be named and others not: the AI SDK names the text
+            before its calls, Mastra the calls behind their text.
         before: what was said up to `previous_response_id`.
         told: what Dify has of it, which only names the tools of new results.
 
     Raises:
         BadRequest: there is nothing but references, and all are unknown.
     """
-    messages = list(before)
-    named = nothing = Message("", "")
-    for item in request.items:
-        if isinstance(item, Message):
-            is_answer = named.role == item.role == "assistant"
-            is_its_own = is_answer and plain_text(item) in ("", plain_text(named))
-            if not is_its_own:
-                named = nothing
-                messages.append(item)
-            elif item.tool_calls:
-                messages[-1] = messages[-1]._replace(tool_calls=item.tool_calls)
-        elif item in found and found[item] != named:
-            is_first, named = named == nothing, found[item]
-            if is_first and messages[-1:] == [named._replace(tool_calls=())]:
-                messages.pop()
-            messages.append(named)
+    said = (found.get(i) if isinstance(i, str) else i for i in request.items)
+    messages = [*before, *filter(None, said)]
     messages = with_tool_names([*told, *in_rounds(messages)])[len(told) :]
     if request.references and not (messages or told):
         raise bad_value("input", "none of the items that it names is known.")
     return request.ask._replace(messages=tuple(messages))
+
+
+def item_named(
+    id_: str, number: str, question: Message, answer: Message
+) -> Message | None:
+    """What an id means of a turn: one item, or all of the answer without a `number`.
+
+    Thoughts say nothing: an app's are not sent back to it.
+    """
+    if number in ("", "in"):
+        return question if number else answer
+    if id_.startswith(_MESSAGE_SHAPE.prefix):
+        return answer._replace(tool_calls=())
+    if id_.startswith((_CALL_SHAPE.prefix, _CUSTOM_SHAPE.prefix)):
+        calls = answer.tool_calls[int(number) :][:1]
+        return answer._replace(text="", tool_calls=calls) if calls else None
+    return None
 
 
 def _parse_id(body: Json, name: str) -> str:
@@ -5613,7 +5615,8 @@ class ResponseStream:
     def _add_item(self, shape: _Shape, fields: Mapping[str, str]) -> bytes:
         at = len(self._output)
         # By its number among its kind: read again, reasoning comes before the text.
-        number = next(self._item_numbers[shape.prefix])
+        # Calls of both shapes are of one kind, for `item_named`.
+        number = next(self._item_numbers[shape.part_event])
         about = {"id": self.frame.id(shape.prefix, number), "type": shape.type}
         item = {**about, **shape.added, shape.key: [] if shape.part else "", **fields}
         self._output.append(item)
@@ -9621,7 +9624,7 @@ async def _join_at(
     if previous and anchor.message_id not in ids:
         raise _no_previous(previous)
     found = {
-        id_: turn.question if place.item == "in" else turn.message(tools)
+        id_: item_named(id_, place.item, turn.question, turn.message(tools))
         for id_, place in places.items()
         if (turn := stored.get(place.message_id))
     }

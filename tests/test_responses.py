@@ -52,6 +52,7 @@ from opendify import (
     deleted_object,
     describe_tools,
     input_item,
+    item_named,
     list_page,
     open_place,
     parse_responses_request,
@@ -289,21 +290,56 @@ def test_references_stand_in_order_for_what_they_name() -> None:
     rows.append({"id": "fc_1"})
     parsed = parse_responses_request(request(*rows))
     assert parsed.references == ("msg_1", "fc_1", "msg_?", "fc_1")
-    said = Message("assistant", "a", tool_calls=(CALLED,))
+    said = Message("assistant", "a")
+    call = Message("assistant", "", tool_calls=(CALLED,))
+    whole = said._replace(tool_calls=(CALLED,))
     earlier = [Message("user", "0"), Message("assistant", "00")]
-    ask = ask_of(parsed, {"msg_1": said, "fc_1": said}, earlier)
-    assert ask.messages == (*earlier, HI, said, Message("user", ""), said)
+    ask = ask_of(parsed, {"msg_1": said, "fc_1": call}, earlier)
+    assert ask.messages == (*earlier, HI, whole, Message("user", ""), call)
+
+
+ANSWER = Message(
+    "assistant",
+    "a",
+    tool_calls=tuple(
+        ToolCall(f"call_{n}", "f", "{}", is_custom=n == 1) for n in range(3)
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("id_", "number", "text", "calls"),
+    [
+        ("resp_x", "", "a", [0, 1, 2]),
+        ("msg_x", "0", "a", []),
+        ("fc_x", "0", "", [0]),
+        ("ctc_x", "1", "", [1]),
+        ("fc_x", "2", "", [2]),
+    ],
+)
+def test_item_that_is_named_is_that_part_of_its_answer(
+    id_: str, number: str, text: str, calls: list[int]
+) -> None:
+    own = tuple(ANSWER.tool_calls[n] for n in calls)
+    said = Message("assistant", text, tool_calls=own)
+    assert item_named(id_, number, HI, ANSWER) == said
+
+
+@pytest.mark.parametrize(("id_", "number"), [("rs_x", "0"), ("fc_x", "3")])
+def test_thoughts_and_calls_that_are_not_there_say_nothing(
+    id_: str, number: str
+) -> None:
+    assert item_named(id_, number, HI, ANSWER) is None
 
 
 def test_calls_after_a_reference_belong_to_what_it_names() -> None:
     """The AI SDK names the message that came with the calls, and repeats them."""
     output = {"type": "function_call_output", "call_id": "call_1", "output": "x"}
-    parsed = parse_responses_request(request(HI_ROW, {"id": "rs_1"}, CALL, output))
-    as_stored = ToolCall("call_of_proxy", "f", "{}")
-    said = Message("assistant", "a", tool_calls=(as_stored,))
+    parsed = parse_responses_request(request(HI_ROW, {"id": "msg_1"}, CALL, output))
+    said = Message("assistant", "a")
     result = Message("tool", "x", "f")  # the tool's name, not the call's id
     own = said._replace(tool_calls=(CALLED,))
-    assert ask_of(parsed, {"rs_1": said}).messages == (HI, own, result)
+    assert ask_of(parsed, {"msg_1": said}).messages == (HI, own, result)
     alone = Message("assistant", "", tool_calls=(CALLED,))
     assert ask_of(parsed, {}).messages == (HI, alone, result)
 
@@ -317,11 +353,11 @@ def test_calls_after_a_reference_belong_to_what_it_names() -> None:
         pytest.param([SAID, {"id": "fc_1"}], id="behind"),
     ],
 )
-def test_answer_that_is_named_and_repeated_is_said_once(rows: list[Any]) -> None:
+def test_answer_that_is_named_in_part_is_one_message(rows: list[Any]) -> None:
     said = Message("assistant", "a", tool_calls=(CALLED,))
     parsed = parse_responses_request(request(HI_ROW, *rows, HI_ROW))
-    ask = ask_of(parsed, dict.fromkeys(("rs_1", "fc_1"), said))
-    assert ask.messages == (HI, said, HI)
+    named = {"rs_1": None, "fc_1": said._replace(text="")}
+    assert ask_of(parsed, named).messages == (HI, said, HI)
 
 
 def test_another_answer_after_one_that_is_named_is_said_too() -> None:

@@ -982,6 +982,24 @@ async def test_call_of_a_second_try_that_a_conversation_has_is_not_told_again(
     assert query == '<message role="tool" name="get_weather">\nsun\n</message>'
 
 
+@pytest.mark.parametrize("shown", ["-n", "n-", "-w", "nw", "wn", "nn"])
+async def test_calls_are_told_that_are_named_or_whole_and_no_others(shown: str) -> None:
+    """Of two calls of an answer: "n" is named, "w" stands there whole, "-" is gone."""
+    script = [fake.chat_answer(TWO_CALLS), fake.chat_answer("Sunny.")]
+    async with proxy(lambda _: script.pop(0)) as served:
+        one = await answer(served, "Rome?", tools=[WEATHER, TIME])
+        kept = [pair for pair in zip(shown, one["output"]) if pair[0] != "-"]
+        calls = [reference(row) if form == "n" else row for form, row in kept]
+        about = {"type": "function_call_output", "output": "x"}
+        results = [{**about, "call_id": row["call_id"]} for _, row in kept]
+        items = [user("Hm, Rome?"), *calls, *results]
+        await answer(served, items, tools=[WEATHER, TIME])
+        query = told(served)[-1][-1]
+    history = query.partition('role="assistant">')[2]
+    names = re.findall(r'{"name": "(\w+)"', history)
+    assert names == [row["name"] for _, row in kept]
+
+
 async def test_result_that_stands_behind_later_calls_is_told_once() -> None:
     """Mastra puts all calls of a run before all results."""
     texts = [CALL, CALL.replace("Rome", "Oslo"), "Sunny."]
