@@ -3322,7 +3322,7 @@ class AnswerReader:
 
     def _read(self, data: str) -> list[Part]:
         """The parts that one event adds; [] for one that adds none."""
-        if _can_skip(data):
+        if data in ("", "ping") or (_is_unread(data) and not self._unknown_ids):
             return []
         try:
             value = object_of(read_json(data))  # {} if too deep: some tool's output
@@ -3503,11 +3503,9 @@ _LONG_EVENT = 4096  # characters; a text delta is shorter
 _EVENT_NAME = re.compile(r'\{"event": ?"(\w+)"')
 
 
-def _can_skip(data: str) -> bool:
-    """Whether an event says nothing, or is long and of a kind that nobody reads."""
-    if len(data) <= _LONG_EVENT:
-        return not data or data == "ping"
-    name = _EVENT_NAME.match(data)
+def _is_unread(data: str) -> bool:
+    """Whether an event is long, and of a kind of which nobody reads more than ids."""
+    name = _EVENT_NAME.match(data) if len(data) > _LONG_EVENT else None
     return name is not None and name[1] not in _READERS
 
 

@@ -831,7 +831,9 @@ def test_megabytes_that_nobody_reads_are_not_parsed() -> None:
     data = (
         '{"event":"loop_completed","data":' + "x" * 5000
     )  # would fail if it were parsed
-    assert AnswerReader("workflow", APP).read([data]) == []
+    reader = AnswerReader("workflow", APP)
+    reader.read([event(event="workflow_started", task_id="t", workflow_run_id="r")])
+    assert reader.read([data]) == []
 
 
 @given(
@@ -952,6 +954,14 @@ def test_ids_are_learnt_from_the_first_event_that_has_them() -> None:
     reader.read([event(event="agent_thought", **ids)])
     reader.read([event(event="message", answer="a", message_id="m", **ids)])
     assert (reader.task_id, reader.conversation_id, reader.message_id) == tuple("tcm")
+
+
+def test_ids_are_learnt_from_an_event_that_repeats_a_long_question() -> None:
+    reader = AnswerReader("workflow", APP)
+    data = {"inputs": {"sys.query": "x" * 5000}}
+    ids = {"task_id": "t", "workflow_run_id": "r"}
+    reader.read([event(event="workflow_started", **ids, data=data)])
+    assert (reader.task_id, reader.workflow_run_id) == ("t", "r")
 
 
 def test_recovery_joins_a_surrogate_pair_that_broke_apart() -> None:
