@@ -7752,7 +7752,8 @@ class Pool:
             wire.write(head)
             while not (is_sent or _ANSWER.search(wire.unread) or wire.must_drain()):
                 data = await read()
-                await asyncio.sleep(0)  # an answer is read, before a write fails
+                for _ in range(2):  # one turn finds an answer that came, one reads it
+                    await asyncio.sleep(0)  # before a write fails
                 wire.write(b"%x\r\n%b\r\n" % (len(data), data))  # the last is empty
                 is_sent = not data
                 with contextlib.suppress(ConnectionBroken):  # `_exchange` tells why

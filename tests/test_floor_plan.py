@@ -31,7 +31,7 @@ BUDGETS = {
     "Conversations": 443,
     "Pacer": 130,
     "Wire": 492,
-    "Upstream": 704,
+    "Upstream": 705,
     "Answers": 499,
     "Handlers": 890,
     "Server": 285,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 459,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7729
+WHOLE_BUDGET = 7730
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

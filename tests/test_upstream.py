@@ -409,6 +409,30 @@ async def test_connection_is_not_kept_when_a_file_is_refused_before_its_end() ->
     assert len(seen) == 2
 
 
+async def test_refusal_is_read_though_the_connection_is_reset_behind_it() -> None:
+    """A server that closes with some of the file unread resets the connection."""
+    answer = b'{"code": "file_too_large", "message": "No.", "status": 413}'
+    head = b"HTTP/1.1 413 CONTENT TOO LARGE\r\nContent-Length: %d\r\n\r\n"
+    reads = 0
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        async def read() -> bytes:
+            nonlocal reads
+            reads += 1
+            if reads == 2:
+                with server.accept()[0] as connection:
+                    connection.sendall(head % len(answer) + answer)
+            return b"more" if reads < 10 else b""
+
+        file = Attachment("a.bin", "image/png")
+        base = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        async with client(base) as (dify, app):
+            with pytest.raises(ProxyError) as caught:
+                await dify.send_file(app, "/files/upload", file, read, lambda: USER)
+    assert caught.value.status == 413
+    assert reads == 2
+
+
 async def test_file_is_read_no_further_when_dify_closes_without_an_answer() -> None:
     reads = 0
 
