@@ -11242,20 +11242,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run OpenDify; returns the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    parser = build_parser()
-    options = parser.parse_args(argv)
-    if options.help or options.version:
-        _show(parser.format_help() if options.help else f"OpenDify {__version__}")
-        return 0
-    if options.ask and not options.check:
-        parser.error("--ask belongs to --check: say --check --ask")
     try:
-        return asyncio.run(_run(options))
+        return _status_of(argv)
     except KeyboardInterrupt:
         return 1
+    finally:
+        _show(end="", stream=sys.stderr)  # what the log could not write
 
 
-def _show(text: str = "") -> None:
+def _status_of(argv: Sequence[str] | None) -> int:
+    """Do what the arguments ask for; returns the exit status."""
+    parser = build_parser()
+    try:
+        options = parser.parse_args(argv)
+        if options.help or options.version:
+            _show(parser.format_help() if options.help else f"OpenDify {__version__}")
+            return 0
+        if options.ask and not options.check:
+            parser.error("--ask belongs to --check: say --check --ask")
+    except OSError:  # in older Pythons, if nobody reads what it complains of
+        return 2
+    return asyncio.run(_run(options))
+
+
+def _show(text: str = "", *, end: str = "\n", stream: IO[str] | None = None) -> None:
     """Print it; from the first failure on, what is printed goes nowhere.
 
     A pipe that nobody reads any more (`--check | head`) and a full disk are no reason
@@ -11263,10 +11273,10 @@ def _show(text: str = "") -> None:
     written would fail again at its exit.
     """
     try:
-        print(text.rstrip("\n"), flush=True)
+        print(text.rstrip("\n"), end=end, file=stream, flush=True)
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, (stream or sys.stdout).fileno())
         os.close(nowhere)
 
 
@@ -11488,14 +11498,14 @@ async def _run(options: argparse.Namespace) -> int:
         for warning in source.warnings:
             log.warning(warning)
         if not settings.has_apps:
-            print(_NOTHING_CONFIGURED, file=sys.stderr)
+            _show(_NOTHING_CONFIGURED, stream=sys.stderr)
             return 2
         if options.check:
             return await _check(settings, asks=options.ask)
         return await _serve(settings, source)
     except SettingsError as error:
         for complaint in [*source.warnings, *str(error).splitlines()]:
-            print(f"opendify: {complaint}", file=sys.stderr)
+            _show(f"opendify: {complaint}", stream=sys.stderr)
         return 2
     finally:
         await demo.stop(0)
@@ -11538,7 +11548,7 @@ async def _serve_until_signal(settings: Settings, server: Server) -> int:
     except (OSError, OverflowError, ValueError) as error:  # ValueError: "\0" in a host
         reason = getattr(error, "strerror", None) or error
         text = f"opendify: can't listen on {host}:{port}: {reason}"
-        print(f"{text}; choose another with --host or --port", file=sys.stderr)
+        _show(f"{text}; choose another with --host or --port", stream=sys.stderr)
         return 1
     for host, port in addresses:
         shown = f"[{host}]" if ":" in host else host

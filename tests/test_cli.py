@@ -1229,6 +1229,54 @@ def test_output_that_nobody_reads_is_no_failure(
     assert (ended.returncode, ended.stderr) == (status, b"")
 
 
+@pytest.mark.parametrize("is_buffered", [True, False])
+@pytest.mark.parametrize(
+    ("argument", "in_file", "status"),
+    [
+        pytest.param("--bogus", "", 2, id="usage"),
+        pytest.param("--port=x", "", 2, id="settings"),
+        pytest.param("--port=0", "", 2, id="nothing-configured"),
+        pytest.param("--host=1.2.3.4", f"DIFY_API_KEYS={KEY}", 1, id="host"),
+        pytest.param("--check", f"DIFY_API_KEYS={KEY}\nBOGUS=1", 1, id="log"),
+    ],
+)
+def test_complaint_that_nobody_reads_changes_no_status(
+    home: Path, argument: str, in_file: str, status: int, *, is_buffered: bool
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    (home / "work/.env").write_text(f"{in_file}\nDIFY_API_BASE={NOWHERE}\n")
+    unbuffered = {"PYTHONUNBUFFERED": "" if is_buffered else "1"}
+    ended = subprocess.run(
+        [*START, argument],
+        env={**few_variables(), **unbuffered},
+        cwd=home / "work",
+        stdout=subprocess.DEVNULL,
+        stderr=writer,
+        check=False,
+    )
+    os.close(writer)
+    assert ended.returncode == status
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no process is asked to stop there")
+def test_stop_is_clean_though_nobody_reads_the_log_any_more(home: Path) -> None:
+    """As after Ctrl-C in `python opendify.py 2>&1 | tee log`, which ends tee first."""
+    server = subprocess.Popen(
+        [*START, "--port=0"],
+        env={**few_variables(), "DIFY_API_KEYS": KEY, "DIFY_API_BASE": NOWHERE},
+        cwd=home,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    with server:
+        assert server.stderr
+        assert b"INFO    models: " in server.stderr.readline()
+        server.stderr.close()
+        server.terminate()
+        assert server.wait(30) == 0
+
+
 def test_check_needs_no_output(checked: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A closed one, or that of pythonw.exe, is None."""
     monkeypatch.setattr(sys, "stdout", None)

@@ -36,10 +36,10 @@ BUDGETS = {
     "Handlers": 890,
     "Server": 285,
     "Page": 263,
-    "Command line": 459,
+    "Command line": 466,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7730
+WHOLE_BUDGET = 7737
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
