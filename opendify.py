@@ -2592,6 +2592,7 @@ def _upload_rules(files: Json) -> dict[str, Any]:
 
 _QUERY_NAMES = ("query", "input", "prompt", "question", "text")
 _TEXT_TYPES = ("text-input", "paragraph")
+_FILE_TYPES = ("file", "file-list")
 
 
 def query_variable(mode: str, form: AppForm, app: AppSettings) -> str:
@@ -2653,10 +2654,12 @@ def check_files(form: AppForm, files: Sequence[Attachment], given: Json) -> None
 def has_room(form: AppForm, files: Sequence[Attachment], given: Json) -> bool:
     """Whether the app surely takes these files; the arguments of `check_files`.
 
-    An input takes one, even if it is a list: Dify does not say how many.
+    One, where Dify does not say how many.
     """
     rules, (inputs, _) = form.uploads, place_files(form, files, given)
-    most = (count_of(rules.get("number_limits")) or 1) if rules else len(inputs)
+    most = count_of(rules.get("number_limits")) or 1
+    if not rules:
+        most = sum(_most_in(row) or 1 for row in form.inputs if row.variable in inputs)
     return len(files) <= most and not _problem_with(form, files, given)
 
 
@@ -2664,7 +2667,7 @@ def _problem_with(form: AppForm, files: Sequence[Attachment], given: Json) -> st
     """What to say of the first file that can't be sent; "" if all can."""
     rules, (_, beside) = form.uploads, place_files(form, files, given)
     limit = count_of(rules.get("number_limits")) or len(files)
-    problems = [(file, _problem_beside(rules, file)) for file in beside[:limit]]
+    problems = [(file, _problem_beside(form, file)) for file in beside[:limit]]
     problems += [(f, f"the app takes {limit} files at a time") for f in beside[limit:]]
     problems += [(file, _size_problem(form, file)) for file in files]
     said = [f"The file {f.name!r} can't be sent: {p}." for f, p in problems if p]
@@ -2673,8 +2676,12 @@ def _problem_with(form: AppForm, files: Sequence[Attachment], given: Json) -> st
 
 def describe_uploads(form: AppForm) -> str:
     """Which files may go beside the inputs, "" if none may."""
-    limit = count_of(form.uploads.get("number_limits"))
-    return _kinds_in(form.uploads) + (f"; {limit} at a time" if limit else "")
+    return _limits_in(form.uploads, count_of(form.uploads.get("number_limits")))
+
+
+def _limits_in(rules: Json, most: int) -> str:
+    limits = _kinds_in(rules), f"{most} at a time" if most else ""
+    return "; ".join(filter(None, limits))
 
 
 def size_limit_mb(form: AppForm, file: Attachment) -> int:
@@ -2690,11 +2697,14 @@ def _size_problem(form: AppForm, file: Attachment) -> str:
     return f"it is too large: the app takes {limit_mb} MB" if is_large else ""
 
 
-def _problem_beside(rules: Json, file: Attachment) -> str:
+def _problem_beside(form: AppForm, file: Attachment) -> str:
     """Why a file can't go beside the inputs; "" if it can."""
-    if not rules:
+    if not (rules := form.uploads):
         none = "the app takes no files beside its inputs, and has no file input left"
-        return f"{none} that takes it; switch file upload on in Dify"
+        rows = [row for row in form.inputs if row.type in _FILE_TYPES]
+        told = [f"{r.variable}: {_limits_in(r.rules, _most_in(r))}" for r in rows]
+        there = f" ({'. '.join(told)})" if told else ""
+        return f"{none} that takes it{there}; switch file upload on in Dify"
     if not _kind_among(file, rules):
         kind = file_kind(file).replace("custom", f".{file.extension}")
         return f"the app takes files of type {_kinds_in(rules)}, not {kind}"
@@ -2723,18 +2733,23 @@ def place_files(
     rest = list(files)
     inputs: dict[str, Any] = {}
     for input_ in form.inputs:
-        if input_.type in ("file", "file-list") and input_.variable not in given:
+        if input_.type in _FILE_TYPES and input_.variable not in given:
             placed: list[dict[str, str]] = []
             waiting, rest = rest, []
             for file in waiting:
                 kind = _kind_among(file, input_.rules)
-                if kind and not (placed and input_.type == "file"):
+                if kind and len(placed) < (_most_in(input_) or inf):
                     placed.append(_file_mapping(file, kind))
                 else:
                     rest.append(file)
             if placed:
                 inputs[input_.variable] = placed[0] if input_.type == "file" else placed
     return inputs, rest
+
+
+def _most_in(input_: AppInput) -> int:
+    """How many files a file input takes; 0 for a list of which Dify does not say it."""
+    return 1 if input_.type == "file" else count_of(input_.rules.get("max_length"))
 
 
 def files_beside(form: AppForm, files: Iterable[Attachment]) -> list[Any]:

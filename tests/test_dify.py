@@ -1515,6 +1515,7 @@ ONLY_IMAGES = {"allowed_file_types": ["image"]}
 A_PICTURE = AppInput("pic", "file", rules=ONLY_IMAGES)
 A_DOCUMENT = AppInput("doc", "file", rules={"allowed_file_types": ["document"]})
 PICTURES = AppInput("pics", "file-list", rules=ONLY_IMAGES)
+TWO_PICTURES = PICTURES._replace(rules={**ONLY_IMAGES, "max_length": 2})
 
 
 @pytest.mark.parametrize(
@@ -1525,6 +1526,9 @@ PICTURES = AppInput("pics", "file-list", rules=ONLY_IMAGES)
         pytest.param([A_PICTURE], [PNG, PNG], PNG, id="twice-the-same"),
         pytest.param([A_PICTURE, A_DOCUMENT], [PDF, PNG], None, id="one-each"),
         pytest.param([PICTURES], [PNG, LINK, PNG], None, id="list"),
+        pytest.param([TWO_PICTURES], [PNG, PNG], None, id="full-list"),
+        pytest.param([TWO_PICTURES], [PNG, PNG, LINK], LINK, id="list-overflows"),
+        pytest.param([TWO_PICTURES, A_PICTURE], [PNG] * 3, None, id="next-to-a-list"),
         pytest.param([AppInput("any", "file")], [PDF], None, id="any-kind"),
         pytest.param([AppInput("given", "file")], [PDF], PDF, id="given"),
     ],
@@ -1549,6 +1553,9 @@ def test_files_without_an_input_are_refused_unless_they_go_beside(
         (form(A_PICTURE, A_DOCUMENT), [PNG, PDF], True),
         (form(A_PICTURE, A_DOCUMENT), [PNG, PNG], False),
         (form(PICTURES), [PNG, PNG], False),  # Dify does not say how many it takes
+        (form(TWO_PICTURES), [PNG, PNG], True),
+        (form(TWO_PICTURES), [PNG, PNG, PNG], False),
+        (form(TWO_PICTURES, A_DOCUMENT), [PNG, PNG, PDF], True),
         (taking(UPLOADS), [PNG, PNG], True),
         (taking(UPLOADS), [PNG, PNG, PNG], False),
         (taking(UPLOADS), [PNG, PDF], False),  # it takes no documents
@@ -1558,6 +1565,14 @@ def test_files_without_an_input_are_refused_unless_they_go_beside(
 )
 def test_room_for_files(app: AppForm, files: list[Attachment], wanted: bool) -> None:
     assert opendify.has_room(app, files, {}) == wanted
+
+
+def test_refusal_of_a_file_tells_what_the_inputs_take() -> None:
+    app = form(TWO_PICTURES, A_DOCUMENT, AppInput("any", "file"))
+    with pytest.raises(opendify.BadRequest) as error:
+        opendify.check_files(app, [PNG, PNG, PNG, LINK], {})
+    limits = "(pics: image; 2 at a time. doc: document; 1 at a time. any: 1 at a time)"
+    assert limits in error.value.message
 
 
 def placed_files(form: AppForm, files: Sequence[Attachment]) -> dict[str, Any]:
