@@ -5312,13 +5312,17 @@ class ResponseFrame:
         return stream.response
 
 
-_TOLD = re.compile(r'\A<(message(?:-\d+)?) role="system">\n.*?\n</\1>\n\n?', re.DOTALL)
+_TOLD = re.compile(
+    r"\A(The conversation so far:\n\n)?"
+    r'<(message(?:-\d+)?) role="system">\n.*?\n</\2>\n\n?',
+    re.DOTALL,
+)
 _END_OF_FOLDED = re.compile(r"</(message(?:-\d+)?)>\n\n\Z")
 
 
 def asked_text(message: Message) -> str:
     """A stored question's text, without what the app was told before it."""
-    return _TOLD.sub("", message.text)
+    return _TOLD.sub(r"\1", message.text)
 
 
 def with_past(question: Message, past: str) -> Message:
@@ -9652,7 +9656,10 @@ async def _join_at(
         if previous or is_known:
             return ask._replace(conversation_id=here, is_all_new=not is_known)
     end = ids.index(anchor.message_id) + 1 if previous else 0
-    ask = ask_of(request, found, _transcript(turns[:end], tools))
+    before = _transcript(turns[:end], tools)
+    if request.ask.system:  # it stands for what the app was told in those turns
+        before = [m._replace(text=asked_text(m)) for m in before]
+    ask = ask_of(request, found, before)
     # Another replica may have gone on there: the table would find it as it was.
     is_all_new = ask.is_all_new or not (is_newest or ask.conversation_id)
     return ask._replace(is_all_new=is_all_new)

@@ -27,19 +27,19 @@ BUDGETS = {
     "Dify": 812,
     "Ids": 66,
     "OpenAI": 681,
-    "Responses": 431,
+    "Responses": 435,
     "Conversations": 443,
     "Pacer": 130,
     "Wire": 492,
     "Upstream": 705,
     "Answers": 499,
-    "Handlers": 890,
+    "Handlers": 893,
     "Server": 285,
     "Page": 263,
     "Command line": 466,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7747
+WHOLE_BUDGET = 7754
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

@@ -251,6 +251,26 @@ async def test_instructions_are_told_once_when_the_turns_go_on(way: str) -> None
         assert told(first)[0][1] == "More"
 
 
+async def test_branch_is_told_the_instructions_of_its_own_turn_alone() -> None:
+    """They are not inherited, neither from the first turn nor from another branch."""
+    texts = ["Be brief.", "Be kind.", "Be bold."]
+    async with proxy(fake.chat_answer("Well.")) as served:
+        last = await answer(served, "Hi")
+        for text in texts:
+            more: JSONObject = {"instructions": text, "tools": [WEATHER]}
+            last = await answer(served, text, previous_response_id=last["id"], **more)
+            await answer(served, "Left", previous_response_id=last["id"], **more)
+        items = await served.get(f"{PATH}/{last['id']}/input_items")
+        queries = [row[0] for row in told(served)[1:]]
+    (item,) = items.json["data"]
+    shown = item["content"][0]["text"]
+    systems = [re.findall(r'role="system">\n(.*)\n', query) for query in queries]
+    assert systems == [["Be kind."], ["Be bold."]]
+    assert [query.count("<tools>") for query in queries] == [1, 1]
+    assert "Hi" in shown
+    assert 'role="system"' not in shown
+
+
 @WAYS
 async def test_reference_continues_after_instructions_on_another_replica(
     way: str,
