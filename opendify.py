@@ -7872,7 +7872,7 @@ class Pool:
             try:
                 if path:
                     context.load_verify_locations(path)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: no file's name
                 raise ConfigurationFault(
                     f"{name.upper()}: {path} can't be read as PEM ({error})."
                 ) from error

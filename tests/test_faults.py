@@ -730,6 +730,12 @@ CERTIFICATES: dict[str, tuple[str, dict[str, str], Outcome, str]] = {
         REFUSED,
         "DIFY_CA_FILE: /nowhere can't be read",
     ),
+    "ca-file-no-name": (
+        "localhost",
+        {"DIFY_CA_FILE": "/a\0b"},
+        REFUSED,
+        "DIFY_CA_FILE: /a\0b can't be read",
+    ),
     "ca-file-no-pem": (
         "localhost",
         {"DIFY_CA_FILE": __file__},
