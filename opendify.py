@@ -11520,7 +11520,7 @@ async def _run(options: argparse.Namespace) -> int:
         for warning in source.warnings:
             log.warning(warning)
         if not settings.has_apps:
-            _show(_NOTHING_CONFIGURED, stream=sys.stderr)
+            _complain(settings, _NOTHING_CONFIGURED)
             return 2
         if options.check:
             return await _check(settings, asks=options.ask)
@@ -11559,6 +11559,19 @@ async def _serve(settings: Settings, source: SettingsSource) -> int:
         return await _serve_until_signal(settings, server)
 
 
+def _as_logged(settings: Settings, level: int, text: str) -> str:
+    """A text beside the log, which may be joined to it: as JSON if that is JSON."""
+    if settings.log_format != "json":
+        return text
+    record = log.makeRecord(log.name, level, "", 0, text, (), None)
+    return _Formatter(is_json=True).format(record)
+
+
+def _complain(settings: Settings, text: str) -> None:
+    """Say why there is nothing to serve."""
+    _show(_as_logged(settings, logging.ERROR, text), stream=sys.stderr)
+
+
 async def _serve_until_signal(settings: Settings, server: Server) -> int:
     stop = asyncio.Event()
     _on_signals(stop)
@@ -11570,14 +11583,12 @@ async def _serve_until_signal(settings: Settings, server: Server) -> int:
     except (OSError, OverflowError, ValueError) as error:  # ValueError: "\0" in a host
         reason = getattr(error, "strerror", None) or error
         text = f"opendify: can't listen on {host}:{port}: {reason}"
-        _show(f"{text}; choose another with --host or --port", stream=sys.stderr)
+        _complain(settings, f"{text}; choose another with --host or --port")
         return 1
     for host, port in addresses:
         shown = f"[{host}]" if ":" in host else host
         text = f"OpenDify {__version__} listens on http://{shown}:{port}/v1"
-        record = log.makeRecord(log.name, logging.INFO, "", 0, text, (), None)
-        is_json = settings.log_format == "json"  # of both outputs, joined or not
-        _show(_Formatter(is_json=True).format(record) if is_json else text)
+        _show(_as_logged(settings, logging.INFO, text))
     log.info(_models_shown(settings))
     _warn_if_open(settings, server)
     _spare_collector()

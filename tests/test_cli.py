@@ -172,6 +172,14 @@ def test_both_ways_out_are_named_when_nothing_is_configured(
         assert way in err
 
 
+def test_log_in_json_is_json_from_its_first_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOG_FORMAT", "json")
+    (line,) = run().err.splitlines()
+    assert json.loads(line)["message"].startswith("No Dify app is configured.")
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -245,6 +253,10 @@ def test_port_in_use_is_one_line_and_status_1(
         port = other.getsockname()[1]
         status, out, err = run("--demo", "--port", str(port))
     (said,) = [line for line in err.splitlines() if str(port) in line]
+    if log_format == "json":
+        row = json.loads(said)
+        assert row["level"] == "ERROR"
+        said = row["message"]
     assert (status, out) == (1, "")
     assert said.startswith(f"opendify: can't listen on 127.0.0.1:{port}: ")
     assert "Traceback" not in err

@@ -36,10 +36,10 @@ BUDGETS = {
     "Handlers": 893,
     "Server": 285,
     "Page": 263,
-    "Command line": 466,
+    "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7754
+WHOLE_BUDGET = 7759
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
