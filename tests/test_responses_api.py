@@ -1020,6 +1020,20 @@ async def test_calls_are_told_that_are_named_or_whole_and_no_others(shown: str) 
     assert names == [row["name"] for _, row in kept]
 
 
+async def test_calls_that_are_named_before_each_result_go_on_where_they_were() -> None:
+    script = [fake.chat_answer(f"Let me look.\n{TWO_CALLS}"), fake.chat_answer("Ok.")]
+    async with proxy(lambda _: script.pop(0)) as served:
+        one = await answer(served, "Rome?", tools=[WEATHER, TIME])
+        said, *calls = one["output"]
+        items = [user("Rome?"), reference(said)]
+        for call in calls:
+            about = {"type": "function_call_output", "call_id": call["call_id"]}
+            items += [reference(call), {**about, "output": f"of {call['name']}"}]
+        await answer(served, items, tools=[WEATHER, TIME])
+        ((_, query),) = told(served)
+    assert re.findall(r"\nof (\w+)\n", query) == ["get_weather", "get_time"]
+
+
 async def test_result_that_stands_behind_later_calls_is_told_once() -> None:
     """Mastra puts all calls of a run before all results."""
     texts = [CALL, CALL.replace("Rome", "Oslo"), "Sunny."]
