@@ -6769,7 +6769,7 @@ class BodyDecoder:
     def __init__(self, length: int | None) -> None:
         self.is_complete = length == 0
         self.rest = b""  # what came after the body's end
-        self.failure: MalformedHTTP | None = None  # of the framing: to raise
+        self.failure = ""  # of the framing: what to raise MalformedHTTP with
         self._is_chunked = length is None
         self._left = length or 0  # of the body, or of the current chunk
         # Of chunked coding: bytes that are not understood yet. The line end behind a
@@ -6788,7 +6788,7 @@ class BodyDecoder:
                         return body
                 self._feed_chunks(data, pieces)
             except MalformedHTTP as error:
-                self.failure = error
+                self.failure = error.message
             return b"".join(pieces)
         if self._left < 0:
             return data
@@ -7391,7 +7391,7 @@ async def read_body(wire: Wire, decoder: BodyDecoder) -> bytes:
     """The next bytes of a body; b"" when it is complete, or `wake` was called."""
     while not decoder.is_complete:
         if decoder.failure:
-            raise decoder.failure
+            raise MalformedHTTP(decoder.failure)
         if not (wire.unread or await wire.wait_for_data()):
             decoder.feed_eof()
         elif not wire.unread:
@@ -10692,6 +10692,7 @@ class Server(Listener):
             raise
         except ProxyError as error:
             self._refuse(exchange, error)
+            _drop_frames(error)
         except Exception:
             log.exception("a bug, in request %s", exchange.id)
             self._refuse(exchange, ProxyError("OpenDify failed; its log says more."))
@@ -10814,6 +10815,15 @@ def _slow_request() -> ProxyError:
 _UPSTREAM_ERRORS = (UpstreamFailed, UpstreamTimeout, RateLimited, QuotaExceeded)
 # After these nobody knows where the next request begins.
 _LAST_ERRORS = (MalformedHTTP, RequestTimeout)
+
+
+def _drop_frames(error: BaseException | None) -> None:
+    """Let go of what an error was raised through, which holds it and the request.
+
+    Else a long question would wait for garbage collection.
+    """
+    while error:
+        error.__traceback__, error = None, error.__cause__ or error.__context__
 
 
 def _check_size(body_bytes: int, most_mb: int) -> None:

@@ -34,12 +34,12 @@ BUDGETS = {
     "Upstream": 705,
     "Answers": 499,
     "Handlers": 893,
-    "Server": 285,
+    "Server": 289,
     "Page": 263,
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7759
+WHOLE_BUDGET = 7763
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

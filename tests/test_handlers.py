@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gc
 import itertools
 import json
 import random
@@ -1399,6 +1400,32 @@ async def test_error_before_the_answer(stream: bool, fault: Fault) -> None:
     is_limited = fault.expected[2] == "rate_limit_exceeded"
     assert ("retry-after" in got.headers) == is_limited
     assert after.status == 200
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param([Status(500, PAGE, HTML)], id="refused"),
+        pytest.param([fake.message("Half"), fake.error_event()], id="error"),
+        pytest.param([fake.message("Half"), fake.Close()], id="broken"),
+        pytest.param([fake.message("Half"), Send(b"{}\n\n"), Hang()], id="silent"),
+    ],
+)
+async def test_failed_request_does_not_wait_for_garbage_collection(
+    script: list[Step], stream: bool
+) -> None:
+    """A question may be long; the error's frames hold it, and the error."""
+    gc.collect()
+    gc.disable()
+    try:
+        async with proxy(script) as served:
+            await served.chat(stream=stream)
+            await asyncio.sleep(opendify.STOP_DRAIN_S + 1)
+            held = [o for o in gc.get_objects() if isinstance(o, opendify.Question)]
+    finally:
+        gc.enable()
+    assert held == []
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])

@@ -142,7 +142,7 @@ def feed(decoder: BodyDecoder, pieces: Sequence[bytes]) -> Outcome:
     for number, piece in enumerate(pieces):
         body += decoder.feed(piece)
         if decoder.failure:
-            raise decoder.failure
+            raise MalformedHTTP(decoder.failure)
         if decoder.is_complete:
             return body, decoder.rest + b"".join(pieces[number + 1 :])
     return None
