@@ -1557,14 +1557,14 @@ def test_as_many_descriptors_as_allowed_are_taken(
 async def test_what_stays_is_no_work_for_the_collector(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told: list[int] = []
-    monkeypatch.setattr(gc, "set_threshold", told.append)
+    told: list[tuple[int, ...]] = []
+    monkeypatch.setattr(gc, "set_threshold", lambda *most: told.append(most))
     before = [object()]
     assert await served_at("127.0.0.1", monkeypatch) == 0
     after = [object()]
     looked_at = [id(item) for item in gc.get_objects()]
     assert (id(before) in looked_at, id(after) in looked_at) == (False, True)
-    assert told == [opendify.NEW_OBJECTS]
+    assert told == [(opendify.NEW_OBJECTS, 2, 2)]
 
 
 def test_another_collector_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
