@@ -3287,6 +3287,7 @@ _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 # Events to parts...
 
 
+SILENT = frozenset(("", "ping"))  # events that are no sign of life of a run
 _NOT_JSON = "Dify sent an event that is not JSON."
 
 
@@ -3337,7 +3338,7 @@ class AnswerReader:
 
     def _read(self, data: str) -> list[Part]:
         """The parts that one event adds; [] for one that adds none."""
-        if data in ("", "ping") or (_is_unread(data) and not self._unknown_ids):
+        if data in SILENT or (_is_unread(data) and not self._unknown_ids):
             return []
         try:
             value = object_of(read_json(data))  # {} if too deep: some tool's output
@@ -5121,15 +5122,13 @@ def ask_of(
     return request.ask._replace(messages=tuple(messages))
 
 
-def item_named(
-    id_: str, number: str, question: Message, answer: Message
-) -> Message | None:
-    """What an id means of a turn: one item, or all of the answer without a `number`.
+def item_named(id_: str, number: str, answer: Message) -> Message | None:
+    """What an id means of an answer: one item, or all of it without a `number`.
 
     Thoughts say nothing: an app's are not sent back to it.
     """
-    if number in ("", "in"):
-        return question if number else answer
+    if not number:
+        return answer
     if id_.startswith(_MESSAGE_SHAPE.prefix):
         return answer._replace(tool_calls=())
     if id_.startswith((_CALL_SHAPE.prefix, _CUSTOM_SHAPE.prefix)):
@@ -8043,7 +8042,7 @@ class TurnStream:
         parts = self.reader.read(events)
         is_closing = self.reader.is_closing  # then a part of the last event counts, too
         is_alive = is_closing and self._decoder.has_part
-        if not self._is_draining and (is_alive or not _SILENT.issuperset(events)):
+        if not self._is_draining and (is_alive or not SILENT.issuperset(events)):
             limit_s = GRACE_S if is_closing else self._idle_timeout_s
             self._response.set_deadline(limit_s, _too_silent)
         return parts
@@ -8086,7 +8085,6 @@ class TurnStream:
 
 
 _FLOWING = frozenset((Text, Reasoning))
-_SILENT = frozenset(("", "ping"))  # events that are no sign of life of a run
 
 
 def _too_silent() -> ProxyError:
@@ -9642,7 +9640,9 @@ async def _join_at(
     if previous and anchor.message_id not in ids:
         raise _no_previous(previous)
     found = {
-        id_: item_named(id_, place.item, turn.question, turn.message(tools))
+        id_: turn.question
+        if place.item == "in"
+        else item_named(id_, place.item, turn.message(tools))
         for id_, place in places.items()
         if (turn := stored.get(place.message_id))
     }
@@ -10823,7 +10823,8 @@ def _drop_frames(error: BaseException | None) -> None:
     Else a long question would wait for garbage collection.
     """
     while error:
-        error.__traceback__, error = None, error.__cause__ or error.__context__
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _check_size(body_bytes: int, most_mb: int) -> None:

@@ -24,22 +24,22 @@ BUDGETS = {
     "JSON": 96,
     "Turn": 205,
     "Calls": 823,
-    "Dify": 812,
+    "Dify": 813,
     "Ids": 66,
     "OpenAI": 681,
-    "Responses": 435,
+    "Responses": 433,
     "Conversations": 443,
     "Pacer": 130,
     "Wire": 492,
-    "Upstream": 705,
+    "Upstream": 704,
     "Answers": 499,
-    "Handlers": 893,
-    "Server": 289,
+    "Handlers": 895,
+    "Server": 290,
     "Page": 263,
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7763
+WHOLE_BUDGET = 7764
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

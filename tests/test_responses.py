@@ -322,14 +322,14 @@ def test_item_that_is_named_is_that_part_of_its_answer(
 ) -> None:
     own = tuple(ANSWER.tool_calls[n] for n in calls)
     said = Message("assistant", text, tool_calls=own)
-    assert item_named(id_, number, HI, ANSWER) == said
+    assert item_named(id_, number, ANSWER) == said
 
 
 @pytest.mark.parametrize(("id_", "number"), [("rs_x", "0"), ("fc_x", "3")])
 def test_thoughts_and_calls_that_are_not_there_say_nothing(
     id_: str, number: str
 ) -> None:
-    assert item_named(id_, number, HI, ANSWER) is None
+    assert item_named(id_, number, ANSWER) is None
 
 
 def test_calls_after_a_reference_belong_to_what_it_names() -> None:
