@@ -1047,6 +1047,9 @@ Messages = Sequence[Message]  # of a history, in order
 CONTEXT_BEGINS = "### Task:\nRespond to the user query"
 _MAX_CONTEXT_CHARS = 16384  # with longer ones, a conversation in Dify is not continued
 
+# What leads a history, and the question behind it, where one is put into the query.
+HISTORY_BEGINS, QUESTION_BEGINS = "The conversation so far:", "Answer this message:"
+
 
 def context_of(message: Message) -> str:
     """What stands before a question, and is not sent with it again in later turns."""
@@ -5312,7 +5315,7 @@ class ResponseFrame:
 
 
 _TOLD = re.compile(
-    r"\A(The conversation so far:\n\n)?"
+    rf"\A({HISTORY_BEGINS}\n\n)?"
     r'<(message(?:-\d+)?) role="system">\n.*?\n</\2>\n\n?',
     re.DOTALL,
 )
@@ -5332,7 +5335,7 @@ def with_past(question: Message, past: str) -> Message:
     """
     text = f"{past}\n\n{asked_text(question)}" if past else question.text
     words_at = max(0, *map(text.rfind, RETRY_BEGINS))
-    said = text[:words_at].removesuffix("Answer this message:\n\n")
+    said = text[:words_at].removesuffix(f"{QUESTION_BEGINS}\n\n")
     if end := _END_OF_FOLDED.search(said):
         last = said.rfind(f"\n<{end[1]} ")
         if said.startswith(f'\n<{end[1]} role="assistant">', last):
@@ -6059,12 +6062,12 @@ def _query(
 ) -> str:
     """The new messages and, if need be, what Dify does not know yet, as one text."""
     is_history = any([message.role != "system" for message in context])
-    parts = ["The conversation so far:"] if is_history else []
+    parts = [HISTORY_BEGINS] if is_history else []
     if len(new) == 1 and new[0].role == "user" and not new[0].name:
         text = new[0].text  # as it is: apps search and branch by their query
         if not text.strip() and new[0].attachments:
             text = f"[attached: {_file_names(new[0])}]"
-        ending = ["Answer this message:", text] if is_history else [text]
+        ending = [QUESTION_BEGINS, text] if is_history else [text]
         parts += [fold(context, files, beside=text), *ending]
     else:
         parts.append(fold([*context, *new], files))

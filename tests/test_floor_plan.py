@@ -22,7 +22,7 @@ BUDGETS = {
     "Errors": 93,
     "SSE": 64,
     "JSON": 96,
-    "Turn": 205,
+    "Turn": 206,
     "Calls": 823,
     "Dify": 813,
     "Ids": 66,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7764
+WHOLE_BUDGET = 7765
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
