@@ -79,6 +79,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import count
 from math import exp, inf, isclose, isfinite, sqrt
@@ -102,6 +103,7 @@ except ImportError as missing:
 __version__ = "0.1.0"
 
 log = logging.getLogger("opendify")
+request_id: ContextVar[str] = ContextVar("request_id", default="-")  # now served
 
 Json = Mapping[str, Any]  # an object of JSON, to be read; what is made is a dict
 UnixTime = int  # seconds since 1970, as Dify and OpenAI tell a time
@@ -205,7 +207,9 @@ class Settings:
     allowed_origins: tuple[str, ...] = _setting(
         (), "origins of web pages that may call, or *; local pages and apps always may"
     )
-    log_level: str = _setting("INFO", f"how much is logged: {', '.join(LOG_LEVELS)}")
+    log_level: str = _setting(
+        "INFO", "DEBUG (also what Dify is sent, and sends), INFO, WARNING or ERROR"
+    )
     log_format: str = _setting("text", "text, or json with one object per line")
     dify_ca_file: str = _setting("", "PEM file of more authorities to trust for Dify")
     ssl_cert_file: str = _setting("", "the same, under the name that other tools use")
@@ -3522,10 +3526,16 @@ _LONG_EVENT = 4096  # characters; a text delta is shorter
 _EVENT_NAME = re.compile(r'\{"event": ?"(\w+)"')
 
 
+def event_name(data: str) -> str:
+    """An event's name, without parsing it; "" if it does not begin with that."""
+    name = _EVENT_NAME.match(data)
+    return name[1] if name else ""
+
+
 def _is_unread(data: str) -> bool:
     """Whether an event is long, and of a kind of which nobody reads more than ids."""
-    name = _EVENT_NAME.match(data) if len(data) > _LONG_EVENT else None
-    return name is not None and name[1] not in _READERS
+    name = event_name(data) if len(data) > _LONG_EVENT else ""
+    return bool(name) and name not in _READERS
 
 
 class DeltaReader:
@@ -7500,6 +7510,11 @@ class Reply:
 #
 # Only one thing is ever repeated: a request on a reused connection that is closed at
 # once without a byte of an answer (Dify closes idle ones after 2 s: a common race).
+#
+# At DEBUG the log has what is sent to Dify, and what it sends, without any text:
+#
+#     > POST https://host/v1/chat-messages 97 bytes    < 200 text/event-stream
+#                                                      < message 310 characters
 
 # Dify's default server has ten connections in all, idle ones included.
 IDLE_CONNECTION_S = 15.0
@@ -7984,6 +7999,7 @@ class TurnStream:
         self._dify, self._user, self._response = dify, user, response
         self._idle_timeout_s = dify.settings.dify_idle_timeout
         self._decoder = SSEDecoder()
+        self._logged_as = request_id.get() if log.isEnabledFor(logging.DEBUG) else ""
         self.parts: list[Part] = []  # that `read` is to return
         self._carry: Callable[[list[Part]], bool] | None = None
         self._is_draining = False  # `end` reads what nobody gets any more
@@ -8042,6 +8058,9 @@ class TurnStream:
         except SSEOverflow as error:
             told = UpstreamFailed(f"Dify sent {error}.", is_final=True)
             return self.reader.give_up(told)
+        for event in events if self._logged_as else ():
+            name = event_name(event) or "event"
+            log.debug("< %s %d characters id=%s", name, len(event), self._logged_as)
         parts = self.reader.read(events)
         is_closing = self.reader.is_closing  # then a part of the last event counts, too
         is_alive = is_closing and self._decoder.has_part
@@ -8152,18 +8171,11 @@ class Api:
         method = "POST" if body else "GET"
         # Gateways that choose by the Host know none with the scheme's own port.
         host = _authority(origin, 443 if origin.scheme == "https" else 80)
-        fields = [
-            ("Host", host),
-            ("Authorization", f"Bearer {app.key}"),
-            ("User-Agent", f"OpenDify/{__version__}"),
-            ("Accept-Encoding", "identity"),
-        ]
-        if body:
-            fields.append(("Content-Type", kind))
-            if isinstance(body, bytes):
-                fields.append(("Content-Length", str(len(body))))
-            else:
-                fields.append(("Transfer-Encoding", "chunked"))
+        fields = _fields_for(app, host, body, kind)
+        if log.isEnabledFor(logging.DEBUG):
+            url = f"{origin.scheme}://{host}{target.partition('?')[0]}"
+            size = f"{len(body)} bytes" if isinstance(body, bytes) else "in chunks"
+            log.debug("> %s %s %s id=%s", method, url, size, request_id.get())
         proxy = proxy_for(origin, self.pool.settings)
         if proxy and origin.scheme == "http":  # RFC 9112, section 3.2.2
             target = f"http://{host}{target}"
@@ -8173,6 +8185,8 @@ class Api:
             response = await self.pool.request(origin, head + body, timeout_s)
         else:
             response = await self.pool.send(origin, head, body, timeout_s)
+        told = response.status, response.content_type, request_id.get()
+        log.debug("< %d %s id=%s", *told)
         if COMPRESSED.search(response.headers.get("content-encoding", "")):
             response.close()
             raise UpstreamFailed(  # perhaps after a run
@@ -8198,6 +8212,24 @@ class Api:
         if content.lstrip()[:1] in (b"", b"{"):
             raise UpstreamFailed("Dify's answer is empty, or it broke off.")
         raise error_from_body(response.status, content)
+
+
+def _fields_for(
+    app: AppSettings, host: str, body: Body, kind: str
+) -> list[tuple[str, str]]:
+    fields = [
+        ("Host", host),
+        ("Authorization", f"Bearer {app.key}"),
+        ("User-Agent", f"OpenDify/{__version__}"),
+        ("Accept-Encoding", "identity"),
+    ]
+    if body:
+        fields.append(("Content-Type", kind))
+    if not isinstance(body, bytes):
+        fields.append(("Transfer-Encoding", "chunked"))
+    elif body:
+        fields.append(("Content-Length", str(len(body))))
+    return fields
 
 
 async def _redirected(response: UpstreamResponse, app: AppSettings, path: str) -> str:
@@ -8610,6 +8642,7 @@ class Exchange:
         self.outlets: list[Outlet] = []  # that its answers, if streamed, go through
         self.started_at = self.written_at = asyncio.get_running_loop().time()
         reply.headers.append(("x-request-id", self.id))
+        request_id.set(self.id)
 
     @property
     def request(self) -> Request:

@@ -18,28 +18,28 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 
 # Lines of code that a room may have: comments, docstrings, blank lines not counted.
 BUDGETS = {
-    "Settings": 239,
+    "Settings": 241,
     "Errors": 93,
     "SSE": 64,
     "JSON": 96,
     "Turn": 206,
     "Calls": 823,
-    "Dify": 813,
+    "Dify": 816,
     "Ids": 66,
     "OpenAI": 681,
     "Responses": 433,
     "Conversations": 443,
     "Pacer": 130,
     "Wire": 492,
-    "Upstream": 704,
-    "Answers": 499,
+    "Upstream": 719,
+    "Answers": 500,
     "Handlers": 895,
     "Server": 290,
     "Page": 263,
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7765
+WHOLE_BUDGET = 7788
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

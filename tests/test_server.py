@@ -27,6 +27,7 @@ from fake_dify import (
     chat_answer,
     error_event,
     message,
+    message_end,
 )
 from sites import listening
 from test_wire import HOSTILE, bytewise
@@ -1437,6 +1438,35 @@ async def test_log_masks_a_client_s_key_wherever_it_was_put(
     assert "The model 'plante…' does not exist" in caplog.text
     assert "GET /v1/models/plante… 404" in caplog.text
     assert key not in caplog.text
+
+
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.INFO])
+async def test_log_has_what_dify_is_sent_and_sends_at_debug(
+    serving: Serving, caplog: pytest.LogCaptureFixture, level: int
+) -> None:
+    caplog.set_level(level)
+    nameless = Send(b'data: {"x": 1}\n\n')
+    script = [message("Hello"), Sleep(1), message(" you"), nameless, message_end()]
+    ids = []
+    async with FakeDify() as fake, serving(fake.base) as world:
+        fake.app(KEY, script=script)
+        client = await world.connect()
+        for _ in range(2):  # the second on Dify's connection of the first
+            client.send(chat({**ASKS, "stream": True}))
+            ids.append((await client.read()).headers["x-request-id"])
+    lines = [re.sub(r"\d+ (by|ch)", r"N \1", line) for line in caplog.messages]
+    assert [line for line in lines if line[:2] in ("> ", "< ")] == [
+        f"{line} id={id_}"
+        for id_ in (ids if level == logging.DEBUG else ())
+        for line in (
+            f"> POST {fake.base}/chat-messages N bytes",
+            "< 200 text/event-stream; charset=utf-8",
+            "< message N characters",
+            "< message N characters",
+            "< event N characters",
+            "< message_end N characters",
+        )
+    ]
 
 
 async def test_log_never_holds_keys_or_texts(
