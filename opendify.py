@@ -3451,6 +3451,7 @@ class AnswerReader:
         return parts
 
     def _on_workflow_paused(self, data: dict[str, Any]) -> list[Part]:
+        self._appendix.add_run(data)
         parts: list[Part] = []
         for reason in () if self._has_asked else objects_of(data.get("reasons")):
             parts += self._on_human_input_required(reason)

@@ -1113,6 +1113,27 @@ def test_pause_says_what_it_waits_for(
     assert parts[-1] == Finish("stop")
 
 
+@pytest.mark.parametrize("mode", ["advanced-chat", "workflow"])
+@pytest.mark.parametrize(
+    ("data", "usage"),
+    [
+        ({"total_tokens": 9}, Usage(6, 3)),
+        ({"total_tokens": "9"}, Usage(6, 3)),
+        ({"total_tokens": None}, Usage(4, 3)),
+        ({}, Usage(4, 3)),
+    ],
+)
+def test_run_that_pauses_tells_what_it_has_used(
+    mode: str, data: dict[str, Any], usage: Usage
+) -> None:
+    """Its nodes do not tell all: a workflow that is used as a tool has no usage."""
+    told = {"usage": {"prompt_tokens": 4, "completion_tokens": 3}}
+    node = {"node_type": "llm", "outputs": told}
+    paused = event(event="workflow_paused", data={"reasons": [FORM], **data})
+    parts = read(mode, event(event="node_finished", data=node), paused)
+    assert parts[-2:] == [usage, Finish("stop")]
+
+
 @pytest.mark.parametrize(
     ("more", "thought", "text"),
     [

@@ -24,7 +24,7 @@ BUDGETS = {
     "JSON": 96,
     "Turn": 206,
     "Calls": 823,
-    "Dify": 816,
+    "Dify": 817,
     "Ids": 66,
     "OpenAI": 681,
     "Responses": 433,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7788
+WHOLE_BUDGET = 7789
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
