@@ -2934,6 +2934,9 @@ _BY_WORDING: Mapping[str, type[ProxyError]] = {
     # Said by this app, not by one that a node calls...
     r"\Aconversation not exists|\bconversation_completed\Z": ConversationGone,
     r"\A\S+ is required in input form": MissingInput,
+    # ... before the run, though flows from 1.13 on say it in an event.
+    r"\A(?:\(.*\) )?\S+ in input form must be |\Ainvalid upload file"
+    r"|\A(?:file validation failed|detected file type)": UpstreamRejected,
     # Said by the model's provider...
     r"insufficient.{0,3}(?:quota|balance)|quota.{0,20}exceeded|credit balance|余额不足"
     r"|欠费": QuotaExceeded,

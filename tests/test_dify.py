@@ -1882,6 +1882,35 @@ def test_input_that_only_the_run_misses_is_the_caller_s() -> None:
     assert isinstance(error, opendify.MissingInput)
 
 
+REFUSED_INPUTS = [
+    "query in input form must be less than 48 characters",
+    "lang in input form must be one of the following: ['French', 'German']",
+    "(type 'text-input') query in input form must be a string",
+    "File validation failed for file: cat.png",
+    "Invalid upload file",
+    "Detected file type does not match the specified type. Please verify the file.",
+]
+
+
+@pytest.mark.parametrize("message", REFUSED_INPUTS)
+def test_refusal_is_the_caller_s_as_a_status_and_as_an_event(message: str) -> None:
+    """Flows check inputs and files behind the 200, from 1.13 on."""
+    told = event(event="error", message=message, status=500)
+    in_run = only(AnswerReader("workflow", APP).read([told]), Failure).error
+    before = opendify.error_from_dify(400, "invalid_param", message)
+    assert (in_run.status, in_run.code) == (400, None)
+    assert (before.status, before.code) == (400, "invalid_param")
+    assert in_run.message == before.message == message
+
+
+@pytest.mark.parametrize("message", REFUSED_INPUTS)
+def test_refusal_of_inputs_by_an_app_that_the_app_calls_is_a_failure(
+    message: str,
+) -> None:
+    error = opendify.error_from_dify(400, "", f"Run failed: {message}", in_run=True)
+    assert (error.status, error.is_final) == (502, True)
+
+
 def test_innermost_message_of_a_plugin_is_shown() -> None:
     inner = {"error_type": "X", "message": '{"error": {"message": "no credit left"}}'}
     message = f"[openai] Error: PluginInvokeError: {json.dumps(inner)}"

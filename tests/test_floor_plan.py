@@ -24,7 +24,7 @@ BUDGETS = {
     "JSON": 96,
     "Turn": 206,
     "Calls": 823,
-    "Dify": 817,
+    "Dify": 819,
     "Ids": 66,
     "OpenAI": 681,
     "Responses": 433,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7789
+WHOLE_BUDGET = 7791
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
