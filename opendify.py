@@ -2961,7 +2961,7 @@ def error_from_dify(
     """
     code, whole = str(code or "")[:100], str(message or "")
     text = _innermost_message(whole) or code or f"no reason is given ({status})"
-    text = text.partition(" You have requested this URI")[0]
+    text = re.split(r" You have requested this URI| \{message\}", text)[0]
     if status in (401, 403) and not in_run:
         return ConfigurationFault(
             f"Dify refused the app key ({status} {code}: {text}). Check the key in "

@@ -1911,6 +1911,13 @@ def test_refusal_of_inputs_by_an_app_that_the_app_calls_is_a_failure(
     assert (error.status, error.is_final) == (502, True)
 
 
+def test_template_that_dify_does_not_fill_in_is_not_shown() -> None:
+    """As recorded: `file-upload-too-large`."""
+    message = "File size exceeded. {message}"
+    error = opendify.error_from_dify(413, "file_too_large", message)
+    assert error.message == "File size exceeded."
+
+
 def test_innermost_message_of_a_plugin_is_shown() -> None:
     inner = {"error_type": "X", "message": '{"error": {"message": "no credit left"}}'}
     message = f"[openai] Error: PluginInvokeError: {json.dumps(inner)}"
