@@ -10592,7 +10592,8 @@ ACCEPTS_AT_ONCE, BACKLOG = 16, 2048
 # megabytes, and then no more until a third of them has gone: a client that reads slowly
 # would seem not to read.
 NOT_SENT_BYTES = 128 * 1024
-DISCARD_S = 2.0  # of a request that was refused
+# Between two reads of a request that was refused, and in all.
+DISCARD_S, MAX_DISCARD_S = 2.0, 60.0
 CANCEL_S = 2.0  # for what was cut to stop its runs in Dify, and for the background
 DRAIN_S = 30.0  # Kubernetes kills after 30 s by default
 _CORS_EXPOSED = (
@@ -10875,20 +10876,22 @@ def _check_size(body_bytes: int, most_mb: int) -> None:
 async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
     """Have the reply taken, and throw away what is left of the request.
 
-    However much that is: Node's `fetch` would lose the reply to a reset.
+    However much that is, over a slow line too: Node's `fetch`, Python's `urllib` and
+    Apache would lose the reply to a reset.
 
     Returns:
         Whether the connection may go on.
     """
     reply, body = exchange.reply, exchange.decoder or BodyDecoder(-1)
     await reply.drain()
-    if not body.is_complete:
-        wire.set_deadline(DISCARD_S, ConnectionBroken)
-    while not body.is_complete:
+    now = asyncio.get_running_loop().time
+    until = now() + MAX_DISCARD_S
+    while not body.is_complete and now() < until:
         if body.failure:
             body = BodyDecoder(-1)  # nobody knows what belongs to it
+        wire.set_deadline(DISCARD_S, ConnectionBroken)
         await read_body(wire, body)
-    return reply.is_complete and not reply.must_close
+    return body.is_complete and reply.is_complete and not reply.must_close
 
 
 def _check_origin(request: Request, settings: Settings, *, is_local: bool) -> None:

@@ -34,12 +34,12 @@ BUDGETS = {
     "Upstream": 719,
     "Answers": 500,
     "Handlers": 895,
-    "Server": 290,
+    "Server": 291,
     "Page": 263,
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7791
+WHOLE_BUDGET = 7792
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
