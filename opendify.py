@@ -3001,7 +3001,7 @@ def error_from_body(status: int, body: bytes) -> ProxyError:
     a gateway (nginx, Cloudflare); some gateways speak JSON too (Kong, AWS), and so do
     other APIs: their 404 names no code, as all of Dify's do.
     """
-    if status in (504, 522, 524):  # never Dify's own; the last two: Cloudflare's
+    if status in (408, 504, 522, 524):  # never Dify's own; the last two: Cloudflare's
         return UpstreamTimeout(f"The gateway before Dify timed out ({status}).")
     if (value := read_json_object(body)) and (status != 404 or "code" in value):
         return error_from_dify(status, value.get("code"), value.get("message"))

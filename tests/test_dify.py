@@ -1775,6 +1775,7 @@ def test_error_that_echoes_a_file_is_understood_in_little_time() -> None:
         (502, b"<html>", (502, False)),
         (504, b"", (504, False)),
         (504, b'{"message": "The upstream server is timing out"}', (504, False)),
+        (408, b"<html>", (504, False)),
         (522, b"<html>", (504, False)),
         (524, b"error code: 524", (504, False)),
         (413, b"<html>", (413, False)),
