@@ -8568,7 +8568,6 @@ MAX_HELD_CHARS = 128 * 1024  # by the pacer: nobody reads so fast that it would 
 KEEP_ALIVE_S = 15.0  # nginx closes after 60 s of silence, Node's fetch after 300 s
 SSE_HEADERS = [
     ("Content-Type", "text/event-stream; charset=utf-8"),
-    ("Cache-Control", "no-cache"),
     ("X-Accel-Buffering", "no"),
 ]
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -8645,7 +8644,8 @@ class Exchange:
         self._tasks: set[asyncio.Task[Any] | None] = set()  # that run with it
         self.outlets: list[Outlet] = []  # that its answers, if streamed, go through
         self.started_at = self.written_at = asyncio.get_running_loop().time()
-        reply.headers.append(("x-request-id", self.id))
+        # A cache in front knows one key's answers by `Authorization` only.
+        reply.headers += [("Cache-Control", "no-cache"), ("x-request-id", self.id)]
         request_id.set(self.id)
 
     @property
@@ -11254,7 +11254,6 @@ async def show_page(site: Site, exchange: Exchange) -> None:
         ("Content-Security-Policy", _POLICY),
         ("X-Content-Type-Options", "nosniff"),
         ("Referrer-Policy", "no-referrer"),
-        ("Cache-Control", "no-cache"),
     ]
     exchange.reply.send(200, text.encode(), headers)
 

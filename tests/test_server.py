@@ -393,6 +393,15 @@ async def test_every_request_has_an_id_of_its_own(serving: Serving) -> None:
         assert all(re.fullmatch(r"req_\d+", id_) for id_ in ids)
 
 
+async def test_no_cache_answers_in_place_of_the_server(serving: Serving) -> None:
+    """Varnish would: a client without a key, with what an `x-api-key` was shown."""
+    async with serving() as world:
+        client = await world.connect()
+        for path in ("/", "/health", "/metrics", "/v1/models", "/nowhere", "/t/echo"):
+            reading = await client.ask(path)
+            assert reading.headers["cache-control"] == "no-cache"
+
+
 @pytest.mark.parametrize("cut", ["at-once", "byte-by-byte"])
 async def test_pipelined_requests_are_answered_in_order(
     serving: Serving, cut: str
