@@ -31,7 +31,7 @@ BUDGETS = {
     "Conversations": 443,
     "Pacer": 130,
     "Wire": 492,
-    "Upstream": 719,
+    "Upstream": 720,
     "Answers": 499,
     "Handlers": 895,
     "Server": 291,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7790
+WHOLE_BUDGET = 7791
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

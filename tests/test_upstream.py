@@ -1964,7 +1964,8 @@ async def test_wrong_key_is_the_operators_fault() -> None:
 # ------------------------------------------------------------------------------
 #
 # data/tls holds a private authority and certificates signed by it, valid to 2126 (but
-# for the expired one). They serve these tests and nothing else.
+# for the expired one), and an authority with one as `openssl req` and `openssl x509`
+# make them. They serve these tests and nothing else.
 
 
 @pytest.fixture
@@ -2018,6 +2019,28 @@ async def test_authority_is_trusted_from_when_the_settings_name_it() -> None:
         with quiet_loop(), pytest.raises(ProxyError):
             await dify.api.call(app, "/info")
         dify.use(settings_for(base, DIFY_CA_FILE=str(TLS / "authority.pem")))
+        assert await dify.api.call(app, "/info") == {"name": "n"}
+
+
+@pytest.mark.real_clock
+async def test_home_made_authority_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lacks a Key Usage, and its certificate the authority's key: RFC 5280's forms.
+
+    Python 3.13 and later ask for them, and so does every Python here.
+    """
+    make_context = ssl.create_default_context
+
+    def make_strict_context() -> ssl.SSLContext:
+        context = make_context()
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+
+    monkeypatch.setattr(ssl, "create_default_context", make_strict_context)
+    async with contextlib.AsyncExitStack() as stack:
+        serving = raw_server(answer_info, tls_context("home-made"))
+        base = await stack.enter_async_context(serving)
+        here = client(base, DIFY_CA_FILE=str(TLS / "home-authority.pem"))
+        dify, app = await stack.enter_async_context(here)
         assert await dify.api.call(app, "/info") == {"name": "n"}
 
 
