@@ -8568,10 +8568,8 @@ MAX_TRIES = 3  # of one turn: the mode that Dify told may be wrong, too
 HEAD_AFTER_S = 5.0  # the status line waits for the answer, this long at most
 MAX_HELD_CHARS = 128 * 1024  # by the pacer: nobody reads so fast that it would show
 KEEP_ALIVE_S = 15.0  # nginx closes after 60 s of silence, Node's fetch after 300 s
-SSE_HEADERS = [
-    ("Content-Type", "text/event-stream; charset=utf-8"),
-    ("X-Accel-Buffering", "no"),
-]
+UNBUFFERED = ("X-Accel-Buffering", "no")  # by nginx
+SSE_HEADERS = [("Content-Type", "text/event-stream; charset=utf-8"), UNBUFFERED]
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _NO_COUNTS = [0] * (len(_BUCKETS_S) + 1)  # in each bucket, and above the last
 _QUESTION_PARAMS = {"responses": "input", "completions": "prompt"}  # else `messages`
@@ -10253,7 +10251,7 @@ async def speak(site: Site, exchange: Exchange) -> None:
             exchange.fail = encode_failure
             await _pass_file(site, exchange, response, SSE_HEADERS, encode_speech)
         else:
-            fields = [("Content-Type", response.content_type)]
+            fields = [("Content-Type", response.content_type), UNBUFFERED]
             await _pass_file(site, exchange, response, fields)
 
 

@@ -753,6 +753,7 @@ async def test_speech_is_what_dify_makes_of_it() -> None:
         got = await speak(served, response_format="wav", speed=2)
         assert asked(served) == {"text": "Hi", "voice": "nova", "user": "al"}
     assert (got.status, got.headers["content-type"]) == (200, "audio/mpeg")
+    assert got.headers["x-accel-buffering"] == "no", "it is heard while it comes"
     assert got.body == b"ID3\x04fake audio"
 
 
