@@ -1537,6 +1537,9 @@ _RETRY_TEXTS = {  # by whether a call is required, and so no JSON
     False: "Your last answer is not the JSON that was asked for: {reason}. "
     "Write the whole JSON again, corrected, and nothing else.",
 }
+_WORDS_BEGIN = tuple(
+    text.partition("{")[0] for text in (_TOOLS_TEXT, _NO_TOOLS_TEXT, _FORMAT_TEXT)
+)
 RETRY_BEGINS = tuple(text.partition("{")[0] for text in _RETRY_TEXTS.values())
 
 
@@ -1570,6 +1573,13 @@ def told_ask(text: str) -> Ask:
     tools = [replace(t, namespace=spaces.get(t.name, "")) for t in _parse_tools(rows)]
     told = Ask("", (), tools=(*tools,), is_serial=_ONE in rest, output=output)
     return told._replace(tool_mode="required") if MUST_CALL in text else told
+
+
+def without_words(system: str) -> str:
+    """A system text without what `with_words` puts behind it."""
+    for begin in _WORDS_BEGIN:
+        system, _, _ = system.partition(begin)
+    return system.rstrip()
 
 
 def describe_call(call: ToolCall) -> str:
@@ -5330,15 +5340,25 @@ class ResponseFrame:
 
 _TOLD = re.compile(
     rf"\A({HISTORY_BEGINS}\n\n)?"
-    r'<(message(?:-\d+)?) role="system">\n.*?\n</\2>\n\n?',
+    r'(<(message(?:-\d+)?) role="system">\n)(.*?)(\n</\3>\n\n?)',
     re.DOTALL,
 )
 _END_OF_FOLDED = re.compile(r"</(message(?:-\d+)?)>\n\n\Z")
 
 
-def asked_text(message: Message) -> str:
-    """A stored question's text, without what the app was told before it."""
-    return _TOLD.sub(r"\1", message.text)
+def asked_text(message: Message, *, keeps_system: bool = False) -> str:
+    """A stored question's text, without what the app was told before it.
+
+    With `keeps_system` only the words about tools and formats are left out, which each
+    turn is told anew.
+    """
+
+    def kept(found: re.Match[str]) -> str:
+        heading, begin, _, told, end = found.groups("")
+        system = without_words(told) if keeps_system else ""
+        return heading + (begin + system + end if system else "")
+
+    return _TOLD.sub(kept, message.text)
 
 
 def with_past(question: Message, past: str) -> Message:
@@ -9696,10 +9716,13 @@ async def _join_at(
         if previous or is_known:
             return ask._replace(conversation_id=here, is_all_new=not is_known)
     end = ids.index(anchor.message_id) + 1 if previous else 0
-    before = _transcript(turns[:end], tools)
-    if request.ask.system:  # it stands for what the app was told in those turns
-        before = [m._replace(text=asked_text(m)) for m in before]
-    ask = ask_of(request, found, before)
+    # Its system text, if any, stands for what the app was told in those turns.
+    keeps_system = not request.ask.system
+    as_asked = functools.partial(asked_text, keeps_system=keeps_system)
+    said = {id_: m and m._replace(text=as_asked(m)) for id_, m in found.items()}
+    past = _transcript(turns[:end], tools)
+    before = [m._replace(text=as_asked(m)) for m in past]
+    ask = ask_of(request, said, before)
     # Another replica may have gone on there: the table would find it as it was.
     is_all_new = ask.is_all_new or not (is_newest or ask.conversation_id)
     return ask._replace(is_all_new=is_all_new)

@@ -23,23 +23,23 @@ BUDGETS = {
     "SSE": 64,
     "JSON": 96,
     "Turn": 206,
-    "Calls": 823,
+    "Calls": 830,
     "Dify": 819,
     "Ids": 66,
     "OpenAI": 681,
-    "Responses": 433,
+    "Responses": 437,
     "Conversations": 443,
     "Pacer": 130,
     "Wire": 492,
     "Upstream": 720,
     "Answers": 497,
-    "Handlers": 895,
+    "Handlers": 897,
     "Server": 291,
     "Page": 262,
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7789
+WHOLE_BUDGET = 7802
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

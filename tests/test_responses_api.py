@@ -271,6 +271,33 @@ async def test_branch_is_told_the_instructions_of_its_own_turn_alone() -> None:
     assert 'role="system"' not in shown
 
 
+async def test_branch_is_told_of_its_own_tools_alone() -> None:
+    """The system text that stood among the items of an earlier turn still holds."""
+    system = {"role": "system", "content": "Be brief."}
+    clock = {**WEATHER, "name": "get_time"}
+    async with proxy(fake.chat_answer("Well.")) as served:
+        one = await answer(served, [system, user("Hi")], tools=[WEATHER])
+        two = await answer(served, "More", previous_response_id=one["id"])
+        await answer(served, "Left", previous_response_id=two["id"])
+        about: JSONObject = {"previous_response_id": two["id"], "tools": [clock]}
+        await answer(served, "Right", **about)
+        _, (query,) = told(served)
+    assert re.findall(r'"name": "(\w+)"', query) == ["get_time"]
+    assert re.findall(r'role="system">\n(.*)\n</', query) == ["Be brief."]
+
+
+async def test_question_that_is_named_is_not_told_the_instructions_again() -> None:
+    async with proxy(fake.chat_answer("Well.")) as served:
+        one = await answer(served, "Hi", instructions="Be brief.")
+        items = await served.get(f"{PATH}/{one['id']}/input_items")
+        named = [reference(row) for row in (*items.json["data"], *one["output"])]
+        await answer(served, [*named, user("Left")], instructions="Be brief.")
+        await answer(served, [*named, user("Right")], instructions="Be kind.")
+        (first, left), (query,) = told(served)
+    assert left == "Left" and first.endswith("Hi")
+    assert re.findall(r'role="system">\n(.*)\n', query) == ["Be kind."]
+
+
 @WAYS
 async def test_reference_continues_after_instructions_on_another_replica(
     way: str,
