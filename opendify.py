@@ -807,7 +807,7 @@ _PAIRS = {"{": "}", "[": "]"}
 _STRING_SIGN = re.compile(r"\\(?:[^u]|u[0-9a-fA-F]{4})|[\"\\]")
 _SLOPPY = re.compile(
     r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\b(?:True|False|None)\b"
-    r"|(?<![\w$-])[^\W\d][\w$-]*(?=\s*:)|,(?=\s*(?:[}\]]|\Z))|[{}\[\]\"']",
+    r"|(?<![\w$-])[^\W\d][\w$-]*(?=\s*:)|,(?=\s*[}\]])|[{}\[\]\"']",
     re.DOTALL,
 )
 _WORDS = {"True": "true", "False": "false", "None": "null", ",": ""}
@@ -891,7 +891,8 @@ def parse_sloppy_json(text: str) -> Any:
     """The value of JSON text that may need one repair, or ValueError.
 
     It mends single quotes, names without quotes, Python's words, surplus commas, braces
-    missing at the end, line breaks and stray backslashes in strings.
+    missing at the end, line breaks and stray backslashes in strings. What ends with a
+    comma was cut off.
     """
     try:
         return parse_json_text(text, strict=False)

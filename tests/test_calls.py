@@ -551,6 +551,8 @@ TEXTS = {
     "arguments-broken-text": '<tool_call>{"name": "search", '
     '"arguments": "x"}</tool_call>',
     "cut-in-string": '<tool_call>{"name": "write_file", "arguments": {"content": "ab',
+    "cut-after-name": '<tool_call>{"name": "get_time",',
+    "cut-between-arguments": f"<tool_call>{CALL[:-2]}, ",
     "cut-in-parameter": '<invoke name="search"><parameter name="query">ab',
     "empty-tag": "<tool_call></tool_call> is how a call begins",
     "tag-in-prose": "Models write <tool_call> before a call.",
