@@ -7270,7 +7270,7 @@ def check_line_ends(data: bytes) -> None:
 
 def ends_connection(headers: Mapping[str, str], version: str) -> bool:
     """Whether nothing follows on the connection, by a head (RFC 9112, section 9.3)."""
-    options = headers.get("connection", "").lower().replace(" ", "").split(",")
+    options = "".join(headers.get("connection", "").lower().split()).split(",")
     return "close" in options or version != "1.1"
 
 

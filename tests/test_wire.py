@@ -770,6 +770,7 @@ def test_response_fields_are_read_as_strictly() -> None:
         ({}, "1.1", False, False),
         ({"connection": "close"}, "1.1", True, False),
         ({"connection": "Keep-Alive, Close"}, "1.1", True, False),
+        ({"connection": "keep-alive ,\tclose"}, "1.1", True, False),
         ({"connection": "keep-alive"}, "1.0", True, False),
         ({"connection": "not-close"}, "1.1", False, False),
         ({"expect": "100-Continue"}, "1.1", False, True),
