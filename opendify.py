@@ -5408,11 +5408,13 @@ def stored_item(value: Any, id_: str, taken: Collection[str]) -> dict[str, Any]:
         content = [{"type": kind, "text": content}]
     if item["type"] == "message":
         item["content"] = [_complete(part) for part in content]
+    if isinstance(item.get("output"), list):  # a tool's result
+        item["output"] = [_complete(part) for part in item["output"]]
     return item
 
 
 def _complete(part: Any) -> Any:
-    """A part of a message, with what clients may leave out of one, but expect in it."""
+    """A part of an item, with what clients may leave out of one, but expect in it."""
     shapes = {"output_text": _MESSAGE_SHAPE.part, "input_image": {"detail": "auto"}}
     shape = shapes.get(str(object_of(part).get("type")), {})
     missing = {name: v for name, v in shape.items() if part.get(name) is None}

@@ -1647,6 +1647,17 @@ async def test_part_that_a_conversation_is_given_comes_back_whole(
     assert page["data"][0]["content"] == [{**given, **added}]
 
 
+async def test_image_that_a_tool_gave_comes_back_whole() -> None:
+    """Clients of OpenAI's complain of an image whose `detail` is missing."""
+    image = {"type": "input_image", "image_url": "http://x/a.png"}
+    result = {"type": "function_call_output", "call_id": "c", "output": [image]}
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {"items": [result]})).json
+        page = (await served.get(f"{CONVERSATIONS}/{made['id']}/items")).json
+    validate("ResponseItemList", page)
+    assert page["data"][0]["output"] == [{**image, "detail": "auto"}]
+
+
 async def test_message_without_content_has_an_empty_list() -> None:
     async with proxy() as served:
         made = (await post(served, CONVERSATIONS, {"items": [{"role": "user"}]})).json
