@@ -6109,8 +6109,10 @@ def _query(
     else:
         parts.append(fold([*context, *new], files))
         ask_for = _NEXT if is_history or not new else ""
-        # A call, JSON and the words of another speaker are no end of the last message.
-        goes_on = not (new or ask.is_strict or ask.messages[-1].name)
+        # A call, JSON and the words of another speaker are no end of the last message,
+        # and an empty one has none.
+        last = ask.messages[-1]
+        goes_on = last.text.strip() and not (new or ask.is_strict or last.name)
         parts.append(_GO_ON if goes_on else ask_for)
     return "\n\n".join(filter(None, parts))
 

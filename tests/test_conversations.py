@@ -1093,6 +1093,17 @@ def test_an_answer_of_another_kind_is_not_continued(last: Any) -> None:
     assert known == "Write the assistant's next message."
 
 
+def test_an_empty_answer_is_not_continued() -> None:
+    """Haystack's agents ask again after one."""
+    last = ask(*chat("Hi", ""))
+    query = plan_turn(last, SCOPE, None).query
+    assert query.endswith(
+        '"assistant">\n\n</message>\n\nWrite the assistant\'s next message.'
+    )
+    known = plan_turn(last, SCOPE, Tail(SCOPE, "c")).query
+    assert known == "Write the assistant's next message."
+
+
 @pytest.mark.parametrize(
     ("request_", "query"),
     [

@@ -28,7 +28,7 @@ BUDGETS = {
     "Ids": 66,
     "OpenAI": 681,
     "Responses": 439,
-    "Conversations": 443,
+    "Conversations": 444,
     "Pacer": 130,
     "Wire": 492,
     "Upstream": 720,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7804
+WHOLE_BUDGET = 7805
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
