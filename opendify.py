@@ -5674,6 +5674,9 @@ class ResponseStream:
         # Calls of both shapes are of one kind, for `item_named`.
         number = next(self._item_numbers[shape.part_event])
         about = {"id": self.frame.id(shape.prefix, number), "type": shape.type}
+        if shape is _REASONING_SHAPE and not self.frame.echo["store"]:
+            # The AI SDK warns of reasoning that is not stored and lacks this.
+            about["encrypted_content"] = about["id"]
         item = {**about, **shape.added, shape.key: [] if shape.part else "", **fields}
         self._output.append(item)
         self._open[shape.prefix] = opened = _OpenItem(shape, item, at)

@@ -27,7 +27,7 @@ BUDGETS = {
     "Dify": 819,
     "Ids": 66,
     "OpenAI": 681,
-    "Responses": 439,
+    "Responses": 441,
     "Conversations": 444,
     "Pacer": 130,
     "Wire": 492,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7805
+WHOLE_BUDGET = 7807
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

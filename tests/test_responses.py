@@ -1023,6 +1023,16 @@ def test_nothing_is_found_under_the_id_of_a_response_that_is_not_stored() -> Non
     assert {open_place(SEALER, id_, "") for id_ in ids} == {None}
 
 
+def test_reasoning_that_is_not_stored_has_encrypted_content() -> None:
+    """The AI SDK warns of each that has none, at each later turn."""
+    parts = Reasoning("a"), Text("b"), Finish()
+    for end in (streamed(*parts)[1], whole(*parts)):
+        assert "encrypted_content" not in end["output"][0]
+    body = request(store=False)
+    for end in (streamed(*parts, body=body)[1], whole(*parts, body=body)):
+        assert end["output"][0]["encrypted_content"]
+
+
 def test_nothing_is_found_when_dify_has_no_message() -> None:
     frame = frame_of()
     ids = [frame.id("resp_"), frame.id("msg_", 0)]
