@@ -5761,10 +5761,10 @@ AnswerForm = Union[Envelope, ResponseFrame]
 #     order is unknown, and the conversation is found by its id only from then on.
 # (4) App key and user go into every hash: nobody reaches a conversation of others, and
 #     the table tells nothing to anyone without the key. It holds no text and no key.
-# (5) Reasoning, white space, how JSON is written, text beside calls and system messages
-#     make no difference to a match, nor does leaving out all calls and results once
-#     they are answered. A system text is told to Dify when it differs from the one told
-#     last.
+# (5) Reasoning, white space, how JSON is written, text beside calls, system messages
+#     and empty answers make no difference to a match, nor does leaving out all calls
+#     and results once they are answered. A system text is told to Dify when it differs
+#     from the one told last.
 # (6) If several transcripts have the same messages, only those match that had the same
 #     inputs, and among these one with the same system text is preferred.
 # (7) A question's context counts in `chain` only: in later turns clients show the
@@ -5827,7 +5827,7 @@ class Tail(NamedTuple):
         """The tail with these messages behind it, and with `more` fields changed."""
         chain, digests = self.chain, [self.digests]
         for m in messages:
-            if m.role != "system":
+            if is_counted(m):
                 digests.append(message_digest(self.scope, m))
                 told = digests[-1] + context_of(m).encode("utf-8", "replace")
                 chain = _hash(self.scope, chain + told, 16)
@@ -5905,6 +5905,24 @@ def split_turn(ask: Ask) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     while at and ask.messages[at - 1].role != "assistant":
         at -= 1
     return ask.messages[:at], ask.messages[at:]
+
+
+def readings_of(ask: Ask) -> Iterator[Ask]:
+    """The request, and as it was if its client drops empty answers, as many do."""
+    yield ask
+    _, new = split_turn(ask)
+    if len(new) > 1 and new[-1].role == "user":
+        *before, last = ask.messages
+        yield ask._replace(messages=(*before, Message("assistant", ""), last))
+
+
+def is_counted(message: Message) -> bool:
+    """Whether a message counts in a transcript: no system text, no empty answer."""
+    if message.role != "assistant" or message.tool_calls or message.attachments:
+        return message.role != "system"
+    text = message.text.strip()  # and that without thoughts, where it may have some
+    text = plain_text(message) if text.startswith("<") else text
+    return bool(text or message.spoken_id)
 
 
 def is_side_request(ask: Ask) -> bool:
@@ -6044,7 +6062,7 @@ def plan_turn(
     bare = ask.system if tail is None or ask.system.strip() else _NEXT
     if tail is None:
         elsewhere = history if app.history_variable else ()
-        tail = Tail(scope, chain=scope, folded=len(said) if elsewhere else 0)
+        tail = Tail(scope, chain=scope, folded=sum(map(is_counted, elsewhere)))
         shown = lacked = history
         context = (*_opening(ask, app), *history[len(elsewhere) :])
     else:
@@ -6093,7 +6111,7 @@ def _only_in_input(history: tuple[Message, ...], tail: Tail) -> tuple[Message, .
     at, remembered = len(history), max(0, tail.length - tail.folded)
     while at and remembered:
         at -= 1
-        remembered -= history[at].role != "system"
+        remembered -= is_counted(history[at])
     return history[:at]
 
 
@@ -6476,8 +6494,9 @@ def _told_alike(tails: Iterable[Tail], told: bytes) -> list[Tail]:
 
 def _is_clear(history: Messages) -> bool:
     """Whether a window can be told from others: two answers, or a long one."""
-    answers = [_matched_text(m) for m in history if m.role == "assistant"]
-    return len(answers) > 1 or len(answers[0].encode()) >= _CLEAR_BYTES
+    said = filter(is_counted, history)
+    answers = [_matched_text(m) for m in said if m.role == "assistant"]
+    return len(answers) > 1 or len("".join(answers).encode()) >= _CLEAR_BYTES
 
 
 def open_conversations(store: str, ttl_s: float) -> tuple[Conversations, str]:
@@ -9194,7 +9213,10 @@ class Turns:
         """Ask an app of this mode, and anew if the conversation is lost."""
         if mode in CHAT_MODES and question.joins and not question.tail:
             now = self.wall_clock()
-            question.tail = self.conversations.take(question.ask, question.scope, now)
+            for ask in readings_of(question.ask):
+                if tail := self.conversations.take(ask, question.scope, now):
+                    question.ask, question.tail = ask, tail
+                    break
         try:
             return await self._try_turn(question, mode)
         except (ConversationGone, NoFirstEvent) as error:

@@ -1248,6 +1248,28 @@ async def test_agent_s_rounds_are_one_answer() -> None:
 # ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "shown",
+    [[], [assistant("")], [assistant("<think>Hm.</think>\n\n")]],
+    ids=["not", "empty", "with thoughts"],
+)
+async def test_empty_answer_does_not_break_a_conversation(shown: Messages) -> None:
+    """The AI SDK, the Agents SDK, Mastra and llm send a history without it."""
+    async with site() as served:
+        client = Client(served)
+        await client.say("one")
+        served.answers(complete("chat", "", 2, "1.12.1"))
+        await client.say("two")
+        assert client.messages.pop() == assistant("")
+        client.messages += shown
+        served.answers()
+        for text in ("three", "four"):
+            await client.say(text)
+        queries = [turn.json["query"] for turn in served.turns]
+    assert queries == ["one", "two", "three", "four"]
+    assert len(served.dify.conversations) == 1
+
+
 async def test_system_text_that_changes_does_not_break_a_conversation() -> None:
     async with site() as served:
         client = Client(served)

@@ -39,6 +39,7 @@ from opendify import (
     Tool,
     ToolCall,
     fold,
+    is_counted,
     is_side_request,
     message_digest,
     open_conversations,
@@ -1626,7 +1627,8 @@ def test_a_suffix_is_found_and_an_edit_is_not(data: st.DataObject) -> None:
         edited = Message(window[at].role, data.draw(st.text(max_size=20)))
         changed = (*window[:at], edited, *window[at + 1 :])
         shorter = (*window[:at], *window[at + 1 :])
-        assert found(store, ask(*changed, user("new"))) == ""
+        if at > 0 or is_counted(edited):
+            assert found(store, ask(*changed, user("new"))) == ""
         if at > 0:
             assert found(store, ask(*shorter, user("new"))) == ""
         assert found(store, ask(*window, user("new")), SCOPES[1]) == ""

@@ -28,18 +28,18 @@ BUDGETS = {
     "Ids": 66,
     "OpenAI": 681,
     "Responses": 441,
-    "Conversations": 444,
+    "Conversations": 457,
     "Pacer": 130,
     "Wire": 492,
     "Upstream": 720,
-    "Answers": 497,
+    "Answers": 500,
     "Handlers": 897,
     "Server": 291,
     "Page": 262,
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7807
+WHOLE_BUDGET = 7823
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
