@@ -11159,7 +11159,9 @@ async function call(path, options = {}) {
   const { error } = await response.json().catch(() => ({}));
   throw fault(error, `HTTP ${response.status}`, response.headers.get("x-request-id"));
 }
-const openDoor = () => { $("door").hidden = false, $("key").focus(); };
+const openDoor = (field = $("key")) => {
+  $("door").hidden = false, field.focus(), field.select(); // to be typed over
+};
 const list = async (path) => (await (await call(path)).json()).data;
 async function load() {
   if (root.dataset.key && !key) return openDoor();

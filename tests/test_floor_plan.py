@@ -35,11 +35,11 @@ BUDGETS = {
     "Answers": 500,
     "Handlers": 897,
     "Server": 291,
-    "Page": 262,
+    "Page": 264,
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7823
+WHOLE_BUDGET = 7825
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

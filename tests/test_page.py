@@ -768,11 +768,11 @@ def test_wrong_key_is_asked_for_again(browser: Any, guarded: Site) -> None:
         assert _complaints(tab) == []
         for wrong in ("wrong", "“pasted”", "密钥"):  # no header can hold the latter
             tab.page.evaluate("document.querySelector('#apps').replaceChildren()")
-            tab.page.keyboard.press("Control+A")
-            tab.page.keyboard.type(wrong)
+            tab.page.keyboard.type(wrong)  # in place of the one before, unseen
             tab.page.keyboard.press("Enter")
             assert "Incorrect API key" in tab.text("#apps .error")
             assert (tab.page.is_visible("#door"), tab.focus()) == (True, "key")
+            assert tab.page.input_value("#key") == wrong
         tab.page.reload()
         assert "Incorrect API key" in tab.text("#apps .error")
         assert (tab.page.is_visible("#door"), tab.focus()) == (True, "key")
