@@ -6185,6 +6185,7 @@ _SWEEP_EVERY = 100  # new tails, and named ones: a sweep takes milliseconds
 _MAX_SWEPT = 200  # old tails
 
 _FREE, _TAKEN, _LOST = 0, 1, 2
+_FAILED = -2  # rows changed: nobody knows; -1 is SQLite's own "it was no change"
 _SCHEMA = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = NORMAL;
@@ -6246,12 +6247,15 @@ class NamedConversation:
         """Whether a turn of this app and user may go there."""
         return not self.seal or self.seal == _hash(scope, b"named", 16).hex()
 
-    def bind(self, scope: bytes, told: Sequence[Any], **more: Any) -> NamedConversation:
-        """The same after a turn, which has told Dify these items."""
+    def bind(
+        self, scope: bytes, told: Sequence[Any], user: str, conversation_id: str
+    ) -> NamedConversation:
+        """The same after a turn there, which has told Dify these items."""
         ids = {item["id"] for item in told}
         items = tuple(item for item in self.items if item["id"] not in ids)
         seal = _hash(scope, b"named", 16).hex()
-        return replace(self, items=items, seal=seal, **more)
+        there: Json = {"user": user, "conversation_id": conversation_id, "seal": seal}
+        return replace(self, items=items, **there)
 
 
 class Conversations:
@@ -6351,8 +6355,8 @@ class Conversations:
             self._put(_alone(tail)._replace(is_taken=True), now)
 
     def named(self, id_: str, owner: str, now: float) -> NamedConversation | None:
-        """What a client of this key has named so."""
-        rows, _ = self._run(_NAMED, id_, _owner(owner), now - self._ttl_s)
+        """What a client of this key has named so; raises Overloaded as `keep` does."""
+        rows = self._surely(_NAMED, id_, _owner(owner), now - self._ttl_s)
         if not rows:
             return None
         known = NamedConversation.__dataclass_fields__  # a later version has more
@@ -6367,7 +6371,7 @@ class Conversations:
 
         Raises:
             BodyTooLarge: it has more text than one may have.
-            Overloaded: the file can't be written.
+            Overloaded: the file can't be used.
         """
         # Bytes, whose length SQLite knows without reading them.
         state = json.dumps(dataclasses.asdict(named)).encode()
@@ -6376,7 +6380,7 @@ class Conversations:
             text = f"A conversation's items that await a turn may have {most}."
             raise BodyTooLarge(text)
         sql = "INSERT OR REPLACE INTO opendify_named VALUES (?, ?, ?, ?)"
-        self._change(sql, named.id, _owner(owner), now, state)
+        self._surely(sql, named.id, _owner(owner), now, state)
         self._run("DELETE FROM opendify_named WHERE used < ?", now - self._ttl_s)
         self._not_swept += max(len(state), MAX_NAMED_BYTES // _SWEEP_EVERY)
         if self._not_swept > MAX_NAMED_BYTES:
@@ -6384,7 +6388,7 @@ class Conversations:
 
     def drop(self, named: NamedConversation) -> None:
         """Forget it; Dify's conversation stays. Raises Overloaded as `keep` does."""
-        self._change(_DROP_NAMED, named.id)
+        self._surely(_DROP_NAMED, named.id)
 
     def _sweep_named(self) -> None:
         self._not_swept, total = 0.0, 0
@@ -6443,10 +6447,12 @@ class Conversations:
         except sqlite3.Error as error:
             self.failure = str(error)
 
-    def _change(self, sql: str, *values: Any) -> None:
-        """Change a row, or raise Overloaded: a client relies on it."""
-        if self._run(sql, *values)[1] < 0:
-            raise Overloaded("The table of conversations can't be written at present.")
+    def _surely(self, sql: str, *values: Any) -> list[Any]:
+        """Run it, or raise Overloaded: a client relies on what it named."""
+        rows, changed = self._run(sql, *values)
+        if changed == _FAILED:
+            raise Overloaded("The table of conversations can't be used at present.")
+        return rows
 
     def _run(self, sql: str, *values: Any) -> tuple[list[Any], int]:
         if self._waiting:
@@ -6456,9 +6462,9 @@ class Conversations:
             return cursor.fetchall(), cursor.rowcount
         except sqlite3.Error as error:
             self.failure = str(error)
+            return [], _FAILED
         except ValueError:
-            pass  # the client's id is to blame
-        return [], -1
+            return [], 0  # the client's id is to blame
 
 
 def _owner(key: str) -> bytes:
@@ -9180,14 +9186,14 @@ class Turns:
         reader, scope, table = turn.stream.reader, question.scope, self.conversations
         id_ = reader.conversation_id if reader.is_stored else ""
         exchange, now = question.exchange, self.wall_clock()
-        latest = table.named(named.id, exchange.owner, now)
-        if id_ and latest and latest.conversation_id == named.conversation_id:
-            there = {"user": question.user, "conversation_id": id_}
-            bound = latest.bind(scope, named.items, **there)
-            with contextlib.suppress(ProxyError):  # the answer is there all the same
-                table.keep(bound, exchange.owner, now)
-                # From here a second try may bind it to another one.
-                question.named = replace(named, conversation_id=id_)
+        with contextlib.suppress(ProxyError):  # the answer is there all the same
+            latest = table.named(named.id, exchange.owner, now)
+            if not (id_ and latest and latest.conversation_id == named.conversation_id):
+                return
+            bound = latest.bind(scope, named.items, question.user, id_)
+            table.keep(bound, exchange.owner, now)
+            # From here a second try may bind it to another one.
+            question.named = replace(named, conversation_id=id_)
             # No chat with the same words may go on in it.
             if tail := table.take_by_id(scope, id_, now):
                 table.put(tail._replace(digests=b""), now)

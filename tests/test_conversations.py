@@ -1980,6 +1980,17 @@ def test_named_conversation_is_kept_or_dropped_or_refused(shared: Shared) -> Non
     store.drop(named)  # as another process may have done meanwhile
 
 
+def test_named_conversation_is_not_denied_where_nobody_can_know(shared: Shared) -> None:
+    store, other = shared
+    store.keep(NamedConversation("conv_1", 0, items=[]), "key", 0.0)
+    other.execute("ALTER TABLE opendify_named RENAME TO elsewhere")
+    with pytest.raises(opendify.Overloaded):
+        store.named("conv_1", "key", 0.0)
+    other.execute("ALTER TABLE elsewhere RENAME TO opendify_named")
+    assert store.named("conv_1", "key", 0.0)
+    assert store.named("\ud800", "key", 0.0) is None
+
+
 def test_failure_is_not_that_of_a_client_s_id(store: Conversations) -> None:
     store.put(Tail(SCOPE, "\ud800"), 0.0)
     assert (len(store), store.failure) == (0, "")

@@ -28,7 +28,7 @@ BUDGETS = {
     "Ids": 66,
     "OpenAI": 681,
     "Responses": 441,
-    "Conversations": 457,
+    "Conversations": 463,
     "Pacer": 130,
     "Wire": 492,
     "Upstream": 720,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7825
+WHOLE_BUDGET = 7831
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

@@ -1812,6 +1812,33 @@ async def test_conversation_is_not_made_where_it_cannot_be_kept(tmp_path: Any) -
     assert (got.status, got.error["code"]) == (503, "server_is_overloaded")
 
 
+async def test_conversation_is_not_denied_where_it_cannot_be_read(
+    tmp_path: Any,
+) -> None:
+    """A client would throw away what is there again in a moment."""
+    path = str(tmp_path / "c.sqlite")
+    async with proxy(variables={"CONVERSATION_STORE": path}) as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("ALTER TABLE opendify_named RENAME TO elsewhere")
+            got = await served.get(f"{CONVERSATIONS}/{made['id']}")
+            turn = await respond(served, conversation=made["id"])
+            other.execute("ALTER TABLE elsewhere RENAME TO opendify_named")
+        gate = asyncio.Event()
+        served.dify.app(
+            KEY, mode="chat", script=[fake.Wait(gate), *fake.chat_answer("Hi")]
+        )
+        begun = asyncio.ensure_future(respond(served, conversation=made["id"]))
+        await served.dify.until(lambda: served.dify.running)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("ALTER TABLE opendify_named RENAME TO elsewhere")
+            gate.set()
+            answered = await begun
+    for refused in (got, turn):
+        assert (refused.status, refused.error["code"]) == (503, "server_is_overloaded")
+    assert answered.status == 200
+
+
 async def test_conversation_is_of_no_use_to_others() -> None:
     keys = {"VALID_API_KEYS": "sk-1,sk-2"}
     al, bo = ({"Authorization": f"Bearer sk-{n}"} for n in (1, 2))
