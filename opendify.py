@@ -10760,6 +10760,7 @@ class Server(Listener):
     async def serve(self, wire: Wire) -> None:
         """One connection, from its first byte to its last."""
         try:
+            self.before_request()  # MAX_CONNECTIONS may have been raised
             most = self._site.dify.settings.max_connections
             if len(self._tasks) - len(self._refused) > most:
                 exchange = Exchange(Reply(wire), self._site.new_id(), wire.peer)

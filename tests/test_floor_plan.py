@@ -34,12 +34,12 @@ BUDGETS = {
     "Upstream": 720,
     "Answers": 500,
     "Handlers": 897,
-    "Server": 291,
+    "Server": 292,
     "Page": 264,
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7831
+WHOLE_BUDGET = 7832
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

@@ -641,6 +641,21 @@ async def test_settings_change_under_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.real_clock
+async def test_more_connections_may_come_while_all_are_taken(tmp_path: Path) -> None:
+    """No request may be served that would have the settings read anew."""
+    variables = {"MODEL_CONFIG": models("m"), "DIFY_API_BASE": "http://127.0.0.1:1"}
+    async with running(tmp_path, **variables, MAX_CONNECTIONS="1") as server:
+        answer, taken = await asyncio.open_connection("127.0.0.1", server.port)
+        taken.write(get("/health").replace(b"close", b"keep-alive"))
+        assert status_of(await answer.readuntil(b"}")) == 200
+        assert status_of(await talk(server.port, get("/health"), ends=True)) == 503
+        server.write_env(**variables, MAX_CONNECTIONS="9")
+        await asyncio.sleep(1.1)  # they are looked at once a second
+        assert status_of(await talk(server.port, get("/health"), ends=True)) == 200
+        taken.close()
+
+
+@pytest.mark.real_clock
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
 async def test_descriptors_exhausted_is_logged_once_and_over_when_they_are_back(
     tmp_path: Path,
