@@ -8156,6 +8156,7 @@ class TurnStream:
         has_more, self._carry = False, None
         self._is_draining = True
         try:
+            self.parts = await self.read(until_stoppable=True)  # a stop names its task
             await self.stop()
             self._response.set_deadline(STOP_DRAIN_S, _too_silent)
             while parts := await self.read():

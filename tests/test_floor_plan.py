@@ -31,7 +31,7 @@ BUDGETS = {
     "Conversations": 463,
     "Pacer": 130,
     "Wire": 492,
-    "Upstream": 720,
+    "Upstream": 721,
     "Answers": 500,
     "Handlers": 897,
     "Server": 292,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7832
+WHOLE_BUDGET = 7833
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

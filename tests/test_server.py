@@ -1380,6 +1380,19 @@ async def test_drain_stops_runs_in_dify_that_it_cuts(serving: Serving) -> None:
         assert now() < 5 + opendify.CANCEL_S
 
 
+async def test_drain_stops_runs_that_begin_when_it_has_cut_them(
+    serving: Serving,
+) -> None:
+    async with FakeDify() as fake, serving(fake.base) as world:
+        fake.app(KEY, script=[Send(b""), Sleep(6), message("Hello"), Hang()])
+        client = await world.connect()
+        client.send(chat(ASKS))
+        await fake.until(lambda: fake.running)
+        assert not await world.server.drain(5)
+        assert [stop.effective for stop in fake.stops] == [True]
+        assert now() < 5 + 2 * opendify.CANCEL_S
+
+
 # ------------------------------------------------------------------------------
 # The log
 # ------------------------------------------------------------------------------
