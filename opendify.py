@@ -3538,7 +3538,7 @@ _READERS = {name[4:]: f for name, f in vars(AnswerReader).items() if name[:4] ==
 _DELTAS = ("message", "agent_message", "text_chunk", "message_file")  # have text
 _NOT_ALL_SAID = ("stopped", "running", "paused")  # the last two of a stored run
 _LONG_EVENT = 4096  # characters; a text delta is shorter
-_EVENT_NAME = re.compile(r'\{"event": ?"(\w+)"')
+_EVENT_NAME = re.compile(r'\{"event": ?"(\w{1,64})"')
 
 
 def event_name(data: str) -> str:
@@ -9218,26 +9218,24 @@ class Turns:
 
     async def _ask(self, question: Question, mode: str) -> Turn:
         """Ask an app of this mode, and anew if the conversation is lost."""
+        ask = question.ask
         if mode in CHAT_MODES and question.joins and not question.tail:
-            now = self.wall_clock()
-            for ask in readings_of(question.ask):
-                if tail := self.conversations.take(ask, question.scope, now):
-                    question.ask, question.tail = ask, tail
-                    break
+            scope, now = question.scope, self.wall_clock()
+            ask, question.tail = _take(self.conversations, ask, scope, now)
         try:
-            return await self._try_turn(question, mode)
+            return await self._try_turn(question, ask, mode)
         except (ConversationGone, NoFirstEvent) as error:
             # Chatflows from 1.13 on met a lost conversation with silence.
             is_lost = isinstance(error, ConversationGone) or mode == "advanced-chat"
-            if question.ask.conversation_id or not (question.tail and is_lost):
+            if ask.conversation_id or not (question.tail and is_lost):
                 raise
             self.conversations.remove(question.tail)
         question.tail = None
-        return await self._try_turn(question, mode)
+        return await self._try_turn(question, question.ask, mode)
 
-    async def _try_turn(self, question: Question, mode: str) -> Turn:
+    async def _try_turn(self, question: Question, ask: Ask, mode: str) -> Turn:
         """One attempt; raises what Dify says before its first word."""
-        app, ask = question.app, question.ask
+        app = question.app
         has_files = any([message.attachments for message in ask.messages])
         needs_form = has_files or (mode not in CHAT_MODES and not app.query_variable)
         form = await self.dify.facts.form_of(app) if needs_form else NO_FORM
@@ -9253,6 +9251,16 @@ class Turns:
             question.may_have_run = not is_refused
             raise
         return await _begun(question.exchange, Turn(plan, stream))
+
+
+def _take(
+    table: Conversations, ask: Ask, scope: bytes, now: float
+) -> tuple[Ask, Tail | None]:
+    """The conversation that a request continues, and the request as it does so."""
+    for reading in readings_of(ask):
+        if tail := table.take(reading, scope, now):
+            return reading, tail
+    return ask, None
 
 
 async def _begun(exchange: Exchange, turn: Turn) -> Turn:

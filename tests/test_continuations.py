@@ -1270,6 +1270,19 @@ async def test_empty_answer_does_not_break_a_conversation(shown: Messages) -> No
     assert len(served.dify.conversations) == 1
 
 
+async def test_empty_answer_that_is_not_shown_is_not_told_either() -> None:
+    async with site() as served:
+        client = Client(served)
+        served.answers(complete("chat", "", 1, "1.12.1"))
+        await client.say("one")
+        assert client.messages.pop() == assistant("")
+        served.answers()
+        served.dify.conversations.clear()
+        await client.say("two")
+        client.check()
+        assert "assistant" not in served.turns[-1].json["query"]
+
+
 async def test_system_text_that_changes_does_not_break_a_conversation() -> None:
     async with site() as served:
         client = Client(served)

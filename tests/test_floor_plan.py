@@ -32,14 +32,14 @@ BUDGETS = {
     "Pacer": 130,
     "Wire": 492,
     "Upstream": 721,
-    "Answers": 500,
+    "Answers": 505,
     "Handlers": 897,
     "Server": 292,
     "Page": 264,
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7833
+WHOLE_BUDGET = 7838
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
