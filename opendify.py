@@ -1538,9 +1538,8 @@ _RETRY_TEXTS = {  # by whether a call is required, and so no JSON
     False: "Your last answer is not the JSON that was asked for: {reason}. "
     "Write the whole JSON again, corrected, and nothing else.",
 }
-_WORDS_BEGIN = tuple(
-    text.partition("{")[0] for text in (_TOOLS_TEXT, _NO_TOOLS_TEXT, _FORMAT_TEXT)
-)
+_ALL_WORDS = (_TOOLS_TEXT, MUST_CALL, _NO_TOOLS_TEXT, _FORMAT_TEXT)
+_WORDS_BEGIN = tuple(text.partition("{")[0] for text in _ALL_WORDS)
 RETRY_BEGINS = tuple(text.partition("{")[0] for text in _RETRY_TEXTS.values())
 
 

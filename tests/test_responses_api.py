@@ -286,6 +286,18 @@ async def test_branch_is_told_of_its_own_tools_alone() -> None:
     assert re.findall(r'role="system">\n(.*)\n</', query) == ["Be brief."]
 
 
+async def test_branch_need_not_call_a_tool_as_earlier_turns_had_to() -> None:
+    must: JSONObject = {"tools": [WEATHER], "tool_choice": "required"}
+    async with proxy(fake.chat_answer(CALL)) as served:
+        one = await answer(served, "Hi", **must)
+        two = await answer(served, "More", previous_response_id=one["id"], **must)
+        await answer(served, "Left", previous_response_id=two["id"])
+        await answer(served, "Right", previous_response_id=two["id"])
+        (_, more, _), (query,) = told(served)
+    assert more.endswith("More") and opendify.MUST_CALL in more
+    assert "More" in query and opendify.MUST_CALL not in query
+
+
 async def test_question_that_is_named_is_not_told_the_instructions_again() -> None:
     async with proxy(fake.chat_answer("Well.")) as served:
         one = await answer(served, "Hi", instructions="Be brief.")
