@@ -10958,7 +10958,8 @@ async def _make_ready(exchange: Exchange, wire: Wire) -> bool:
         if body.failure:
             body = BodyDecoder(-1)  # nobody knows what belongs to it
         wire.set_deadline(DISCARD_S, ConnectionBroken)
-        await read_body(wire, body)
+        with contextlib.suppress(MalformedHTTP):  # then `body` has a failure
+            await read_body(wire, body)
     return body.is_complete and reply.is_complete and not reply.must_close
 
 

@@ -34,12 +34,12 @@ BUDGETS = {
     "Upstream": 721,
     "Answers": 505,
     "Handlers": 897,
-    "Server": 292,
+    "Server": 293,
     "Page": 264,
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7837
+WHOLE_BUDGET = 7838
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
