@@ -9958,11 +9958,12 @@ async def create_completion(site: Site, exchange: Exchange) -> None:
 async def create_response(site: Site, exchange: Exchange) -> None:
     """`POST /responses`."""
     request = parse_responses_request(await _body_of(exchange))
-    named = None
+    app, named = await site.find_app(exchange, request.ask.model), None
     if request.conversation:
+        await _check_keeps(site, app)
+        # Nothing is awaited from here until its first turn is known to be under way.
         named = _named(site, exchange, request.conversation)
         request = _within(named, request)
-    app = await site.find_app(exchange, request.ask.model)
     # Its ids hold the user, whom its files may name.
     items = tuple(item for item in request.items if isinstance(item, Message))
     ask = _with_stored_files(site, exchange, request.ask._replace(messages=items))
@@ -9971,7 +9972,7 @@ async def create_response(site: Site, exchange: Exchange) -> None:
     frame = ResponseFrame(now, exchange.model, request.echo, sealer, user, new_id)
     question = Question(exchange, app, ask, joins=True, named=named)
     if named:
-        await _check_fits(site, question, named)
+        _check_fits(site, question, named)
     with site.turns.holding(question):
         await _join(site, question, request, sealer)
         ask = with_words(question.ask, app.tools)
@@ -9989,15 +9990,19 @@ def _within(named: NamedConversation, request: ResponsesRequest) -> ResponsesReq
 _NOT_BEGUN = "This conversation's first turn is still running. Retry in a few seconds."
 
 
-async def _check_fits(site: Site, question: Question, named: NamedConversation) -> None:
+async def _check_keeps(site: Site, app: AppSettings) -> None:
+    """Refuse a turn of a conversation if the app keeps none."""
+    mode = await site.dify.facts.mode_of(app)
+    if mode not in CHAT_MODES:
+        problem = f"a {mode} app keeps none; send the history as `input`."
+        raise bad_value("conversation", problem)
+
+
+def _check_fits(site: Site, question: Question, named: NamedConversation) -> None:
     """Refuse a turn that the conversation can't have.
 
     Of two first ones, each would begin another conversation in Dify.
     """
-    mode = await site.dify.facts.mode_of(question.app)
-    if mode not in CHAT_MODES:
-        problem = f"a {mode} app keeps none; send the history as `input`."
-        raise bad_value("conversation", problem)
     if not named.is_bound_to(question.scope):
         raise bad_value("conversation", "it belongs to another model or end user.")
     if not named.conversation_id:

@@ -33,13 +33,13 @@ BUDGETS = {
     "Wire": 492,
     "Upstream": 721,
     "Answers": 505,
-    "Handlers": 897,
+    "Handlers": 898,
     "Server": 293,
     "Page": 264,
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7838
+WHOLE_BUDGET = 7839
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

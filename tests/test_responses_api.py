@@ -1488,6 +1488,20 @@ async def test_of_two_first_turns_one_is_to_be_asked_again() -> None:
     assert (first, sorted(rest)) == ("One", ["3", "Two"])
 
 
+async def test_first_turn_that_waited_for_the_mode_is_the_second_by_then() -> None:
+    gate, modes = asyncio.Event(), Status(200, {"name": "App", "mode": "chat"})
+    asked: list[list[fake.Step]] = [[modes], [fake.Wait(gate), modes]]
+    app: dict[str, Any] = {"overrides": {"/info": lambda _: asked.pop(0)}}
+    async with proxy(config={"mode": ""}, **app) as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        turns = (answer(served, text, conversation=made["id"]) for text in "12")
+        both = [asyncio.ensure_future(turn) for turn in turns]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        gate.set()
+        await asyncio.gather(*both)
+        assert [sorted(row) for row in told(served)] == [["1", "2"]]
+
+
 async def test_first_turn_that_failed_makes_room_for_another() -> None:
     script = [Status(400, {"code": "invalid_param", "message": "No.", "status": 400})]
     async with proxy(script) as served:
