@@ -5906,15 +5906,6 @@ def split_turn(ask: Ask) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     return ask.messages[:at], ask.messages[at:]
 
 
-def readings_of(ask: Ask) -> Iterator[Ask]:
-    """The request, and as it was if its client drops empty answers, as many do."""
-    yield ask
-    _, new = split_turn(ask)
-    if len(new) > 1 and new[-1].role == "user":
-        *before, last = ask.messages
-        yield ask._replace(messages=(*before, Message("assistant", ""), last))
-
-
 def is_counted(message: Message) -> bool:
     """Whether a message counts in a transcript: no system text, no empty answer."""
     if message.role != "assistant" or message.tool_calls or message.attachments:
@@ -6464,6 +6455,21 @@ class Conversations:
             return [], _FAILED
         except ValueError:
             return [], 0  # the client's id is to blame
+
+
+def take_as_meant(
+    table: Conversations, ask: Ask, scope: bytes, now: float
+) -> tuple[Ask, Tail | None]:
+    """(a request as it continues a conversation, that one); as it is, if it does none.
+
+    Many clients leave an empty answer out: it may have stood before the last message.
+    """
+    asks, (_, new) = [ask], split_turn(ask)
+    if len(new) > 1 and new[-1].role == "user":
+        *before, last = ask.messages
+        asks.append(ask._replace(messages=(*before, Message("assistant", ""), last)))
+    found = ((each, tail) for each in asks if (tail := table.take(each, scope, now)))
+    return next(found, (ask, None))
 
 
 def _owner(key: str) -> bytes:
@@ -9220,7 +9226,7 @@ class Turns:
         ask = question.ask
         if mode in CHAT_MODES and question.joins and not question.tail:
             scope, now = question.scope, self.wall_clock()
-            ask, question.tail = _take(self.conversations, ask, scope, now)
+            ask, question.tail = take_as_meant(self.conversations, ask, scope, now)
         try:
             return await self._try_turn(question, ask, mode)
         except (ConversationGone, NoFirstEvent) as error:
@@ -9250,16 +9256,6 @@ class Turns:
             question.may_have_run = not is_refused
             raise
         return await _begun(question.exchange, Turn(plan, stream))
-
-
-def _take(
-    table: Conversations, ask: Ask, scope: bytes, now: float
-) -> tuple[Ask, Tail | None]:
-    """The conversation that a request continues, and the request as it does so."""
-    for reading in readings_of(ask):
-        if tail := table.take(reading, scope, now):
-            return reading, tail
-    return ask, None
 
 
 async def _begun(exchange: Exchange, turn: Turn) -> Turn:

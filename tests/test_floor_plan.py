@@ -28,18 +28,18 @@ BUDGETS = {
     "Ids": 66,
     "OpenAI": 681,
     "Responses": 441,
-    "Conversations": 463,
+    "Conversations": 466,
     "Pacer": 130,
     "Wire": 492,
     "Upstream": 721,
-    "Answers": 505,
+    "Answers": 498,
     "Handlers": 898,
     "Server": 293,
     "Page": 264,
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7839
+WHOLE_BUDGET = 7835
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
