@@ -5770,7 +5770,8 @@ AnswerForm = Union[Envelope, ResponseFrame]
 #     question without it, so their histories match as windows, not as a whole.
 #
 # Pure but for SQLite, which keeps the table in memory too; its failures mean "don't
-# know". `now` is wall-clock time in seconds, since a table outlives its process.
+# know", but of what a client named. `now` is wall-clock time in seconds, since a table
+# outlives its process.
 #
 #     none, TAKEN -> FREE [put], FREE -> TAKEN [take], TAKEN -> LOST [take by id],
 #     FREE -> LOST [put, by one who has not taken it],
@@ -6259,7 +6260,8 @@ class Conversations:
 
     Raises:
         sqlite3.Error: the file can't be used. No method raises it later: then the last
-            such `failure` is told, and "don't know" is the answer.
+            such `failure` is told, and "don't know" is the answer; but Overloaded is
+            raised where a client relies on what it named.
     """
 
     def __init__(self, path: str, ttl_s: float) -> None:
