@@ -8016,7 +8016,7 @@ async def _read_response_head(wire: Wire) -> ResponseHead:
             "Dify closed the connection without an answer. If it always does, check "
             f"the scheme in {BASE_SETTING}."
         )
-    for _ in range(MAX_INTERIM_RESPONSES):
+    for _ in range(MAX_INTERIM_RESPONSES + 1):
         head = await read_head(wire)
         if not _INTERIM.match(head):
             return _parse_response_head(head)

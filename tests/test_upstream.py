@@ -40,6 +40,7 @@ from opendify import (
     FORM_FRESH_S,
     IDLE_CONNECTION_S,
     MAX_IDLE_CONNECTIONS,
+    MAX_INTERIM_RESPONSES,
     RACE_S,
     RETRY_AFTER_S,
     STOP_DRAIN_S,
@@ -922,8 +923,19 @@ FAULTS: list[Any] = [
         FINE,
         id="1xx",
     ),
-    pytest.param(
-        [Raw(b"HTTP/1.1 102 Processing\r\n\r\n" * 99 + HEAD)], REFUSED, id="99-1xx"
+    *(
+        pytest.param(
+            [
+                Raw(b"HTTP/1.1 102 Processing\r\n\r\n" * number),
+                Raw(HEAD + chunk(HELLO + END) + b"0\r\n\r\n"),
+            ],
+            outcome,
+            id=f"{number}-1xx",
+        )
+        for number, outcome in (
+            (MAX_INTERIM_RESPONSES, FINE),
+            (MAX_INTERIM_RESPONSES + 1, REFUSED),
+        )
     ),
     pytest.param(
         [Raw(b"HTTP/1.1 100 Continue\r\n\r\n"), Close()], REFUSED, id="end-after-1xx"
