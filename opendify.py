@@ -1655,7 +1655,7 @@ _LONGEST = max(map(len, _MARKERS))
 _CONTEXT_CHARS = 80  # before JSON, that tell whether a call can stand there
 _MAX_PIECE_CHARS = 4096  # read at once: what follows a marker is copied for each
 _MAX_BLANK = 1000  # that is looked through; a model that is stuck writes more
-_MAX_REREAD = 16_384  # of what turns out to be no block; the rest is text then
+_MAX_REREAD = 16_384  # in what turns out to be no blocks; the rest is text then
 _TOKEN = re.compile(
     r"""(?P<space>[\s;,}\]]+)
     |(?P<opener><(?:\w+:|｜DSML｜)?(?:tool_calls?|tools|tool_use|function_calls?)>
@@ -1726,6 +1726,8 @@ class CallReader:
         self._block: _Block | None = None  # what the text begins with
         self._is_code = False  # up to the next fence
         self._tail = ""  # of what was given on: the context of a marker
+        # Characters from here on that were no block, and how many were read for that.
+        self._looked_at = self._reread = 0
         self._blank: str | None = ""  # white space after a call; None after text
 
     def feed(self, parts: Iterable[Part]) -> list[Part]:
@@ -1781,11 +1783,14 @@ class CallReader:
                 block.calls = []
             if not is_over:
                 return
-            self._text = self._text[block.taken :]
+            self._pass(block.taken)
             if not block.taken:  # but calls may stand behind its first sign
                 self._is_code = self._text.startswith("```")
                 first = 3 if self._is_code else 1
-                self._give(done, first if block.reach < _MAX_REREAD else block.reach)
+                self._reread = block.reach + (self._reread if self._looked_at else 0)
+                self._looked_at = max(self._looked_at, block.reach)
+                is_much = self._reread >= _MAX_REREAD
+                self._give(done, max(first, block.reach) if is_much else first)
 
     def _find_block(self, done: list[Part], is_last: bool) -> _Block | None:
         """Give the text on up to what begins as calls do; None if nothing does yet."""
@@ -1822,7 +1827,7 @@ class CallReader:
 
     def _give(self, done: list[Part], size: int) -> None:
         """Give so much of the text on, but not white space beside calls."""
-        text, self._text = self._text[:size], self._text[size:]
+        text = self._pass(size)
         self._tail = (self._tail + text)[-_CONTEXT_CHARS:]
         if self._blank is not None:
             text = self._blank + text
@@ -1834,6 +1839,12 @@ class CallReader:
             done[-1] = Text(last.text + text)
         else:
             done.append(Text(text))
+
+    def _pass(self, size: int) -> str:
+        """Go on behind so much of the text, which is returned."""
+        text, self._text = self._text[:size], self._text[size:]
+        self._looked_at = max(0, self._looked_at - size)
+        return text
 
 
 class _Unfinished(Exception):

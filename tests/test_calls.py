@@ -971,6 +971,19 @@ def test_hostile_answers_take_no_quadratic_time() -> None:
             ]
 
 
+def test_calls_begun_in_calls_take_no_quadratic_time() -> None:
+    """Each is read up to the end of all, and found to be none there."""
+    text = ('\n{"name": "search",' * 800 + "<") * 4
+    with at_most(40):
+        assert read(text) == [Text(text)]
+
+
+def test_call_stands_in_what_was_begun_as_calls() -> None:
+    text = '{"name": "search",\n' * 20
+    whole = read(f"{text}{CALL}\n{CALL}")
+    assert [type(part) for part in whole] == [Text, ToolCall, ToolCall]
+
+
 @pytest.mark.parametrize(
     "text", ['{"a": "' + '\\"' * 50_000, "{'" + "\\'" * 50_000, "{" + "a-" * 50_000]
 )
