@@ -2294,13 +2294,15 @@ class _Checker:
         if keyword not in _HOLDS:
             return True
         kind, holds = _HOLDS[keyword]
-        self._spend((_size(value) + _size(limit)) // 20)
+        size_of = _whole_size if keyword in ("const", "enum") else _size
+        self._spend((_size(value) + size_of(limit)) // 20)
         if kind and (isinstance(limit, bool) or not _is_a(value, kind)):
             return True  # such as "exclusiveMinimum": true, of draft 4 and OpenAPI 3.0
         return holds(value, limit)
 
     def _target(self, ref: str) -> Any:
         """The schema that is referred to; None for an anchor or another document."""
+        self._spend(len(ref) // 50)
         document, *steps = ref.split("/")
         target: Any = self._root if document == "#" else None
         for step in steps if target else ():
@@ -2339,6 +2341,17 @@ def _size(value: Any) -> int:
     if isinstance(value, str):
         return len(value) // 1000
     return len(value) if isinstance(value, (dict, list)) else 1
+
+
+def _whole_size(value: Any) -> int:
+    """The same with all that is in them, as it is compared, up to what is too much."""
+    size, inner = 0, [value]
+    while inner and size < _MAX_CHECKS * 20:
+        one = inner.pop()
+        size += _size(one)
+        if isinstance(one, (dict, list)):
+            inner += one.values() if isinstance(one, dict) else one
+    return size
 
 
 def _is_a(value: Any, kind: Any) -> bool:

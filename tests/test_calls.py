@@ -1668,6 +1668,12 @@ def test_validator_takes_no_exponential_time() -> None:
         pytest.param(
             {"a" * 5_000_000: 1}, {"additionalProperties": {"enum": []}}, id="name"
         ),
+        pytest.param(1, {"$ref": "#" + "/a" * 100_000}, id="reference"),
+        pytest.param(
+            [[*range(1000, 500_000), 1]],
+            {"const": [[*range(1000, 500_000), 2]]},
+            id="const",
+        ),
     ],
 )
 def test_validator_pays_for_large_rules(value: Any, schema: dict[str, Any]) -> None:
