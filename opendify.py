@@ -1721,6 +1721,7 @@ class CallReader:
         leads = ("functions.", "")  # some models put the first before each name
         self._tools = {lead + tool.name: tool for lead in leads for tool in tools}
         self._only_tool = tools[0] if len(tools) == 1 else None
+        self._work = _Work()  # of telling what the parameters are
         self._ids = ids
         self._text = ""  # that is not given on yet
         self._block: _Block | None = None  # what the text begins with
@@ -1804,7 +1805,7 @@ class CallReader:
                 self._is_code = found[0] != "```"
             elif self._may_be_call(text, at):
                 self._give(done, at)
-                return _Block(self._tools)
+                return _Block(self._tools, self._work)
         self._give(done, len(text))
         return None
 
@@ -1860,10 +1861,10 @@ class _Block:
     stand in too many lists.
     """
 
-    def __init__(self, tools: Mapping[str, Tool]) -> None:
+    def __init__(self, tools: Mapping[str, Tool], work: _Work) -> None:
         self.calls: _Calls = []
         self.taken = 0
-        self._tools = tools
+        self._tools, self._work = tools, work
         self._text, self._at, self._is_last = "", 0, False
         self._is_tagged = self._is_fenced = False
         self._tool: Tool | None = None  # whose call has begun
@@ -1933,7 +1934,7 @@ class _Block:
                 end, closer = other.start(), ""
                 break
         text = re.sub(r"\A\n|\n\Z", "", self._text[token.end() : end])
-        self._given[key] = _typed(tool, key, text)
+        self._given[key] = _typed(tool, key, text, self._work)
         self._at, self._value = end + len(closer), _ValueEnd()
 
     def _take_closer(self, token: re.Match[str]) -> None:
@@ -2039,14 +2040,14 @@ def _properties(tool: Tool) -> dict[str, Any]:
     return object_of(tool.parameters.get("properties"))
 
 
-def _typed(tool: Tool, key: str, text: str) -> Any:
+def _typed(tool: Tool, key: str, text: str, work: _Work) -> Any:
     """A parameter written as an element: JSON, unless only a string will do."""
     schema, root = object_of(_properties(tool).get(key)), tool.parameters
     if schema.get("type") != "string":
         with contextlib.suppress(ValueError):
             value = parse_sloppy_json(text)
-            is_text = not schema_problems(text, schema, root)
-            if not (is_text and schema_problems(value, schema, root)):
+            is_text = not schema_problems(text, schema, root, work)
+            if not (is_text and schema_problems(value, schema, root, work)):
                 return value
     return text
 
@@ -2226,13 +2227,16 @@ _NO_SENSE = (TypeError, AttributeError, ValueError, LookupError, ArithmeticError
 _MAX_PATTERN_CHARS, _PATTERN_CHECKS = 100, 100  # what one may take, in checks
 
 
-def schema_problems(value: Any, schema: Json, root: Json | None = None) -> list[str]:
+def schema_problems(
+    value: Any, schema: Json, root: Json | None = None, work: _Work | None = None
+) -> list[str]:
     """The first few breaches of a schema; one that makes no sense forbids nothing.
 
-    It is a part of `root`, if that is given: references begin there.
+    It is a part of `root`, if that is given: references begin there. `work` was done
+    for the same answer before.
     """
     problems: list[str] = []
-    found = _Checker(root or schema).check(value, schema, "$")
+    found = _Checker(root or schema, work or _Work()).check(value, schema, "$")
     with contextlib.suppress(RecursionError, re.error, *_NO_SENSE):
         for at, keyword, limit in itertools.islice(found, _MAX_PROBLEMS):
             rule = json_text(limit)[:_MAX_TOLD_CHARS]
@@ -2241,15 +2245,27 @@ def schema_problems(value: Any, schema: Json, root: Json | None = None) -> list[
     return problems
 
 
+class _Work:
+    """Counts the work for an answer in checks, and stops where it is too much."""
+
+    def __init__(self) -> None:
+        self._checks = 0
+
+    def spend(self, checks: int) -> None:
+        """Do so much more; raises RecursionError where it is too much."""
+        self._checks += checks
+        if self._checks > _MAX_CHECKS:
+            raise RecursionError
+
+
 class _Checker:
     """Checks values against a JSON Schema: what OpenAI's strict mode knows, and more.
 
     A keyword that is not known forbids nothing.
     """
 
-    def __init__(self, root: Json) -> None:
-        self._root = root
-        self._checks = 0
+    def __init__(self, root: Json, work: _Work) -> None:
+        self._root, self._spend = root, work.spend
         self._patterns: set[str] = set()
 
     def check(self, value: Any, schema: Any, at: str) -> Iterator[tuple[str, str, Any]]:
@@ -2264,12 +2280,6 @@ class _Checker:
                 yield at, keyword, limit
         for item, inner, place in self._inner(value, schema, at):
             yield from self.check(item, inner, place)
-
-    def _spend(self, checks: int) -> None:
-        """Count the work in checks, and stop where it is too much."""
-        self._checks += checks
-        if self._checks > _MAX_CHECKS:
-            raise RecursionError
 
     def _matches(self, value: Any, pattern: str) -> bool:
         """Whether text matches; a pattern that could keep the server busy always does.

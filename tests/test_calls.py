@@ -1685,6 +1685,16 @@ def test_validator_pays_for_large_rules(value: Any, schema: dict[str, Any]) -> N
         schema_problems([value] * 10_000, {"items": schema})
 
 
+def test_parameters_of_an_answer_share_what_their_checks_may_take() -> None:
+    rules = {"anyOf": [{"type": "null"}] * 100_000}
+    tool = Tool("f", parameters={"properties": {"a": rules}})
+    text = "<function=f>" + "<parameter=a>1</parameter>" * 100 + "</function>"
+    calls = CallReader([tool], call_ids("m"), inf)
+    with at_most(240):
+        (part,) = calls.feed([Text(text)])
+    assert isinstance(part, ToolCall) and part.arguments == '{"a": 1}'
+
+
 TEXT = {"type": "string"}
 DESCRIBED = {"type": "string", "description": "a" * 500}
 DATE = {"type": "string", "pattern": r"^\d{4}-\d\d-\d\d$"}

@@ -23,7 +23,7 @@ BUDGETS = {
     "SSE": 64,
     "JSON": 96,
     "Turn": 206,
-    "Calls": 847,
+    "Calls": 852,
     "Dify": 819,
     "Ids": 66,
     "OpenAI": 681,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7853
+WHOLE_BUDGET = 7858
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
