@@ -1337,18 +1337,27 @@ class Answer:
 
     def _change_text(self, part: Part) -> None:
         if isinstance(part, Media):
-            self._texts.append(media_text(part, is_first=not self.text))
+            self._texts.append(media_text(part, is_first=not any(self._texts)))
         elif isinstance(part, Replace):
             self._reasonings = [r for r in self._reasonings if not r.is_inline]
-            self._keep_only(part.text, part.reasoning)
+            self._texts = [part.text]
+            self._think(part.reasoning)
         elif isinstance(part, Recast):
-            text = self.text
-            at = max(len(text) - part.size, 0)  # calls may be gone from it
-            self._keep_only(text[:at], text[at:])
+            self._think(self._taken(part.size))
 
-    def _keep_only(self, text: str, reasoning: str) -> None:
-        """Replace the text so far, calls included, by this text and this reasoning."""
-        self._texts, self.calls = [text], []
+    def _taken(self, size: int) -> str:
+        """The last so many characters of the text, which are gone from it."""
+        first = len(self._texts)
+        while size > 0 and first:  # calls may be gone from it
+            first -= 1
+            size -= len(self._texts[first])
+        text, kept = "".join(self._texts[first:]), max(0, -size)
+        self._texts[first:] = [text[:kept]] if kept else []
+        return text[kept:]
+
+    def _think(self, reasoning: str) -> None:
+        """Add what was thought in the place of text, and of the calls so far."""
+        self.calls = []
         if reasoning:
             apart = "\n\n" if self._reasonings else ""
             self._reasonings.append(Reasoning(apart + reasoning, is_inline=True))

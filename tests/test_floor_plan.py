@@ -22,7 +22,7 @@ BUDGETS = {
     "Errors": 93,
     "SSE": 64,
     "JSON": 96,
-    "Turn": 206,
+    "Turn": 213,
     "Calls": 852,
     "Dify": 819,
     "Ids": 66,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7858
+WHOLE_BUDGET = 7865
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

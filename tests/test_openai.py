@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from schemas import check_chat_stream, validate
+from work import at_most
 
 import opendify
 from opendify import (
@@ -1098,6 +1099,16 @@ def test_text_that_turns_out_to_be_reasoning(
 ) -> None:
     message = whole(*parts, Finish())["choices"][0]["message"]
     assert (message["content"], message["reasoning_content"]) == (text, reasoning)
+
+
+@pytest.mark.parametrize(
+    "more", [[Media("image", "https://h/a", "a")], [Text("No. "), Recast(4)]]
+)
+def test_long_answer_is_not_copied_for_each_file_or_thought(more: list[Part]) -> None:
+    answer = Answer()
+    with at_most(40):
+        answer.add([*[Text("word ")] * 200_000, *more * 5_000])
+    assert len(answer.text + answer.reasoning) >= 1_020_000
 
 
 @pytest.mark.parametrize("withdrawing", [Replace("Blocked."), Recast(7)])
