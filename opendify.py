@@ -5906,6 +5906,12 @@ class Tail(NamedTuple):
         is_once = shown.find(window) == len(shown) - len(window)
         return is_whole and is_once and (is_clear or longer.digests != shown == window)
 
+    def surely_ends(self, history: Messages) -> bool:
+        """Whether this transcript is that history, or unmistakably ends with it."""
+        window = Tail(self.scope, chain=self.scope).extend(history)
+        is_clear = _is_clear(history)
+        return self.chain == window.chain or window.ends(self, is_clear=is_clear)
+
 
 class Plan(NamedTuple):
     """How a turn is put to Dify: `files` belong to the query, `inputs` go over others.
@@ -6514,7 +6520,11 @@ def take_as_meant(
         *before, last = ask.messages
         asks.append(ask._replace(messages=(*before, Message("assistant", ""), last)))
     found = ((each, tail) for each in asks if (tail := table.take(each, scope, now)))
-    return next(found, (ask, None))
+    meant, tail = next(found, (ask, None))
+    if tail and ask.conversation_id:  # it is taken by that, however it is meant
+        fitting = (each for each in asks if tail.surely_ends(split_turn(each)[0]))
+        meant = next(fitting, ask)
+    return meant, tail
 
 
 def _owner(key: str) -> bytes:

@@ -1253,7 +1253,10 @@ async def test_agent_s_rounds_are_one_answer() -> None:
     [[], [assistant("")], [assistant("<think>Hm.</think>\n\n")]],
     ids=["not", "empty", "with thoughts"],
 )
-async def test_empty_answer_does_not_break_a_conversation(shown: Messages) -> None:
+@pytest.mark.parametrize("is_named", [False, True], ids=["found", "named"])
+async def test_empty_answer_does_not_break_a_conversation(
+    shown: Messages, is_named: bool
+) -> None:
     """The AI SDK, the Agents SDK, Mastra and llm send a history without it."""
     async with site() as served:
         client = Client(served)
@@ -1263,8 +1266,9 @@ async def test_empty_answer_does_not_break_a_conversation(shown: Messages) -> No
         assert client.messages.pop() == assistant("")
         client.messages += shown
         served.answers()
+        about = {"conversation_id": client.conversation} if is_named else {}
         for text in ("three", "four"):
-            await client.say(text)
+            await client.say(text, **about)
         queries = [turn.json["query"] for turn in served.turns]
     assert queries == ["one", "two", "three", "four"]
     assert len(served.dify.conversations) == 1
