@@ -9787,7 +9787,7 @@ async def _join_at(
     It continues it, under its id, only if the question has taken its tail.
     """
     previous, tools = request.previous_response_id, request.known_tools
-    anchor = next(iter(places.values()))
+    named, anchor = next(iter(places.items()))
     stored = await _turns_named(site, question, request, places)
     here = anchor.conversation_id
     turns = [turn for turn in stored.values() if turn.conversation_id == here]
@@ -9802,8 +9802,7 @@ async def _join_at(
         if (turn := stored.get(place.message_id))
     }
     is_newest = ids[-1:] == [anchor.message_id]
-    # Behind the last item that is only named, whole ones may tell of later turns.
-    can_join = is_newest if previous else anchor.message_id in ids
+    can_join = is_newest if previous else _tells_rest(request, named, anchor, ids)
     if question.tail and can_join and not any(turn.is_short for turn in turns):
         known = _transcript(turns, tools)
         ask = ask_of(request, found, told=known)
@@ -9884,6 +9883,24 @@ def _as_asked(turns: Iterable[StoredTurn]) -> list[StoredTurn]:
 
 def _transcript(turns: Iterable[StoredTurn], tools: Sequence[Tool]) -> list[Message]:
     return [m for turn in turns for m in (turn.question, turn.message(tools))]
+
+
+def _tells_rest(
+    request: ResponsesRequest, id_: str, place: Place, ids: Sequence[str]
+) -> bool:
+    """Whether whole items tell of all turns behind the last item that is only named.
+
+    Args:
+        request: what has the items.
+        id_: of the last one that is only named.
+        place: where that leads.
+        ids: of all turns there, in order.
+    """
+    behind = itertools.takewhile(lambda item: item != id_, reversed(request.items))
+    runs = itertools.groupby(getattr(item, "role", "") for item in behind)
+    answers = [role for role, _ in runs].count("assistant")
+    turns = [*itertools.dropwhile(lambda turn: turn != place.message_id, ids)]
+    return bool(turns) and len(turns) - (place.item != "in") <= answers
 
 
 def _tells_all(request: ResponsesRequest, turns: Sequence[StoredTurn]) -> bool:

@@ -33,13 +33,13 @@ BUDGETS = {
     "Wire": 492,
     "Upstream": 721,
     "Answers": 498,
-    "Handlers": 898,
+    "Handlers": 906,
     "Server": 293,
     "Page": 264,
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7873
+WHOLE_BUDGET = 7881
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

@@ -389,6 +389,32 @@ async def test_answer_of_another_conversation_is_told_behind_a_response() -> Non
     assert text_of(other) in query and query.endswith("\n\nSum up")
 
 
+@pytest.mark.parametrize("text", ["OK.", ""], ids=["text", "empty"])
+async def test_branch_of_an_answer_that_came_again_has_its_own_history(
+    text: str,
+) -> None:
+    async with proxy(fake.chat_answer(text)) as served:
+        one = await answer(served, "Go on")
+        await answer(served, "Go on", previous_response_id=one["id"])
+        items = [user("Go on"), reference(one["output"][0]), user("Left")]
+        await answer(served, items)
+        first, (query,) = told(served)
+    assert first == ["Go on", "Go on"]
+    assert query.count("Go on") == 1 and query.endswith("\n\nLeft")
+
+
+async def test_question_behind_an_empty_answer_is_told_once() -> None:
+    """The client names it, and leaves out the empty answer to it."""
+    async with proxy(fake.chat_answer("")) as served:
+        one = await answer(served, "Hi")
+        two = await answer(served, "More", previous_response_id=one["id"])
+        page = await served.get(f"{PATH}/{two['id']}/input_items")
+        (named,) = map(reference, page.json["data"])
+        await answer(served, [*map(reference, one["output"]), named, user("Again")])
+        seen = ["\n".join(queries) for queries in told(served)]
+    assert [queries.count("More") for queries in seen] == [1, 1]
+
+
 async def test_edited_question_before_a_reference_starts_anew() -> None:
     async with replicas() as (first, second):
         one = await answer(first, "Tell me a joke")
