@@ -5428,7 +5428,8 @@ def input_item(id_: str, message: Message) -> dict[str, Any]:
         is_image = file.media_type.startswith("image/")
         image = {"type": "input_image", "image_url": file.url, "detail": "auto"}
         other = {"type": "input_file", "filename": file.name, "file_url": file.url}
-        content.append(image if is_image else other)
+        named = {"file_id": file.file_id} if file.file_id else {}  # the URL expires
+        content.append({**(image if is_image else other), **named})
     item = {"id": id_, "type": "message", "status": "completed"}
     return {**item, "role": message.role, "content": content}
 
@@ -10146,8 +10147,22 @@ def _as_response(
     """A stored answer and its question, with the ids that they were sent with."""
     frame = ResponseFrame(turn.created, model, echo_of({}), sealer, user, "", turn.ids)
     error = next((part.error for part in turn.parts if isinstance(part, Failure)), None)
-    question = input_item(frame.id("msg_", "in"), turn.question)
+    files = tuple(_named_file(f, turn, sealer, user) for f in turn.question.attachments)
+    asked = turn.question._replace(attachments=files)
+    question = input_item(frame.id("msg_", "in"), asked)
     return frame.whole([turn.answer()], turn.ids, error), question
+
+
+def _named_file(
+    file: Attachment, turn: StoredTurn, sealer: IdSealer, user: str
+) -> Attachment:
+    """A file of a stored question under an id, if it was uploaded."""
+    if not file.upload_id:
+        return file
+    size, created = str(file.size), str(turn.created)
+    about = (file.name, file.media_type, size, created, "user_data")
+    stored = StoredFile(file.upload_id, user, *about)
+    return replace(file, file_id=sealer.seal(FILE_PREFIX, stored))
 
 
 # Conversations...

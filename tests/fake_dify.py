@@ -419,6 +419,7 @@ class Message:
     status: str = "normal"
     error: str | None = None
     inputs: Event = field(default_factory=dict)
+    files: list[Event] = field(default_factory=list)
 
 
 @dataclass
@@ -1236,13 +1237,16 @@ class FakeDify:
         body = request.json if isinstance(request.json, dict) else {}
         inputs = body.get("inputs") if isinstance(body.get("inputs"), dict) else {}
         query = body.get("query") or _first_text(inputs)
+        files = list(body.get("files") or ())
         return Turn(
             app=app,
             request=request,
             task_id=self._new_id(),
             run_id=self._new_id(),
             conversation=self._conversation(app, request, body),
-            message=Message(self._new_id(), str(query), inputs=dict(inputs or {})),
+            message=Message(
+                self._new_id(), str(query), inputs=dict(inputs or {}), files=files
+            ),
             stopped=asyncio.Event(),
         )
 
@@ -1400,7 +1404,7 @@ class FakeDify:
                 "retriever_resources": [],
                 "created_at": CREATED_AT,
                 "agent_thoughts": [],
-                "message_files": [],
+                "message_files": [*filter(None, map(self._stored, message.files))],
                 "status": message.status,
                 "error": message.error,
             }
@@ -1413,6 +1417,23 @@ class FakeDify:
         more = len(stored) > limit
         page = {"limit": limit, "has_more": more, "data": stored[-limit:]}
         connection.respond(200, page, app)
+
+    def _stored(self, file: Event) -> Event | None:
+        """Return an uploaded file of a stored message, with a URL that will expire."""
+        upload = self.uploads.get(file.get("upload_file_id", ""))
+        if not upload:
+            return None
+        return {
+            "id": upload.id,
+            "filename": upload.name,
+            "type": file["type"],
+            "url": f"/files/{upload.id}/file-preview?timestamp=1&nonce=2&sign=3",
+            "mime_type": upload.mime_type,
+            "size": len(upload.data),
+            "transfer_method": "local_file",
+            "belongs_to": "user",
+            "upload_file_id": upload.id,
+        }
 
     def _get_run(self, connection: _Connection, request: Request, app: App) -> None:
         _check_mode("/workflows/run", app)

@@ -27,19 +27,19 @@ BUDGETS = {
     "Dify": 819,
     "Ids": 66,
     "OpenAI": 681,
-    "Responses": 441,
+    "Responses": 442,
     "Conversations": 474,
     "Pacer": 130,
     "Wire": 492,
     "Upstream": 721,
     "Answers": 498,
-    "Handlers": 906,
+    "Handlers": 917,
     "Server": 293,
     "Page": 264,
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7881
+WHOLE_BUDGET = 7893
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

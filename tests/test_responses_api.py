@@ -1968,6 +1968,28 @@ async def test_item_that_dify_has_is_told_no_more() -> None:
     assert folded.endswith("\n\nThree")
 
 
+async def test_upload_is_named_again_where_an_item_behind_it_is_deleted() -> None:
+    """The URL that Dify shows it under expires, and apps may take none."""
+    uploads = {
+        **ALL_FILES["file_upload"],
+        "allowed_file_upload_methods": ["local_file"],
+    }
+    image = {"type": "input_image", "image_url": "data:image/png;base64,iVBORw0KGgo="}
+    async with proxy(parameters={**ALL_FILES, "file_upload": uploads}) as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        for content in ([image], "Two"):
+            asked = [{"role": "user", "content": content}]
+            await answer(served, asked, conversation=made["id"])
+        path = f"{CONVERSATIONS}/{made['id']}/items"
+        items = (await served.get(f"{path}?order=asc")).json["data"]
+        await served.get(f"{path}/{items[2]['id']}", method="DELETE")
+        await answer(served, "Three", conversation=made["id"])
+        first, second = (turn.json["files"] for turn in served.turns[::2])
+    validate("InputImageContent", items[0]["content"][1])
+    assert first == second
+    assert len(served.dify.uploads) == 1
+
+
 @pytest.mark.parametrize("id_", ["same", 1, ["list"], ""])
 async def test_item_gets_an_id_of_its_own(id_: Any) -> None:
     async with proxy() as served:
