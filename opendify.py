@@ -8315,8 +8315,6 @@ class Api:
                 "not to; switch that off there.",
                 is_final=True,
             )
-        if response.status < 300:
-            self.answered_at = asyncio.get_running_loop().time()
         return response
 
     async def read_object(
@@ -8329,6 +8327,7 @@ class Api:
         if or_nothing and not content:
             return {}
         if (value := read_json_object(content)) is not None:
+            self.answered_at = asyncio.get_running_loop().time()
             return value
         if content.lstrip()[:1] in (b"", b"{"):
             raise UpstreamFailed("Dify's answer is empty, or it broke off.")
@@ -8532,7 +8531,8 @@ class Dify:
             if is_bare and request.body.get("conversation_id"):
                 error = ConversationGone("Dify does not know this conversation.")
             raise error
-        left_s = until - loop.time()  # none, where a slow line took longer to send it
+        self.api.answered_at = now = loop.time()
+        left_s = until - now  # none, where a slow line took longer to send it
         response.set_deadline(left_s if left_s > 0 else timeout_s, _too_late)
         reader = AnswerReader(mode, app, show_process=self.settings.show_process)
         return TurnStream(self, reader, str(request.body["user"]), response)

@@ -397,20 +397,24 @@ async def test_why_nothing_is_ready_is_for_the_log(
     assert reason in caplog.text
 
 
-async def test_refused_app_key_is_never_ready() -> None:
-    refusal = Status(401, {"code": "unauthorized", "message": "No.", "status": 401})
+DENIED = Status(401, {"code": "unauthorized", "message": "No.", "status": 401})
+
+
+@pytest.mark.parametrize("refusal", [DENIED, Status(200, "<html>web</html>")])
+async def test_what_refuses_or_is_no_app_is_never_ready(refusal: Status) -> None:
     async with FakeDify() as dify, proxying(dify.base) as front:
         dify.app(KEY, overrides={"/info": [refusal]})
-        for _ in range(2):  # a refusal is no answer that counts for a while
+        for _ in range(2):  # that is no answer that counts for a while
             assert status_of(await talk(front.port, get("/ready"))) == 503
+        await ask(front.port)
+        assert status_of(await talk(front.port, get("/ready"))) == 200, "by its turn"
 
 
 async def test_one_app_that_answers_is_enough_to_be_ready() -> None:
-    refusal = Status(401, {"code": "unauthorized", "message": "No.", "status": 401})
     apps = json.dumps({"bad": KEY, "worse": "app-worse", "good": "app-good"})
     async with FakeDify() as dify, proxying(dify.base, MODEL_CONFIG=apps) as front:
         for key in (KEY, "app-worse", "app-good"):
-            dify.app(key, overrides={"/info": [refusal]})
+            dify.app(key, overrides={"/info": [DENIED]})
         dify.app("app-worse", overrides={"/info": [Status(504, "<html>")]})
         assert status_of(await talk(front.port, get("/ready"))) == 503, "the first's"
         dify.app("app-worse", overrides={"/info": [Hang()]})
