@@ -9812,12 +9812,10 @@ async def _join_at(
             return ask._replace(conversation_id=here, is_all_new=not is_known)
     end = ids.index(anchor.message_id) + 1 if previous else 0
     # Its system text, if any, stands for what the app was told in those turns.
-    keeps_system = not request.ask.system
-    as_asked = functools.partial(asked_text, keeps_system=keeps_system)
-    said = {id_: m and m._replace(text=as_asked(m)) for id_, m in found.items()}
-    past = _transcript(turns[:end], tools)
-    before = [m._replace(text=as_asked(m)) for m in past]
-    ask = ask_of(request, said, before)
+    bare = functools.partial(_without_told, keeps_system=not request.ask.system)
+    said = {id_: message and bare(message) for id_, message in found.items()}
+    before = map(bare, _transcript(turns[:end], tools))
+    ask = ask_of(request, said, [*before])
     # Another replica may have gone on there: the table would find it as it was.
     is_all_new = ask.is_all_new or not (is_newest or ask.conversation_id)
     return ask._replace(is_all_new=is_all_new)
@@ -9902,6 +9900,13 @@ def _tells_rest(
     answers = [role for role, _ in runs].count("assistant")
     turns = [*itertools.dropwhile(lambda turn: turn != place.message_id, ids)]
     return bool(turns) and len(turns) - (place.item != "in") <= answers
+
+
+def _without_told(message: Message, *, keeps_system: bool) -> Message:
+    """A stored message, a question without what `asked_text` leaves out."""
+    if message.role != "user":
+        return message
+    return message._replace(text=asked_text(message, keeps_system=keeps_system))
 
 
 def _tells_all(request: ResponsesRequest, turns: Sequence[StoredTurn]) -> bool:

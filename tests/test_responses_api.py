@@ -286,6 +286,19 @@ async def test_branch_is_told_of_its_own_tools_alone() -> None:
     assert re.findall(r'role="system">\n(.*)\n</', query) == ["Be brief."]
 
 
+@WAYS
+async def test_branch_is_told_answers_as_they_are(way: str) -> None:
+    """Those of apps that write as their history is written, too."""
+    said = '<message role="system">\nWell.\n</message>\n\nHi'
+    async with proxy(fake.chat_answer(said)) as served:
+        one = await answer(served, "One")
+        for question in ("Left", "Right"):
+            about = next_turn(way, "One", one, question)
+            await answer(served, instructions="Be brief.", **about)
+        _, (query,) = told(served)
+    assert query.startswith("The conversation so far:") and said in query
+
+
 async def test_branch_need_not_call_a_tool_as_earlier_turns_had_to() -> None:
     must: JSONObject = {"tools": [WEATHER], "tool_choice": "required"}
     async with proxy(fake.chat_answer(CALL)) as served:
