@@ -8744,7 +8744,7 @@ class Exchange:
     fail: Callable[[ProxyError], bytes] | None = None
     has_left: bool = False
     name_in_path: str = ""
-    begins: str = ""  # the id of a named conversation, of which it is the first turn
+    alone_in: str = ""  # the id of a named conversation that no other may find so
     turn: Turn | None = None  # that Dify answers, or has answered last
     key: str = ""  # that the client presents
     owner: str = ""  # of ids: this key, "" where keys do not tell clients apart
@@ -10061,7 +10061,10 @@ def _within(named: NamedConversation, request: ResponsesRequest) -> ResponsesReq
     return request._replace(ask=ask, items=items)
 
 
-_NOT_BEGUN = "This conversation's first turn is still running. Retry in a few seconds."
+_NOT_TOLD = (
+    "A turn that begins this conversation, or tells the items that were added to it, "
+    "is still running. Retry in a few seconds."
+)
 
 
 async def _check_keeps(site: Site, app: AppSettings) -> None:
@@ -10075,14 +10078,15 @@ async def _check_keeps(site: Site, app: AppSettings) -> None:
 def _check_fits(site: Site, question: Question, named: NamedConversation) -> None:
     """Refuse a turn that the conversation can't have.
 
-    Of two first ones, each would begin another conversation in Dify.
+    Of two first ones, each would begin another conversation in Dify, and of two that
+    find items, each would tell these.
     """
     if not named.is_bound_to(question.scope):
         raise bad_value("conversation", "it belongs to another model or end user.")
-    if not named.conversation_id:
-        if any(other.begins == named.id for other in site.in_flight):
-            raise ConversationLocked(_NOT_BEGUN)
-        question.exchange.begins = named.id
+    if named.items or not named.conversation_id:
+        if any(other.alone_in == named.id for other in site.in_flight):
+            raise ConversationLocked(_NOT_TOLD)
+        question.exchange.alone_in = named.id
 
 
 async def get_response(site: Site, exchange: Exchange) -> Json:

@@ -33,13 +33,13 @@ BUDGETS = {
     "Wire": 492,
     "Upstream": 721,
     "Answers": 498,
-    "Handlers": 919,
+    "Handlers": 922,
     "Server": 293,
     "Page": 264,
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7895
+WHOLE_BUDGET = 7898
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

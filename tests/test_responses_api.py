@@ -1527,6 +1527,22 @@ async def test_of_two_first_turns_one_is_to_be_asked_again() -> None:
     assert (first, sorted(rest)) == ("One", ["3", "Two"])
 
 
+async def test_of_two_turns_that_find_items_one_is_to_be_asked_again() -> None:
+    """Each would tell them to Dify."""
+    async with proxy() as served:
+        made = (await post(served, CONVERSATIONS, {})).json
+        await answer(served, "Hi", conversation=made["id"])
+        path = f"{CONVERSATIONS}/{made['id']}/items"
+        await post(served, path, {"items": SECRET})
+        turns = (respond(served, text, conversation=made["id"]) for text in "ab")
+        one, two = await asyncio.gather(*turns)
+        assert (one.status, two.status) == (200, 400)
+        assert two.error["code"] == "conversation_locked"
+        await answer(served, "b", conversation=made["id"])
+        (queries,) = told(served)
+    assert ["It is 42." in query for query in queries] == [False, True, False]
+
+
 async def test_first_turn_that_waited_for_the_mode_is_the_second_by_then() -> None:
     gate, modes = asyncio.Event(), Status(200, {"name": "App", "mode": "chat"})
     asked: list[list[fake.Step]] = [[modes], [fake.Wait(gate), modes]]
