@@ -1675,7 +1675,7 @@ _TOKEN = re.compile(
     |(?P<parameter>
         <(?P<tag>(?:antml:|｜DSML｜)?parameter)(?:=|\ +name\ *=\ *)
             ["']?(?P<key>[\w.-]+)(?![\w.-])[^<>]*>
-        |<arg_key>(?P<arg_key>[^<>]+)</arg_key>\s*<(?P<arg_tag>arg_value)>)
+        |<arg_key>(?P<arg_key>[^<>]{1,200})</arg_key>\s{0,200}<(?P<arg_tag>arg_value)>)
     |(?P<closer></(?:\w+:|｜DSML｜)?(?:tool_calls?|tools|tool_use|function_calls?|function
         |invoke|message)>|<[|｜][^<>|｜]{1,40}[|｜]>)
     |(?P<fence>```[\w-]{0,40}[ \t]*)
@@ -1684,7 +1684,7 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _UNFINISHED = re.compile(  # tokens that may be whole when more text comes
-    r"<[^<>]{0,200}\Z|<arg_key>[^<>]*(?:</?[^<>]*(?:>\s*)?){0,2}\Z"
+    r"<[^<>]{0,200}\Z|<arg_key>[^<>]{0,200}(?:</?[^<>]{0,20}(?:>\s{0,200})?){0,2}\Z"
     r"|\[[A-Z_]{0,10}\Z|✿[A-Z]{0,10}✿?\Z|`{1,2}\Z|```[\w-]{0,40}[ \t]*\Z"
 )
 _FENCES = ("", "json", "json5", "jsonc", "xml", "tool_call", "tool_calls", "tool_code")

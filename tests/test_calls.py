@@ -1007,6 +1007,13 @@ def test_unfinished_tags_take_no_quadratic_time(text: str) -> None:
         assert read(text) == [Text(text)]
 
 
+@pytest.mark.parametrize("text", ["a", "a</arg_key> "])
+def test_endless_key_takes_no_quadratic_time(text: str) -> None:
+    text = "<tool_call>search\n<arg_key>" + text + text[-1] * 60_000
+    with at_most(80):
+        assert read(*text) == [Text(text)]
+
+
 def test_text_that_comes_at_once_takes_no_quadratic_time() -> None:
     """As a workflow's output does; what is refused is not copied for each marker."""
     text = "<function=x>" * 60_000
