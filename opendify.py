@@ -3716,10 +3716,13 @@ class Appendix:
         A link of Dify's without a host, as in old releases, leads a client nowhere.
         """
         parts: list[Part] = []
-        for unsigned, (path, media) in self._files.items():
-            behind = answer.split(unsigned)[1:]
+        for number, (unsigned, (path, media)) in enumerate(self._files.items()):
+            sought = answer if number < _MAX_FILES_SOUGHT else ""
+            behind = sought.split(unsigned)[1:]
             if path.startswith("/files/"):
-                behind += re.split(rf"://[^/\s]+{re.escape(path)}", answer)[1:]
+                pieces = sought.split(path)
+                pairs = zip(pieces[1:], map(_HOST_AT_END.search, pieces))
+                behind += [after for after, host in pairs if host]
             if all(map(_MORE_OF_URL.match, behind)):
                 parts.append(media)
         if self._resources:
@@ -3729,6 +3732,8 @@ class Appendix:
 
 _SIGNED = "(?:timestamp|nonce|sign|as_attachment)="
 _SIGNATURE = re.compile(rf"[?&]{_SIGNED}[^&]*")
+_HOST_AT_END = re.compile(r"://[^/\s]+\Z")  # of what stands before a URL's path
+_MAX_FILES_SOUGHT = 500  # in the text of one answer: each looks at all of it
 # Behind a file's URL in a text; then it is a longer one, of another file.
 _MORE_OF_URL = re.compile(rf"(?a:[\w/%~-]|\.\w|[?&](?!{_SIGNED})\w)")
 

@@ -232,6 +232,16 @@ def test_many_tags_in_one_event_take_little_time() -> None:
         assert joined(parts, Reasoning).count("a") == 60_000
 
 
+def test_many_files_of_an_answer_are_sought_in_it_in_little_time() -> None:
+    appendix = Appendix("workflow", BASE)
+    for n in range(5000):
+        appendix.add_file({"url": f"/files/{n}.png?sign=1"})
+    appendix.add_file({"url": "/files/" + "a" * 1_000_000})
+    with at_most(80):
+        *files, usage = appendix.parts("://host/files/7.png " + "://x" * 30_000)
+    assert len(files) == 5000 and usage == Usage()
+
+
 def test_nothing_longer_than_the_longest_tag_is_held_back() -> None:
     said = AnswerText(Blocks())
     given_, out = "", ""

@@ -24,7 +24,7 @@ BUDGETS = {
     "JSON": 96,
     "Turn": 213,
     "Calls": 852,
-    "Dify": 819,
+    "Dify": 824,
     "Ids": 66,
     "OpenAI": 681,
     "Responses": 442,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7898
+WHOLE_BUDGET = 7903
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
