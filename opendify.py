@@ -1424,7 +1424,8 @@ def parse_tools(body: Json) -> tuple[tuple[Tool, ...], str]:
         problem = f"{wish!r} is none of auto, none, required, a tool, allowed_tools."
         raise bad_value(choice_name, problem)
     known = _parse_tools(given, "function" if source == "functions" else "")
-    tools = [tool for tool in known if not names or tool.name in names]
+    chosen = {name for name in names if isinstance(name, str)}
+    tools = [tool for tool in known if not names or tool.name in chosen]
     if mode == "required" and not tools:
         problem = "it asks for a call of a function that is not in `tools`."
         raise bad_value(choice_name, problem)

@@ -1754,6 +1754,14 @@ def chat_tool(name: str) -> dict[str, Any]:
     }
 
 
+def test_choice_of_many_tools_takes_no_quadratic_time() -> None:
+    tools = [chat_tool(f"f{number}") for number in range(10_000)]
+    choice = {"type": "allowed_tools", "allowed_tools": {"tools": tools}}
+    with at_most(20):
+        chosen, _ = parse_tools({"tools": tools, "tool_choice": choice})
+    assert len(chosen) == 10_000
+
+
 A, B = (Tool(name, "", {"type": "object"}) for name in "ab")
 BOTH = {"tools": [chat_tool("a"), chat_tool("b")]}
 

@@ -23,7 +23,7 @@ BUDGETS = {
     "SSE": 64,
     "JSON": 96,
     "Turn": 213,
-    "Calls": 852,
+    "Calls": 853,
     "Dify": 824,
     "Ids": 66,
     "OpenAI": 681,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7903
+WHOLE_BUDGET = 7904
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
