@@ -2717,11 +2717,14 @@ def has_room(form: AppForm, files: Sequence[Attachment], given: Json) -> bool:
 
     One, where Dify does not say how many.
     """
-    rules, (inputs, _) = form.uploads, place_files(form, files, given)
-    most = count_of(rules.get("number_limits")) or 1
-    if not rules:
-        most = sum(_most_in(row) or 1 for row in form.inputs if row.variable in inputs)
-    return len(files) <= most and not _problem_with(form, files, given)
+    rules, rows = form.uploads, [row for row in form.inputs if row.type in _FILE_TYPES]
+    limit = count_of(rules.get("number_limits")) or 1
+    if len(files) > (limit if rules else sum(_most_in(row) or 1 for row in rows)):
+        return False  # without a look at each: many are asked about many times
+    inputs, _ = place_files(form, files, given)
+    placed = sum(_most_in(row) or 1 for row in rows if row.variable in inputs)
+    is_sure = rules or len(files) <= placed
+    return bool(is_sure and not _problem_with(form, files, given))
 
 
 def _problem_with(form: AppForm, files: Sequence[Attachment], given: Json) -> str:
@@ -6084,6 +6087,7 @@ def _is_said(group: Sequence[Message], stored: Message) -> bool:
 
 _NEXT = "Write the assistant's next message."
 _GO_ON = "Continue your last message exactly where it ends, without repeating it."
+_MAX_REFUSED = 50  # messages whose files have no room; then older ones have none
 _TAG = re.compile(r"<(?i:/?message(?:-(\d+))?)")  # of a folded message
 
 HasRoom = Callable[[Sequence[Attachment]], bool]
@@ -6144,10 +6148,14 @@ def _untold(ask: Ask, app: AppSettings, history: Messages, tail: Tail) -> list[M
 
 def _with_room(history: Messages, new: Messages, has_room: HasRoom) -> list[Attachment]:
     """The new messages' files, behind those of earlier ones that have room beside."""
-    files = [file for message in new for file in message.attachments]
+    files, refused = [file for message in new for file in message.attachments], 0
     for message in reversed(history):
-        if message.attachments and has_room([*message.attachments, *files]):
-            files = [*message.attachments, *files]
+        if message.attachments and refused < _MAX_REFUSED:
+            more = [*message.attachments, *files]
+            if has_room(more):
+                files = more
+            else:
+                refused += 1
     return files
 
 

@@ -1667,6 +1667,15 @@ def test_link_whose_name_is_not_known_passes_where_extensions_are_listed() -> No
     opendify.check_files(taking(any_custom), [Attachment("a.bin")], {})
 
 
+def test_many_files_that_have_no_room_take_little_time() -> None:
+    """A request may bring so many, beside those of earlier messages."""
+    files = [Attachment("a.pdf", url=str(n)) for n in range(9999)]
+    for app in (form(TWO_PICTURES), taking({"enabled": True, "number_limits": 3})):
+        with at_most(40):
+            for _ in range(1000):
+                assert not opendify.has_room(app, files, {})
+
+
 def test_many_files_take_little_time() -> None:
     songs, pictures = (
         [Attachment(name, url=str(n)) for n in range(9999)]

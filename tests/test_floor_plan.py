@@ -24,11 +24,11 @@ BUDGETS = {
     "JSON": 96,
     "Turn": 213,
     "Calls": 853,
-    "Dify": 824,
+    "Dify": 827,
     "Ids": 66,
     "OpenAI": 681,
     "Responses": 442,
-    "Conversations": 474,
+    "Conversations": 479,
     "Pacer": 130,
     "Wire": 492,
     "Upstream": 721,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7904
+WHOLE_BUDGET = 7912
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
