@@ -8696,6 +8696,7 @@ class Dify:
 MAX_TRIES = 3  # of one turn: the mode that Dify told may be wrong, too
 HEAD_AFTER_S = 5.0  # the status line waits for the answer, this long at most
 MAX_HELD_CHARS = 128 * 1024  # by the pacer: nobody reads so fast that it would show
+MAX_READ_CHARS = 8 * 1024  # in one go, for calls and the like: 30 ms at worst
 KEEP_ALIVE_S = 15.0  # nginx closes after 60 s of silence, Node's fetch after 300 s
 UNBUFFERED = ("X-Accel-Buffering", "no")  # by nginx
 SSE_HEADERS = [("Content-Type", "text/event-stream; charset=utf-8"), UNBUFFERED]
@@ -9228,7 +9229,7 @@ class Turns:
                 sink.put(parts)
             return has_room
 
-        while parts := await turn.stream.read():
+        while parts := await _read_some(turn.stream, reading):
             ready = reading.feed(parts)
             # Until something is certain, an error can still be a status.
             if ready and not (sink.has_begun or isinstance(ready[0], Failure)):
@@ -9326,6 +9327,31 @@ class Turns:
             question.may_have_run = not is_refused
             raise
         return await _begun(question.exchange, Turn(plan, stream))
+
+
+async def _read_some(stream: TurnStream, reading: Reading) -> list[Part]:
+    """The next parts; of much text a piece, if to read it may hold others up."""
+    parts = await stream.read()
+    if not reading.is_plain:
+        parts, stream.parts = _cut(parts)
+        if stream.parts:
+            await asyncio.sleep(0)
+    return parts
+
+
+def _cut(parts: list[Part]) -> tuple[list[Part], list[Part]]:
+    """Parts of hardly more text than MAX_READ_CHARS, and the rest."""
+    size = 0
+    for number, part in enumerate(parts):
+        text = part.text if isinstance(part, Text) else ""
+        size += len(text)
+        if len(text) > MAX_READ_CHARS:
+            starts = range(0, len(text), MAX_READ_CHARS)
+            pieces = [Text(text[at : at + MAX_READ_CHARS]) for at in starts]
+            return [*parts[:number], pieces[0]], [*pieces[1:], *parts[number + 1 :]]
+        if size >= MAX_READ_CHARS:
+            return parts[: number + 1], parts[number + 1 :]
+    return parts, []
 
 
 async def _begun(exchange: Exchange, turn: Turn) -> Turn:

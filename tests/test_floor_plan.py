@@ -32,14 +32,14 @@ BUDGETS = {
     "Pacer": 130,
     "Wire": 492,
     "Upstream": 721,
-    "Answers": 498,
+    "Answers": 518,
     "Handlers": 922,
     "Server": 293,
     "Page": 264,
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7912
+WHOLE_BUDGET = 7932
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

@@ -1320,6 +1320,37 @@ async def test_files_that_went_with_the_first_try_go_with_the_second(url: str) -
     assert (len(first), uploads) == (2, 0 if url.startswith("https") else 2)
 
 
+async def test_others_have_their_turn_while_a_long_answer_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a workflow's output comes: in one event."""
+    rounds, text = 0, "{\n" * 50_000
+    read: list[tuple[int, int]] = []  # in which round, how many characters
+    feed = opendify.Reading.feed
+
+    async def others() -> None:
+        nonlocal rounds
+        while True:
+            rounds += 1
+            await asyncio.sleep(0)
+
+    def noted(reading: opendify.Reading, parts: list[opendify.Part]) -> Any:
+        texts = [part.text for part in parts if isinstance(part, opendify.Text)]
+        read.append((rounds, sum(map(len, texts))))
+        return feed(reading, parts)
+
+    monkeypatch.setattr(opendify.Reading, "feed", noted)
+    async with proxy(lambda _: at_once(text)) as served:
+        ticking = asyncio.ensure_future(others())
+        got = await served.chat(tools=[tool("get_weather")])
+        ticking.cancel()
+        await asyncio.wait([ticking])
+    assert choices_of(got) == [Choice(text, [], "stop")]
+    assert sum(size for _, size in read) == len(text)
+    assert max(size for _, size in read) <= opendify.MAX_READ_CHARS
+    assert len({at for at, _ in read}) >= len(read) - 1
+
+
 async def test_long_answer_is_not_shown_as_an_empty_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
