@@ -6087,7 +6087,6 @@ def _is_said(group: Sequence[Message], stored: Message) -> bool:
 
 _NEXT = "Write the assistant's next message."
 _GO_ON = "Continue your last message exactly where it ends, without repeating it."
-_MAX_REFUSED = 50  # messages whose files have no room; then older ones have none
 _TAG = re.compile(r"<(?i:/?message(?:-(\d+))?)")  # of a folded message
 
 HasRoom = Callable[[Sequence[Attachment]], bool]
@@ -6148,14 +6147,10 @@ def _untold(ask: Ask, app: AppSettings, history: Messages, tail: Tail) -> list[M
 
 def _with_room(history: Messages, new: Messages, has_room: HasRoom) -> list[Attachment]:
     """The new messages' files, behind those of earlier ones that have room beside."""
-    files, refused = [file for message in new for file in message.attachments], 0
+    files = [file for message in new for file in message.attachments]
     for message in reversed(history):
-        if message.attachments and refused < _MAX_REFUSED:
-            more = [*message.attachments, *files]
-            if has_room(more):
-                files = more
-            else:
-                refused += 1
+        if message.attachments and has_room([*message.attachments, *files]):
+            files = [*message.attachments, *files]
     return files
 
 

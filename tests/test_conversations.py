@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -1215,22 +1215,6 @@ def test_a_history_in_an_input_says_which_files_are_there(room: int, says: str) 
     assert f'<message role="user" {says}="a.png">\nu1\n' in plan.inputs["past"]
     assert [*plan.inputs] == ["past"]
     assert len(plan.files) == room
-
-
-def test_files_of_a_long_history_are_not_asked_about_for_ever() -> None:
-    """Each is asked about together with those of the new message."""
-    asked: list[int] = []
-
-    def has_room(files: Sequence[Attachment]) -> bool:
-        asked.append(len(files))
-        return False
-
-    shown = Message("user", "u", attachments=(Attachment("a.png", data=b"1"),))
-    last = Message("user", "v", attachments=(Attachment("b.png", data=b"2"),))
-    talk = [message for _ in range(100) for message in (shown, answer("a"))]
-    plan = plan_turn(ask(*talk, last), SCOPE, None, has_room=has_room)
-    assert asked == [2] * 50
-    assert len(plan.files) == 1
 
 
 def test_system_text_does_not_count_among_what_dify_remembers() -> None:

@@ -28,7 +28,7 @@ BUDGETS = {
     "Ids": 66,
     "OpenAI": 681,
     "Responses": 442,
-    "Conversations": 479,
+    "Conversations": 474,
     "Pacer": 130,
     "Wire": 492,
     "Upstream": 721,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7932
+WHOLE_BUDGET = 7927
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
