@@ -8302,7 +8302,7 @@ class Api:
         # Gateways that choose by the Host know none with the scheme's own port.
         host = _authority(origin, 443 if origin.scheme == "https" else 80)
         fields = _fields_for(app, host, body, kind)
-        if log.isEnabledFor(logging.DEBUG):
+        if is_logged := log.isEnabledFor(logging.DEBUG):
             url = f"{origin.scheme}://{host}{target.partition('?')[0]}"
             size = f"{len(body)} bytes" if isinstance(body, bytes) else "in chunks"
             log.debug("> %s %s %s id=%s", method, url, size, request_id.get())
@@ -8315,8 +8315,9 @@ class Api:
             response = await self.pool.request(origin, head + body, timeout_s)
         else:
             response = await self.pool.send(origin, head, body, timeout_s)
-        told = response.status, response.content_type, request_id.get()
-        log.debug("< %d %s id=%s", *told)
+        if is_logged:
+            told = response.status, response.content_type, request_id.get()
+            log.debug("< %d %s id=%s", *told)
         if COMPRESSED.search(response.headers.get("content-encoding", "")):
             response.close()
             raise UpstreamFailed(  # perhaps after a run
@@ -8487,22 +8488,19 @@ class Facts:
 class Dify:
     """The client of Dify's API, for all apps and bases at once.
 
-    `api` sends any call; `facts` knows what the apps are; `background` are the tasks
-    that nobody waits for: most of them end runs.
+    `settings` are those that hold now; `api` sends any call; `facts` knows what the
+    apps are; `background` are the tasks that nobody waits for: most of them end runs.
     """
 
     def __init__(self, settings: Settings, connect: Connect) -> None:
+        self.settings = settings
         self.background: set[asyncio.Task[Any]] = set()
         self.api = Api(Pool(connect, settings))
         self.facts = Facts(self.api)
 
-    @property
-    def settings(self) -> Settings:
-        """The configuration as it is now."""
-        return self.api.pool.settings
-
     def use(self, settings: Settings) -> None:
         """Go on with other settings."""
+        self.settings = settings
         self.api.pool.close()
         self.api.pool = Pool(self.api.pool.connect, settings)
 
@@ -11108,9 +11106,11 @@ def _check_origin(request: Request, settings: Settings, *, is_local: bool) -> No
         BadRequest: its Host is empty.
     """
     origin, host = request.headers.get("origin"), request.headers.get("host", "")
+    is_private = is_local and not settings.valid_api_keys and "host" in request.headers
+    if origin is None and not is_private:
+        return
     allowed = [entry.rstrip("/").lower() for entry in settings.allowed_origins]
     name = _host_name(host)
-    is_private = is_local and not settings.valid_api_keys and "host" in request.headers
     if is_private and not name:
         raise BadRequest("The request has no Host header.")
     hosts = (_host_name(entry.partition("://")[2]) for entry in allowed)

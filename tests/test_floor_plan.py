@@ -34,12 +34,12 @@ BUDGETS = {
     "Upstream": 721,
     "Answers": 518,
     "Handlers": 922,
-    "Server": 293,
+    "Server": 295,
     "Page": 264,
     "Command line": 471,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7927
+WHOLE_BUDGET = 7929
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
