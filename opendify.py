@@ -103,7 +103,7 @@ except ImportError as missing:
 __version__ = "0.1.0"
 
 log = logging.getLogger("opendify")
-request_id: ContextVar[str] = ContextVar("request_id", default="-")  # now served
+request_id: ContextVar[str] = ContextVar("request_id", default="-")  # for the log
 
 Json = Mapping[str, Any]  # an object of JSON, to be read; what is made is a dict
 UnixTime = int  # seconds since 1970, as Dify and OpenAI tell a time
@@ -2718,13 +2718,14 @@ def has_room(form: AppForm, files: Sequence[Attachment], given: Json) -> bool:
     One, where Dify does not say how many.
     """
     rules, rows = form.uploads, [row for row in form.inputs if row.type in _FILE_TYPES]
-    limit = count_of(rules.get("number_limits")) or 1
-    if len(files) > (limit if rules else sum(_most_in(row) or 1 for row in rows)):
+    sizes = {row.variable: _most_in(row) or 1 for row in rows}
+    most = (count_of(rules.get("number_limits")) or 1) if rules else sum(sizes.values())
+    if len(files) > most:
         return False  # without a look at each: many are asked about many times
-    inputs, _ = place_files(form, files, given)
-    placed = sum(_most_in(row) or 1 for row in rows if row.variable in inputs)
-    is_sure = rules or len(files) <= placed
-    return bool(is_sure and not _problem_with(form, files, given))
+    if not rules:  # only those inputs have room that take some of them
+        inputs, _ = place_files(form, files, given)
+        most = sum(map(sizes.__getitem__, inputs))
+    return len(files) <= most and not _problem_with(form, files, given)
 
 
 def _problem_with(form: AppForm, files: Sequence[Attachment], given: Json) -> str:
