@@ -11704,6 +11704,7 @@ def _set_up_logging(settings: Settings) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter(is_json=settings.log_format == "json"))
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
+    logging.raiseExceptions = False  # a full disk would be told in the log, in no form
     # What no line shows is not looked up ("Optimization" in Python's logging HOWTO).
     for name in ("logThreads", "logProcesses", "logMultiprocessing", "_srcfile"):
         setattr(logging, name, None)

@@ -59,6 +59,7 @@ def quiet_logging() -> Iterator[None]:
     yield
     root.setLevel(level)
     root.handlers[:] = handlers
+    logging.raiseExceptions = True
 
 
 @pytest.fixture

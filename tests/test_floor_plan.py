@@ -36,10 +36,10 @@ BUDGETS = {
     "Handlers": 922,
     "Server": 295,
     "Page": 264,
-    "Command line": 471,
+    "Command line": 472,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7930
+WHOLE_BUDGET = 7931
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

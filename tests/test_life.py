@@ -770,6 +770,32 @@ async def test_logs_and_errors_hold_no_secrets(
 
 
 @pytest.mark.real_clock
+@pytest.mark.parametrize("log_format", ["json", "text"])
+async def test_log_lacks_only_lines_when_its_disk_was_full(
+    tmp_path: Path, log_format: str
+) -> None:
+    """What Python tells of a log that fails it would tell in the log, in no form."""
+    resource = pytest.importorskip("resource")
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("only Linux sets the limits of another process")
+    settings, log = {"LOG_FORMAT": log_format}, tmp_path / "log"
+    async with running(tmp_path, "--demo", limit="exec 2>log", **settings) as server:
+        pid, kind = server.process.pid, resource.RLIMIT_FSIZE
+        _, hard = resource.prlimit(pid, kind)
+        resource.prlimit(pid, kind, (log.stat().st_size + 1000, hard))
+        for _ in range(100):
+            assert status_of(await talk(server.port, get("/v1/models"))) == 200
+        resource.prlimit(pid, kind, (hard, hard))
+        assert status_of(await talk(server.port, get("/v1/none"))) == 404
+        assert await server.end() == 0
+    lines = log.read_text(encoding="utf-8").splitlines()
+    shape = r"\{.*\}|\d{4}-\d\d-\d\d .*( id=req_\w{32}| to end|/v1)"
+    assert [line for line in lines if not re.fullmatch(shape, line)] == []
+    assert len([line for line in lines if "/v1/none" in line]) == 2
+    assert len(lines) < 100
+
+
+@pytest.mark.real_clock
 async def test_what_dify_says_begins_no_line_of_the_log(tmp_path: Path) -> None:
     error = Send({"event": "error", "message": "one\nERROR two\u2028\x1b[2J é"})
     async with FakeDify() as dify:
