@@ -3382,7 +3382,7 @@ class AnswerReader:
         self._blocks = Blocks(has_lines=show_process)
         self._text = AnswerText(self._blocks)
         self._appendix = Appendix(mode, app.base)
-        self._has_rounds = False  # an agent_message had text
+        self.has_rounds = False  # an agent_message had text
         self._has_asked = False  # the user, for what the run pauses for
         self.finish_reason = "stop"  # why the app says no more
 
@@ -3428,8 +3428,8 @@ class AnswerReader:
         if not isinstance(answer, str):
             return []
         if value.get("event") == "agent_message":
-            self._has_rounds = self._has_rounds or bool(answer)
-        elif self.mode == "agent" and self._has_rounds:
+            self.has_rounds = self.has_rounds or bool(answer)
+        elif self.mode == "agent" and self.has_rounds:
             # The New Agent closes with the whole of its last round.
             kept = self._text.kept.text.rstrip()
             if not self._text.kept.is_whole or kept.endswith(answer.strip()):
@@ -8222,7 +8222,8 @@ class TurnStream:
         """Stop the run, read on so that Dify stores what it has, and close.
 
         Returns:
-            Whether Dify has ended the answer with not a word more than was read before.
+            Whether Dify has ended the answer with not a word more than was read before,
+            and its app knows it: an agent, only the rounds that were not stopped.
         """
         has_more, self._carry = False, None
         self._is_draining = True
@@ -8234,7 +8235,8 @@ class TurnStream:
                 has_more = has_more or any(isinstance(part, Text) for part in parts)
         finally:
             self.close()
-        return self.reader.is_as_sent and not has_more
+        is_lost = self.reader.has_rounds and self.reader.finish_reason == "length"
+        return self.reader.is_as_sent and not (has_more or is_lost)
 
 
 _FLOWING = frozenset((Text, Reasoning))

@@ -416,6 +416,7 @@ class Message:
     id: str
     query: str
     answer: str = ""
+    recalled: str | None = None  # what the model is shown of it, if that is not all
     status: str = "normal"
     error: str | None = None
     inputs: Event = field(default_factory=dict)
@@ -1331,6 +1332,8 @@ class FakeDify:
         self.stops.append(Stop(task_id, request.user, app.key, path, effective))
         if turn is not None and effective:
             turn.stopped.set()
+            if turn.app.mode == "agent-chat":  # recalls the rounds that are over
+                turn.message.recalled = ""
         connection.respond(200, {"result": "success"}, app)
         self._tell()
 
@@ -1755,11 +1758,10 @@ def _end_stopped(answer: _Stream | _Blocking, turn: Turn) -> None:
 def _context(conversation: Conversation) -> list[tuple[str, str]]:
     """Return what the model is shown: all turns, the running one's query last."""
     *before, current = conversation.messages
-    shown = [
-        pair
-        for message in before
-        for pair in (("user", message.query), ("assistant", message.answer))
-    ]
+    shown: list[tuple[str, str]] = []
+    for message in before:
+        recalled = message.answer if message.recalled is None else message.recalled
+        shown += [("user", message.query), ("assistant", recalled)]
     return [*shown, ("user", current.query)]
 
 

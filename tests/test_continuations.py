@@ -1100,6 +1100,7 @@ KEPT = {
     "leaves-before-its-end": leaves(Sleep(9), text="Hello there"),
     "is-stopped": is_stopped_by_others,
 }
+UNKNOWN = {("agent-chat", "leaves-before-its-end")}  # it recalls no stopped round
 # After these it may have to begin anew.
 ENDED: dict[str, Interruption] = {
     "leaves-while-it-talks": leaves(*TALKS_ON),
@@ -1164,7 +1165,8 @@ async def check_after(name: str, mode: str, version: str) -> None:
         client.headers = {"X-OpenDify-Smoothing": "off"}
         shows = client.copy([*client.messages, assistant(seen)])
         drops = client.copy(client.messages[:-1])
-        assert await shows.chat("three") == [before] or name not in KEPT
+        is_known = name in KEPT and (mode, name) not in UNKNOWN
+        assert await shows.chat("three") == [before] or not is_known
         await drops.chat("three")
         await client.send()  # it tries again
         client.check()

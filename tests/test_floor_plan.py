@@ -31,7 +31,7 @@ BUDGETS = {
     "Conversations": 474,
     "Pacer": 130,
     "Wire": 492,
-    "Upstream": 721,
+    "Upstream": 722,
     "Answers": 518,
     "Handlers": 922,
     "Server": 295,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 472,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7931
+WHOLE_BUDGET = 7932
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

@@ -1021,6 +1021,28 @@ async def test_turn_that_was_left_goes_on_only_if_nothing_of_it_was_held(
     assert ("conversation_id" in second.json) == (not fields)
 
 
+@pytest.mark.parametrize("mode", ["agent-chat", "chat"])
+async def test_agent_that_was_stopped_is_shown_what_it_said(mode: str) -> None:
+    """Dify stores its text, yet shows an agent only its rounds that have ended."""
+    said_so_far = "Once upon a time."
+    event = "message" if mode == "chat" else "agent_message"
+    steps: list[Step] = [Send({"event": event, "answer": said_so_far}), Hang()]
+    variables = {"STREAM_SMOOTHING": "off"}
+    async with proxy(steps, mode=mode, variables=variables) as served:
+        messages = [user("Tell a story.")]
+        call = await served.begin(messages=messages, stream=True, user="al")
+        text = await call.read_text()
+        await call.leave()
+        await served.dify.until(lambda: served.dify.stops and not served.dify.running)
+        await served.dify.until(lambda: not served.dify.open_connections)
+        served.dify.app(KEY, mode=mode)
+        messages += [{"role": "assistant", "content": text}, user("Go on.")]
+        await said(served, messages)
+        shown = served.dify.contexts[-1]
+    assert text == said_so_far
+    assert said_so_far in str(shown)
+
+
 async def test_two_requests_at_once_do_not_share_a_conversation() -> None:
     async with proxy(memory=True) as served:
         messages = [user("one")]

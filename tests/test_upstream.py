@@ -1613,7 +1613,7 @@ async def test_stop_ends_the_run_and_the_answer_is_stored(mode: str) -> None:
         fake.app(KEY, mode=mode, script=script)
         stream = await dify.open_turn(app, mode, question(mode))
         assert await stream.read() == [Text("Hello")]
-        assert await stream.end()
+        assert await stream.end() == (mode != "agent-chat")
         (stop,) = fake.stops
         path = "completion" if mode == "completion" else "chat"
         assert stop == fake_dify.Stop(
