@@ -2995,9 +2995,9 @@ _BY_WORDING: Mapping[str, type[ProxyError]] = {
     # ... before the run, though flows from 1.13 on say it in an event.
     r"\A(?:\(.*\) )?\S+ in input form must be |\Ainvalid upload file"
     r"|\A(?:file validation failed|detected file type)": UpstreamRejected,
-    # Said by the model's provider...
-    r"insufficient.{0,3}(?:quota|balance)|quota.{0,20}exceeded|credit balance|余额不足"
-    r"|欠费": QuotaExceeded,
+    # Said by the model's provider, or by Dify's cloud of its own...
+    r"insufficient.{0,3}(?:quota|balance)|quota.{0,20}(?:exceeded|reached)"
+    r"|credit balance|余额不足|欠费": QuotaExceeded,
     r"context.?(?:length|window)|(?:prompt|input) is too long|range of input length"
     r"|model token limit|exceeds the maximum number of tokens": PromptTooLong,
     r"content management policy|content_(?:filter|policy)|data_?inspection_?failed"
@@ -3025,13 +3025,13 @@ def error_from_dify(
             f"Dify refused the app key ({status} {code}: {text}). Check the key in "
             "MODEL_CONFIG or DIFY_API_KEYS, and that API access is on for the app."
         )
-    if status == 429:
-        return RateLimited(text)
     # The provider's status and code stand around its text, which may echo megabytes.
     excerpt = " ".join([whole[:_MAX_TOLD], whole[-_MAX_TOLD:], text[:_MAX_TOLD], code])
     for wording, error in _BY_WORDING.items():
         if re.search(wording, excerpt, re.IGNORECASE):
             return error(text, code=error.code or code)
+    if status == 429:
+        return RateLimited(text)
     if in_run:
         is_late = re.search("timed? ?out", text, re.IGNORECASE)
         failed = UpstreamFailed(text, code=code, is_final=True)

@@ -1708,6 +1708,9 @@ def test_upload_is_multipart_with_name_type_and_user() -> None:
 # ------------------------------------------------------------------------------
 
 
+USED_UP = "Workflow execution quota limit reached for tenant 6f0a"
+
+
 @pytest.mark.parametrize(
     ("status", "code", "message", "in_run", "wanted"),
     [
@@ -1724,6 +1727,8 @@ def test_upload_is_multipart_with_name_type_and_user() -> None:
         (400, "not_chat_app", "x", False, (400, "not_chat_app", False)),
         (400, "invalid_param", "Too many requests. …", False, (429, None, False)),
         (429, "rate_limit_error", "x", False, (429, None, False)),
+        (429, "rate_limit_error", USED_UP, False, (429, "insufficient_quota", True)),
+        (400, "invalid_param", USED_UP, True, (429, "insufficient_quota", True)),
         (400, "provider_quota_exceeded", "x", False, (429, None, True)),
         (500, "internal_server_error", "x", False, (502, "upstream_error", False)),
         (400, "completion_request_error", "x", True, (502, None, True)),
