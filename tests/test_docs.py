@@ -319,6 +319,20 @@ def test_clients_of_the_page_are_in_the_table() -> None:
     assert [name for name in shown if name not in PROSE] == []
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        pytest.param(r"`(OPENAI_MODEL_LIST=[^`]*<[^`]*>)`", id="lobechat"),
+        pytest.param(r"`(VISION_MODELS=[^`]*)`", id="nextchat"),
+        pytest.param(r"`(capabilities: [^`]*)`", id="continue"),
+    ],
+)
+def test_images_are_turned_on_in_the_same_way_in_both_languages(pattern: str) -> None:
+    english, _, chinese = PROSE.partition("\n## 中文\n")
+    assert len(re.findall(pattern, english)) == 1
+    assert re.findall(pattern, english) == re.findall(pattern, chinese)
+
+
 def test_formats_of_transcripts_are_those_of_the_file() -> None:
     text = FLAT.partition("the `response_format` may be ")[2].partition(
         ", or `stream`"
