@@ -333,6 +333,11 @@ def test_images_are_turned_on_in_the_same_way_in_both_languages(pattern: str) ->
     assert re.findall(pattern, english) == re.findall(pattern, chinese)
 
 
+def test_whole_urls_for_clients_are_served() -> None:
+    urls = re.findall(r"`http://127\.0\.0\.1:5000(/[^`]*/chat/completions)`", PROSE)
+    assert [find_endpoint(url) for url in urls] == [("chat/completions", "")] * 2
+
+
 def test_formats_of_transcripts_are_those_of_the_file() -> None:
     text = FLAT.partition("the `response_format` may be ")[2].partition(
         ", or `stream`"
