@@ -11901,6 +11901,7 @@ _KNOWN_PROBLEMS: Sequence[tuple[list[float], list[float], Sequence[str], str]] =
     ([0], [1, 3], CHAT_MODES, "keeps the inputs of a conversation's first turn"),
     ([1, 13], [1, 14], _CHATFLOW, "may lose an answer's end and citations (#32856)"),
     ([1, 13], [1, 15], _CHATFLOW, "is silent in a conversation it has lost (#38801)"),
+    ([1, 14], [1, 15], _FLOWS, "may refuse uploads, or be silent about them (#36912)"),
     ([1, 14, 2], [1, 14, 3], APP_MODES, "may go on with a stopped answer (#37755)"),
     ([1, 16], [inf], _AGENT, "does not show images to the model (#40425)"),
     ([1, 17, 1], [1, 17, 2], _FLOWS, "is silent while an Agent node works (#42268)"),
