@@ -3769,6 +3769,8 @@ def answer_from_outputs(outputs: Json, variable: str, mode: str) -> str:
     if usual:
         return next(filter(None, usual), "")
     value = next(iter(texts.values()), "") if len(texts) < 2 else texts
+    if value is None:  # what it is taken from has not run
+        return ""
     return value if isinstance(value, str) else json_text(value)
 
 
