@@ -334,9 +334,10 @@ def test_images_are_turned_on_in_the_same_way_in_both_languages(pattern: str) ->
 
 
 @pytest.mark.parametrize(
-    "names", [("`FILES_URL`", "`FILES_URL`"), ("*Memory*", "“记忆”")]
+    "names",
+    [("`FILES_URL`", "`FILES_URL`"), ("*Memory*", "“记忆”"), ("Cursor", "Cursor")],
 )
-def test_what_to_set_in_dify_is_told_in_both_languages(names: tuple[str, str]) -> None:
+def test_what_users_look_for_is_told_in_both_languages(names: tuple[str, str]) -> None:
     english, _, chinese = PROSE.partition("\n## 中文\n")
     assert [names[0] in english, names[1] in chinese] == [True, True]
 
