@@ -3570,15 +3570,24 @@ class AnswerReader:
 
 
 def _as_sent(stored: str, sent: str) -> str:
-    """A stored answer, with the white space of what was sent of it.
+    """A stored answer, with the white space and the signatures of what was sent of it.
 
     Dify strips an answer before it stores it, and joins an agent's rounds by newlines.
+    Links to its files it signs anew whenever an answer is read.
     """
-    said = "".join(sent.split())
-    if not said or not "".join(stored.split()).startswith(said):
+    said, kept = ("".join(_unsigned(text).split()) for text in (sent, stored))
+    if not said or not kept.startswith(said):
         return stored
     *_, last = itertools.islice(re.finditer(r"\S", stored), len(said))
     return stored if stored.startswith(sent) else sent + stored[last.end() :]
+
+
+def _unsigned(text: str) -> str:
+    """The text with links to Dify's files as if they were never signed, yet as long."""
+    return _SIGNED_LINK.sub(lambda signature: "0" * len(signature[0]), text)
+
+
+_SIGNED_LINK = re.compile(r"(?<=[?&]timestamp=)\d+&nonce=\w+&sign=[\w=-]+(?=\))", re.A)
 
 
 _READERS = {name[4:]: f for name, f in vars(AnswerReader).items() if name[:4] == "_on_"}

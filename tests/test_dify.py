@@ -1013,9 +1013,18 @@ def test_recovered_answer_that_failed_ends_with_its_error() -> None:
     assert not (reader.is_stored or reader.is_given_up)
 
 
+def link(sign: str, file: str = "/files/tools/0b.png") -> str:
+    """Return a link to a file, as an Answer node writes it."""
+    url = f"https://dify.example{file}?timestamp={ord(sign)}0&nonce={sign * 32}"
+    return f"![a cat]({url}&sign={sign * 43}=)"
+
+
 @pytest.mark.parametrize(
     ("pieces", "stored", "rest"),
     [
+        pytest.param([link("a"), " is"], f"{link('b')} is it", " it", id="signed-anew"),
+        pytest.param([link("a")[:-9]], f"{link('b')} is it", None, id="half-a-link"),
+        pytest.param([link("a", "/1")], link("b", "/2"), None, id="another-file"),
         pytest.param(["\n\nHel"], "Hello", "lo", id="stripped-before"),
         pytest.param(["Hello", " \n"], "Hello", "", id="stripped-after"),
         pytest.param(["I see. ", "N"], "I see. \nNow", "ow", id="rounds"),
@@ -1024,7 +1033,7 @@ def test_recovered_answer_that_failed_ends_with_its_error() -> None:
         pytest.param([" \n"], "", None, id="nothing-stored"),
     ],
 )
-def test_recovery_is_not_misled_by_white_space(
+def test_recovery_is_not_misled_by_white_space_or_signatures(
     pieces: list[str], stored: str, rest: str | None
 ) -> None:
     reader = AnswerReader("agent-chat", APP)
