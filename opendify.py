@@ -2659,7 +2659,8 @@ _FILE_TYPES = ("file", "file-list")
 def query_variable(mode: str, form: AppForm, app: AppSettings) -> str:
     """The input that takes the user's text; "" in a chat, where the query does.
 
-    It is one that is filled with something else only if there is no other.
+    It is one that is filled with something else, or hidden from users since its value
+    is known, only if there is no other.
 
     Raises:
         WrongMode: the app has none; the message lists what it has.
@@ -2670,6 +2671,7 @@ def query_variable(mode: str, form: AppForm, app: AppSettings) -> str:
         return app.query_variable
     texts = [row for row in form.inputs if row.type in _TEXT_TYPES]
     texts = [row for row in texts if row.variable not in app.filled] or texts
+    texts = [row for row in texts if not row.rules.get("hide")] or texts
     names = [row.variable for row in texts]
     usual = [name for name in _QUERY_NAMES if name in names]
     required = [row.variable for row in texts if row.required]

@@ -1418,6 +1418,19 @@ def test_message_replaces_no_other_text_that_the_app_is_given(
     assert opendify.query_variable(mode, form(tools), app) == "tools"
 
 
+@pytest.mark.parametrize("mode", ["completion", "workflow"])
+def test_message_replaces_no_text_that_users_are_not_asked_for(mode: str) -> None:
+    """A field "Hidden & Pre-Filled" has a value that the app's maker knows."""
+    names, app = ("product", "input", "task"), AppSettings("app-key")
+    rows = [
+        {"text-input": {"variable": name, "hide": name != "task"}} for name in names
+    ]
+    told = opendify.parse_form({"user_input_form": rows})
+    assert opendify.query_variable(mode, told, app) == "task"
+    told = opendify.parse_form({"user_input_form": rows[:2]})
+    assert opendify.query_variable(mode, told, app) == "input"
+
+
 def test_workflow_without_text_input_is_refused_with_its_inputs() -> None:
     size = AppInput("size", "select", REQUIRED, ("S", "L"))
     with pytest.raises(

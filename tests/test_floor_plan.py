@@ -24,7 +24,7 @@ BUDGETS = {
     "JSON": 96,
     "Turn": 213,
     "Calls": 853,
-    "Dify": 833,
+    "Dify": 834,
     "Ids": 66,
     "OpenAI": 681,
     "Responses": 442,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 473,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7938
+WHOLE_BUDGET = 7939
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
