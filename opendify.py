@@ -2998,8 +2998,8 @@ _BY_WORDING: Mapping[str, type[ProxyError]] = {
     r"\A(?:\(.*\) )?\S+ in input form must be |\Ainvalid upload file"
     r"|\A(?:file validation failed|detected file type)": UpstreamRejected,
     # Said by the model's provider, or by Dify's cloud of its own...
-    r"insufficient.{0,3}(?:quota|balance)|quota.{0,20}(?:exceeded|reached)"
-    r"|credit balance|余额不足|欠费": QuotaExceeded,
+    r"insufficient.{0,3}(?:quota|balance|credits)|quota.{0,20}(?:exceeded|reached)"
+    r"|no credits remaining|credit balance|余额不足|欠费": QuotaExceeded,
     r"context.?(?:length|window)|(?:prompt|input) is too long|range of input length"
     r"|model token limit|exceeds the maximum number of tokens": PromptTooLong,
     r"content management policy|content_(?:filter|policy)|data_?inspection_?failed"

@@ -1735,6 +1735,7 @@ def test_upload_is_multipart_with_name_type_and_user() -> None:
 
 
 USED_UP = "Workflow execution quota limit reached for tenant 6f0a"
+NO_CREDITS = "Run failed: No credits remaining"
 
 
 @pytest.mark.parametrize(
@@ -1755,6 +1756,14 @@ USED_UP = "Workflow execution quota limit reached for tenant 6f0a"
         (429, "rate_limit_error", "x", False, (429, None, False)),
         (429, "rate_limit_error", USED_UP, False, (429, "insufficient_quota", True)),
         (400, "invalid_param", USED_UP, True, (429, "insufficient_quota", True)),
+        (400, "invalid_param", NO_CREDITS, True, (429, "insufficient_quota", True)),
+        (
+            400,
+            "invalid_param",
+            "Run failed: Insufficient credits remaining",
+            True,
+            (429, "insufficient_quota", True),
+        ),
         (400, "provider_quota_exceeded", "x", False, (429, None, True)),
         (500, "internal_server_error", "x", False, (502, "upstream_error", False)),
         (400, "completion_request_error", "x", True, (502, None, True)),
