@@ -11661,15 +11661,39 @@ def _content_of(path: Path) -> tuple[str, str]:
 def _variables_in(text: str, path: Path) -> dict[str, str]:
     """The variables of an env file; raises SettingsError for a line that sets none.
 
-    Without that line VALID_API_KEYS might be empty, and let anyone in. It is not shown:
-    it may hold a key.
+    Nor may a setting's text have a reference to nothing, which would be left out of it.
+    Without them VALID_API_KEYS might be empty, and let anyone in. The lines are not
+    shown: they may hold a key.
     """
     bindings = [*env_parser.parse_stream(io.StringIO(text))]
     if lines := ", ".join(_line_of(b) for b in bindings if not _is_sound(b)):
         cure = "a value on several lines, or with quotes in it, needs single quotes"
         raise SettingsError(f"{path}: no NAME=value in line {lines}; {cure}")
+    if lines := ", ".join(map(_line_of, _referring_to_nothing(bindings))):
+        cure = "for that very text write ${:-$}{NAME}"
+        raise SettingsError(f"{path}: a ${{NAME}} in line {lines} is not set; {cure}")
     values = dotenv_values(stream=io.StringIO(text))
     return {name: value or "" for name, value in values.items()}
+
+
+_REFERENCE = re.compile(r"\$\{([^}:]*)(:-[^}]*)?\}")  # as python-dotenv reads it
+
+
+def _referring_to_nothing(
+    bindings: Iterable[env_parser.Binding],
+) -> Iterator[env_parser.Binding]:
+    """The settings with a `${NAME}` that neither the environment has nor a line above.
+
+    Not those that the environment has, too; what else a file sets is for others.
+    """
+    known, settings = {*os.environ}, {variable for variable, _, _ in setting_rows()}
+    settings -= known
+    for binding in bindings:
+        found = _REFERENCE.findall(binding.value or "")
+        is_lost = any(not default and name not in known for name, default in found)
+        if is_lost and binding.key in settings:
+            yield binding
+        known.add(binding.key or "")
 
 
 def _is_sound(binding: env_parser.Binding) -> bool:

@@ -401,6 +401,28 @@ def test_line_without_a_name_is_a_complaint_that_does_not_show_it(
     assert checked() == Outcome(2, "", said)
 
 
+def test_reference_to_nothing_is_a_complaint(home: Path, checked: Run) -> None:
+    """It would be left out: the port might be open, and a text of an input torn."""
+    texts = ("OTHER=${NO}", "VALID_API_KEYS=${SECRET}", "NO_PROXY='a ${SECRET} b'")
+    over = "MODEL_CONFIG=${NO}"  # the environment has it
+    (home / "work/.env").write_text("\n".join([*texts, over, "SECRET=behind", ""]))
+    cure = "for that very text write ${:-$}{NAME}"
+    said = f"opendify: .env: a ${{NAME}} in line 2, 3 is not set; {cure}\n"
+    assert checked() == Outcome(2, "", said)
+
+
+def test_reference_is_what_the_environment_or_a_line_above_has(
+    home: Path, checked: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HERE", "100")
+    text = "BEFORE=2\nSERVER_PORT=${HERE}${BEFORE}\nLOG_LEVEL=${NOTHING:-ERROR}\n"
+    (home / "work/.env").write_text(f"{text}HTTP_PROXY='http://u:${{:-$}}{{p}}@h'\n")
+    found = shown(checked())
+    assert (found["SERVER_PORT"], found["LOG_LEVEL"]) == ("1002", "ERROR")
+    source = opendify.SettingsSource(opendify.build_parser().parse_args([]))
+    assert source.load().http_proxy == "http://u:${p}@h"
+
+
 def test_padded_key_on_a_line_of_its_own_is_not_shown(home: Path, run: Run) -> None:
     lines = "VALID_API_KEYS=a,\nSECRET1=\nSECRET2==\nNO_PROXY=\n"
     (home / "work/.env").write_text(lines)

@@ -36,10 +36,10 @@ BUDGETS = {
     "Handlers": 922,
     "Server": 295,
     "Page": 264,
-    "Command line": 473,
+    "Command line": 488,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7939
+WHOLE_BUDGET = 7954
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
