@@ -5858,9 +5858,14 @@ _OF_TOOLS = b"\0\0"  # begins the digests of calls and of their results
 _SYSTEM, _INPUTS, _WITHIN = slice(8), slice(8, 16), slice(16, None)
 _SIDE_REQUESTS = (
     # Open WebUI; Qwen Code, after each turn; Claude Code (through LiteLLM), for recaps;
-    # the /btw of both. The last four are of NextChat and its descendants.
+    # the /btw of both; Zed; FastGPT; SillyTavern, now and formerly. The last four are
+    # of NextChat and its descendants.
     *("### Task:", "Managed memory ", "[SUGGESTION MODE", "The user stepped away and "),
     *("<system-reminder>\nThis is a side ", "<system-reminder>This is a side "),
+    "Generate a concise 3-7 word title for this conversation",
+    "You are an AI assistant tasked with predicting the user's next question",
+    "Ignore previous instructions. Summarize the most important facts",
+    "[Pause your roleplay",
     "Please generate a four to five word title",
     "使用四到五个字直接返回这句话的简要主题",
     "Summarize the discussion briefly in",

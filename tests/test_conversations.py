@@ -153,6 +153,10 @@ def test_new_is_what_follows_the_last_answer(roles: str, new: int) -> None:
         "<system-reminder>\nThis is a side question from the user.\n</system-reminder>",
         "<system-reminder>This is a side question from the user. You must answer this",
         "The user stepped away and is coming back. Recap in under 40 words",
+        "Generate a concise 3-7 word title for this conversation, omitting punctuation",
+        "You are an AI assistant tasked with predicting the user's next question based",
+        "Ignore previous instructions. Summarize the most important facts",
+        "[Pause your roleplay. Summarize the most important facts and events that have",
     ],
 )
 def test_side_requests_neither_join_nor_move_a_conversation(

@@ -28,7 +28,7 @@ BUDGETS = {
     "Ids": 66,
     "OpenAI": 681,
     "Responses": 442,
-    "Conversations": 474,
+    "Conversations": 478,
     "Pacer": 130,
     "Wire": 492,
     "Upstream": 722,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 488,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7954
+WHOLE_BUDGET = 7958
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
