@@ -10821,7 +10821,7 @@ _CORS_EXPOSED = (
 # Desktop apps and editor or browser extensions: pages that the user has installed.
 _APP_PAGE = "file://"  # of Electron (Cherry Studio, Chatbox); in a browser it is "null"
 _APP_SCHEMES = (
-    *("app", "capacitor", "ionic", "tauri", "vscode-file", "vscode-webview"),
+    *("app", "capacitor", "ionic", "lsp", "tauri", "vscode-file", "vscode-webview"),
     *("chrome-extension", "moz-extension", "safari-web-extension"),
 )
 

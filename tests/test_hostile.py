@@ -663,6 +663,7 @@ ORIGINS: dict[str, int] = {
     "http://app.localhost": 200,
     "app://obsidian.md": 200,
     "tauri://localhost": 200,
+    "lsp://logseq.io": 200,
     "capacitor://localhost": 200,
     "ionic://localhost": 200,
     "vscode-file://vscode-app": 200,
