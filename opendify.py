@@ -5295,14 +5295,24 @@ def _echo_tools(value: Any) -> list[dict[str, Any]]:
         is_told = kind in ("function", "custom") or inner
         if not (is_told and isinstance(name, str)):
             continue
-        tool: dict[str, Any] = {"type": kind, "name": name}
-        if kind != "custom":
-            tool["description"] = str(given.get("description") or "")
+        about = str(given.get("description") or "")
+        tool: dict[str, Any] = {"type": kind, "name": name, "description": about}
+        if kind == "custom":
+            tool["format"] = _echo_form(given.get("format"))
         if kind == "function":
             tool["parameters"] = object_of(given.get("parameters"))
             tool["strict"] = bool(given.get("strict"))
         tools.append({**tool, "tools": inner} if inner else tool)
     return tools
+
+
+def _echo_form(value: Any) -> dict[str, Any]:
+    """What a custom tool is given: a text, free unless it says what it must fit."""
+    form = object_of(value)
+    syntax, definition = form.get("syntax"), form.get("definition")
+    if syntax in ("lark", "regex") and isinstance(definition, str):
+        return {"type": "grammar", "syntax": syntax, "definition": definition}
+    return {"type": "text"}
 
 
 def _echo_choice(value: Any) -> Any:

@@ -27,7 +27,7 @@ BUDGETS = {
     "Dify": 834,
     "Ids": 66,
     "OpenAI": 681,
-    "Responses": 442,
+    "Responses": 449,
     "Conversations": 478,
     "Pacer": 130,
     "Wire": 492,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 488,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7958
+WHOLE_BUDGET = 7965
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

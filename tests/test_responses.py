@@ -470,6 +470,8 @@ TOOL = {
     "parameters": {"type": "object"},
     "strict": True,
 }
+CUSTOM = {"type": "custom", "name": "p", "description": "d"}
+LARK = {"type": "grammar", "syntax": "lark", "definition": 'start: "x"'}
 SCHEMA = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
 ALLOWED = {
     "type": "allowed_tools",
@@ -491,8 +493,9 @@ ECHOED = [
     (
         "tools",
         [{"type": "custom", "name": "p", "format": {"type": "grammar"}}],
-        [{"type": "custom", "name": "p"}],
+        [{**CUSTOM, "description": "", "format": {"type": "text"}}],
     ),
+    ("tools", [{**CUSTOM, "format": {**LARK, "odd": 1}}], [{**CUSTOM, "format": LARK}]),
     (
         "tools",
         [{"type": "namespace", "name": "n", "tools": [TOOL, {"type": "web_search"}]}],
@@ -534,7 +537,6 @@ ECHOED = [
 ]
 
 
-LARK = {"type": "grammar", "syntax": "lark", "definition": 'start: "x"'}
 LARK_TEXT = {"description": 'It must fit this lark grammar: start: "x"'}
 
 
