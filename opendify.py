@@ -6669,10 +6669,11 @@ def open_conversations(store: str, ttl_s: float) -> tuple[Conversations, str]:
 # for each arrival held.
 #
 # Pieces end where grapheme clusters do (UAX #29, with a few ties added: nothing is
-# cut after a joiner or a virama). The last cluster held may still grow, if its other
-# half is in the next token: an emoji, half a flag, a letter of a script that writes
-# marks after it. It waits for the next push, which ends the doubt. Digits, and letters
-# of Latin, Cyrillic, CJK and the like, never wait for that: few of them grow.
+# cut after a joiner or a virama, nor within a blank line, which NextChat looks for).
+# The last cluster held may still grow, if its other half is in the next token: an
+# emoji, half a flag, a letter of a script that writes marks after it. It waits for the
+# next push, which ends the doubt. Digits, and letters of Latin, Cyrillic, CJK and the
+# like, never wait for that: few of them grow.
 #
 # Where the rules collide: the lag bound wins (even over a cluster), then "first
 # text at once" (even if it may still grow), then whole clusters (even over a
@@ -6869,7 +6870,8 @@ def _is_tied(text: str, at: int) -> bool:
     """Whether the characters before and at `at` must not be parted."""
     before, after = text[at - 1], text[at]
     if before < "\u0300" and after < "\u0300":  # nearly always
-        return before == "\r" and after == "\n"
+        is_blank = before == "\n" != text[at - 2 : at - 1]
+        return after == "\n" and (is_blank or before == "\r")
     run = text[max(0, at - 2 * _MAX_CLUSTER) : at]
     is_half = after in _FLAGS and _ends_in_half_a_flag(run)
     is_mark = unicodedata.category(after) in _TYING

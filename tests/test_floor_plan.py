@@ -29,7 +29,7 @@ BUDGETS = {
     "OpenAI": 681,
     "Responses": 449,
     "Conversations": 478,
-    "Pacer": 130,
+    "Pacer": 131,
     "Wire": 492,
     "Upstream": 722,
     "Answers": 518,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 488,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7965
+WHOLE_BUDGET = 7966
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

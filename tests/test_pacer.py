@@ -305,6 +305,13 @@ def test_clusters_of_one_text_are_neither_torn_nor_tied(cluster: str) -> None:
     assert max(sizes) <= len(cluster) * 240 / 20 + 2
 
 
+def test_blank_lines_are_not_torn() -> None:
+    """NextChat, which shows thoughts as quotes, looks for them in each delta."""
+    pieces = [text for _, text in play([(0.0, "One.\n\n" * 100)])]
+    assert len(pieces) > 10
+    assert not [text for text in pieces if text[0] == "\n" != text[1]]
+
+
 def test_endless_cluster_is_cut() -> None:
     pieces = play([(0.0, "x"), (0.1, "e" + "\u0301" * 500)])
     assert max(len(text) for _, text in pieces) < 70
