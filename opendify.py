@@ -6014,6 +6014,26 @@ def is_side_request(ask: Ask) -> bool:
     return is_own and not (ask.is_all_new or last.startswith(CONTEXT_BEGINS))
 
 
+_QUOTES = re.compile(r"(?:>[^\n]*(?:\n[^\n]+)*\n\n+)+(?=\S)")
+
+
+def _readings(history: Messages) -> Iterator[Messages]:
+    """A history as it is shown; and without quotes that begin answers, if there are.
+
+    NextChat shows thoughts so, and sends them back. Other quotes are the app's own.
+    """
+    yield history
+    bare = tuple(map(_without_quotes, history))
+    if bare != history:
+        yield bare
+
+
+def _without_quotes(message: Message) -> Message:
+    is_answer = message.role == "assistant"
+    match = _QUOTES.match(message.text) if is_answer else None
+    return message._replace(text=message.text[match.end() :]) if match else message
+
+
 # Hashes...
 
 
@@ -6392,8 +6412,10 @@ class Conversations:
             self.forget(lost)
             return lost
         may_go_on = history and new and not ask.is_all_new
-        tail = self._find(scope, ask, history, now) if may_go_on else None
-        return self._mark(tail, now) if tail else None
+        for said in _readings(history) if may_go_on else ():
+            if tail := self._find(scope, ask, said, now):
+                return self._mark(tail, now)
+        return None
 
     def take_by_id(self, scope: bytes, conversation_id: str, now: float) -> Tail | None:
         """The conversation of this id; None while others may have a turn there."""

@@ -211,6 +211,27 @@ def test_a_task_as_such_is_no_side_request() -> None:
     assert not is_side_request(ask())
 
 
+@pytest.mark.parametrize(
+    ("said", "shown", "name"),
+    [
+        pytest.param(
+            "It is 42.", "> So be it.\n\n> Or\nso.\n\nIt is 42.", "c", id="thoughts"
+        ),
+        pytest.param("> A\n\nB", "> A\n\nB", "c", id="the app's quote"),
+        pytest.param("> A\n\nB", "> Z\n\nB", "", id="another quote"),
+        pytest.param("> A\n\nB", "B", "", id="a quote that is left out"),
+        pytest.param("", "> A\n\n", "", id="nothing but a quote"),
+    ],
+)
+def test_thoughts_may_be_shown_as_quotes(
+    store: Conversations, said: str, shown: str, name: str
+) -> None:
+    record(store, "c", *chat("hi", said))
+    record(store, "c2", *chat("hey", said, "And?", "Bye!"))
+    assert found(store, ask_of("hi", shown, "And now?")) == name
+    assert found(store, ask_of("hey", shown, "And?", "Bye!", "So?")) == (name and "c2")
+
+
 # Which messages are equal...
 
 
