@@ -5868,13 +5868,15 @@ _OF_TOOLS = b"\0\0"  # begins the digests of calls and of their results
 _SYSTEM, _INPUTS, _WITHIN = slice(8), slice(8, 16), slice(16, None)
 _SIDE_REQUESTS = (
     # Open WebUI; Qwen Code, after each turn; Claude Code (through LiteLLM), for recaps;
-    # the /btw of both; Zed; FastGPT; SillyTavern, now and formerly. The last four are
-    # of NextChat and its descendants.
+    # the /btw of both; Zed; Chatpad and its like; FastGPT; SillyTavern, now and
+    # formerly. The last four are of NextChat and its descendants.
     *("### Task:", "Managed memory ", "[SUGGESTION MODE", "The user stepped away and "),
     *("<system-reminder>\nThis is a side ", "<system-reminder>This is a side "),
     "Generate a concise 3-7 word title for this conversation",
+    "What would be a short and relevant title for this chat",
     "You are an AI assistant tasked with predicting the user's next question",
     "Ignore previous instructions. Summarize the most important facts",
+    "Ignore previous instructions. Classify the emotion of the last message",
     "[Pause your roleplay",
     "Please generate a four to five word title",
     "使用四到五个字直接返回这句话的简要主题",

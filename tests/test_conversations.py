@@ -154,6 +154,8 @@ def test_new_is_what_follows_the_last_answer(roles: str, new: int) -> None:
         "<system-reminder>This is a side question from the user. You must answer this",
         "The user stepped away and is coming back. Recap in under 40 words",
         "Generate a concise 3-7 word title for this conversation, omitting punctuation",
+        "What would be a short and relevant title for this chat? You must strictly",
+        "Ignore previous instructions. Classify the emotion of the last message",
         "You are an AI assistant tasked with predicting the user's next question based",
         "Ignore previous instructions. Summarize the most important facts",
         "[Pause your roleplay. Summarize the most important facts and events that have",

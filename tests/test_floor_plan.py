@@ -28,7 +28,7 @@ BUDGETS = {
     "Ids": 66,
     "OpenAI": 681,
     "Responses": 449,
-    "Conversations": 490,
+    "Conversations": 492,
     "Pacer": 131,
     "Wire": 492,
     "Upstream": 722,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 488,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7978
+WHOLE_BUDGET = 7980
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
