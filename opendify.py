@@ -5336,9 +5336,10 @@ def _echo_text(value: Any) -> dict[str, Any]:
     return {"format": {"type": "json_object" if is_object else "text"}}
 
 
-def _echo_number(value: Any, most: int) -> Any:
+def _echo_number(value: Any, most: int) -> float:
     is_valid = type(value) in (int, float) and 0 <= value <= most
-    return value if is_valid else 1
+    # With a point, as OpenAI writes it: to Dart and Gleam, 1 is no fraction.
+    return float(value) if is_valid else 1.0
 
 
 # What a response repeats of its request: null, and what no schema allows, becomes what
@@ -5351,8 +5352,8 @@ _ECHOED: Mapping[str, Callable[[Any], Any]] = {
     "parallel_tool_calls": lambda value: value is not False,
     "temperature": lambda value: _echo_number(value, 2),
     "top_p": lambda value: _echo_number(value, 1),
-    "presence_penalty": lambda value: 0,
-    "frequency_penalty": lambda value: 0,
+    "presence_penalty": lambda value: 0.0,
+    "frequency_penalty": lambda value: 0.0,
     "top_logprobs": lambda value: 0,
     "text": _echo_text,
     "reasoning": lambda value: {"effort": None, "summary": None},

@@ -567,6 +567,15 @@ def test_response_repeats_a_field(name: str, value: Any, repeated: Any) -> None:
     whole(Finish(), body=request(**fields))
 
 
+@pytest.mark.parametrize("given", [0, 1, 0.5, "odd", None])
+def test_number_that_may_be_a_fraction_is_written_as_one(given: Any) -> None:
+    """Typed clients take a number without a point for an integer."""
+    echo = parse_responses_request(request(temperature=given, top_p=given)).echo
+    penalties = ("presence_penalty", "frequency_penalty")
+    kinds = {type(echo[name]) for name in ("temperature", "top_p", *penalties)}
+    assert kinds == {float}
+
+
 OPTIONAL = [name for name, _, _ in ECHOED] + [
     *["conversation", "user", "safety_identifier", "inputs", "conversation_id"],
     *["stream", "stream_options", "include", "prompt", "prompt_cache_key"],
