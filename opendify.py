@@ -5336,6 +5336,11 @@ def _echo_text(value: Any) -> dict[str, Any]:
     return {"format": {"type": "json_object" if is_object else "text"}}
 
 
+def _echo_name(value: Any) -> Any:
+    is_valid = isinstance(value, str) and len(value) <= 64  # OpenAI's own limit
+    return value if is_valid else None
+
+
 def _echo_number(value: Any, most: int) -> float:
     is_valid = type(value) in (int, float) and 0 <= value <= most
     # With a point, as OpenAI writes it: to Dart and Gleam, 1 is no fraction.
@@ -5365,6 +5370,8 @@ _ECHOED: Mapping[str, Callable[[Any], Any]] = {
     "store": lambda value: value is not False,
     "background": lambda value: False,  # it runs in the foreground, and is complete
     "service_tier": lambda value: "default",
+    "safety_identifier": _echo_name,
+    "prompt_cache_key": _echo_name,
 }
 
 

@@ -108,6 +108,8 @@ def test_smallest_request() -> None:
         "store": True,
         "background": False,
         "service_tier": "default",
+        "safety_identifier": None,
+        "prompt_cache_key": None,
     }
 
 
@@ -534,6 +536,10 @@ ECHOED = [
     ("store", False, False),
     ("background", True, False),
     ("service_tier", "flex", "default"),
+    ("safety_identifier", "ada", "ada"),
+    ("safety_identifier", 65 * "a", None),
+    ("prompt_cache_key", "k", "k"),
+    ("prompt_cache_key", ["k"], None),
 ]
 
 
