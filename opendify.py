@@ -5331,7 +5331,9 @@ def _echo_text(value: Any) -> dict[str, Any]:
     name, schema = spec.get("name"), spec.get("schema")
     if spec.get("type") == "json_schema" and isinstance(schema, dict):
         echo = {"type": "json_schema", "name": str(name or ""), "schema": schema}
-        return {"format": {**echo, "strict": bool(spec.get("strict"))}}
+        about = str(spec.get("description") or "")
+        strict = bool(spec.get("strict"))
+        return {"format": {**echo, "description": about, "strict": strict}}
     is_object = spec.get("type") == "json_object"
     return {"format": {"type": "json_object" if is_object else "text"}}
 

@@ -27,7 +27,7 @@ BUDGETS = {
     "Dify": 834,
     "Ids": 66,
     "OpenAI": 681,
-    "Responses": 454,
+    "Responses": 456,
     "Conversations": 492,
     "Pacer": 131,
     "Wire": 492,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 488,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7985
+WHOLE_BUDGET = 7987
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

@@ -475,6 +475,7 @@ TOOL = {
 CUSTOM = {"type": "custom", "name": "p", "description": "d"}
 LARK = {"type": "grammar", "syntax": "lark", "definition": 'start: "x"'}
 SCHEMA = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
+BARE, FULL = ({"description": d, "strict": bool(d)} for d in ("", "d"))
 ALLOWED = {
     "type": "allowed_tools",
     "mode": "required",
@@ -525,7 +526,8 @@ ECHOED = [
     ("top_p", 0.5, 0.5),
     ("top_p", "much", 1),
     ("text", {"format": {"type": "json_object"}}, {"format": {"type": "json_object"}}),
-    ("text", {"format": SCHEMA}, {"format": {**SCHEMA, "strict": False}}),
+    ("text", {"format": SCHEMA}, {"format": {**SCHEMA, **BARE}}),
+    ("text", {"format": {**SCHEMA, **FULL}}, {"format": {**SCHEMA, **FULL}}),
     ("text", {"verbosity": "loud"}, {"format": {"type": "text"}}),
     ("reasoning", {"effort": "odd"}, {"effort": None, "summary": None}),
     ("max_output_tokens", 5, 5),
