@@ -5929,6 +5929,16 @@ class Tail(NamedTuple):
         length = self.length + len(digests) - 1
         return self._replace(chain=chain, length=length, digests=kept, **more)
 
+    def retold(self, said: Messages, shown: Messages) -> Tail:
+        """The tail that was found by what was `said`, as a client shows it."""
+        if said is shown:
+            return self
+        begin = Tail(self.scope, chain=self.scope)
+        found, seen = begin.extend(said), begin.extend(shown)
+        chain = seen.chain if self.chain == found.chain else self.chain
+        digests = self.digests[:-_DIGEST_BYTES] + seen.digests[-_DIGEST_BYTES:]
+        return self._replace(chain=chain, digests=digests)
+
     def shown_as(self, window: Tail) -> bytes:
         """Its digests, without those of tools if the window's client leaves these out.
 
@@ -6030,20 +6040,15 @@ _QUOTES = re.compile(r"(?:>[^\n]*(?:\n[^\n]+)*\n\n+)+(?=\S)")
 
 
 def _readings(history: Messages) -> Iterator[Messages]:
-    """A history as it is shown; and without quotes that begin answers, if there are.
+    """A history as it is shown; and without quotes before its last answer, if any.
 
-    NextChat shows thoughts so, and sends them back. Other quotes are the app's own.
+    NextChat shows thoughts so, and sends them back. Other quotes are the app's own. How
+    the answers before it are shown is known from earlier turns, or Dify was told so.
     """
     yield history
-    bare = tuple(map(_without_quotes, history))
-    if bare != history:
-        yield bare
-
-
-def _without_quotes(message: Message) -> Message:
-    is_answer = message.role == "assistant"
-    match = _QUOTES.match(message.text) if is_answer else None
-    return message._replace(text=message.text[match.end() :]) if match else message
+    *before, last = history
+    if match := _QUOTES.match(last.text):
+        yield (*before, last._replace(text=last.text[match.end() :]))
 
 
 # Hashes...
@@ -6426,7 +6431,8 @@ class Conversations:
         may_go_on = history and new and not ask.is_all_new
         for said in _readings(history) if may_go_on else ():
             if tail := self._find(scope, ask, said, now):
-                return self._mark(tail, now)
+                tail = self._mark(tail, now)
+                return tail and tail.retold(said, history)
         return None
 
     def take_by_id(self, scope: bytes, conversation_id: str, now: float) -> Tail | None:

@@ -587,6 +587,24 @@ async def test_changed_history_is_folded_and_the_original_goes_on(
         assert len(served.dify.conversations) == 2
 
 
+@pytest.mark.parametrize("window", [4, 5, 1000])
+async def test_thoughts_that_are_shown_as_quotes_may_be_folded(window: int) -> None:
+    """NextChat regenerates an answer, and goes on from there."""
+    async with site() as served:
+        client, used = Client(served, window=window), []
+        for text in ("one", "two", "three", "four", "five", "six", "seven"):
+            client.messages.append(user(text))
+            for _ in range(2 if text == "three" else 1):
+                await client.send()
+                shown = f"> Hm: {text}.\n\n> So.\n\n{client.messages[-1]['content']}"
+                used.append(client.conversation)
+                *before, _ = client.messages
+                client.messages = before
+            client.messages.append(assistant(shown))
+    assert len({*used[:3]}) == len({*used[3:]}) == 1
+    assert len({*used}) == 2
+
+
 @pytest.mark.parametrize("window", [4, 5])
 async def test_changed_window_is_folded(window: int) -> None:
     async with site() as served:

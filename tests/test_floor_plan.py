@@ -28,7 +28,7 @@ BUDGETS = {
     "Ids": 66,
     "OpenAI": 681,
     "Responses": 456,
-    "Conversations": 492,
+    "Conversations": 497,
     "Pacer": 131,
     "Wire": 492,
     "Upstream": 722,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 488,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7987
+WHOLE_BUDGET = 7992
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
