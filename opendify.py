@@ -11741,16 +11741,18 @@ def _referring_to_nothing(
 ) -> Iterator[env_parser.Binding]:
     """The settings with a `${NAME}` that neither the environment has nor a line above.
 
-    Not those that the environment has, too; what else a file sets is for others.
+    Not those that the environment has, too; what else a file sets is for others, but
+    with nothing in it, it is nothing to refer to.
     """
     known, settings = {*os.environ}, {variable for variable, _, _ in setting_rows()}
     settings -= known
     for binding in bindings:
         found = _REFERENCE.findall(binding.value or "")
         is_lost = any(not default and name not in known for name, default in found)
-        if is_lost and binding.key in settings:
+        if not is_lost:
+            known.add(binding.key or "")
+        elif binding.key in settings:
             yield binding
-        known.add(binding.key or "")
 
 
 def _is_sound(binding: env_parser.Binding) -> bool:

@@ -403,7 +403,7 @@ def test_line_without_a_name_is_a_complaint_that_does_not_show_it(
 
 def test_reference_to_nothing_is_a_complaint(home: Path, checked: Run) -> None:
     """It would be left out: the port might be open, and a text of an input torn."""
-    texts = ("OTHER=${NO}", "VALID_API_KEYS=${SECRET}", "NO_PROXY='a ${SECRET} b'")
+    texts = ("OTHER=${NO}", "VALID_API_KEYS=${SECRET}", "NO_PROXY='a ${OTHER} b'")
     over = "MODEL_CONFIG=${NO}"  # the environment has it
     (home / "work/.env").write_text("\n".join([*texts, over, "SECRET=behind", ""]))
     cure = "for that very text write ${:-$}{NAME}"
