@@ -5850,7 +5850,8 @@ AnswerForm = Union[Envelope, ResponseFrame]
 # (5) Reasoning, white space, how JSON is written, text beside calls, system messages
 #     and empty answers make no difference to a match, nor does leaving out all calls
 #     and results once they are answered. A system text is told to Dify when it differs
-#     from the one told last.
+#     from the one told last. Where nothing matches, quotes before the last answer are
+#     taken for its thoughts, as NextChat shows them.
 # (6) If several transcripts have the same messages, only those match that had the same
 #     inputs, and among these one with the same system text is preferred.
 # (7) A question's context counts in `chain` only: in later turns clients show the
