@@ -4582,6 +4582,11 @@ def known_file(name: str, media_type: str, data: bytes = b"") -> Attachment:
     is_told = re.fullmatch(shape, media_type, re.ASCII)
     if not is_told or media_type == "application/octet-stream":
         media_type = _guess_media_type(name, data)
+    if media_type.startswith("image/"):
+        # Dify passes it on, and some models take an image under its true type only.
+        proper = _MEDIA_TYPES.get(media_type.partition("/")[2], media_type)
+        by_bytes = _type_by_bytes(data)
+        media_type = by_bytes if by_bytes.startswith("image/") else proper
     return Attachment(_plain_name(name, media_type), media_type, data)
 
 
@@ -4613,9 +4618,14 @@ def _parse_base64(text: str, where: str) -> bytes:
 def _guess_media_type(name: str, data: bytes) -> str:
     """For data of an unknown type: by the extension, else by the first bytes."""
     extension = _extension(name)
-    by_name = _MEDIA_TYPES.get(extension)
-    by_bytes = (kind for magic, kind in _MAGIC if re.match(magic, data, re.DOTALL))
-    return by_name or next(by_bytes, f"application/{extension or 'octet-stream'}")
+    known = _MEDIA_TYPES.get(extension) or _type_by_bytes(data)
+    return known or f"application/{extension or 'octet-stream'}"
+
+
+def _type_by_bytes(data: bytes) -> str:
+    """What the first bytes tell of a file's type; "" if they tell nothing."""
+    kinds = (kind for magic, kind in _MAGIC if re.match(magic, data, re.DOTALL))
+    return next(kinds, "")
 
 
 def _extension(name: str) -> str:

@@ -940,6 +940,12 @@ async def test_file_is_uploaded_and_its_id_tells_all_of_it() -> None:
     }
 
 
+async def test_image_is_uploaded_under_the_type_that_models_know() -> None:
+    async with proxy(parameters=VISION) as served:
+        await upload(served, form_of(b"\xff\xd8\xff", "a.jpg", "image/jpg"))
+        assert sent(served)[0][:3] == ("/files/upload", "a.jpg", "image/jpeg")
+
+
 @pytest.mark.parametrize(
     ("name", "fields"),
     [

@@ -26,7 +26,7 @@ BUDGETS = {
     "Calls": 853,
     "Dify": 834,
     "Ids": 66,
-    "OpenAI": 681,
+    "OpenAI": 687,
     "Responses": 456,
     "Conversations": 497,
     "Pacer": 131,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 489,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7993
+WHOLE_BUDGET = 7999
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

@@ -642,6 +642,26 @@ FILES = [
         id="jpeg",
     ),
     pytest.param(
+        image("data:image/jpg;base64,/9j/"),
+        Attachment("image.jpg", "image/jpeg", b"\xff\xd8\xff"),
+        id="jpeg-by-its-extension",
+    ),
+    pytest.param(
+        image("data:image/pjpeg;base64,/9j/"),
+        Attachment("image.jpg", "image/jpeg", b"\xff\xd8\xff"),
+        id="jpeg-by-an-old-name",
+    ),
+    pytest.param(
+        image("data:image/png;base64,/9j/"),
+        Attachment("image.jpg", "image/jpeg", b"\xff\xd8\xff"),
+        id="jpeg-that-is-called-png",
+    ),
+    pytest.param(
+        image("data:image/heic;base64,AAAA"),
+        Attachment("image.heic", "image/heic", b"\0\0\0"),
+        id="image-of-another-type",
+    ),
+    pytest.param(
         file("data:audio/x-m4a;base64,/9j/"),
         Attachment("file.m4a", "audio/x-m4a", b"\xff\xd8\xff"),
         id="type-with-x",
