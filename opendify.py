@@ -3064,7 +3064,9 @@ def error_from_body(status: int, body: bytes) -> ProxyError:
     if status in (408, 504, 522, 524):  # never Dify's own; the last two: Cloudflare's
         return UpstreamTimeout(f"The gateway before Dify timed out ({status}).")
     if (value := read_json_object(body)) and (status != 404 or "code" in value):
-        return error_from_dify(status, value.get("code"), value.get("message"))
+        reasons = map(str, object_of(value.get("errors")).values())  # around 1.9
+        message = "; ".join([str(value.get("message") or ""), *reasons])
+        return error_from_dify(status, value.get("code"), message)
     if status in (413, 414, 431):
         return BodyTooLarge(f"The gateway before Dify refused the size ({status}).")
     if status == 429:

@@ -1822,6 +1822,15 @@ def test_error_that_echoes_a_file_is_understood_in_little_time() -> None:
     assert (type(other).__name__, other.code) == ("UpstreamFailed", "x")
 
 
+def test_error_tells_what_is_wrong_with_a_field() -> None:
+    """Some releases say it beside their message, and have no code for it."""
+    reason = "Existing conversation ID 14 is not a valid uuid."
+    message = "Input payload validation failed"
+    value = {"errors": {"conversation_id": reason}, "message": message}
+    error = opendify.error_from_body(400, json.dumps(value).encode())
+    assert (error.status, error.message) == (400, f"{message}; {reason}")
+
+
 @pytest.mark.parametrize(
     ("status", "body", "wanted"),
     [

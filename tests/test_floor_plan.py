@@ -24,7 +24,7 @@ BUDGETS = {
     "JSON": 96,
     "Turn": 213,
     "Calls": 853,
-    "Dify": 834,
+    "Dify": 836,
     "Ids": 66,
     "OpenAI": 687,
     "Responses": 456,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 489,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7999
+WHOLE_BUDGET = 8001
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
