@@ -636,25 +636,13 @@ FILES = [
         Attachment("file.txt", "text/plain", b"hello"),
         id="default",
     ),
-    pytest.param(
-        image("data:image/jpeg;base64,/9j/"),
-        Attachment("image.jpg", "image/jpeg", b"\xff\xd8\xff"),
-        id="jpeg",
-    ),
-    pytest.param(
-        image("data:image/jpg;base64,/9j/"),
-        Attachment("image.jpg", "image/jpeg", b"\xff\xd8\xff"),
-        id="jpeg-by-its-extension",
-    ),
-    pytest.param(
-        image("data:image/pjpeg;base64,/9j/"),
-        Attachment("image.jpg", "image/jpeg", b"\xff\xd8\xff"),
-        id="jpeg-by-an-old-name",
-    ),
-    pytest.param(
-        image("data:image/png;base64,/9j/"),
-        Attachment("image.jpg", "image/jpeg", b"\xff\xd8\xff"),
-        id="jpeg-that-is-called-png",
+    *(
+        pytest.param(
+            image(f"data:image/{name};base64,/9j/"),
+            Attachment("image.jpg", "image/jpeg", b"\xff\xd8\xff"),
+            id=f"jpeg-called-{name}",
+        )
+        for name in ("jpeg", "jpg", "pjpeg", "png")
     ),
     pytest.param(
         image("data:image/heic;base64,AAAA"),
