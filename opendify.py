@@ -5946,8 +5946,7 @@ class Tail(NamedTuple):
         """The tail that was found by what was `said`, as a client shows it."""
         if said is shown:
             return self
-        begin = Tail(self.scope, chain=self.scope)
-        found, seen = begin.extend(said), begin.extend(shown)
+        found, seen = (_window(self.scope, messages) for messages in (said, shown))
         chain = seen.chain if self.chain == found.chain else self.chain
         digests = self.digests[:-_DIGEST_BYTES] + seen.digests[-_DIGEST_BYTES:]
         return self._replace(chain=chain, digests=digests)
@@ -5982,7 +5981,7 @@ class Tail(NamedTuple):
 
     def surely_ends(self, history: Messages) -> bool:
         """Whether this transcript is that history, or unmistakably ends with it."""
-        window = Tail(self.scope, chain=self.scope).extend(history)
+        window = _window(self.scope, history)
         is_clear = _is_clear(history)
         return self.chain == window.chain or window.ends(self, is_clear=is_clear)
 
@@ -6532,7 +6531,7 @@ class Conversations:
 
     def _find(self, scope: bytes, ask: Ask, said: Messages, now: float) -> Tail | None:
         """The conversation that ends with what was `said`, free or not."""
-        window = Tail(scope, chain=scope).extend(said)
+        window = _window(scope, said)
         key = (window.digests[-_DIGEST_BYTES:], now - self._ttl_s)
         equal = f"{_MATCH} AND chain = ? ORDER BY state LIMIT {_MAX_CANDIDATES}"
         rows, _ = self._run(equal, *key, window.chain)
@@ -6648,6 +6647,11 @@ def _told_alike(tails: Iterable[Tail], told: bytes) -> list[Tail]:
     inputs = (told[_INPUTS], b"")  # unknown in older files
     alike = [tail for tail in tails if tail.told[_INPUTS] in inputs]
     return sorted(alike, key=lambda t: (not told.startswith(t.told), -len(t.told)))
+
+
+def _window(scope: bytes, history: Messages) -> Tail:
+    """What a client shows, to be compared with transcripts."""
+    return Tail(scope, chain=scope).extend(history)
 
 
 def _is_clear(history: Messages) -> bool:
