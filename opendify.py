@@ -4528,13 +4528,16 @@ _MEDIA_TYPES = {  # by extension; a file without one gets the last of its type
 _EXTENSIONS = {media_type: extension for extension, media_type in _MEDIA_TYPES.items()}
 # Of each kind of part that brings a file: the file's name where nothing tells one, the
 # key of what has it, and of the URL or the data in that. Clients of vLLM and OpenRouter
-# send video and sound in an image's form; Responses has no object around a file.
+# send video and sound in an image's form, those of GLM and Perplexity a file, too, and
+# LangBot also its data; Responses has no object around a file.
 _FILE_PARTS = {
     "image_url": ("image", "image_url", "url"),
     "input_image": ("image", "image_url", "url"),
     "video_url": ("video", "video_url", "url"),
     "audio_url": ("audio", "audio_url", "url"),
     "input_audio": ("audio", "input_audio", "data"),
+    "file_url": ("file", "file_url", "url"),
+    "file_base64": ("file", "file_base64", "url"),
     "file": ("file", "file", "file_data"),
     "input_file": ("file", "file", "file_data"),
 }
@@ -4553,7 +4556,7 @@ def _parse_file(part: Json, where: str) -> Attachment:
     if not isinstance(source, str) or not source:
         problem = f"the {stem} needs `{key}.{source_key}`: a URL, or data in base64."
         raise bad_value(where, problem)
-    name = str(file.get("filename") or "")
+    name = str(file.get("filename") or file.get("file_name") or "")
     if key != "input_audio":
         return _attachment(source, name, stem, where)
     if not _is_data_url(source):

@@ -26,7 +26,7 @@ BUDGETS = {
     "Calls": 853,
     "Dify": 836,
     "Ids": 66,
-    "OpenAI": 687,
+    "OpenAI": 689,
     "Responses": 456,
     "Conversations": 498,
     "Pacer": 131,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 489,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8002
+WHOLE_BUDGET = 8004
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

@@ -1820,6 +1820,16 @@ UPLOADED: dict[str, tuple[JSONObject, tuple[str, str, bytes], str]] = {
         ("a.pdf", "application/pdf", PDF),
         "document",
     ),
+    "file-of-langbot": (
+        {"type": "file_base64", "file_base64": PDF_URL, "file_name": "a.pdf"},
+        ("a.pdf", "application/pdf", PDF),
+        "document",
+    ),
+    "file-of-perplexity": (
+        {"type": "file_url", "file_url": {"url": base64_of(PDF)}, "file_name": "a.pdf"},
+        ("a.pdf", "application/pdf", PDF),
+        "document",
+    ),
     "file-no-name": (
         {"type": "file", "file": {"file_data": PDF_URL}},
         ("file.pdf", "application/pdf", PDF),
@@ -1907,6 +1917,16 @@ async def test_large_file_arrives_byte_for_byte() -> None:
         ),
         (
             {"type": "input_file", "file_url": "https://x/a.pdf"},
+            "document",
+            "https://x/a.pdf",
+        ),
+        (
+            {"type": "file_url", "file_url": "https://x/a?b", "file_name": "a.pdf"},
+            "document",
+            "https://x/a?b",
+        ),
+        (
+            {"type": "file_url", "file_url": {"url": "https://x/a.pdf"}},
             "document",
             "https://x/a.pdf",
         ),
@@ -2039,10 +2059,10 @@ async def test_failed_upload_names_the_file(script: list[Step], status: int) -> 
     assert "Über 1.pdf" in got.error["message"]
 
 
-def test_files_of_the_tables_are_of_nine_kinds() -> None:
-    """Five ways to send an image, one of them by URL, and four to send a file."""
+def test_files_of_the_tables_are_of_eleven_kinds() -> None:
+    """Five ways to send an image, one of them by URL, and six to send a file."""
     ways = [name.partition("-")[0] for name in UPLOADED]
-    assert (ways.count("image") + 1, ways.count("file")) == (5, 4)
+    assert (ways.count("image") + 1, ways.count("file")) == (5, 6)
 
 
 # ------------------------------------------------------------------------------
