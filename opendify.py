@@ -5895,7 +5895,8 @@ _SYSTEM, _INPUTS, _WITHIN = slice(8), slice(8, 16), slice(16, None)
 _SIDE_REQUESTS = (
     # Open WebUI; Qwen Code, after each turn; Claude Code (through LiteLLM), for recaps;
     # the /btw of both; Zed; Chatpad and its like; FastGPT; SillyTavern, now and
-    # formerly. The last four are of NextChat and its descendants.
+    # formerly; Nextcloud, likewise; Witsy. The last four are of NextChat and its
+    # descendants.
     *("### Task:", "Managed memory ", "[SUGGESTION MODE", "The user stepped away and "),
     *("<system-reminder>\nThis is a side ", "<system-reminder>This is a side "),
     "Generate a concise 3-7 word title for this conversation",
@@ -5904,6 +5905,9 @@ _SIDE_REQUESTS = (
     "Ignore previous instructions. Summarize the most important facts",
     "Ignore previous instructions. Classify the emotion of the last message",
     "[Pause your roleplay",
+    "This is a conversation between the user and Nextcloud Assistant. Generate a",
+    "Above is a chat session in a specific language between the user and you, ",
+    "Provide a title for the conversation above",
     "Please generate a four to five word title",
     "使用四到五个字直接返回这句话的简要主题",
     "Summarize the discussion briefly in",

@@ -159,6 +159,11 @@ def test_new_is_what_follows_the_last_answer(roles: str, new: int) -> None:
         "You are an AI assistant tasked with predicting the user's next question based",
         "Ignore previous instructions. Summarize the most important facts",
         "[Pause your roleplay. Summarize the most important facts and events that have",
+        "This is a conversation between the user and Nextcloud Assistant. Generate a "
+        "suitable title for the conversation that summarizes it.",
+        "Above is a chat session in a specific language between the user and you, "
+        "Nextcloud Assistant. Generate a suitable title",
+        "Provide a title for the conversation above. Do not return anything other than",
     ],
 )
 def test_side_requests_neither_join_nor_move_a_conversation(

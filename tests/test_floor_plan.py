@@ -28,7 +28,7 @@ BUDGETS = {
     "Ids": 66,
     "OpenAI": 689,
     "Responses": 456,
-    "Conversations": 498,
+    "Conversations": 501,
     "Pacer": 131,
     "Wire": 492,
     "Upstream": 722,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 489,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8004
+WHOLE_BUDGET = 8007
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
