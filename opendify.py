@@ -4244,7 +4244,7 @@ def in_rounds(messages: Iterable[Message]) -> list[Message]:
     one, or part them from its text. A user's message of nothing but files is joined to
     the words beside it.
     """
-    answers = in_answers(messages)
+    answers = _in_answers(messages)
     runs = itertools.groupby(answers, lambda m: bool(m.tool_calls or m.call_id))
     ordered: list[Message] = []
     for is_of_calls, run in runs:
@@ -4252,24 +4252,24 @@ def in_rounds(messages: Iterable[Message]) -> list[Message]:
     return ordered
 
 
-def in_answers(items: Iterable[Any]) -> list[Any]:
-    """Messages, or items; the thoughts, text and calls of one answer become one.
+def _in_answers(messages: Iterable[Message]) -> list[Message]:
+    """The messages; the thoughts, text and calls of one answer become one.
 
     These come in any order. Two texts are two messages: agents that take turns leave
     several.
     """
-    groups: list[list[Any]] = []
-    for item in items:
-        if groups and _is_one_answer(groups[-1][-1], item):
-            groups[-1].append(item)
+    groups: list[list[Message]] = []
+    for message in messages:
+        if groups and _is_one_answer(groups[-1][-1], message):
+            groups[-1].append(message)
         else:
-            groups.append([item])
+            groups.append([message])
     return [joined(group) if len(group) > 1 else group[0] for group in groups]
 
 
-def _is_one_answer(said: Any, more: Any) -> bool:
-    """Whether an item is more of an answer: not both have a text, or will have."""
-    if not getattr(said, "role", "") == getattr(more, "role", "") == "assistant":
+def _is_one_answer(said: Message, more: Message) -> bool:
+    """Whether a message is more of an answer: not both have a text, or will have."""
+    if not said.role == more.role == "assistant":
         return False
     is_text = more.text if more.tool_calls else plain_text(said) or said.spoken_id
     return said.name == more.name and not (is_text or more.spoken_id)
@@ -5255,11 +5255,11 @@ def _id_in(value: Any) -> Any:
 
 
 def parse_items(value: Any, name: str = "input") -> list[Item]:
-    """The items in order, those of an answer as one message."""
+    """The items that say something to an app, in order."""
     if value is None or isinstance(value, str):
         return [Message("user", value)] if value else []
     parsed = parse_each(value, name, "a string or an array of items", _parse_item)
-    return in_answers(filter(None, parsed))
+    return [*filter(None, parsed)]
 
 
 def _parse_item(item: Any, where: str) -> Item | None:
