@@ -2863,9 +2863,7 @@ def upload_head(file: Attachment, boundary: str) -> bytes:
 
     Nobody may guess the boundary: a file or a user's name could hold it.
     """
-    is_proper = re.fullmatch(r"[\w.+-]+/[\w.+-]+", file.media_type, re.ASCII)
-    media_type = file.media_type if is_proper else "application/octet-stream"
-    rest = f'name="file"; filename="{file.name}"\r\nContent-Type: {media_type}'
+    rest = f'name="file"; filename="{file.name}"\r\nContent-Type: {file.media_type}'
     return _part_head(boundary, rest).encode("utf-8", "replace")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from typing import Any, Union
 from urllib.parse import quote
 
@@ -856,6 +857,15 @@ def test_data_of_a_file_arrives_whole(data: bytes, padded: bool, safe: bool) -> 
     url = f"data:image/png;base64,{text if padded else text.rstrip('=')}"
     (message,) = parsed(content(image(url))).messages
     assert message.attachments[0].data == data
+
+
+@given(st.text(max_size=20), st.text(max_size=20) | st.just("a/b\r\nX: y"))
+def test_file_has_a_name_and_a_type_that_a_header_can_hold(
+    name: str, kind: str
+) -> None:
+    file = opendify.known_file(name, kind)
+    assert re.fullmatch(r"[\w.+-]+/[\w.+-]+", file.media_type, re.ASCII)
+    assert not re.search(r'["\r\n]', file.name)
 
 
 # Streamed answers...
