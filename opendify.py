@@ -2602,13 +2602,11 @@ def unsatisfied(ask: Ask, reason: str) -> UpstreamFailed:
 class AppInput(NamedTuple):
     """One field of an app's form; `type` in Dify's words ("text-input", "select").
 
-    A file field has `rules`, as the place for files beside the fields has some.
+    `rules` is all that Dify says of it, as of the place for files beside the fields.
     """
 
     variable: str
     type: str
-    required: bool = False
-    options: tuple[str, ...] = ()
     rules: Json = MappingProxyType({})
 
 
@@ -2630,17 +2628,13 @@ def parse_form(parameters: Json) -> AppForm:
     """`GET /parameters` to a form; anything missing or odd is left out."""
     entries = objects_of(parameters.get("user_input_form"))
     rows = [row for entry in entries for row in entry.items()]
-    inputs = [_input(kind, row) for kind, row in rows if object_of(row).get("variable")]
+    named = [(kind, row) for kind, row in rows if object_of(row).get("variable")]
+    inputs = tuple(AppInput(str(row["variable"]), kind, row) for kind, row in named)
     names = ("file_upload", "system_parameters", "speech_to_text", "text_to_speech")
     files, limits, hearing, speaking = (object_of(parameters.get(n)) for n in names)
     hears, speaks = (bool(rules.get("enabled", True)) for rules in (hearing, speaking))
     voice, uploads = str(speaking.get("voice") or ""), _upload_rules(files)
-    return AppForm(tuple(inputs), uploads, limits, hears, speaks, voice)
-
-
-def _input(kind: str, row: Json) -> AppInput:
-    name, options = str(row["variable"]), _texts(row.get("options"))
-    return AppInput(name, kind, bool(row.get("required")), options, row)
+    return AppForm(inputs, uploads, limits, hears, speaks, voice)
 
 
 def _upload_rules(files: Json) -> dict[str, Any]:
@@ -2674,7 +2668,7 @@ def query_variable(mode: str, form: AppForm, app: AppSettings) -> str:
     texts = [row for row in texts if not row.rules.get("hide")] or texts
     names = [row.variable for row in texts]
     usual = [name for name in _QUERY_NAMES if name in names]
-    required = [row.variable for row in texts if row.required]
+    required = [row.variable for row in texts if row.rules.get("required")]
     if texts:
         return (usual or (required if len(required) == 1 else names))[0]
     if mode == "completion":
@@ -2690,9 +2684,10 @@ def describe_inputs(form: AppForm) -> str:
         return "The app declares no inputs."
     described = []
     for input_ in form.inputs:
-        need = ", required" if input_.required else ""
-        options = f", one of {', '.join(input_.options)}" if input_.options else ""
-        described.append(f"{input_.variable} ({input_.type}{need}{options})")
+        need = ", required" if input_.rules.get("required") else ""
+        options = ", ".join(_texts(input_.rules.get("options")))
+        choice = f", one of {options}" if options else ""
+        described.append(f"{input_.variable} ({input_.type}{need}{choice})")
     return f"The app's inputs are: {'; '.join(described)}. Send them as `inputs`."
 
 
@@ -12098,7 +12093,7 @@ def _notes_on(app: AppSettings, form: AppForm, variable: str) -> list[Note]:
     roles[app.history_variable] = "earlier messages"
     inputs = []
     for input_ in form.inputs:
-        need = "required of clients" if input_.required else "optional"
+        need = "required of clients" if input_.rules.get("required") else "optional"
         inputs.append(f"{input_.variable} ({roles.get(input_.variable, need)})")
     speech = ["speech to text"] * form.hears + ["text to speech"] * form.speaks
     named = {*app.filled, variable}

@@ -1366,7 +1366,7 @@ def taking(files: opendify.Json, limits: object = None) -> AppForm:
     return opendify.parse_form({"file_upload": files, "system_parameters": limits})
 
 
-TEXT, REQUIRED = "text-input", True
+TEXT, REQUIRED = "text-input", {"required": True}
 
 
 @pytest.mark.parametrize(
@@ -1432,7 +1432,7 @@ def test_message_replaces_no_text_that_users_are_not_asked_for(mode: str) -> Non
 
 
 def test_workflow_without_text_input_is_refused_with_its_inputs() -> None:
-    size = AppInput("size", "select", REQUIRED, ("S", "L"))
+    size = AppInput("size", "select", {**REQUIRED, "options": ["S", "L"]})
     with pytest.raises(
         opendify.BadRequest, match=r"size \(select, required, one of S, L"
     ) as caught:
@@ -2022,10 +2022,5 @@ def test_form_is_read_from_the_recorded_parameters() -> None:
         "system_parameters": None,
     }
     assert opendify.parse_form(parameters) == AppForm(
-        (
-            AppInput("tone", "select", options=("a", "b"), rules=tone),
-            AppInput("pic", "file", True, rules=pic),
-        ),
-        {},
-        {},
+        (AppInput("tone", "select", tone), AppInput("pic", "file", pic)), {}, {}
     )
