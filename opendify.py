@@ -3243,7 +3243,7 @@ class AnswerText:
 
         A model that was cut off while it thought has left its block open.
         """
-        parts = self._split("", is_last=True) if self._held else []
+        parts = self._split("", is_last=True)
         self._opened, self._state = None, _STATES[None]
         self._last, self._is_named = "", False
         self._has_block, self._size = False, 0
@@ -3275,7 +3275,7 @@ class AnswerText:
     def close(self) -> list[Part]:
         """What is still held back; no more text will come."""
         rest, self._half = "\ufffd" if self._half else "", ""
-        return self._split(rest, is_last=True) if rest or self._held else []
+        return self._split(rest, is_last=True)
 
     def _whole_characters(self, text: str) -> str:
         """Join surrogate halves that came apart; one that stays alone is U+FFFD."""
