@@ -4975,8 +4975,7 @@ class ChatStream:
         chunk = self._chunk(_HERE)
         self._text = _template(chunk, self._of_text)
         self._reasoning = _template(chunk, b'{"reasoning_content":%b}')
-        first = self._chunk(_HERE, **dify_key(ids)) if ids else chunk
-        return first.replace(_HERE_JSON, self._first)
+        return self._chunk(_HERE, **dify_key(ids)).replace(_HERE_JSON, self._first)
 
     def encode(self, part: Part) -> bytes:
         """The chunks that a part becomes; b"" for one that is kept for the end."""
@@ -5083,11 +5082,9 @@ class CompletionStream(ChatStream):
 
     def encode(self, part: Part) -> bytes:
         """The chunk that a part becomes; b"" for one that this API has no place for."""
-        if isinstance(part, Text):
-            return self._text % json_string(part.text)
         if isinstance(part, Finish):
             return self._chunk("", part.reason)
-        return super().encode(part) if isinstance(part, Usage) else b""
+        return super().encode(part) if isinstance(part, (Text, Usage)) else b""
 
 
 def model_object(model: str, name: str, created: UnixTime) -> dict[str, Any]:

@@ -26,7 +26,7 @@ BUDGETS = {
     "Calls": 853,
     "Dify": 831,
     "Ids": 66,
-    "OpenAI": 689,
+    "OpenAI": 686,
     "Responses": 456,
     "Conversations": 501,
     "Pacer": 131,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 489,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8002
+WHOLE_BUDGET = 7999
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
