@@ -4064,17 +4064,15 @@ class Place(NamedTuple):
     item: str = ""
 
 
-def open_place(sealer: IdSealer, id_: str, user: str, kind: str = "") -> Place | None:
+def open_place(sealer: IdSealer, id_: str, user: str) -> Place | None:
     """What an id stands for; None if it is not ours, not stored, or another user's.
 
     Args:
         sealer: of the app, and the client's key.
         id_: of a response (`resp_…`) or an item.
         user: who asks; "" where a request can't say it (`GET /responses/{id}`).
-        kind: how it must begin; "" if all kinds will do.
     """
-    prefix = id_[: id_.find("_") + 1]
-    fields = sealer.open(id_, prefix) if prefix.startswith(kind) else None
+    fields = sealer.open(id_, id_[: id_.find("_") + 1])
     if not fields or (user and user != fields[0]):
         return None
     return Place(*fields)
@@ -10262,7 +10260,7 @@ async def _stored_response(site: Site, exchange: Exchange) -> tuple[Json, Json]:
     id_, user = exchange.name_in_path, exchange.forwarded_user
     for model, app in (await site.models()).items():
         sealer = IdSealer(app.key, exchange.owner)
-        if place := open_place(sealer, id_, user, "resp_"):
+        if id_.startswith("resp_") and (place := open_place(sealer, id_, user)):
             exchange.model = model
             stored = await _turns_of(site, app, place)
             if turn := stored.get(place.message_id):
