@@ -11879,7 +11879,7 @@ async def _run(options: argparse.Namespace) -> int:
         for warning in source.warnings:
             log.warning(warning)
         if not settings.has_apps:
-            _complain(settings, _NOTHING_CONFIGURED)
+            _announce(settings, logging.ERROR, _NOTHING_CONFIGURED)
             return 2
         if options.check:
             return await _check(settings, asks=options.ask)
@@ -11918,17 +11918,15 @@ async def _serve(settings: Settings, source: SettingsSource) -> int:
         return await _serve_until_signal(settings, server)
 
 
-def _as_logged(settings: Settings, level: int, text: str) -> str:
-    """A text beside the log, which may be joined to it: as JSON if that is JSON."""
-    if settings.log_format != "json":
-        return text
-    record = log.makeRecord(log.name, level, "", 0, text, (), None)
-    return _Formatter(is_json=True).format(record)
+def _announce(settings: Settings, level: int, text: str) -> None:
+    """Print a text beside the log, which may be joined to it: as JSON if that is JSON.
 
-
-def _complain(settings: Settings, text: str) -> None:
-    """Say why there is nothing to serve."""
-    _show(_as_logged(settings, logging.ERROR, text), stream=sys.stderr)
+    An error, which is why there is nothing to serve, goes to stderr.
+    """
+    if settings.log_format == "json":
+        record = log.makeRecord(log.name, level, "", 0, text, (), None)
+        text = _Formatter(is_json=True).format(record)
+    _show(text, stream=sys.stderr if level == logging.ERROR else sys.stdout)
 
 
 async def _serve_until_signal(settings: Settings, server: Server) -> int:
@@ -11942,12 +11940,13 @@ async def _serve_until_signal(settings: Settings, server: Server) -> int:
     except (OSError, OverflowError, ValueError) as error:  # ValueError: "\0" in a host
         reason = getattr(error, "strerror", None) or error
         text = f"opendify: can't listen on {host}:{port}: {reason}"
-        _complain(settings, f"{text}; choose another with --host or --port")
+        cure = "choose another with --host or --port"
+        _announce(settings, logging.ERROR, f"{text}; {cure}")
         return 1
     for host, port in addresses:
         shown = f"[{host}]" if ":" in host else host
         text = f"OpenDify {__version__} listens on http://{shown}:{port}/v1"
-        _show(_as_logged(settings, logging.INFO, text))
+        _announce(settings, logging.INFO, text)
     log.info(_models_shown(settings))
     _warn_if_open(settings, server)
     _spare_collector()

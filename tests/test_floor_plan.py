@@ -36,10 +36,10 @@ BUDGETS = {
     "Handlers": 922,
     "Server": 295,
     "Page": 264,
-    "Command line": 489,
+    "Command line": 488,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7989
+WHOLE_BUDGET = 7988
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
