@@ -246,6 +246,10 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
     "tag-behind-bracket": (f"[<tool_call>{CALL}</tool_call>", ["[", *PARIS_CALL]),
     "fence-in-tag": (f"<tool_call>\n```json\n{CALL}\n```\n</tool_call>", PARIS_CALL),
     "tag-in-fence": (f"```xml\n<tool_call>\n{CALL}\n</tool_call>\n```", PARIS_CALL),
+    "tag-behind-a-code-block": (
+        f"```python\nrun()\n```\nNow:\n<tool_call>\n{CALL}\n</tool_call>",
+        ["```python\nrun()\n```\nNow:\n", *PARIS_CALL],
+    ),
     "tag-behind-a-call-in-quotes": (
         f'"```json\n{CALL}\n```<tool_call>{CALL}</tool_call>"',
         ['"', *PARIS_CALL * 2, '"'],
