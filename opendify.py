@@ -1405,11 +1405,8 @@ def parse_tools(body: Json) -> tuple[tuple[Tool, ...], str]:
     """
     source = "tools" if body.get("tools") else "functions"
     choice_name = "tool_choice" if body.get("tool_choice") else "function_call"
-    given, choice = body.get(source) or [], body.get(choice_name)
-    if not (given or choice):  # nearly always
-        return (), "auto"
-    given = of_type(given, list, source)
-    wish, names = _parse_choice(choice or "auto")
+    given = of_type(body.get(source) or [], list, source)
+    wish, names = _parse_choice(body.get(choice_name) or "auto")
     if not (mode := _MODES.get(wish)):
         problem = f"{wish!r} is none of auto, none, required, a tool, allowed_tools."
         raise bad_value(choice_name, problem)
