@@ -380,6 +380,11 @@ SAMPLES: dict[str, tuple[str, list[Expected]]] = {
         for language in ("json5", "jsonc", "tool_call", "tool_calls", "tool_code")
     },
     "fenced-two": (f"```json\n{CALL}\n{CALL}\n```", PARIS_CALL * 2),
+    "fenced-two-and-a-comma": (f"```json\n{CALL},\n{CALL}\n```", PARIS_CALL * 2),
+    "code-block-behind": (
+        f"{CALL}\n```\nrun()\n```",
+        [*PARIS_CALL, "\n```\nrun()\n```"],
+    ),
     "fenced-list": (f"```json\n[\n  {CALL},\n  {CALL}\n]\n```", PARIS_CALL * 2),
     "fenced-not-closed": (f"```json\n{CALL}\n", PARIS_CALL),
     "fences-two": (f"```json\n{CALL}\n```\n\n```json\n{CALL}\n```", PARIS_CALL * 2),
@@ -578,6 +583,7 @@ TEXTS = {
     "markdown-block": f"```markdown\n<tool_call>\n{CALL}\n</tool_call>\n```",
     "markdown-block-of-four": f"````markdown\n<tool_call>{CALL}</tool_call>\n````",
     "json-block-and-more": f"```json\n{CALL}\n// that is a call\n```",
+    "json-block-of-nothing": "```json\n```\nThat is it.",
     "json-block-of-other": '```json\n{"name": "Bob", "age": 3}\n```\nOK',
     "definition": '{"name": "search", "description": "x", "parameters": {}}',
     "definition-in-tag": '<tools>{"name": "search", "description": "x", '
