@@ -748,14 +748,25 @@ class SSEDecoder:
 
     def _read_lines(self, text: str) -> list[str]:
         events: list[str] = []
-        for line in text.split("\n")[:-1]:
-            name, _, value = line.partition(":")
-            if name == "data":
-                self._data.append(value.removeprefix(" "))
-            elif not line and self._data:
-                events.append("\n".join(self._data))
-                self._data = []
+        *blocks, rest = text.split("\n\n")
+        for block in blocks:
+            # As above, in a read that ends anywhere: 5% of a stream without pauses.
+            if block.startswith("data: ") and "\n" not in block and not self._data:
+                events.append(block[6:])
+            else:
+                for line in (*block.split("\n"), ""):
+                    self._read_line(line, events)
+        for line in rest.split("\n")[:-1]:
+            self._read_line(line, events)
         return events
+
+    def _read_line(self, line: str, events: list[str]) -> None:
+        name, _, value = line.partition(":")
+        if name == "data":
+            self._data.append(value.removeprefix(" "))
+        elif not line and self._data:
+            events.append("\n".join(self._data))
+            self._data = []
 
     def _ended_by_lf(self, data: bytes) -> bytes:
         if self._after_cr:

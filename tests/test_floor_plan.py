@@ -20,7 +20,7 @@ FILE = Path(__file__).parent.parent / "opendify.py"
 BUDGETS = {
     "Settings": 241,
     "Errors": 93,
-    "SSE": 55,
+    "SSE": 64,
     "JSON": 96,
     "Turn": 213,
     "Calls": 850,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 488,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7985
+WHOLE_BUDGET = 7994
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 
