@@ -5608,7 +5608,6 @@ _MESSAGE_SHAPE = _Shape(
 )
 _REASONING_SHAPE = _Shape(
     *("rs_", "reasoning", "summary", "reasoning_summary_text"),
-    added={},
     part_event="reasoning_summary_part",
     part={"type": "summary_text", "text": ""},
 )
@@ -5641,8 +5640,7 @@ class _OpenItem:
         text = "".join(self.texts)
         part = {**self.shape.part, "text": text, **more}
         self.item[self.shape.key] = [part] if self.shape.part else text
-        if "status" in self.item:
-            self.item["status"] = status
+        self.item["status"] = status
         return text
 
 

@@ -27,7 +27,7 @@ BUDGETS = {
     "Dify": 831,
     "Ids": 65,
     "OpenAI": 686,
-    "Responses": 456,
+    "Responses": 454,
     "Conversations": 501,
     "Pacer": 131,
     "Wire": 492,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 488,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7994
+WHOLE_BUDGET = 7992
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

@@ -714,7 +714,7 @@ def test_whole_stream() -> None:
     part = {**blank, "text": "Hello", "annotations": ANNOTATIONS}
     thought = {"type": "summary_text", "text": "Hm…"}
     items: list[JSONObject] = [
-        {"id": rs, "type": "reasoning", "summary": [thought]},
+        {"id": rs, "type": "reasoning", "status": "completed", "summary": [thought]},
         {
             "id": msg,
             "type": "message",
@@ -751,7 +751,13 @@ def test_whole_stream() -> None:
     expected: list[tuple[str, JSONObject]] = [
         ("created", {"response": begun}),
         ("in_progress", {"response": begun}),
-        ("output_item.added", {"item": {**items[0], "summary": []}, "output_index": 0}),
+        (
+            "output_item.added",
+            {
+                "item": {**items[0], "status": "in_progress", "summary": []},
+                "output_index": 0,
+            },
+        ),
         ("reasoning_summary_part.added", {**at_rs, "part": {**thought, "text": ""}}),
         ("reasoning_summary_text.delta", {**at_rs, "delta": "Hm"}),
         ("reasoning_summary_text.delta", {**at_rs, "delta": "…"}),
@@ -921,13 +927,15 @@ def test_failed_stream(error: ProxyError, code: str) -> None:
     about = {"type": "error", "sequence_number": number, "error": events[-2]["error"]}
     assert events[-2] == {**flat, **about}
     assert events[-2]["error"] == {**flat, "type": error.type}
-    assert [item.get("status") for item in end["output"]] == [None, "incomplete"]
+    assert [item["status"] for item in end["output"]] == ["completed", "incomplete"]
     assert end["output"][1]["content"][0]["text"] == "Hi"
 
 
 def test_stream_that_fails_while_it_thinks() -> None:
     _, end = streamed(Reasoning("a"), error=UpstreamFailed("x"))
-    assert end["output"][0]["summary"] == [{"type": "summary_text", "text": "a"}]
+    (item,) = end["output"]
+    assert item["summary"] == [{"type": "summary_text", "text": "a"}]
+    assert item["status"] == "incomplete"
 
 
 def test_many_items_take_little_time() -> None:
