@@ -4943,6 +4943,24 @@ def _template(chunk: bytes, content: bytes) -> bytes:
     return chunk.replace(b"%", b"%%").replace(_HERE_JSON, content)
 
 
+# One API reads lines of 64 KiB, and aiohttp's older readers twice that; a character
+# may take six bytes. Base64 that is cut here stays whole.
+MAX_CHUNK_CHARS = 8 * 1024
+
+
+def _pieces(text: str) -> list[str]:
+    """A text as the chunks that it fits in."""
+    starts = range(0, len(text), MAX_CHUNK_CHARS)
+    return [text[at : at + MAX_CHUNK_CHARS] for at in starts]
+
+
+def _written(template: bytes, text: str) -> bytes:
+    """The chunks that a text becomes; nearly always one."""
+    if len(text) <= MAX_CHUNK_CHARS:
+        return template % json_string(text)
+    return b"".join([template % json_string(piece) for piece in _pieces(text)])
+
+
 def encode_failure(error: ProxyError) -> bytes:
     """The end of a stream of chunks, or of speech, that can't be finished."""
     return encode_event(json_bytes(error_body(error))) + _DONE
@@ -4977,9 +4995,9 @@ class ChatStream:
         """The chunks that a part becomes; b"" for one that is kept for the end."""
         if isinstance(part, Text):
             self._chars += len(part.text)
-            return self._text % json_string(part.text)
+            return _written(self._text, part.text)
         if isinstance(part, Reasoning):
-            return self._reasoning % json_string(part.text)
+            return _written(self._reasoning, part.text)
         self.summary.add([part])
         if isinstance(part, ToolCall):
             return self._call(part)
@@ -5003,15 +5021,16 @@ class ChatStream:
         return encode_comment("keep-alive")
 
     def _call(self, call: ToolCall) -> bytes:
-        """Two chunks: which tool, and with what."""
+        """Two chunks: which tool, and with what; more if that is long."""
         kind, key = _CALL_FORMS[call.is_custom]
-        named, rest = {"name": call.name, key: ""}, {key: call.given}
+        named = {"name": call.name, key: ""}
+        rest = [{key: piece} for piece in _pieces(call.given) or [""]]
         if self._is_legacy:  # then this is the only call
-            deltas = (named, rest)
+            deltas = (named, *rest)
             return b"".join(self._chunk({"function_call": delta}) for delta in deltas)
         index = len(self.summary.calls) - 1
         about = {"index": index, "id": call.id, "type": kind, kind: named}
-        entries = (about, {"index": index, kind: rest})
+        entries = (about, *({"index": index, kind: piece} for piece in rest))
         return b"".join(self._chunk({"tool_calls": [entry]}) for entry in entries)
 
     def _chunk(self, content: Any, reason: str | None = None, **extra: Any) -> bytes:
@@ -5058,9 +5077,9 @@ class SpokenStream(ChatStream):
         return events + super().encode(part)
 
     def _data(self, sound: bytes, size: int) -> bytes:
-        """A chunk of the first bytes of the audio; the others wait."""
+        """The chunks of the first bytes of the audio; the others wait."""
         self._sound, text = sound[size:], base64.b64encode(sound[:size]).decode()
-        return self._audio({"data": text}) if text else b""
+        return b"".join([self._audio({"data": piece}) for piece in _pieces(text)])
 
     def _audio(self, audio: Json) -> bytes:
         return self._chunk({"audio": audio})

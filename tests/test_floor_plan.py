@@ -26,7 +26,7 @@ BUDGETS = {
     "Calls": 850,
     "Dify": 831,
     "Ids": 65,
-    "OpenAI": 686,
+    "OpenAI": 695,
     "Responses": 454,
     "Conversations": 501,
     "Pacer": 131,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Command line": 488,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 7992
+WHOLE_BUDGET = 8001
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

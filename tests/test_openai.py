@@ -973,6 +973,21 @@ def test_text_arrives_to_the_character(text: str, shown: str | None) -> None:
     assert joined(chunks, "reasoning_content") == expected
 
 
+@pytest.mark.parametrize("text", ["好" * 30_000, "\u2028" * 30_000, "x" * 8193])
+def test_no_line_is_longer_than_strict_readers_take(text: str) -> None:
+    """One API reads lines of 64 KiB, and ends the answer at a longer one."""
+    given = json.dumps({"text": text}, ensure_ascii=False)
+    call = ToolCall("call_1", "f", given)
+    data = streamed(Reasoning(text), Text(text), call, Finish())
+    assert max(map(len, data.split(b"\n"))) < 64 * 1024
+    chunks = events(data)
+    check_chat_stream(chunks)
+    assert joined(chunks) == joined(chunks, "reasoning_content") == text
+    calls = [c["choices"][0]["delta"].get("tool_calls", []) for c in chunks]
+    told = [entry["function"] for (entry,) in filter(None, calls)]
+    assert "".join(function["arguments"] for function in told) == given
+
+
 def test_odd_model_name_is_repeated_as_it_is() -> None:
     name = 'a"b\\c {"@":0}\u2028应用'
     stream = ChatStream(Envelope("chatcmpl-1", 1, name, CHAT))

@@ -219,17 +219,22 @@ async def test_head_of_a_silent_answer_does_not_wait_for_the_audio_s_id() -> Non
     assert conversations(served)[1][1] == "And?"  # the id tells which it is
 
 
-@pytest.mark.parametrize("size", range(1, 8))
-def test_base64_is_whole_in_every_piece(size: int) -> None:
+SHORT_SOUND, LONG_SOUND = bytes(range(20)), bytes(100_000)
+
+
+@pytest.mark.parametrize(
+    ("sound", "size"), [*((SHORT_SOUND, n) for n in range(1, 8)), (LONG_SOUND, 65_536)]
+)
+def test_base64_is_whole_in_every_piece(sound: bytes, size: int) -> None:
     chat = opendify.ChatRequest(opendify.Ask("m", ()))
     envelope = opendify.Envelope("chatcmpl-1", 1, "m", chat)
     spoken = opendify.Spoken(lambda _: "audio_1", 9)
     stream = opendify.SpokenStream(envelope, spoken)
-    sound = bytes(range(20))
     cuts = range(0, len(sound), size)
     parts: list[opendify.Part] = [Sound(sound[at : at + size]) for at in cuts]
     parts = [Text("H"), Text("i"), *parts, Finish()]
     data = stream.begin({}) + b"".join(map(stream.encode, parts))
+    assert max(map(len, data.split(b"\n"))) < 64 * 1024
     audios = audios_of(chunks_of(data))
     pieces = [row["data"] for row in audios if "data" in row]
     assert b"".join(map(base64.b64decode, pieces)) == sound
