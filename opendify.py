@@ -8792,6 +8792,9 @@ MAX_HELD_CHARS = 128 * 1024  # by the pacer: nobody reads so fast that it would 
 MAX_READ_CHARS = 8 * 1024  # in one go, for calls and the like: 30 ms at worst
 KEEP_ALIVE_S = 15.0  # nginx closes after 60 s of silence, Node's fetch after 300 s
 UNBUFFERED = ("X-Accel-Buffering", "no")  # by nginx
+# A cache in front knows one key's answers by `Authorization` only, and a proxy that
+# compresses them, as Express's `compression` does, would hold a stream to its end.
+CACHE_CONTROL = ("Cache-Control", "no-cache, no-transform")
 SSE_HEADERS = [("Content-Type", "text/event-stream; charset=utf-8"), UNBUFFERED]
 _BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _NO_COUNTS = [0] * (len(_BUCKETS_S) + 1)  # in each bucket, and above the last
@@ -8867,8 +8870,7 @@ class Exchange:
         self._tasks: set[asyncio.Task[Any] | None] = set()  # that run with it
         self.outlets: list[Outlet] = []  # that its answers, if streamed, go through
         self.started_at = self.written_at = asyncio.get_running_loop().time()
-        # A cache in front knows one key's answers by `Authorization` only.
-        reply.headers += [("Cache-Control", "no-cache"), ("x-request-id", self.id)]
+        reply.headers += [CACHE_CONTROL, ("x-request-id", self.id)]
         request_id.set(self.id)
 
     @property

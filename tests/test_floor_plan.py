@@ -32,14 +32,14 @@ BUDGETS = {
     "Pacer": 131,
     "Wire": 492,
     "Upstream": 722,
-    "Answers": 518,
+    "Answers": 519,
     "Handlers": 922,
     "Server": 295,
     "Page": 264,
     "Command line": 488,
 }
 OPTIONAL = {"Calls", "Page"}
-WHOLE_BUDGET = 8001
+WHOLE_BUDGET = 8002
 FUNCTION_LINES = 50  # one screen
 CLASS_LINES = 150  # of code
 

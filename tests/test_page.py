@@ -235,7 +235,7 @@ def test_page_comes_with_safe_headers(site: Site) -> None:
         "content-type": "text/html; charset=utf-8",
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
-        "cache-control": "no-cache",
+        "cache-control": "no-cache, no-transform",
     }
     assert {name: got.headers[name] for name in wanted} == wanted
     assert (got.status, opendify.__version__ in got.text) == (200, True)
