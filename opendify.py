@@ -5096,7 +5096,7 @@ class CompletionStream(ChatStream):
         self._first = json_string(envelope.chat.echoes[index])  # the prompt, if at all
 
     def encode(self, part: Part) -> bytes:
-        """The chunk that a part becomes; b"" for one that this API has no place for."""
+        """The chunks that a part becomes; b"" for one that has no place here."""
         if isinstance(part, Finish):
             return self._chunk("", part.reason)
         return super().encode(part) if isinstance(part, (Text, Usage)) else b""
